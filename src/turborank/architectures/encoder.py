@@ -1,0 +1,96 @@
+"""The post-norm transformer layer that BERT (arXiv 1810.04805) and its ALiBi descendant JinaBERT share.
+
+Tensor names are those of the published checkpoints, without the optional ``bert.`` prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from turborank.ops import Array, Ops
+from turborank.types import ModelConfig
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+Weights = Mapping[str, Array]
+
+
+def linear_shapes(name: str, out: int, into: int, *, bias: bool = True) -> Shapes:
+    yield f"{name}.weight", (out, into)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def norm_shapes(name: str, size: int) -> Shapes:
+    yield f"{name}.weight", (size,)
+    yield f"{name}.bias", (size,)
+
+
+def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
+    """Names and shapes of one encoder layer's tensors."""
+    c, f, name = config.hidden_size, config.intermediate_size, f"encoder.layer.{layer}"
+    for part in ("query", "key", "value"):
+        yield from linear_shapes(f"{name}.attention.self.{part}", c, c)
+    yield from linear_shapes(f"{name}.attention.output.dense", c, c)
+    yield from norm_shapes(f"{name}.attention.output.LayerNorm", c)
+    if config.feed_forward == "geglu":
+        yield from linear_shapes(f"{name}.mlp.gated_layers", 2 * f, c, bias=False)
+        yield from linear_shapes(f"{name}.mlp.wo", c, f)
+        yield from norm_shapes(f"{name}.mlp.layernorm", c)
+    else:
+        yield from linear_shapes(f"{name}.intermediate.dense", f, c)
+        yield from linear_shapes(f"{name}.output.dense", c, f)
+        yield from norm_shapes(f"{name}.output.LayerNorm", c)
+
+
+def dense(weights: Weights, name: str, x: Array, ops: Ops) -> Array:
+    return ops.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def norm(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:
+    return ops.layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
+
+
+def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:
+    """GEGLU (arXiv 2002.05202; the activation is on the first half) or BERT's two linears; then residual and norm."""
+    if config.feed_forward == "geglu":
+        gate, value = ops.halves(dense(weights, f"{name}.mlp.gated_layers", x, ops))  # 2 × (T, F)
+        y = dense(weights, f"{name}.mlp.wo", ops.gelu(gate) * value, ops)
+        return norm(weights, f"{name}.mlp.layernorm", y + x, config, ops)
+    y = dense(weights, f"{name}.output.dense", ops.gelu(dense(weights, f"{name}.intermediate.dense", x, ops)), ops)
+    return norm(weights, f"{name}.output.LayerNorm", y + x, config, ops)
+
+
+def encoder_layer(
+    weights: Weights, config: ModelConfig, layer: int, x: Array, cu_seqlens: Array, ops: Ops, *, first_only: bool = False
+) -> Array:
+    """One layer: (T, C) -> (T, C), or (T, C) -> (P, C) when only the first token's output is wanted."""
+    name = f"encoder.layer.{layer}"
+    asked = ops.first_tokens(x, cu_seqlens) if first_only else x
+    q = dense(weights, f"{name}.attention.self.query", asked, ops)
+    k = dense(weights, f"{name}.attention.self.key", x, ops)
+    v = dense(weights, f"{name}.attention.self.value", x, ops)
+    context = ops.attention(q, k, v, cu_seqlens, config.num_attention_heads, config.slopes, first_only)
+    y = dense(weights, f"{name}.attention.output.dense", context, ops)
+    y = norm(weights, f"{name}.attention.output.LayerNorm", y + asked, config, ops)
+    return feed_forward(weights, name, y, config, ops)
+
+
+def encode(
+    weights: Weights,
+    config: ModelConfig,
+    x: Array,
+    cu_seqlens: Array,
+    ops: Ops,
+    *,
+    first_only: bool,
+    trace: list[Array] | None = None,
+) -> Array:
+    """All layers over embeddings x (T, C). ``trace`` collects x and each layer's output, for layer-by-layer tests."""
+    last = config.num_hidden_layers - 1
+    if trace is not None:
+        trace.append(x)
+    for layer in range(config.num_hidden_layers):
+        x = encoder_layer(weights, config, layer, x, cu_seqlens, ops, first_only=first_only and layer == last)
+        if trace is not None:
+            trace.append(x)
+    return x

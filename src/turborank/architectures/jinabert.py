@@ -1,0 +1,116 @@
+"""JinaBERT: BERT with symmetric bidirectional ALiBi and GEGLU, as a cross-encoder.
+
+Papers: JinaBERT (arXiv 2310.19923), ALiBi (arXiv 2108.12409), GEGLU (arXiv 2002.05202).
+Two heads are known:
+
+``classifier``  the published one: logit = w·tanh(P·h₀ + p) + b on the first token; the last layer
+                is then needed for that token only.
+``cosine``      the joint-encoding cosine: logit = scale·cos(mean of segment 0, mean of segment 1) + bias,
+                both means over the last layer of the *joint* encoding of query and document.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from turborank.architectures import encoder
+from turborank.architectures.encoder import Weights, dense, linear_shapes, norm, norm_shapes
+from turborank.errors import CheckpointError
+from turborank.ops import Array, Ops
+from turborank.types import ModelConfig, PackedBatch
+
+
+def standard_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's published rule: a geometric series for a power of two, else that of the power below plus
+    every second slope of the power above (ALiBi paper, reference code)."""
+    power = 2 ** int(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    between = [2.0 ** (-4.0 * (2 * h + 1) / power) for h in range(heads - power)]
+    return tuple(slopes + between)
+
+
+def halved_tail_slopes(heads: int) -> tuple[float, ...]:
+    """The published rerankers' variant: the slopes after the last power of two are halved."""
+    power = 2 ** int(math.log2(heads))
+    slopes = standard_slopes(heads)
+    return slopes[:power] + tuple(s / 2 for s in slopes[power:])
+
+
+SLOPE_RULES = {"standard": standard_slopes, "halved-tail": halved_tail_slopes}
+
+
+def _slopes(raw: Mapping[str, Any], heads: int) -> tuple[float, ...]:
+    """``alibi_slopes`` of the config (a rule's name or a list) where given. The published checkpoints have no
+    such key: jina-reranker-v1-turbo-en and -tiny-en are known by their shape, and their own code halves the
+    tail; every other JinaBERT follows the standard rule."""
+    given = raw.get("alibi_slopes")
+    if given is None:
+        published = (raw.get("vocab_size"), raw.get("hidden_size"), heads) == (61056, 384, 12)
+        given = "halved-tail" if published else "standard"
+    if isinstance(given, str):
+        if given not in SLOPE_RULES:
+            raise CheckpointError(
+                f"expected alibi_slopes to be a list or one of {', '.join(SLOPE_RULES)}, got {given!r} in config.json"
+            )
+        return SLOPE_RULES[given](heads)
+    if len(given) != heads:
+        raise CheckpointError(f"expected {heads} alibi_slopes, one a head, got {len(given)} in config.json")
+    return tuple(float(s) for s in given)
+
+
+def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """A ModelConfig if ``config.json`` and the tensors are a JinaBERT's, else None."""
+    if raw.get("position_embedding_type") != "alibi":
+        return None
+    heads = int(raw["num_attention_heads"])
+    gated = "encoder.layer.0.mlp.gated_layers.weight" in names
+    return ModelConfig(
+        architecture="jinabert",
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=int(raw["hidden_size"]),
+        num_hidden_layers=int(raw["num_hidden_layers"]),
+        num_attention_heads=heads,
+        intermediate_size=int(raw["intermediate_size"]),
+        max_length=int(raw["max_position_embeddings"]),
+        type_vocab_size=int(raw["type_vocab_size"]),
+        layer_norm_eps=float(raw["layer_norm_eps"]),
+        feed_forward="geglu" if gated else "gelu",
+        slopes=_slopes(raw, heads),
+        head="cosine" if "head.scale" in names else "classifier",
+    )
+
+
+def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint with its shape (JINABERT specification §3)."""
+    c = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config.vocab_size, c),
+        "embeddings.token_type_embeddings.weight": (config.type_vocab_size, c),
+    }
+    shapes.update(norm_shapes("embeddings.LayerNorm", c))
+    for layer in range(config.num_hidden_layers):
+        shapes.update(encoder.layer_shapes(config, layer))
+    if config.head == "cosine":
+        shapes.update({"head.scale": (1,), "head.bias": (1,)})
+    else:
+        shapes.update(linear_shapes("pooler.dense", c, c))
+        shapes.update(linear_shapes("classifier", 1, c))
+    return shapes
+
+
+def forward(
+    weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
+) -> Array:
+    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # (T, C)
+    x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
+    x = norm(weights, "embeddings.LayerNorm", x, config, ops)
+    cosine = config.head == "cosine"
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=not cosine, trace=trace)
+    if cosine:
+        query, document = ops.segment_means(x, batch.type_ids, batch.cu_seqlens)  # 2 × (P, C)
+        return ops.cosine(query, document) * weights["head.scale"] + weights["head.bias"]
+    pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))  # (P, C)
+    return dense(weights, "classifier", pooled, ops)[:, 0]

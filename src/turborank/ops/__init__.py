@@ -1,0 +1,52 @@
+"""The few array functions every forward pass is written in.
+
+``reference`` (numpy) is the law: slow, plain, obviously correct. ``pytorch`` is its differentiable,
+CUDA-able twin. A forward takes one of these modules as its ``ops`` argument and never imports either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Array = Any  # numpy.ndarray under ops.reference, torch.Tensor under ops.pytorch
+
+
+class Ops(Protocol):
+    """What a forward may call. Shapes use the dimension letters of :mod:`turborank.types`."""
+
+    def take(self, table: Array, ids: Array, /) -> Array:
+        """Rows of ``table`` (V, C) at ``ids`` (T,) -> (T, C)."""
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None, /) -> Array:
+        """x (T, in) · weight (out, in)ᵀ + bias (out,) -> (T, out)."""
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, /) -> Array:
+        """Normalise the last axis with biased variance, then scale and shift."""
+
+    def gelu(self, x: Array, /) -> Array:
+        """Exact GELU, ½·x·(1 + erf(x/√2)); not the tanh approximation."""
+
+    def tanh(self, x: Array, /) -> Array:
+        """Hyperbolic tangent."""
+
+    def halves(self, x: Array, /) -> tuple[Array, Array]:
+        """Split the last axis in two equal parts."""
+
+    def attention(
+        self, q: Array, k: Array, v: Array, cu_seqlens: Array, heads: int, slopes: Sequence[float], first_only: bool, /
+    ) -> Array:
+        """Softmax attention inside each pair, with symmetric ALiBi as a rule.
+
+        q is (T, C), or (P, C) holding each pair's first token when ``first_only``; k, v are (T, C).
+        Score of query i and key j in head h: q_i·k_j / √D - slopes[h]·|i-j|; empty slopes mean no bias.
+        """
+
+    def first_tokens(self, x: Array, cu_seqlens: Array, /) -> Array:
+        """Each pair's first row: (T, C) -> (P, C)."""
+
+    def segment_means(self, x: Array, type_ids: Array, cu_seqlens: Array, /) -> tuple[Array, Array]:
+        """Mean over each pair's tokens of type 0 and of type 1: (T, C) -> (P, C), (P, C)."""
+
+    def cosine(self, a: Array, b: Array, /) -> Array:
+        """Row-wise cosine: (P, C), (P, C) -> (P,)."""

@@ -1,0 +1,117 @@
+"""The same ops in torch: differentiable, and on whatever device the tensors live.
+
+Everything but attention works on the packed rows directly. Attention pads *inside* the op, over groups
+of pairs of like length, so that the two batched matrix products stay dense; a pair never sees its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Score elements (pairs · heads · queries · keys) computed at once; bounds memory at 8,192 tokens.
+SCORE_BUDGET = 1 << 26
+
+
+def take(table: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids, table)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = x.chunk(2, dim=-1)
+    return first, second
+
+
+def _groups(lengths: list[int], heads: int) -> Iterator[list[int]]:
+    """Pairs of like length (at most an eighth of padding), few enough to keep the scores within budget."""
+    group: list[int] = []
+    for pair in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        longest = lengths[group[0]] if group else lengths[pair]
+        if group and (lengths[pair] * 8 < longest * 7 or (len(group) + 1) * heads * longest**2 > SCORE_BUDGET):
+            yield group
+            group = []
+        group.append(pair)
+    if group:
+        yield group
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slopes: Tensor, first: int) -> Tensor:
+    """q (B, H, b, D), whose rows stand at positions ``first``…; k, v (B, H, n, D); lengths (B,)."""
+    keys = torch.arange(k.shape[2], device=q.device)
+    queries = torch.arange(first, first + q.shape[2], device=q.device)
+    distance = (queries[:, None] - keys[None, :]).abs()
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance
+    scores = scores.masked_fill((keys[None, :] >= lengths[:, None])[:, None, None, :], -torch.inf)
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], first_only: bool
+) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
+    rows_out: list[Tensor] = []
+    parts: list[Tensor] = []
+    for group in _groups(lengths, heads):
+        n = lengths[group[0]]
+        size = torch.tensor([lengths[p] for p in group], device=q.device)
+        start = torch.tensor([bounds[p] for p in group], device=q.device)
+        steps = torch.arange(n, device=q.device)
+        real = steps[None, :] < size[:, None]  # (B, n)
+        rows = torch.where(real, start[:, None] + steps[None, :], start[:, None])  # (B, n)
+        keys, values = (x[rows].unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, v))  # (B, H, n, D)
+        if first_only:
+            wanted = torch.tensor(group, device=q.device)
+            queries = q[wanted].unflatten(-1, (heads, -1))[:, :, None, :]  # (B, H, 1, D)
+            context = _attend(queries, keys, values, size, bias, 0)
+            parts.append(context.flatten(1))
+            rows_out.append(wanted)
+            continue
+        queries = q[rows].unflatten(-1, (heads, -1)).transpose(1, 2)
+        step = max(1, SCORE_BUDGET // (len(group) * heads * n))
+        blocks = [_attend(queries[:, :, i : i + step], keys, values, size, bias, i) for i in range(0, n, step)]
+        context = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+        parts.append(context.transpose(1, 2).flatten(2)[real])
+        rows_out.append(rows[real])
+    order = torch.cat(rows_out)
+    return torch.cat(parts)[torch.argsort(order)]
+
+
+def first_tokens(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x[cu_seqlens[:-1].long()]
+
+
+def segment_means(x: Tensor, type_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = cu_seqlens.shape[0] - 1
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    pair_of = torch.repeat_interleave(torch.arange(pairs, device=x.device), lengths)
+    slot = pair_of * 2 + type_ids.long()
+    sums = torch.zeros(2 * pairs, x.shape[1], dtype=torch.float32, device=x.device).index_add(0, slot, x.float())
+    counts = torch.zeros(2 * pairs, dtype=torch.float32, device=x.device).index_add(0, slot, torch.ones_like(slot, dtype=torch.float32))
+    means = (sums / counts[:, None]).unflatten(0, (pairs, 2))
+    return means[:, 0], means[:, 1]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a, b, dim=-1, eps=1e-12)

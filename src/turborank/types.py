@@ -1,0 +1,109 @@
+"""The nouns of the system, as plain immutable values.
+
+Dimension letters, used in every docstring and shape comment of the code:
+
+    P  pairs in a batch            L  layers            Q  queries
+    T  tokens in a batch           H  heads             K  documents of one list
+    n  tokens of one pair          D  head size
+                                   C  = H·D, hidden size
+                                   F  intermediate size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+Document = str | Mapping[str, Any]
+
+
+class Pair(NamedTuple):
+    """One question to the model: how well does ``document`` answer ``query``?"""
+
+    query: str
+    document: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The tokens of one pair (or of one window of it), template included.
+
+    ``query_cut`` and ``document_cut`` count the tokens the length policy dropped; nothing is ever
+    dropped without being counted here.
+    """
+
+    input_ids: Int32  # (n,)
+    type_ids: Int32  # (n,) segment of each token, as the model's template defines it
+    query_cut: int = 0
+    document_cut: int = 0
+    span: tuple[int, int] = (0, 0)  # characters of the document that the model reads
+
+    def __len__(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def truncated(self) -> int:
+        """Tokens of the pair that the model does not read."""
+        return self.query_cut + self.document_cut
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """P pairs laid end to end; there is no padding anywhere in turborank."""
+
+    input_ids: Int32  # (T,)
+    type_ids: Int32  # (T,)
+    cu_seqlens: Int32  # (P+1,) pair p is tokens cu_seqlens[p] … cu_seqlens[p+1]-1
+    max_seqlen: int
+
+    @property
+    def pairs(self) -> int:
+        return int(self.cu_seqlens.shape[0]) - 1
+
+    @property
+    def tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a forward pass needs to know about a checkpoint, whatever its family.
+
+    Built by :func:`turborank.architectures.recognise` from ``config.json`` and the tensor names.
+    """
+
+    architecture: str  # a row of ARCHITECTURES: "jinabert", "bert", "xlm_roberta", "deberta"
+    vocab_size: int
+    hidden_size: int  # C
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    intermediate_size: int  # F
+    max_length: int  # tokens of a pair the model can read
+    type_vocab_size: int
+    layer_norm_eps: float
+    feed_forward: str = "gelu"  # "gelu" (two linears) or "geglu" (gated, JINABERT §2.4)
+    slopes: tuple[float, ...] = ()  # (H,) ALiBi constants; empty: the model has no ALiBi
+    head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine": see architectures.jinabert
+    position_offset: int = 0  # first learned position (XLM-R counts from 2)
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Ranked(NamedTuple):
+    """One document in a ranking, best first."""
+
+    index: int  # 0-based place in the caller's list
+    document: Document  # as the caller gave it
+    logit: float  # what we sort by
+    score: float  # relevance score, sigmoid(logit)
+    tokens: int  # tokens the model read for this document, query and template included
+    truncated: int  # tokens it did not read; 0 unless the length policy cut something
+    span: tuple[int, int]  # characters of the document text behind the logit
