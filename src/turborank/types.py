@@ -40,9 +40,10 @@ class Encoding:
 
     input_ids: Int32  # (n,)
     type_ids: Int32  # (n,) segment of each token, as the model's template defines it
+    read: int  # tokens of the pair that are read; over all its windows, overlaps counted once
     query_cut: int = 0
     document_cut: int = 0
-    span: tuple[int, int] = (0, 0)  # characters of the document that the model reads
+    span: tuple[int, int] = (0, 0)  # characters of the document in this encoding
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

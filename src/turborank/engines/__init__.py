@@ -1,0 +1,112 @@
+"""ENGINES: the ways to run a forward pass, and the rule that chooses one.
+
+An engine is prepared once from a checkpoint's weights and then turns packed batches into logits.
+``TURBORANK_ENGINE`` overrides the automatic choice (never an explicit one).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from turborank.engines import native, reference, torch
+from turborank.errors import EngineUnavailableError, UnknownKeyError
+from turborank.types import Float32, ModelConfig, PackedBatch
+
+
+class Engine(Protocol):
+    """A model ready to run."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+
+    def logits(self, batch: PackedBatch, /) -> Float32:
+        """Raw scores (P,) of a packed batch."""
+
+
+class EngineRow(NamedTuple):
+    """One way to run a model."""
+
+    precisions: tuple[str, ...]  # the first is what "auto" means
+    available: Callable[[], str | None]  # None, or the reason why not
+    supports: Callable[[ModelConfig], bool]
+    prepare: Callable[..., Engine]
+    note: str
+
+
+ENGINES: dict[str, EngineRow] = {
+    "native": EngineRow(
+        native.PRECISIONS, native.available, native.supports, native.prepare, "C++, int8: the fast one on CPUs"
+    ),
+    "torch": EngineRow(
+        torch.PRECISIONS, torch.available, torch.supports, torch.prepare, "PyTorch: CUDA where there is one"
+    ),
+    "reference": EngineRow(
+        reference.PRECISIONS, reference.available, reference.supports, reference.prepare, "numpy: slow, the law"
+    ),
+}
+AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and gigabytes
+
+
+def allowed_cores() -> int:
+    """Cores this process may use: its affinity mask, further limited by the cgroup's CPU quota."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
+
+
+def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | None = None) -> tuple[str, str]:
+    """The engine and precision to use.
+
+    Raises UnknownKeyError for a name in no table and EngineUnavailableError, with the reason, for one
+    that cannot run here.
+    """
+    wanted = name
+    if wanted == "auto":
+        wanted = os.environ.get("TURBORANK_ENGINE") or "auto"
+    if wanted == "auto":
+        usable = (
+            row
+            for row in AUTOMATIC
+            if ENGINES[row].available() is None
+            and (config is None or ENGINES[row].supports(config))
+            and precision in ("auto", *ENGINES[row].precisions)
+        )
+        wanted = next(usable, "reference")
+    if wanted not in ENGINES:
+        raise UnknownKeyError("engine", wanted, ("auto", *ENGINES))
+    row = ENGINES[wanted]
+    reason = row.available()
+    if reason is not None:
+        raise EngineUnavailableError(f"expected engine {wanted!r} to be usable, got: {reason}")
+    if config is not None and not row.supports(config):
+        raise EngineUnavailableError(
+            f"expected engine {wanted!r} to support {config.architecture}, which it does not", hint="use engine='auto'"
+        )
+    if precision not in ("auto", *row.precisions):
+        raise UnknownKeyError(f"precision of engine {wanted!r}", precision, ("auto", *row.precisions))
+    return wanted, row.precisions[0] if precision == "auto" else precision
+
+
+def prepare(
+    weights: Mapping[str, Any], config: ModelConfig, *, name: str, precision: str, threads: int | None = None
+) -> Engine:
+    """The engine ``name``, loaded with a checkpoint's weights."""
+    return ENGINES[name].prepare(weights, config, precision=precision, threads=threads or allowed_cores())

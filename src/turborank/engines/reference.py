@@ -1,0 +1,66 @@
+"""The reference engine: the forward pass over numpy, one pair at a time.
+
+One pair at a time, because a matrix product's rounding may depend on its number of rows: this way a pair's
+logit has the same bits whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from turborank.architectures import ARCHITECTURES
+from turborank.ops import Array, reference
+from turborank.quantised import dense
+from turborank.types import Float32, ModelConfig, PackedBatch
+
+PRECISIONS = ("fp32",)
+
+
+def available() -> str | None:
+    return None
+
+
+def supports(config: ModelConfig) -> bool:
+    return config.architecture in ARCHITECTURES
+
+
+class ReferenceEngine:
+    """numpy, float32."""
+
+    name = "reference"
+    isa = "numpy"
+    precision = "fp32"
+
+    def __init__(self, weights: Mapping[str, Float32], config: ModelConfig, threads: int) -> None:
+        self.weights = weights
+        self.config = config
+        self.threads = threads  # of the BLAS library behind numpy, which it sets by itself
+
+    def trace(self, batch: PackedBatch) -> tuple[Float32, list[Array]]:
+        """Logits (P,), and the hidden states of the whole batch after the embeddings and after each layer."""
+        states: list[Array] = []
+        logits = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, batch, reference, states)
+        return logits, states
+
+    def logits(self, batch: PackedBatch) -> Float32:
+        forward = ARCHITECTURES[self.config.architecture].forward
+        out = np.empty(batch.pairs, dtype=np.float32)
+        for pair in range(batch.pairs):
+            start, end = batch.cu_seqlens[pair], batch.cu_seqlens[pair + 1]
+            alone = PackedBatch(
+                batch.input_ids[start:end],
+                batch.type_ids[start:end],
+                np.asarray([0, end - start], dtype=np.int32),
+                int(end - start),
+            )
+            out[pair] = forward(self.weights, self.config, alone, reference)[0]
+        return out
+
+
+def prepare(
+    weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int
+) -> ReferenceEngine:
+    """Weights as float32; quantised tensors are multiplied out."""
+    return ReferenceEngine(dense(weights), config, threads)

@@ -1,0 +1,121 @@
+"""Any number of pairs through an engine: bounded memory, caller's order, honest bookkeeping.
+
+Pairs are tokenised a chunk ahead of the computation, sorted by length within the chunk, cut into batches
+of at most ``token_budget`` tokens, and their logits put back in the caller's order. A pair's logit does not
+depend on any of this: engines give the same bits whatever shares the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from turborank.engines import Engine
+from turborank.errors import EngineError
+from turborank.tokens import PairEncoder, pack
+from turborank.types import Encoding, Float32, Int32, Pair
+
+TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of its own
+CHUNK_CHARACTERS = 200_000  # text tokenised at a time, so that memory stays bounded and work overlaps
+FIRST_CHUNK_CHARACTERS = 20_000  # the first chunk is small, because nothing overlaps its tokenisation
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the model said about P pairs, in the caller's order."""
+
+    logits: Float32  # (P,)
+    tokens: Int32  # (P,) tokens read, template included; overlapping windows count once
+    truncated: Int32  # (P,) tokens not read
+    spans: npt.NDArray[np.int64]  # (P, 2) characters of the document behind the logit
+
+
+def plan(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[list[int]]:
+    """Indices of ``lengths`` in batches, longest first, each of at most ``token_budget`` tokens."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
+
+
+def _chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
+    """(place of its first pair, chunk) with about CHUNK_CHARACTERS of text in each chunk."""
+    start, size, limit = 0, 0, FIRST_CHUNK_CHARACTERS
+    for index, (query, document) in enumerate(pairs):
+        size += len(query) + len(document)
+        if size >= limit:
+            yield start, pairs[start : index + 1]
+            start, size, limit = index + 1, 0, CHUNK_CHARACTERS
+    if start < len(pairs):
+        yield start, pairs[start:]
+
+
+def _encoded(pairs: Sequence[Pair], encoder: PairEncoder) -> Iterator[tuple[int, list[list[Encoding]]]]:
+    """Chunks of encodings, each tokenised while the one before it is being computed."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-tokens") as ahead:
+        chunks = ((start, ahead.submit(encoder.encode, chunk)) for start, chunk in _chunks(pairs))
+        current = next(chunks, None)
+        while current is not None:
+            following = next(chunks, None)  # already running before the caller computes the current one
+            yield current[0], current[1].result()
+            current = following
+
+
+def _chunk_logits(windows: Sequence[Encoding], engine: Engine, token_budget: int) -> Float32:
+    logits = np.empty(len(windows), dtype=np.float32)
+    for batch in plan([len(window) for window in windows], token_budget):
+        logits[batch] = engine.logits(pack([windows[i] for i in batch]))
+    return logits
+
+
+def score(
+    pairs: Sequence[Pair],
+    encoder: PairEncoder,
+    engine: Engine,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every pair. ``progress`` is called with (pairs done, pairs in all) from the caller's thread.
+
+    Raises EngineError when a logit is not a finite number: such a pair has no place in a ranking.
+    """
+    total = len(pairs)
+    logits = np.empty(total, dtype=np.float32)
+    tokens, truncated = np.empty(total, dtype=np.int32), np.empty(total, dtype=np.int32)
+    spans = np.empty((total, 2), dtype=np.int64)
+    for start, encoded in _encoded(pairs, encoder):
+        flat = list(itertools.chain.from_iterable(encoded))
+        flat_logits = _chunk_logits(flat, engine, token_budget)
+        first = 0
+        for place, windows in enumerate(encoded, start):
+            best = first + int(np.argmax(flat_logits[first : first + len(windows)]))
+            logits[place], spans[place] = flat_logits[best], flat[best].span
+            tokens[place], truncated[place] = windows[0].read, windows[0].truncated
+            first += len(windows)
+        _check_finite(logits, start, start + len(encoded))
+        if progress is not None:
+            progress(start + len(encoded), total)
+    return Scores(logits, tokens, truncated, spans)
+
+
+def _check_finite(logits: Float32, start: int, end: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(logits[start:end]))
+    if bad.size:
+        where = start + int(bad[0])
+        raise EngineError(
+            f"expected a finite logit, got {logits[where]} for pair {where} (and {bad.size - 1} more)",
+            hint="the model's weights or the engine are at fault; compare with engine='reference'",
+        )

@@ -1,0 +1,214 @@
+"""Pairs to tokens. The length policy lives here and only here.
+
+A pair becomes ``prefix query middle document suffix``, the model's own template read off its tokenizer
+(``<s> q </s></s> d </s>`` for the jina rerankers, ``[CLS] q [SEP] d [SEP]`` for BERT). When that is longer
+than ``max_length``, the policy decides, and whatever is left out is counted on the :class:`Encoding`:
+
+``truncate``  the published rule, ``longest_first``: each text keeps its first tokens
+``windows``   the document is read whole, in overlapping windows; the pair's logit is its best window's
+``error``     :class:`TooLongError`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from turborank.errors import CheckpointError, InputError, TooLongError, UnknownKeyError
+from turborank.types import Encoding, Int32, PackedBatch, Pair
+
+LENGTH_POLICIES = ("truncate", "windows", "error")
+WINDOW_OVERLAP = 0.25  # share of a window that the next one reads again
+MIN_LENGTH = 16  # fewer tokens cannot hold a template, a question and an answer
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Template(NamedTuple):
+    """The special tokens of a pair, with the segment (type id) of every part."""
+
+    prefix: tuple[int, ...]
+    middle: tuple[int, ...]
+    suffix: tuple[int, ...]
+    types: tuple[int, int, int, int, int]  # of prefix, query, middle, document, suffix
+
+    @property
+    def size(self) -> int:
+        return len(self.prefix) + len(self.middle) + len(self.suffix)
+
+
+def read_template(tokenizer: Tokenizer) -> Template:
+    """The pair template of a tokenizer, found by encoding a pair and looking at which tokens are special."""
+    probe = tokenizer.encode("a", "b")
+    owners = probe.sequence_ids  # 0 for the query, 1 for the document, None for template tokens
+    if 0 not in owners or 1 not in owners:
+        raise CheckpointError("expected the tokenizer to encode a pair of texts, got a template without both texts")
+    first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
+    begin, end = owners.index(1), len(owners) - 1 - owners[::-1].index(1)
+    ids, types = probe.ids, probe.type_ids
+    return Template(
+        prefix=tuple(ids[:first]),
+        middle=tuple(ids[last + 1 : begin]),
+        suffix=tuple(ids[end + 1 :]),
+        types=(
+            types[0] if first else types[first],
+            types[first],
+            types[last + 1] if begin > last + 1 else types[last],
+            types[begin],
+            types[-1],
+        ),
+    )
+
+
+def longest_first(query: int, document: int, room: int) -> tuple[int, int]:
+    """Tokens kept of each text by the published rule (JINABERT specification §4).
+
+    The longer text is cut first, to the shorter's length at most; then both share what room there is.
+    With equal lengths the query counts as the shorter.
+    """
+    if query + document <= room:
+        return query, document
+    shorter, longer = min(query, document), max(query, document)
+    longer = shorter if shorter > room else max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter = room // 2
+        longer = shorter + room % 2
+    return (shorter, longer) if query <= document else (longer, shorter)
+
+
+def window_starts(document: int, window: int) -> list[int]:
+    """Where overlapping windows begin, so that every token is read and the last window is full."""
+    if document <= window:
+        return [0]
+    stride = max(1, window - int(window * WINDOW_OVERLAP))
+    starts = list(range(0, document - window, stride))
+    return [*starts, document - window]
+
+
+def plain(text: str) -> str:
+    """Lone surrogates cannot be encoded; each becomes U+FFFD, which keeps character offsets."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text)
+    return text
+
+
+class PairEncoder:
+    """Turns pairs into encodings under one length policy.
+
+    ``faithful`` reproduces the published tokenizers, which honour special-token strings inside user text;
+    by default such strings are plain text, so that a document cannot forge a separator.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_length: int, policy: str = "truncate", faithful: bool = False
+    ) -> None:
+        if policy not in LENGTH_POLICIES:
+            raise UnknownKeyError("length", policy, LENGTH_POLICIES)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.template = read_template(tokenizer)
+        tokenizer.encode_special_tokens = not faithful
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.policy = policy
+        if max_length < max(MIN_LENGTH, self.template.size + 2):
+            raise InputError(f"expected max_length to be at least {MIN_LENGTH}, got {max_length}")
+
+    def encode(self, pairs: Sequence[Pair]) -> list[list[Encoding]]:
+        """One list for each pair: a single encoding, or its windows in reading order.
+
+        Texts are tokenised in parallel outside the GIL, and each distinct query once.
+        """
+        queries = list(dict.fromkeys(query for query, _ in pairs))
+        texts = [plain(text) for text in (*queries, *(document for _, document in pairs))]
+        ids = [
+            np.asarray(encoding.ids, dtype=np.int32)
+            for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+        query_ids = dict(zip(queries, ids, strict=False))
+        documents = zip(pairs, texts[len(queries) :], ids[len(queries) :], strict=True)
+        return [self._fit(query_ids[pair[0]], text, tokens) for pair, text, tokens in documents]
+
+    def _fit(self, query: Int32, text: str, document: Int32) -> list[Encoding]:
+        room = self.max_length - self.template.size
+        if len(query) + len(document) <= room:
+            return [self._assemble(query, document, (0, len(text)))]
+        if self.policy == "error":
+            total = len(query) + len(document) + self.template.size
+            raise TooLongError(
+                f"expected a pair of at most {self.max_length} tokens, got {total} "
+                f"({len(query)} of the query, {len(document)} of the document)",
+                hint="shorten it, or choose the length policy 'truncate' or 'windows'",
+            )
+        offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        if self.policy == "windows":
+            return self._windows(query, document, offsets, room)
+        keep_query, keep_document = longest_first(len(query), len(document), room)
+        span = (0, offsets[keep_document - 1][1] if keep_document else 0)
+        if keep_document == len(document):
+            span = (0, len(text))
+        return [
+            self._assemble(
+                query[:keep_query],
+                document[:keep_document],
+                span,
+                query_cut=len(query) - keep_query,
+                document_cut=len(document) - keep_document,
+            )
+        ]
+
+    def _windows(self, query: Int32, document: Int32, offsets: list[tuple[int, int]], room: int) -> list[Encoding]:
+        """Only a query of more than half the room is ever cut; the document is always read to its end."""
+        kept = query[: max(room // 2, room - len(document))]
+        window = room - len(kept)
+        starts = window_starts(len(document), window)
+        ends = [min(start + window, len(document)) for start in starts]
+        return [
+            self._assemble(
+                kept,
+                document[start:end],
+                (offsets[start][0], offsets[end - 1][1]) if end else (0, 0),
+                read=len(kept) + len(document) + self.template.size,
+                query_cut=len(query) - len(kept),
+            )
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
+    def _assemble(
+        self,
+        query: Int32,
+        document: Int32,
+        span: tuple[int, int],
+        *,
+        read: int | None = None,
+        query_cut: int = 0,
+        document_cut: int = 0,
+    ) -> Encoding:
+        template = self.template
+        parts = (template.prefix, query, template.middle, document, template.suffix)
+        lengths = [len(part) for part in parts]
+        return Encoding(
+            input_ids=np.concatenate(parts, dtype=np.int32, casting="unsafe"),
+            type_ids=np.repeat(np.asarray(template.types, dtype=np.int32), lengths),
+            read=sum(lengths) if read is None else read,
+            query_cut=query_cut,
+            document_cut=document_cut,
+            span=span,
+        )
+
+
+def pack(encodings: Sequence[Encoding]) -> PackedBatch:
+    """Encodings laid end to end in the order given, without padding."""
+    lengths = [len(encoding) for encoding in encodings]
+    return PackedBatch(
+        input_ids=np.concatenate([np.empty(0, np.int32), *(encoding.input_ids for encoding in encodings)]),
+        type_ids=np.concatenate([np.empty(0, np.int32), *(encoding.type_ids for encoding in encodings)]),
+        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        max_seqlen=max(lengths, default=0),
+    )
