@@ -1,0 +1,193 @@
+"""The shape of the code, as tests: who may import whom, how long things may grow, what is public.
+
+The ladder below is the one statement of the layers; docs/architecture.md explains it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import turborank
+from turborank import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "turborank"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Lowest first. A unit (a module or package directly under turborank) imports only from rows above its own.
+LADDER = (
+    {"errors", "types"},
+    {"ops", "catalog"},  # what a forward is written in; the models we know
+    {"architectures"},
+    {"checkpoint", "tokens"},
+    {"engines"},
+    {"scheduler"},
+    {"reranker"},
+    {"evaluate", "serve"},
+    {"distill", "scale"},
+    {"__init__", "doctor"},
+    {"cli_models", "cli_serve", "cli_evaluate", "cli_distill", "cli_bench", "documents"},
+    {"cli"},
+    {"__main__"},
+)
+LAYER = {unit: number for number, row in enumerate(LADDER) for unit in row}
+# What a unit of another row may be imported for, although it is not below: none so far. {(importer, imported): reason}
+UPWARD: dict[tuple[str, str], str] = {}
+
+# Libraries that are large, optional, or an idea of one place: library -> the modules that own it.
+OWNERS = {
+    "torch": ("ops.pytorch", "engines.torch", "distill"),
+    "transformers": (),
+    "tokenizers": ("tokens", "checkpoint"),
+    "safetensors": ("checkpoint", "distill"),
+    "huggingface_hub": ("checkpoint",),
+    "starlette": ("serve",),
+    "uvicorn": ("serve",),
+    "msgspec": ("serve",),
+    "prometheus_client": ("serve",),
+    "bm25s": ("evaluate",),
+    "Stemmer": ("evaluate",),
+    "ir_measures": ("evaluate",),
+    "matplotlib": ("evaluate",),
+    "ray": ("scale",),
+    "typer": ("cli", "cli_models", "cli_serve", "cli_evaluate", "cli_distill", "cli_bench"),
+    "rich": ("cli", "cli_models", "cli_serve", "cli_evaluate", "cli_distill", "cli_bench"),
+}
+
+MAX_FILE, MAX_FUNCTION = 400, 60
+# "file.py" or "file.py:function" -> why it may be longer.
+LONGER: dict[str, str] = {}
+
+
+def dotted(path: Path) -> str:
+    """src/turborank/ops/reference.py -> "ops.reference"; a package's __init__ -> the package ("" at the top)."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in FILES}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def unit(module: str) -> str:
+    return module.split(".")[0] or "__init__"
+
+
+def imported(module: str) -> Iterator[tuple[str, str]]:
+    """Every import statement of a module, wherever it stands, as (top-level library, module inside turborank)."""
+    for node in ast.walk(TREES[module]):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{MODULES[module]}:{node.lineno}: relative import; write turborank.…"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            library, _, inside = name.partition(".")
+            while library == "turborank" and inside not in MODULES:  # a name in a module, not a module
+                inside = inside.rpartition(".")[0]
+            yield library, inside
+
+
+GRAPH = {module: sorted({inside for library, inside in imported(module) if library == "turborank"}) for module in TREES}
+
+
+def test_every_unit_has_its_place_on_the_ladder():
+    assert {unit(module) for module in MODULES} <= set(LAYER), "add the new unit to LADDER"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    for target in GRAPH[module]:
+        here, there = unit(module), unit(target)
+        if target == "":
+            assert LAYER[here] > LAYER["__init__"], f"{module} imports from the package __init__; name the submodule"
+        elif here != there and (here, there) not in UPWARD:
+            assert LAYER[there] < LAYER[here], f"{module} (row {LAYER[here]}) imports {target} (row {LAYER[there]})"
+
+
+def test_no_import_cycles():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for target in GRAPH[module]:
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_libraries_stay_where_they_belong(module):
+    for library, _ in imported(module):
+        owners = OWNERS.get(library)
+        owned = owners is None or any(module == owner or module.startswith(owner + ".") for owner in owners)
+        assert owned, f"{module} imports {library}, which belongs to {owners}"
+
+
+def test_importing_turborank_is_light():
+    heavy = "{'torch', 'transformers', 'starlette', 'uvicorn', 'huggingface_hub', 'typer', 'rich', 'matplotlib'}"
+    code = f"import sys, turborank; sys.exit(', '.join({heavy} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, f"import turborank also imports {loaded.stderr}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    name, text = str(path.relative_to(PACKAGE)), path.read_text(encoding="utf-8")
+    too_long = {name: lines for lines in [len(text.splitlines())] if lines > MAX_FILE}
+    for node in ast.walk(TREES[dotted(path)]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION:
+                too_long[f"{name}:{node.name}"] = lines
+    assert {key: lines for key, lines in too_long.items() if key not in LONGER} == {}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_signatures_say_what_they_take(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            assert node.args.kwarg is None, f"{module}.{node.name} takes **{node.args.kwarg.arg}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module_does_nothing(module):
+    calls = [node for node in TREES[module].body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    assert not calls, f"{module}:{calls[0].lineno}: a call at module level"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_prints(module):
+    prints = [
+        node.lineno
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not prints or unit(module).startswith("cli"), f"{module} prints on lines {prints}"
+
+
+def test_the_public_face_is_what_all_says():
+    modules = {module.partition(".")[0] for module in MODULES}
+    names = {name for name in vars(turborank) if not name.startswith("_") and name not in {*modules, "annotations"}}
+    assert names | {"__version__"} == set(turborank.__all__) | {"__version__"}
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__}
+    assert {"Reranker", "Ranked", *raised} <= set(turborank.__all__)
+
+
+def test_exemptions_are_still_needed():
+    assert set(LONGER) <= {str(path.relative_to(PACKAGE)) for path in FILES} | {
+        f"{path.relative_to(PACKAGE)}:{node.name}"
+        for path in FILES
+        for node in ast.walk(TREES[dotted(path)])
+        if isinstance(node, ast.FunctionDef)
+    }
