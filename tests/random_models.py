@@ -10,17 +10,18 @@ from turborank.types import Float32, ModelConfig, PackedBatch
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    """A small JinaBERT of the turbo width: 384 wide, 12 heads, GEGLU, published slopes; two layers, short vocabulary."""
+    """A small JinaBERT of the turbo width: 12 heads, GEGLU, published slopes; two layers, short vocabulary."""
     base: dict[str, Any] = {
         "architecture": "jinabert", "vocab_size": 500, "hidden_size": 384, "num_hidden_layers": 2,
         "num_attention_heads": 12, "intermediate_size": 1536, "max_length": 8192, "type_vocab_size": 2,
-        "layer_norm_eps": 1e-12, "feed_forward": "geglu", "slopes": jinabert.halved_tail_slopes(12), "head": "classifier",
+        "layer_norm_eps": 1e-12, "feed_forward": "geglu", "slopes": jinabert.halved_tail_slopes(12),
+        "head": "classifier",
     }  # fmt: skip
     return ModelConfig(**{**base, **changes})
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32]:
-    """Every parameter of the architecture: matrices N(0, 1/in), norms near 1, biases near 0, a head that spreads logits."""
+    """Every parameter: matrices N(0, 1/in), norms near 1, biases near 0, a head that spreads logits."""
     rng = np.random.default_rng(seed)
     weights: dict[str, Float32] = {}
     for name, shape in ARCHITECTURES[config.architecture].parameters(config).items():

@@ -67,7 +67,7 @@ def test_erf_and_gelu_are_exact(x: float) -> None:
 
 
 def test_alibi_by_hand() -> None:
-    """With q = 0 the scores are -slope·|i-j| alone: weights of query 1 over three keys are 1/2 : 1 : 1/2 for slope ln 2."""
+    """With q = 0 the scores are -slope·|i-j| alone: for slope ln 2, query 1 weighs three keys 1/2 : 1 : 1/2."""
     q, k = np.zeros((3, 2), np.float32), np.ones((3, 2), np.float32)
     v = np.asarray([[1, 10], [2, 20], [4, 40]], np.float32)
     cu = np.asarray([0, 3], np.int32)
@@ -120,7 +120,9 @@ def test_equals_bert_where_they_are_the_same_model(length: int) -> None:
             intermediate_size=1536, max_position_embeddings=512, num_labels=1, layer_norm_eps=1e-12,
         )
     ).eval()  # fmt: skip
-    named = {(name if name.startswith("classifier") else f"bert.{name}"): torch.from_numpy(w) for name, w in weights.items()}
+    named = {
+        (name if name.startswith("classifier") else f"bert.{name}"): torch.from_numpy(w) for name, w in weights.items()
+    }
     named["bert.embeddings.position_embeddings.weight"] = torch.zeros(512, 384)
     missing, unexpected = bert.load_state_dict(named, strict=False)
     assert not unexpected

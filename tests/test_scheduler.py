@@ -16,11 +16,7 @@ from turborank.types import Float32, PackedBatch, Pair
 CONFIG = model_config(vocab_size=8, hidden_size=64, num_attention_heads=2, intermediate_size=128, slopes=(0.5, 0.01))
 WEIGHTS = random_weights(CONFIG)
 AVAILABLE = [name for name, row in engines.ENGINES.items() if row.available() is None and name != "torch"]
-PREPARED = [
-    (name, precision)
-    for name in AVAILABLE
-    for precision in engines.ENGINES[name].precisions
-]
+PREPARED = [(name, precision) for name in AVAILABLE for precision in engines.ENGINES[name].precisions]
 
 texts = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
 pairs_of_texts = st.lists(st.builds(Pair, texts, texts), min_size=1, max_size=12)
@@ -99,7 +95,9 @@ def test_windows_take_the_best_and_point_at_it() -> None:
 
 def test_truncation_is_reported_per_pair() -> None:
     scores = scheduler.score(
-        [Pair("red", "blue"), Pair("red", " ".join(["blue"] * 100))], encoder(max_length=20), prepared("reference", "fp32")
+        [Pair("red", "blue"), Pair("red", " ".join(["blue"] * 100))],
+        encoder(max_length=20),
+        prepared("reference", "fp32"),
     )
     assert scores.tokens.tolist() == [5, 20]
     assert scores.truncated.tolist() == [0, 104 - 20]

@@ -1,5 +1,6 @@
 """Templates, the published truncation rule, windows, and text that tries to break the encoder."""
 
+import itertools
 import json
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_windows_read_every_token_and_overlap(document: int, window: int) -> Non
     assert starts == sorted(set(starts))
     if len(starts) > 1:
         assert starts[-1] + window == document
-        assert all(b - a <= window for a, b in zip(starts, starts[1:], strict=False))
+        assert all(b - a <= window for a, b in itertools.pairwise(starts))
 
 
 def test_windows_of_a_long_document() -> None:
@@ -165,5 +166,3 @@ def test_options_are_checked() -> None:
         encoder(wordpiece_tokenizer(), policy="truncat")
     with pytest.raises(InputError, match="at least 16, got 3"):
         encoder(wordpiece_tokenizer(), 3)
-
-

@@ -1,4 +1,4 @@
-"""Int8 tensors as turborank stores them: rows of int8 under ``name`` and one float32 scale a row under ``name_scale``."""
+"""Int8 tensors as turborank stores them: int8 under ``name``, one float32 scale a row under ``name_scale``."""
 
 from __future__ import annotations
 

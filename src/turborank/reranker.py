@@ -41,7 +41,8 @@ def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> s
         raise InputError(f"expected a string or a mapping, got {type(document).__name__}")
     values = [document[field] for field in fields if document.get(field) is not None]
     if not values:
-        raise InputError(f"expected at least one of the fields {', '.join(fields)}, got {', '.join(map(str, document))}")
+        found = ", ".join(map(str, document)) or "no fields"
+        raise InputError(f"expected at least one of the fields {', '.join(fields)}, got {found}")
     wrong = [type(value).__name__ for value in values if not isinstance(value, str | int | float)]
     if wrong:
         raise InputError(f"expected text in the fields {', '.join(fields)}, got {', '.join(wrong)}")
@@ -65,6 +66,7 @@ class Reranker:
     Raises:
         ModelNotFoundError, CheckpointError: the model is not to be had, or is damaged.
         UnknownKeyError, EngineUnavailableError, InputError: an option does not exist or does not fit.
+
     """
 
     def __init__(
@@ -117,7 +119,8 @@ class Reranker:
         Raises InputError naming every unusable document, before anything is computed.
         """
         if isinstance(documents, str | bytes | Mapping):
-            raise InputError(f"expected a list of documents, got one {type(documents).__name__}", hint="wrap it in a list")
+            came = type(documents).__name__
+            raise InputError(f"expected a list of documents, got one {came}", hint="wrap it in a list")
         if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
             raise InputError(f"expected top_n to be a positive integer, got {top_n!r}")
         given = list(documents)

@@ -98,7 +98,8 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ranked:
     """One document in a ranking, best first."""
 
     index: int  # 0-based place in the caller's list

@@ -61,7 +61,7 @@ def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops
 
 
 def encoder_layer(
-    weights: Weights, config: ModelConfig, layer: int, x: Array, cu_seqlens: Array, ops: Ops, *, first_only: bool = False
+    weights: Weights, config: ModelConfig, layer: int, x: Array, cu_seqlens: Array, ops: Ops, first_only: bool
 ) -> Array:
     """One layer: (T, C) -> (T, C), or (T, C) -> (P, C) when only the first token's output is wanted."""
     name = f"encoder.layer.{layer}"
@@ -90,7 +90,7 @@ def encode(
     if trace is not None:
         trace.append(x)
     for layer in range(config.num_hidden_layers):
-        x = encoder_layer(weights, config, layer, x, cu_seqlens, ops, first_only=first_only and layer == last)
+        x = encoder_layer(weights, config, layer, x, cu_seqlens, ops, first_only and layer == last)
         if trace is not None:
             trace.append(x)
     return x

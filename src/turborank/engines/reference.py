@@ -59,8 +59,6 @@ class ReferenceEngine:
         return out
 
 
-def prepare(
-    weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int
-) -> ReferenceEngine:
+def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> ReferenceEngine:
     """Weights as float32; quantised tensors are multiplied out."""
     return ReferenceEngine(dense(weights), config, threads)

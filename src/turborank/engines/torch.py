@@ -41,12 +41,11 @@ class TorchEngine:
         self.precision = precision
         self.threads = threads
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.isa = torch.cuda.get_device_name() if self.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        if precision == "fp16" and self.device.type == "cpu":
-            raise EngineUnavailableError("expected a CUDA device for precision 'fp16', got a CPU", hint="use bf16 or fp32")
+        cuda = self.device.type == "cuda"
+        self.isa = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+        if precision == "fp16" and not cuda:
+            raise EngineUnavailableError("expected a CUDA device for fp16, got a CPU", hint="use bf16 or fp32")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        # Small vectors (norms, biases, the head) stay in float32 under autocast-free mixed precision: torch.layer_norm
-        # wants one dtype, so the residual stream is dtype and only matrices decide the speed.
         self.weights = {name: torch.from_numpy(value).to(self.device, dtype) for name, value in weights.items()}
 
     def logits(self, batch: PackedBatch) -> Float32:

@@ -19,7 +19,7 @@ class Ops(Protocol):
         """Rows of ``table`` (V, C) at ``ids`` (T,) -> (T, C)."""
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None, /) -> Array:
-        """x (T, in) · weight (out, in)ᵀ + bias (out,) -> (T, out)."""
+        """Product x (T, in) · weight (out, in)ᵀ + bias (out,) -> (T, out)."""
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, /) -> Array:
         """Normalise the last axis with biased variance, then scale and shift."""

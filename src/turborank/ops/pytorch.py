@@ -6,6 +6,7 @@ of pairs of like length, so that the two batched matrix products stay dense; a p
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -55,8 +56,13 @@ def _groups(lengths: list[int], heads: int) -> Iterator[list[int]]:
         yield group
 
 
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, n, C) -> (B, H, n, D)."""
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slopes: Tensor, first: int) -> Tensor:
-    """q (B, H, b, D), whose rows stand at positions ``first``…; k, v (B, H, n, D); lengths (B,)."""
+    """Attention of q (B, H, b, D), whose rows stand at positions ``first``…; k, v (B, H, n, D); lengths (B,)."""
     keys = torch.arange(k.shape[2], device=q.device)
     queries = torch.arange(first, first + q.shape[2], device=q.device)
     distance = (queries[:, None] - keys[None, :]).abs()
@@ -69,7 +75,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], first_only: bool
 ) -> Tensor:
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
     rows_out: list[Tensor] = []
     parts: list[Tensor] = []
@@ -80,15 +86,15 @@ def attention(
         steps = torch.arange(n, device=q.device)
         real = steps[None, :] < size[:, None]  # (B, n)
         rows = torch.where(real, start[:, None] + steps[None, :], start[:, None])  # (B, n)
-        keys, values = (x[rows].unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, v))  # (B, H, n, D)
+        keys, values = (_heads(x[rows], heads) for x in (k, v))  # (B, H, n, D)
         if first_only:
             wanted = torch.tensor(group, device=q.device)
-            queries = q[wanted].unflatten(-1, (heads, -1))[:, :, None, :]  # (B, H, 1, D)
+            queries = _heads(q[wanted][:, None], heads)  # (B, H, 1, D)
             context = _attend(queries, keys, values, size, bias, 0)
             parts.append(context.flatten(1))
             rows_out.append(wanted)
             continue
-        queries = q[rows].unflatten(-1, (heads, -1)).transpose(1, 2)
+        queries = _heads(q[rows], heads)
         step = max(1, SCORE_BUDGET // (len(group) * heads * n))
         blocks = [_attend(queries[:, :, i : i + step], keys, values, size, bias, i) for i in range(0, n, step)]
         context = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
@@ -108,8 +114,8 @@ def segment_means(x: Tensor, type_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tens
     pair_of = torch.repeat_interleave(torch.arange(pairs, device=x.device), lengths)
     slot = pair_of * 2 + type_ids.long()
     sums = torch.zeros(2 * pairs, x.shape[1], dtype=torch.float32, device=x.device).index_add(0, slot, x.float())
-    counts = torch.zeros(2 * pairs, dtype=torch.float32, device=x.device).index_add(0, slot, torch.ones_like(slot, dtype=torch.float32))
-    means = (sums / counts[:, None]).unflatten(0, (pairs, 2))
+    counts = torch.bincount(slot, minlength=2 * pairs)
+    means = (sums / counts[:, None]).view(pairs, 2, -1)
     return means[:, 0], means[:, 1]
 
 

@@ -6,6 +6,7 @@ to run the models, used where no faster engine exists.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,10 @@ QUERY_BLOCK = 384
 
 # erf by rational Chebyshev approximation: W. J. Cody, Math. Comp. 23 (1969) 631-637; error below 1e-15 on
 # the two intervals kept here. numpy has no erf, and scipy would double the size of the installation.
-_ERF_NUM = (1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2, 3.20937758913846947e3)
+_ERF_NUM = (
+    1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2,
+    3.20937758913846947e3,
+)  # fmt: skip
 _ERF_DEN = (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3)
 _ERFC_NUM = (
     2.15311535474403846e-8, 5.64188496988670089e-1, 8.88314979438837594e0, 6.61191906371416295e1,
@@ -81,7 +85,7 @@ def attention(
     out = np.empty_like(q)
     size = q.shape[1] // heads
     bias = np.asarray(slopes if len(slopes) else [0.0] * heads, dtype=np.float32)
-    for pair, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for pair, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         keys = np.arange(end - start, dtype=np.float32)
         rows = slice(pair, pair + 1) if first_only else slice(start, end)
         for head in range(heads):
@@ -101,7 +105,7 @@ def first_tokens(x: Float32, cu_seqlens: Int32) -> Float32:
 
 def segment_means(x: Float32, type_ids: Int32, cu_seqlens: Int32) -> tuple[Float32, Float32]:
     means = np.empty((2, cu_seqlens.shape[0] - 1, x.shape[1]), dtype=np.float32)
-    for pair, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for pair, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         for segment in (0, 1):
             means[segment, pair] = x[start:end][type_ids[start:end] == segment].mean(axis=0)
     return means[0], means[1]
