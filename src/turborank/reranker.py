@@ -49,6 +49,22 @@ def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> s
     return " ".join(str(value) for value in values)
 
 
+def ranking(
+    documents: Sequence[Document], scores: Scores, *, top_n: int | None = None, threshold: float | None = None
+) -> list[Ranked]:
+    """The documents in order, best first: at most ``top_n``, each with a relevance score of at least ``threshold``."""
+    ranked: list[Ranked] = []
+    for index in order(scores.logits).tolist():
+        logit = float(scores.logits[index])
+        relevance = sigmoid(logit)
+        if len(ranked) == top_n or (threshold is not None and relevance < threshold):
+            break
+        start, end = scores.spans[index].tolist()
+        tokens, truncated = int(scores.tokens[index]), int(scores.truncated[index])
+        ranked.append(Ranked(index, documents[index], logit, relevance, tokens, truncated, (start, end)))
+    return ranked
+
+
 class Reranker:
     """A cross-encoder, ready to rank.
 
@@ -133,10 +149,7 @@ class Reranker:
                 faults.append(f"documents[{index}]: {error.message}")
         _raise_faults(faults)
         scores = self.score_detailed([Pair(query, text) for text in texts], progress=progress)
-        ranking = [self._ranked(int(i), given[i], scores) for i in order(scores.logits)]
-        if threshold is not None:
-            ranking = [ranked for ranked in ranking if ranked.score >= threshold]
-        return ranking[:top_n]
+        return ranking(given, scores, top_n=top_n, threshold=threshold)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: Progress | None = None) -> Float32:
         """Logits (P,), float32, of (query, document) pairs, in the order given."""
@@ -152,12 +165,6 @@ class Reranker:
     def score_detailed(self, pairs: Sequence[Pair], *, progress: Progress | None = None) -> Scores:
         """Logits with the tokens read, the tokens cut and the characters behind each logit."""
         return score(pairs, self.encoder, self.engine, progress=progress)
-
-    def _ranked(self, index: int, document: Document, scores: Scores) -> Ranked:
-        logit = float(scores.logits[index])
-        start, end = scores.spans[index].tolist()
-        tokens, truncated = int(scores.tokens[index]), int(scores.truncated[index])
-        return Ranked(index, document, logit, sigmoid(logit), tokens, truncated, (start, end))
 
 
 def _raise_faults(faults: list[str]) -> None:

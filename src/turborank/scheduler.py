@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ FIRST_CHUNK_CHARACTERS = 20_000  # the first chunk is small, because nothing ove
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(NamedTuple):
     """What the model said about P pairs, in the caller's order."""
 
     logits: Float32  # (P,)
@@ -50,7 +49,7 @@ def plan(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[list[
     return batches
 
 
-def _chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
+def chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
     """(place of its first pair, chunk) with about CHUNK_CHARACTERS of text in each chunk."""
     start, size, limit = 0, 0, FIRST_CHUNK_CHARACTERS
     for index, (query, document) in enumerate(pairs):
@@ -65,10 +64,10 @@ def _chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
 def _encoded(pairs: Sequence[Pair], encoder: PairEncoder) -> Iterator[tuple[int, list[list[Encoding]]]]:
     """Chunks of encodings, each tokenised while the one before it is being computed."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-tokens") as ahead:
-        chunks = ((start, ahead.submit(encoder.encode, chunk)) for start, chunk in _chunks(pairs))
-        current = next(chunks, None)
+        running = ((start, ahead.submit(encoder.encode, chunk)) for start, chunk in chunks(pairs))
+        current = next(running, None)
         while current is not None:
-            following = next(chunks, None)  # already running before the caller computes the current one
+            following = next(running, None)  # already running before the caller computes the current one
             yield current[0], current[1].result()
             current = following
 
@@ -92,30 +91,43 @@ def score(
 
     Raises EngineError when a logit is not a finite number: such a pair has no place in a ranking.
     """
-    total = len(pairs)
-    logits = np.empty(total, dtype=np.float32)
-    tokens, truncated = np.empty(total, dtype=np.int32), np.empty(total, dtype=np.int32)
-    spans = np.empty((total, 2), dtype=np.int64)
+    total, done, parts = len(pairs), 0, [gather([], np.empty(0, dtype=np.float32))]
     for start, encoded in _encoded(pairs, encoder):
         flat = list(itertools.chain.from_iterable(encoded))
-        flat_logits = _chunk_logits(flat, engine, token_budget)
-        first = 0
-        for place, windows in enumerate(encoded, start):
-            best = first + int(np.argmax(flat_logits[first : first + len(windows)]))
-            logits[place], spans[place] = flat_logits[best], flat[best].span
-            tokens[place], truncated[place] = windows[0].read, windows[0].truncated
-            first += len(windows)
-        _check_finite(logits, start, start + len(encoded))
+        parts.append(gather(encoded, _chunk_logits(flat, engine, token_budget), first_pair=start))
+        done = start + len(encoded)
         if progress is not None:
-            progress(start + len(encoded), total)
-    return Scores(logits, tokens, truncated, spans)
+            progress(done, total)
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _check_finite(logits: Float32, start: int, end: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(logits[start:end]))
+def gather(encoded: Sequence[Sequence[Encoding]], logits: Float32, *, first_pair: int = 0) -> Scores:
+    """Scores of pairs from the logits (W,) of their W windows in order: a pair's logit is its best window's.
+
+    ``first_pair`` is the place of the first pair in the caller's list, for the message of the EngineError that
+    is raised when a logit is not a finite number.
+    """
+    best = Scores(
+        np.empty(len(encoded), dtype=np.float32),
+        np.empty(len(encoded), dtype=np.int32),
+        np.empty(len(encoded), dtype=np.int32),
+        np.empty((len(encoded), 2), dtype=np.int64),
+    )
+    first = 0
+    for place, windows in enumerate(encoded):
+        winner = int(np.argmax(logits[first : first + len(windows)]))
+        best.logits[place], best.spans[place] = logits[first + winner], windows[winner].span
+        best.tokens[place], best.truncated[place] = windows[0].read, windows[0].truncated
+        first += len(windows)
+    _check_finite(best.logits, first_pair)
+    return best
+
+
+def _check_finite(logits: Float32, first_pair: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(logits))
     if bad.size:
-        where = start + int(bad[0])
+        where = int(bad[0])
         raise EngineError(
-            f"expected a finite logit, got {logits[where]} for pair {where} (and {bad.size - 1} more)",
+            f"expected a finite logit, got {logits[where]} for pair {first_pair + where} (and {bad.size - 1} more)",
             hint="the model's weights or the engine are at fault; compare with engine='reference'",
         )

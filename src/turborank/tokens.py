@@ -98,6 +98,19 @@ def plain(text: str) -> str:
     return text
 
 
+class Limits(NamedTuple):
+    """What one request asks of the length policy; None leaves it as the encoder was made."""
+
+    policy: str | None = None
+    max_length: int | None = None  # tokens of a pair, template included; never above the encoder's own
+    max_query: int | None = None  # tokens of the query
+    max_document: int | None = None  # tokens of each document
+    max_windows: int | None = None  # windows of each document; text behind the last one counts as cut
+
+
+NO_LIMITS = Limits()
+
+
 class PairEncoder:
     """Turns pairs into encodings under one length policy.
 
@@ -120,11 +133,13 @@ class PairEncoder:
         if max_length < max(MIN_LENGTH, self.template.size + 2):
             raise InputError(f"expected max_length to be at least {MIN_LENGTH}, got {max_length}")
 
-    def encode(self, pairs: Sequence[Pair]) -> list[list[Encoding]]:
+    def encode(self, pairs: Sequence[Pair], limits: Limits = NO_LIMITS) -> list[list[Encoding]]:
         """One list for each pair: a single encoding, or its windows in reading order.
 
         Texts are tokenised in parallel outside the GIL, and each distinct query once.
         """
+        if limits.policy not in (None, *LENGTH_POLICIES):
+            raise UnknownKeyError("length", limits.policy, LENGTH_POLICIES)
         queries = list(dict.fromkeys(query for query, _ in pairs))
         texts = [plain(text) for text in (*queries, *(document for _, document in pairs))]
         ids = [
@@ -133,49 +148,66 @@ class PairEncoder:
         ]
         query_ids = dict(zip(queries, ids, strict=False))
         documents = zip(pairs, texts[len(queries) :], ids[len(queries) :], strict=True)
-        return [self._fit(query_ids[pair[0]], text, tokens) for pair, text, tokens in documents]
+        return [self._fit(query_ids[pair[0]], text, tokens, limits) for pair, text, tokens in documents]
 
-    def _fit(self, query: Int32, text: str, document: Int32) -> list[Encoding]:
-        room = self.max_length - self.template.size
-        if len(query) + len(document) <= room:
-            return [self._assemble(query, document, (0, len(text)))]
-        if self.policy == "error":
+    def _fit(self, query: Int32, text: str, document: Int32, limits: Limits) -> list[Encoding]:
+        max_length = min(limits.max_length or self.max_length, self.max_length)
+        room = max_length - self.template.size
+        all_query, all_document = len(query), len(document)
+        query, document = query[: limits.max_query], document[: limits.max_document]
+        fits = len(query) + len(document) <= room
+        if fits and len(document) == all_document:
+            return [self._assemble(query, document, (0, len(text)), query_cut=all_query - len(query))]
+        policy = limits.policy or self.policy
+        if policy == "error" and not fits:
             total = len(query) + len(document) + self.template.size
             raise TooLongError(
-                f"expected a pair of at most {self.max_length} tokens, got {total} "
+                f"expected a pair of at most {max_length} tokens, got {total} "
                 f"({len(query)} of the query, {len(document)} of the document)",
                 hint="shorten it, or choose the length policy 'truncate' or 'windows'",
             )
         offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
-        if self.policy == "windows":
-            return self._windows(query, document, offsets, room)
+        if policy == "windows" and not fits:
+            return self._windows(query, document, offsets, (all_query, all_document), room, limits.max_windows)
         keep_query, keep_document = longest_first(len(query), len(document), room)
         span = (0, offsets[keep_document - 1][1] if keep_document else 0)
-        if keep_document == len(document):
+        if keep_document == all_document:
             span = (0, len(text))
         return [
             self._assemble(
                 query[:keep_query],
                 document[:keep_document],
                 span,
-                query_cut=len(query) - keep_query,
-                document_cut=len(document) - keep_document,
+                query_cut=all_query - keep_query,
+                document_cut=all_document - keep_document,
             )
         ]
 
-    def _windows(self, query: Int32, document: Int32, offsets: list[tuple[int, int]], room: int) -> list[Encoding]:
-        """Only a query of more than half the room is ever cut; the document is always read to its end."""
+    def _windows(
+        self,
+        query: Int32,
+        document: Int32,
+        offsets: list[tuple[int, int]],
+        full: tuple[int, int],
+        room: int,
+        max_windows: int | None,
+    ) -> list[Encoding]:
+        """Only a query of more than half the room is ever cut; the document is read to its end, or to ``max_windows``.
+
+        ``full``: tokens of query and document as they came.
+        """
         kept = query[: max(room // 2, room - len(document))]
         window = room - len(kept)
-        starts = window_starts(len(document), window)
+        starts = window_starts(len(document), window)[:max_windows]
         ends = [min(start + window, len(document)) for start in starts]
         return [
             self._assemble(
                 kept,
                 document[start:end],
                 (offsets[start][0], offsets[end - 1][1]) if end else (0, 0),
-                read=len(kept) + len(document) + self.template.size,
-                query_cut=len(query) - len(kept),
+                read=len(kept) + ends[-1] + self.template.size,
+                query_cut=full[0] - len(kept),
+                document_cut=full[1] - ends[-1],
             )
             for start, end in zip(starts, ends, strict=True)
         ]
