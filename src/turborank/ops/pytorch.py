@@ -2,13 +2,15 @@
 
 Everything but attention works on the packed rows directly. Attention pads *inside* the op, over groups
 of pairs of like length, so that the two batched matrix products stay dense; a pair never sees its neighbours.
+On CUDA :mod:`turborank.ops.flex` does without even that.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from torch import Tensor
 
 # Score elements (pairs · heads · queries · keys) computed at once; bounds memory at 8,192 tokens.
 SCORE_BUDGET = 1 << 26
+
+# Queries (B, H, b, D), keys (B, H, n, D), place of the first query -> scores (B, H, b, n) in float32.
+Score = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def take(table: Tensor, ids: Tensor) -> Tensor:
@@ -61,22 +66,72 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, slopes: Tensor, first: int) -> Tensor:
-    """Attention of q (B, H, b, D), whose rows stand at positions ``first``…; k, v (B, H, n, D); lengths (B,)."""
-    keys = torch.arange(k.shape[2], device=q.device)
+def _offsets(q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Distances i - j (b, n) of q (B, H, b, D), whose rows stand at positions ``first``…, from k (B, H, n, D)."""
     queries = torch.arange(first, first + q.shape[2], device=q.device)
-    distance = (queries[:, None] - keys[None, :]).abs()
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance
-    scores = scores.masked_fill((keys[None, :] >= lengths[:, None])[:, None, None, :], -torch.inf)
+    return queries[:, None] - torch.arange(k.shape[2], device=q.device)[None, :]
+
+
+def _softmax_sum(scores: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Values (B, H, n, D) weighted by scores (B, H, b, n), in which only the first ``lengths`` (B,) keys are real."""
+    real = torch.arange(v.shape[2], device=v.device)[None, :] < lengths[:, None]
+    scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
     return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def _alibi(slopes: Tensor, q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Scores (B, H, b, n) in float32."""
+    distance = _offsets(q, k, first).abs()
+    return (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance
+
+
+def _disentangled(pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Scores (B, H, b, n) in float32. Of pos_q, pos_k (H, R, D) only the rows between the extreme distances are used."""
+    offsets, zero = _offsets(q, k, first), len(rows) // 2
+    low, high = rows[zero + first - k.shape[2] + 1], rows[zero + first + q.shape[2] - 1]
+    pos_q, pos_k = pos_q[:, low : high + 1], pos_k[:, low : high + 1]
+    r = (torch.tensor(rows, device=q.device) - low)[zero + offsets]  # (b, n)
+    scores = (q @ k.transpose(-1, -2)).float()
+    c2p = (q @ pos_k.transpose(-1, -2)).float()  # (B, H, b, R)
+    p2c = (k @ pos_q.transpose(-1, -2)).float()  # (B, H, n, R)
+    scores = scores + c2p.gather(-1, r.expand(scores.shape))
+    scores = scores + p2c.gather(-1, r.T.expand(*scores.shape[:2], *r.T.shape)).transpose(-1, -2)
+    return scores / math.sqrt(3 * q.shape[-1])
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], first_only: bool
 ) -> Tensor:
+    if q.is_cuda and not first_only:
+        from turborank.ops import flex  # compiles on first use, so only where it pays
+
+        return flex.attention(q, k, v, cu_seqlens, heads, slopes)
+    bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
+    return _attention(q, k, v, cu_seqlens, heads, first_only, functools.partial(_alibi, bias))
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_q: Tensor,
+    pos_k: Tensor,
+    rows: Sequence[int],
+    cu_seqlens: Tensor,
+    heads: int,
+    first_only: bool,
+) -> Tensor:
+    pos_q, pos_k = (_heads(x[None], heads)[0] for x in (pos_q, pos_k))  # (H, R, D)
+    score = functools.partial(_disentangled, pos_q, pos_k, rows)
+    return _attention(q, k, v, cu_seqlens, heads, first_only, score)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, first_only: bool, score: Score
+) -> Tensor:
+    """Attention by groups of pairs and blocks of queries, under the given rule."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
     rows_out: list[Tensor] = []
     parts: list[Tensor] = []
     for group in _groups(lengths, heads):
@@ -90,18 +145,23 @@ def attention(
         if first_only:
             wanted = torch.tensor(group, device=q.device)
             queries = _heads(q[wanted][:, None], heads)  # (B, H, 1, D)
-            context = _attend(queries, keys, values, size, bias, 0)
-            parts.append(context.flatten(1))
+            parts.append(_softmax_sum(score(queries, keys, 0), values, size).flatten(1))
             rows_out.append(wanted)
             continue
         queries = _heads(q[rows], heads)
         step = max(1, SCORE_BUDGET // (len(group) * heads * n))
-        blocks = [_attend(queries[:, :, i : i + step], keys, values, size, bias, i) for i in range(0, n, step)]
+        blocks = [_softmax_sum(score(queries[:, :, i : i + step], keys, i), values, size) for i in range(0, n, step)]
         context = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
         parts.append(context.transpose(1, 2).flatten(2)[real])
         rows_out.append(rows[real])
     order = torch.cat(rows_out)
     return torch.cat(parts)[torch.argsort(order)]
+
+
+def positions(cu_seqlens: Tensor) -> Tensor:
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    firsts = torch.repeat_interleave(starts, lengths)
+    return torch.arange(firsts.shape[0], device=cu_seqlens.device) - firsts
 
 
 def first_tokens(x: Tensor, cu_seqlens: Tensor) -> Tensor:
