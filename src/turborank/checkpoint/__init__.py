@@ -1,0 +1,174 @@
+"""A model's name or folder to verified weights, config and tokenizer; and back.
+
+Where a model is looked for: embedded in the package, a local folder, the Hugging Face cache, the Hub.
+What a folder must hold: ``config.json``, ``model.safetensors``, ``tokenizer.json``. Nothing else is ever opened: no
+pickle, and no code, whatever ``auto_map`` in a config says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from turborank import catalog
+from turborank.checkpoint import hub, verify
+from turborank.checkpoint.tensors import TensorFile
+from turborank.checkpoint.verify import CONFIG, REQUIRED, TOKENIZER, WEIGHTS
+from turborank.errors import CheckpointError, InputError, ModelNotFoundError
+from turborank.types import ModelConfig
+
+FILES = (*REQUIRED, *hub.OPTIONAL, "README.md")  # what save() carries over and hashes() covers, where present
+_PATH = re.compile(r"[/\\~]|^\.")  # what a plain word does not have
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, verified: every tensor of its architecture is there, in shape and finite."""
+
+    name: str  # the catalog's, the Hub's, or the folder's
+    folder: Path
+    origin: str  # "embedded", "local", "cache" or "hub"
+    revision: str | None  # commit on the Hub
+    config: ModelConfig
+    raw_config: dict[str, Any]
+    # By canonical name. float32, newly made at each access; or int8 (rows, columns), its float32 scales (rows,) beside
+    # it under "<name>_scale" (see turborank.quantised).
+    weights: Mapping[str, npt.NDArray[Any]]
+    tokenizer: Tokenizer
+
+
+def load(model: str | os.PathLike[str] | None = None, *, offline: bool | None = None) -> Checkpoint:
+    """The checkpoint ``model``: a catalog name, a folder, a Hugging Face id, or None for the embedded default.
+
+    A folder of that name wins over the cache and the Hub. ``offline=True``, or HF_HUB_OFFLINE, forbids the network;
+    a model found in the cache never needs it.
+
+    Raises:
+        ModelNotFoundError: there is no such folder or repository, or it cannot be fetched.
+        UnknownKeyError: a plain word that is no name of the catalog.
+        CheckpointError: the folder is incomplete, damaged, no reranker, or of no architecture we know.
+        InputError: ``model`` is neither a string nor a path.
+    """
+    if not isinstance(model, str | os.PathLike | None):
+        raise InputError(f"expected a model's name or folder, got {type(model).__name__}")
+    text = catalog.DEFAULT if model is None else os.fspath(model)
+    row = catalog.find(text) if isinstance(model, str | None) else None
+    if row is not None and row.embedded:
+        return _embedded(row)
+    folder = Path(text).expanduser()
+    if (folder / CONFIG).is_file() or (row is None and text and folder.exists()):
+        return read(folder)
+    if row is None and isinstance(model, str) and not _PATH.search(text):
+        catalog.lookup(text)  # raises, naming what there is
+    if row is None and not (isinstance(model, str) and _HUB_ID.fullmatch(text)):
+        return read(folder)  # raises: there is no such path
+    repo = row.repo if row else text
+    if repo is None:
+        raise ModelNotFoundError(
+            f"expected a model whose weights are public, got {text!r}: they were never released",
+            hint="use jina-reranker-v1-turbo-en or -tiny-en, which were distilled from it, or the embedded model",
+        )
+    revision = row.revision if row else None
+    forbidden = bool(offline) or hub.offline_by_environment()
+    folder, origin = hub.fetch(repo, revision, offline=forbidden)
+    _check_hashes(folder, row.hashes if row else {})
+    return _read(folder, row.name if row else repo, origin, folder.name)
+
+
+def read(folder: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in a local folder."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        got = "a file" if path.exists() else "no such path"
+        raise ModelNotFoundError(
+            f"expected a model folder, got {got} at {path}", hint=f"give the folder that holds {', '.join(REQUIRED)}"
+        )
+    return _read(path, path.resolve().name, "local", None)
+
+
+def _embedded(row: catalog.Model) -> Checkpoint:
+    if not (row.folder / WEIGHTS).is_file():
+        raise ModelNotFoundError(
+            f"expected the embedded model {row.name} in {row.folder}, got no {WEIGHTS} there",
+            hint="this installation is incomplete; install turborank again",
+        )
+    return _read(row.folder, row.name, "embedded", None)
+
+
+def _read(folder: Path, name: str, origin: str, revision: str | None) -> Checkpoint:
+    verify.files(folder)
+    raw = verify.json_object(folder / CONFIG)
+    weights = TensorFile(folder / WEIGHTS, verify.canonical)
+    weights.drop(verify.BUFFERS)
+    shapes = weights.shapes
+    verify.one_logit(shapes, weights.path)
+    config = verify.config(raw, shapes, folder / CONFIG)
+    verify.tensors(weights, config)
+    tokenizer = verify.tokenizer(folder / TOKENIZER, config)
+    return Checkpoint(name, folder, origin, revision, config, raw, weights, tokenizer)
+
+
+def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
+    """Write a checkpoint in the published layout.
+
+    What was loaded is written back byte for byte: stored types, prefix, order, metadata. A checkpoint whose
+    ``weights`` or ``raw_config`` were replaced gets those written anew (float32 and int8, canonical names); its
+    tokenizer files are still copied from ``checkpoint.folder``. Each file appears whole or not at all.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"expected a folder to save to, got a file at {target}")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        source = checkpoint.folder / name
+        if name == WEIGHTS:
+            _write(target / name, _weight_bytes(checkpoint.weights))
+        elif name == CONFIG and verify.json_object(source) != checkpoint.raw_config:
+            _write(target / name, (json.dumps(checkpoint.raw_config, indent=2) + "\n").encode())
+        elif source.is_file():
+            _write(target / name, source.read_bytes())
+
+
+def _weight_bytes(weights: Mapping[str, npt.NDArray[Any]]) -> bytes | memoryview:
+    if isinstance(weights, TensorFile):
+        return weights.data()
+    from safetensors.numpy import save as serialise
+
+    return serialise({name: weights[name] for name in weights}, metadata={"format": "pt"})
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)  # the file being replaced may be the one that is mapped: it lives on until it is released
+
+
+def hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """File name -> sha256 of the checkpoint's files on disk, computed now."""
+    present = [name for name in FILES if (checkpoint.folder / name).is_file()]
+    return {name: _sha256(checkpoint.folder / name) for name in present}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_hashes(folder: Path, pinned: Mapping[str, str]) -> None:
+    """A file that is not the one the catalog means is not opened."""
+    for name, expected in pinned.items():
+        if (folder / name).is_file() and (got := _sha256(folder / name)) != expected:
+            raise CheckpointError(
+                f"expected sha256 {expected}, got {got} at {folder / name}",
+                hint="delete it from the Hugging Face cache and load the model again",
+            )

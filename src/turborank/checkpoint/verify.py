@@ -1,0 +1,228 @@
+"""Is this folder a reranker we can run? Config, tensors and tokenizer, each checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from turborank.architectures import ARCHITECTURES, recognise
+from turborank.checkpoint.tensors import FLOATS, TensorFile
+from turborank.errors import CheckpointError
+from turborank.quantised import SCALE
+from turborank.types import ModelConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+REQUIRED = (CONFIG, WEIGHTS, TOKENIZER)
+
+# The encoder's name in front of its tensors, as transformers writes it; optional in every family.
+PREFIXES = ("bert.", "roberta.", "deberta.")
+# Constants that some versions of transformers stored beside the weights. The forward has no use for them.
+BUFFERS = frozenset({"embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi"})
+CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
+COSINE_HEAD = "head.scale"
+
+_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "max_position_embeddings": 1,
+    "type_vocab_size": 0,
+}
+_MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
+
+_FROM_PICKLE = (
+    'python -c "import torch, safetensors.torch as s; '
+    "w = torch.load('pytorch_model.bin', map_location='cpu', weights_only=True); "
+    "s.save_file({k: v.clone().contiguous() for k, v in w.items()}, 'model.safetensors')\""
+)
+_FROM_SHARDS = (
+    'python -c "import glob, safetensors.torch as s; '
+    "s.save_file({k: v for f in glob.glob('model-*.safetensors') for k, v in s.load_file(f).items()}, "
+    "'model.safetensors')\""
+)
+_TO_FAST = (
+    "python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
+)
+
+
+def canonical(name: str) -> str:
+    """A stored tensor's name without the encoder's prefix."""
+    return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
+def files(folder: Path) -> None:
+    """Raises CheckpointError unless config, weights and tokenizer are in ``folder``."""
+    present = {path.name for path in folder.iterdir()}
+    missing = [name for name in REQUIRED if name not in present]
+    if not missing:
+        return
+    wanted = f"expected {', '.join(REQUIRED)} in {folder}"
+    if not present:
+        raise CheckpointError(f"{wanted}, got an empty folder")
+    hint = None
+    if WEIGHTS in missing and f"{WEIGHTS}.index.json" in present:
+        hint = f"the weights are split into shards; join them, in that folder: {_FROM_SHARDS}"
+    elif WEIGHTS in missing and "pytorch_model.bin" in present:
+        hint = (
+            "pytorch_model.bin is a pickle, which can run code when opened, so turborank never does; "
+            f"convert it, in that folder and where you trust it: {_FROM_PICKLE}"
+        )
+    elif TOKENIZER in missing and present & {"vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"}:
+        hint = f"only the slow tokenizer's files are there; write the fast one, in that folder: {_TO_FAST}"
+    elif CONFIG in missing and len(missing) == len(REQUIRED):
+        hint = "is that the folder of a model?"
+    raise CheckpointError(f"{wanted}, got no {' and no '.join(missing)}", hint=hint)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise CheckpointError(f"expected JSON, got something else at {path} ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"expected a JSON object, got a {type(value).__name__} at {path}")
+    return value
+
+
+def one_logit(shapes: Shapes, path: Path) -> None:
+    """Raises CheckpointError unless the tensors end in a head with one logit."""
+    for name in CLASSIFIERS:
+        shape = shapes.get(name, ())
+        if len(shape) == 2 and shape[0] != 1:
+            raise CheckpointError(
+                f"expected a reranker, with one label, got a classifier with {shape[0]} labels "
+                f"({name} is {list(shape)}) in {path}"
+            )
+    if not any(name in shapes for name in (*CLASSIFIERS, COSINE_HEAD)):
+        raise CheckpointError(
+            f"expected a reranker, with a classifier.weight of one row, got a model without one in {path}: "
+            "an embedding model or a bare encoder; take the cross-encoder of its family"
+        )
+
+
+def _config_faults(raw: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key, least in _LEAST.items():
+        value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else math.inf
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            range_ = f"{least} to {most}" if most < math.inf else f"at least {least}"
+            faults.append(f"{key}: expected an integer, {range_}, got {_shown(raw, key)}")
+    eps = raw.get("layer_norm_eps")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
+    if raw.get("hidden_act", "gelu") != "gelu":
+        faults.append(f"hidden_act: expected 'gelu' (the exact one), got {_shown(raw, 'hidden_act')}")
+    slopes = raw.get("alibi_slopes")
+    if isinstance(slopes, list):
+        if not all(isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s < math.inf for s in slopes):
+            faults.append(f"alibi_slopes: expected finite numbers, 0 or more, got {slopes!r:.200}")
+    elif not isinstance(slopes, str | None):
+        faults.append(f"alibi_slopes: expected a list or the name of a rule, got {slopes!r:.80}")
+    if not faults and raw["hidden_size"] % raw["num_attention_heads"]:
+        faults.append(
+            f"hidden_size: expected a multiple of num_attention_heads ({raw['num_attention_heads']}), "
+            f"got {raw['hidden_size']}"
+        )
+    return faults
+
+
+def _shown(raw: Mapping[str, Any], key: str) -> str:
+    return f"{raw[key]!r:.80}" if key in raw else "no such key"
+
+
+def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint; raises CheckpointError naming every value of config.json that cannot be."""
+    faults = _config_faults(raw)
+    sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
+    if any(isinstance(size, int) and size > _MOST for size in sizes):
+        raise CheckpointError(_listed("a usable config", faults, path))
+    try:
+        known = recognise(raw, shapes)
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):  # an unknown family comes before faults in keys it may not have
+            faults.insert(0, error.message)
+        raise CheckpointError(_listed("a usable config", faults or [repr(error)], path)) from error
+    if faults:
+        raise CheckpointError(_listed("a usable config", faults, path))
+    return known
+
+
+def tensors(weights: TensorFile, model: ModelConfig) -> None:
+    """Raises CheckpointError naming every tensor that is missing, unknown, misshapen, of a type turborank does not
+    read, quantised without its scale, or not finite."""
+    expected = ARCHITECTURES[model.architecture].parameters(model)
+    table = weights.table
+    faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in table]
+    usable = []
+    for name, entry in table.items():
+        base = name.removesuffix(SCALE)
+        scales = base != name and base in table and table[base].dtype == "I8"
+        shape = (table[base].shape[0],) if scales else expected.get(name)
+        if shape is None:
+            faults.append(f"{name}: unknown to a {model.architecture} model, {entry.dtype} {list(entry.shape)}")
+        elif entry.shape != shape:
+            faults.append(f"{name}: expected {list(shape)}, got {list(entry.shape)}")
+        elif entry.dtype == "I8" and len(shape) == 2 and not scales:
+            if name + SCALE not in table:
+                faults.append(f"{name}: int8 without its scales, expected {name}{SCALE} [{shape[0]}]")
+        elif entry.dtype not in FLOATS:
+            faults.append(f"{name}: expected one of {', '.join(FLOATS)} or a matrix of I8, got {entry.dtype}")
+        else:
+            usable.append(name)
+    faults += [f"{name}: contains NaN or infinity" for name in usable if not weights.finite(name)]
+    if faults:
+        wanted = f"the {len(expected)} tensors of a {model.architecture} model"
+        raise CheckpointError(_listed(wanted, faults, weights.path))
+
+
+def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
+    """A checkpoint's tokenizer, set to cut and pad nothing; raises CheckpointError if it does not fit the model."""
+    try:
+        loaded = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"expected a tokenizer, got something else at {path} ({error})") from error
+    loaded.no_truncation()
+    loaded.no_padding()
+    last = _last_id(loaded)
+    if last >= model.vocab_size:
+        raise CheckpointError(
+            f"expected token ids below {model.vocab_size}, the rows of the word embeddings, "
+            f"got {loaded.id_to_token(last)!r} with id {last} in {path}; it belongs to another model"
+        )
+    pair = loaded.encode("", "")
+    wrong = [
+        f"{token!r} with id {id_}"
+        for token, id_ in zip(pair.tokens, pair.ids, strict=True)
+        if loaded.token_to_id(token) != id_
+    ]
+    if wrong:
+        raise CheckpointError(f"expected the template's tokens in the vocabulary, got {', '.join(wrong)} in {path}")
+    added = loaded.num_special_tokens_to_add(True)
+    if added < 3:
+        raise CheckpointError(
+            "expected a pair template with a first token, a separator and an end, "
+            f"got {added} special tokens in {path}; a post_processor is missing from it"
+        )
+    return loaded
+
+
+def _last_id(loaded: Tokenizer) -> int:
+    size: int = loaded.get_vocab_size()
+    if None not in map(loaded.id_to_token, range(size)):  # no gaps, so the last is known without the whole table
+        return size - 1
+    return max(loaded.get_vocab().values())
+
+
+def _listed(expected: str, faults: list[str], path: Path) -> str:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return "\n  ".join([f"expected {expected}, got {count} in {path}:", *faults])

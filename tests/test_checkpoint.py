@@ -1,0 +1,585 @@
+"""Loading, verifying and saving model folders."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import raw_config, small_config, stored, stored_name, write_checkpoint, write_safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_models import random_weights
+from safetensors.numpy import save_file
+from sample_tokenizers import SHARED, bpe_tokenizer, wordpiece_tokenizer
+from tokenizers import Tokenizer, models
+
+from turborank import catalog, checkpoint
+from turborank.checkpoint import load, save, verify
+from turborank.checkpoint.tensors import TensorFile
+from turborank.errors import CheckpointError, InputError, ModelNotFoundError, UnknownKeyError
+from turborank.quantised import quantise
+
+CONFIG = small_config()
+Tensors = dict[str, tuple[str, Any]]
+
+
+def tensors(dtype: str = "F32") -> Tensors:
+    return {stored_name(name): stored(value, dtype) for name, value in random_weights(CONFIG).items()}
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> Path:
+    """The folder with its weights file changed."""
+    table = tensors()
+    change(table)
+    write_safetensors(folder / "model.safetensors", table)
+    return folder
+
+
+def reconfigure(folder: Path, **changes: Any) -> Path:
+    """The folder with config.json changed; None removes a key."""
+    raw = {**raw_config(CONFIG), **changes}
+    kept = {key: value for key, value in raw.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- what is loaded
+
+
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+@pytest.mark.parametrize(("dtype", "error"), [("F32", 0.0), ("F16", 2**-11), ("BF16", 2**-8)])
+def test_every_stored_type_and_prefix_gives_the_same_float32(
+    tmp_path: Path, dtype: str, error: float, prefix: str
+) -> None:
+    weights = random_weights(CONFIG)
+    loaded = load(write_checkpoint(tmp_path / "m", CONFIG, weights=weights, dtype=dtype, prefix=prefix))
+    assert set(loaded.weights) == set(weights)
+    for name, value in weights.items():
+        got = loaded.weights[name]
+        assert got.dtype == np.float32
+        assert got.flags.writeable
+        np.testing.assert_allclose(got, value, rtol=error, atol=1e-7 if error else 0)
+
+
+def test_what_a_checkpoint_says_of_itself(random_checkpoint: Path) -> None:
+    loaded = load(random_checkpoint)
+    assert (loaded.name, loaded.origin, loaded.revision) == ("random-jinabert", "local", None)
+    assert loaded.config == CONFIG
+    assert loaded.raw_config == raw_config(CONFIG)  # auto_map included, and ignored
+    assert loaded.tokenizer.encode("ab", "c").tokens == ["<s>", "a", "b", "</s>", "</s>", "c", "</s>"]
+    assert load(str(random_checkpoint)).folder == random_checkpoint
+
+
+def test_bfloat16_is_the_upper_half_of_a_float32(tmp_path: Path) -> None:
+    bits = np.array([0x3F80, 0xC049, 0x7F7F, 0x0001, 0x8000], np.uint16)
+    write_safetensors(tmp_path / "t", {"x": ("BF16", bits)})
+    expected = [1.0, -3.140625, (2 - 2**-7) * 2.0**127, 2.0**-133, -0.0]
+    got = TensorFile(tmp_path / "t", str)["x"]
+    assert got.tolist() == expected
+    assert np.signbit(got).tolist() == [False, True, False, False, True]
+
+
+def test_int8_rows_with_their_scales(random_checkpoint: Path) -> None:
+    name = "embeddings.word_embeddings.weight"
+    rows, scale = quantise(random_weights(CONFIG)[name])
+    rewrite(random_checkpoint, lambda t: t.update({"bert." + name: ("I8", rows), f"bert.{name}_scale": ("F32", scale)}))
+    weights = load(random_checkpoint).weights
+    assert weights[name].dtype == np.int8
+    np.testing.assert_array_equal(weights[name], rows)
+    np.testing.assert_array_equal(weights[name + "_scale"], scale)
+
+
+def test_the_cosine_head(tmp_path: Path) -> None:
+    config = small_config(head="cosine")
+    assert load(write_checkpoint(tmp_path / "m", config)).config == config
+
+
+def test_stored_buffers_are_ignored(random_checkpoint: Path) -> None:
+    positions = ("I64", np.arange(512)[None])
+    rewrite(random_checkpoint, lambda t: t.update({"bert.embeddings.position_ids": positions}))
+    assert "embeddings.position_ids" not in load(random_checkpoint).weights
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_so_no_more(random_checkpoint: Path) -> None:
+    tokenizer = bpe_tokenizer()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(random_checkpoint / "tokenizer.json"))
+    loaded = load(random_checkpoint).tokenizer
+    assert len(loaded.encode("a" * 20, "b").ids) == 25
+    assert len(loaded.encode("a", "b").ids) == 6
+
+
+def test_loading_and_verifying_copies_no_weights(tmp_path: Path) -> None:
+    config = small_config(intermediate_size=22_000)  # 25 MB of float32
+    folder = write_checkpoint(tmp_path / "m", config, dtype="F32")
+    load(folder)
+    tracemalloc.start()
+    try:
+        load(folder)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000 < 24_000_000 < (folder / "model.safetensors").stat().st_size
+
+
+# ---------------------------------------------------------------- what is refused: files
+
+
+def test_no_such_path(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no such path at .*absent"):
+        load(tmp_path / "absent")
+    with pytest.raises(ModelNotFoundError, match=r"no such path at .*absent"):
+        load(str(tmp_path / "absent"))
+
+
+def test_a_file_instead_of_a_folder(random_checkpoint: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"got a file at .*config\.json; give the folder"):
+        load(random_checkpoint / "config.json")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "got an empty folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(random_checkpoint: Path, name: str) -> None:
+    (random_checkpoint / name).unlink()
+    assert f"got no {name}" in refusal(random_checkpoint)
+
+
+def test_only_slow_tokenizer_files(random_checkpoint: Path) -> None:
+    (random_checkpoint / "tokenizer.json").rename(random_checkpoint / "vocab.txt")
+    assert "save_pretrained" in refusal(random_checkpoint)
+
+
+@pytest.mark.slow
+def test_shards_are_refused_with_a_way_to_join_them_that_works(random_checkpoint: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save_torch
+
+    weights = load_file(random_checkpoint / "model.safetensors")
+    (random_checkpoint / "model.safetensors").unlink()
+    for number in range(2):
+        part = {name: weights[name] for name in sorted(weights)[number::2]}
+        save_torch(part, random_checkpoint / f"model-0000{number + 1}-of-00002.safetensors")
+    (random_checkpoint / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    run_hint(refusal(random_checkpoint), random_checkpoint)
+    rejoined = load_file(random_checkpoint / "model.safetensors")
+    assert all(torch.equal(rejoined[name], weights[name]) for name in weights)
+    load(random_checkpoint)
+
+
+@pytest.mark.slow
+def test_a_pickle_is_refused_with_a_way_to_convert_it_that_works(random_checkpoint: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    weights = load_file(random_checkpoint / "model.safetensors")
+    (random_checkpoint / "model.safetensors").unlink()
+    torch.save(weights, random_checkpoint / "pytorch_model.bin")
+    message = refusal(random_checkpoint)
+    assert "can run code" in message
+    run_hint(message, random_checkpoint)
+    assert load(random_checkpoint).weights["classifier.bias"] == weights["classifier.bias"].float().numpy()
+
+
+def run_hint(message: str, folder: Path) -> None:
+    """Runs the command an error message gives."""
+    command = re.search(r'python -c "(.+)"$', message)
+    assert command, message
+    subprocess.run([sys.executable, "-c", command[1]], cwd=folder, check=True, timeout=120)
+
+
+def test_a_truncated_file(random_checkpoint: Path) -> None:
+    path = random_checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    message = refusal(random_checkpoint)
+    assert f"expected {len(whole):,} bytes, got {len(whole) - 1000:,}: the file is truncated" in message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234",
+        b"<html>none</html>",
+        b"\xff" * 64,
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 8) + b'{"a":{}}',
+    ],
+)
+def test_garbage_instead_of_weights(random_checkpoint: Path, data: bytes) -> None:
+    (random_checkpoint / "model.safetensors").write_bytes(data)
+    assert "expected a safetensors file" in refusal(random_checkpoint)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 4000), value=st.integers(0, 255))
+def test_a_changed_byte_in_the_header_is_refused_or_harmless(random_checkpoint: Path, place: int, value: int) -> None:
+    path = random_checkpoint / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    assert struct.unpack("<Q", damaged[:8])[0] > 4000
+    damaged[place] = value
+    copy = random_checkpoint.with_name("damaged")
+    shutil.copytree(random_checkpoint, copy, dirs_exist_ok=True)
+    (copy / "model.safetensors").write_bytes(damaged)
+    try:
+        loaded = load(copy).weights
+    except CheckpointError:
+        return
+    original = load(random_checkpoint).weights  # metadata, or nothing, was changed
+    assert set(loaded) == set(original)
+    assert all((loaded[name] == original[name]).all() for name in original)
+
+
+def test_a_git_lfs_pointer(random_checkpoint: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 75600000\n"
+    (random_checkpoint / "model.safetensors").write_text(pointer, encoding="utf-8")
+    assert "git lfs pull" in refusal(random_checkpoint)
+
+
+# ---------------------------------------------------------------- what is refused: tensors
+
+
+def test_all_faults_are_told_at_once(random_checkpoint: Path) -> None:
+    def change(table: Tensors) -> None:
+        del table["bert.pooler.dense.bias"]
+        del table["bert.encoder.layer.1.mlp.wo.weight"]
+        table["bert.encoder.layer.0.mlp.layernorm.bias"] = stored(np.zeros(47), "F32")
+        table["bert.encoder.layer.2.output.dense.bias"] = stored(np.zeros(48), "F32")
+        table["bert.embeddings.LayerNorm.bias"] = stored(np.zeros(48), "F64")
+
+    message = refusal(rewrite(random_checkpoint, change))
+    assert "expected the 38 tensors of a jinabert model, got 5 faults in" in message
+    assert "pooler.dense.bias: missing, expected [48]" in message
+    assert "encoder.layer.1.mlp.wo.weight: missing, expected [48, 64]" in message
+    assert "encoder.layer.0.mlp.layernorm.bias: expected [48], got [47]" in message
+    assert "encoder.layer.2.output.dense.bias: unknown to a jinabert model, F32 [48]" in message
+    assert "embeddings.LayerNorm.bias: expected one of F32, F16, BF16 or a matrix of I8, got F64" in message
+
+
+# Bit patterns that are no number: ±inf, quiet and signalling NaNs of both signs.
+NOT_FINITE = {
+    "F32": [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF],
+    "F16": [0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFC01, 0x7FFF, 0xFFFF],
+    "BF16": [0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFF81, 0x7FFF, 0xFFFF],
+}
+LARGEST = {"F32": [0x7F7FFFFF, 0xFF7FFFFF], "F16": [0x7BFF, 0xFBFF], "BF16": [0x7F7F, 0xFF7F]}
+
+
+@pytest.mark.parametrize("dtype", NOT_FINITE)
+def test_nan_and_infinity_are_found_and_named(random_checkpoint: Path, dtype: str) -> None:
+    unsigned = np.uint32 if dtype == "F32" else np.uint16
+    name = "bert.encoder.layer.1.attention.self.key.bias"
+
+    def with_bits(pattern: int) -> Path:
+        bits = stored(random_weights(CONFIG)[name.removeprefix("bert.")], dtype)[1].view(unsigned).copy()
+        bits[17] = pattern
+        return rewrite(random_checkpoint, lambda t: t.update({name: (dtype, bits)}))
+
+    for pattern in NOT_FINITE[dtype]:
+        message = refusal(with_bits(pattern))
+        assert "got 1 fault in" in message
+        assert "encoder.layer.1.attention.self.key.bias: contains NaN or infinity" in message
+    for pattern in LARGEST[dtype]:
+        load(with_bits(pattern))
+
+
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_finite_agrees_with_numpy(tmp_path: Path, bits: list[int]) -> None:
+    values = np.array(bits, np.uint32).view(np.float32)
+    save_file({"x": values}, tmp_path / "t")
+    assert TensorFile(tmp_path / "t", str).finite("x") == bool(np.isfinite(values).all())
+
+
+def test_nan_in_the_scales_of_int8(random_checkpoint: Path) -> None:
+    name = "embeddings.word_embeddings.weight"
+    rows, scale = quantise(random_weights(CONFIG)[name])
+    scale[3] = np.nan
+    rewrite(random_checkpoint, lambda t: t.update({"bert." + name: ("I8", rows), f"bert.{name}_scale": ("F32", scale)}))
+    assert f"{name}_scale: contains NaN or infinity" in refusal(random_checkpoint)
+
+
+def test_int8_without_its_scales(random_checkpoint: Path) -> None:
+    name = "embeddings.word_embeddings.weight"
+    rows, _ = quantise(random_weights(CONFIG)[name])
+    rewrite(random_checkpoint, lambda t: t.update({"bert." + name: ("I8", rows)}))
+    assert f"{name}: int8 without its scales, expected {name}_scale [40]" in refusal(random_checkpoint)
+
+
+def test_scales_without_int8_and_int8_vectors(random_checkpoint: Path) -> None:
+    def change(table: Tensors) -> None:
+        table["bert.embeddings.word_embeddings.weight_scale"] = stored(np.ones(40), "F32")
+        table["bert.pooler.dense.bias"] = ("I8", np.ones(48, np.int8))
+
+    message = refusal(rewrite(random_checkpoint, change))
+    assert "embeddings.word_embeddings.weight_scale: unknown" in message
+    assert "pooler.dense.bias: expected one of F32, F16, BF16 or a matrix of I8, got I8" in message
+
+
+def test_one_tensor_under_two_names(random_checkpoint: Path) -> None:
+    rewrite(random_checkpoint, lambda t: t.update({"pooler.dense.bias": t["bert.pooler.dense.bias"]}))
+    message = refusal(random_checkpoint)
+    assert "expected each tensor once" in message
+    assert "bert.pooler.dense.bias" in message
+
+
+def test_a_classifier_is_no_reranker(random_checkpoint: Path) -> None:
+    rewrite(random_checkpoint, lambda t: t.update({"classifier.weight": stored(np.zeros((3, 48)), "F32")}))
+    assert "got a classifier with 3 labels" in refusal(random_checkpoint)
+
+
+def test_an_embedding_model_is_no_reranker(random_checkpoint: Path) -> None:
+    rewrite(random_checkpoint, lambda t: [t.pop(name) for name in ("classifier.weight", "classifier.bias")])
+    assert "an embedding model" in refusal(random_checkpoint)
+
+
+# ---------------------------------------------------------------- what is refused: config
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff", "{'a': 1}"])
+def test_config_that_is_no_json(random_checkpoint: Path, text: str) -> None:
+    (random_checkpoint / "config.json").write_bytes(text.encode("latin-1"))
+    message = refusal(random_checkpoint)
+    assert "expected JSON" in message
+    assert "config.json" in message
+
+
+def test_config_that_is_no_object(random_checkpoint: Path) -> None:
+    (random_checkpoint / "config.json").write_text("[1]", encoding="utf-8")
+    assert "expected a JSON object, got a list" in refusal(random_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": None}, "hidden_size: expected an integer, at least 1, got no such key"),
+        ({"vocab_size": "40"}, "vocab_size: expected an integer, at least 1, got '40'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers: expected an integer, 1 to 1024, got 2.0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected an integer, 1 to 1024, got 1000000000"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads: expected an integer, 1 to 1024, got 1000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected an integer, 1 to 1024, got 0"),
+        ({"intermediate_size": True}, "intermediate_size: expected an integer, at least 1, got True"),
+        ({"layer_norm_eps": "tiny"}, "layer_norm_eps: expected a number between 0 and 1, got 'tiny'"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps: expected a number between 0 and 1, got nan"),
+        (
+            {"num_attention_heads": 7, "alibi_slopes": [1] * 7},
+            "hidden_size: expected a multiple of num_attention_heads",
+        ),
+        ({"hidden_act": "relu"}, "hidden_act: expected 'gelu' (the exact one), got 'relu'"),
+        ({"alibi_slopes": 3}, "alibi_slopes: expected a list or the name of a rule, got 3"),
+        ({"alibi_slopes": [0.5, "x", 0.1, 0.1]}, "alibi_slopes: expected finite numbers"),
+        ({"alibi_slopes": [0.5]}, "expected 4 alibi_slopes"),
+    ],
+)
+def test_malformed_config_values(random_checkpoint: Path, changes: dict[str, Any], said: str) -> None:
+    message = refusal(reconfigure(random_checkpoint, **changes))
+    assert said in message
+    assert "config.json" in message
+
+
+def test_all_faults_of_a_config_are_told_at_once(random_checkpoint: Path) -> None:
+    message = refusal(reconfigure(random_checkpoint, hidden_size=None, vocab_size=-1, layer_norm_eps=[]))
+    assert "got 3 faults in" in message
+
+
+def test_an_unknown_family(random_checkpoint: Path) -> None:
+    folder = reconfigure(random_checkpoint, model_type="gpt2", position_embedding_type="rotary", layer_norm_eps=None)
+    assert "expected a model of one of these families" in refusal(folder)
+
+
+def test_a_config_of_another_size(random_checkpoint: Path) -> None:
+    message = refusal(reconfigure(random_checkpoint, intermediate_size=32))
+    assert "encoder.layer.0.mlp.wo.weight: expected [48, 32], got [48, 64]" in message
+
+
+# ---------------------------------------------------------------- what is refused: tokenizers
+
+
+def test_a_tokenizer_that_is_no_json(random_checkpoint: Path) -> None:
+    (random_checkpoint / "tokenizer.json").write_text("{", encoding="utf-8")
+    assert "expected a tokenizer, got something else at" in refusal(random_checkpoint)
+
+
+def test_a_tokenizer_of_another_model(random_checkpoint: Path) -> None:
+    tokenizer = bpe_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(5)])  # ids 37 … 41, of which 40 and 41 have no row
+    tokenizer.save(str(random_checkpoint / "tokenizer.json"))
+    message = refusal(random_checkpoint)
+    assert "expected token ids below 40" in message
+    assert "'word4' with id 41" in message
+
+
+def test_token_ids_with_gaps(random_checkpoint: Path) -> None:
+    """Few tokens, but one with an id beyond the table: counting them would not show it."""
+    path = random_checkpoint / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"]["vocab"]["z"] = 4000
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert "'z' with id 4000" in refusal(random_checkpoint)
+
+
+def test_a_tokenizer_without_a_pair_template(random_checkpoint: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.save(str(random_checkpoint / "tokenizer.json"))
+    assert "got 0 special tokens" in refusal(random_checkpoint)
+
+
+def test_a_template_with_tokens_that_the_vocabulary_lacks(random_checkpoint: Path) -> None:
+    path = random_checkpoint / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["post_processor"]["sep"] = ["[SEP]", 39]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert "'[SEP]' with id 39" in refusal(random_checkpoint)
+
+
+def test_berts_template_is_a_template(random_checkpoint: Path) -> None:
+    wordpiece_tokenizer().save(str(random_checkpoint / "tokenizer.json"))
+    assert load(random_checkpoint).tokenizer.encode("red", "bee").tokens == ["[CLS]", "red", "[SEP]", "bee", "[SEP]"]
+
+
+def test_the_published_tokenizer_fits_the_published_config() -> None:
+    path = SHARED / "reference/jina_tokenizer"
+    if not path.exists():
+        pytest.skip("needs the published tokenizer and config, which are not on this machine")
+    for name in ("turbo", "tiny"):
+        raw = verify.json_object(path / f"config_{name}.json")
+        config = verify.config(raw, {"encoder.layer.0.mlp.gated_layers.weight": ()}, path)
+        assert config.max_length == 8192
+        assert verify.tokenizer(path / "tokenizer.json", config).get_vocab_size() == 60_516
+        pinned = catalog.lookup(f"jina-reranker-v1-{name}-en").hashes
+        assert checkpoint._sha256(path / f"config_{name}.json") == pinned["config.json"]
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            assert checkpoint._sha256(path / file) == pinned[file]
+
+
+# ---------------------------------------------------------------- where a name leads
+
+
+def test_unknown_words_and_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("jina-reranker-v1-trubo-en", ""):
+        with pytest.raises(UnknownKeyError, match="expected the model to be one of"):
+            load(name)
+    for name in ("./nothing", "~/nothing-here", "a/b/c", ".."):
+        with pytest.raises(CheckpointError):
+            load(name, offline=True)
+    with pytest.raises(InputError, match="expected a model's name or folder, got int"):
+        load(3)  # type: ignore[arg-type]
+
+
+def test_weights_that_were_never_public() -> None:
+    for name in ("jina-reranker-v1-base-en", "jinaai/jina-reranker-v1-base-en"):
+        with pytest.raises(ModelNotFoundError, match="expected a model whose weights are public"):
+            load(name)
+
+
+def test_a_local_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "jina-reranker-v1-tiny-en")
+    write_checkpoint(tmp_path / "someone" / "model")
+    for name in ("jina-reranker-v1-tiny-en", "someone/model"):
+        assert load(name, offline=True).origin == "local"
+
+
+def test_the_embedded_model() -> None:
+    row = catalog.lookup(catalog.DEFAULT)
+    if not (row.folder / "model.safetensors").exists():
+        with pytest.raises(ModelNotFoundError, match=re.escape(str(row.folder))):
+            load()
+        pytest.skip("the embedded model is not in this checkout")
+    loaded = load()
+    assert (loaded.name, loaded.origin) == (row.name, "embedded")
+    assert load(catalog.DEFAULT, offline=True).folder == row.folder
+    config = loaded.config
+    assert (config.architecture, config.num_hidden_layers, config.hidden_size, config.max_length) == (
+        row.architecture, row.layers, row.hidden_size, row.max_length,
+    )  # fmt: skip
+    parameters = [loaded.weights[name].size for name in loaded.weights if not name.endswith("_scale")]
+    assert sum(parameters) == row.parameters
+
+
+# ---------------------------------------------------------------- saving
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(os.listdir(a))
+    return names == sorted(os.listdir(b)) and all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_saved_is_loaded_byte_for_byte(tmp_path: Path, dtype: str) -> None:
+    folder = write_checkpoint(tmp_path / "m", dtype=dtype)
+    save(load(folder), tmp_path / "deep" / "copy")
+    assert same_files(folder, tmp_path / "deep" / "copy")
+
+
+def test_a_file_by_safetensors_torch_is_saved_byte_for_byte(random_checkpoint: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        stored_name(name): torch.randn(value.shape, generator=generator).to(torch.bfloat16)
+        for name, value in random_weights(CONFIG).items()
+    }
+    weights["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    save_torch(weights, random_checkpoint / "model.safetensors", metadata={"format": "pt", "made": "by hand"})
+    loaded = load(random_checkpoint)
+    for name in loaded.weights:
+        np.testing.assert_array_equal(loaded.weights[name], weights[stored_name(name)].float().numpy())
+    save(loaded, tmp_path / "copy")
+    assert same_files(random_checkpoint, tmp_path / "copy")
+
+
+def test_saving_onto_itself_changes_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(random_checkpoint, tmp_path / "before")
+    loaded = load(random_checkpoint)
+    save(loaded, random_checkpoint)
+    assert same_files(random_checkpoint, tmp_path / "before")
+    assert np.isfinite(loaded.weights["classifier.weight"]).all()
+
+
+def test_new_weights_and_config_are_saved_anew(random_checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load(random_checkpoint)
+    weights = random_weights(CONFIG, seed=1)
+    raw = {**loaded.raw_config, "max_position_embeddings": 64}
+    save(replace(loaded, weights=weights, raw_config=raw), tmp_path / "new")
+    again = load(tmp_path / "new")
+    assert again.config.max_length == 64
+    for name, value in weights.items():
+        np.testing.assert_array_equal(again.weights[name], value)
+
+
+def test_saving_onto_a_file(random_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="got a file at"):
+        save(load(random_checkpoint), random_checkpoint / "config.json")
+
+
+def test_hashes(random_checkpoint: Path) -> None:
+    (random_checkpoint / "config.json").write_text(json.dumps(raw_config(CONFIG)), encoding="utf-8")
+    (random_checkpoint / "README.md").write_bytes(b"abc")
+    got = checkpoint.hashes(load(random_checkpoint))
+    assert set(got) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    # FIPS 180-4, the example "abc"
+    assert got["README.md"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
