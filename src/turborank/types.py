@@ -92,6 +92,8 @@ class ModelConfig:
     slopes: tuple[float, ...] = ()  # (H,) ALiBi constants; empty: the model has no ALiBi
     head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine": see architectures.jinabert
     position_offset: int = 0  # first learned position (XLM-R counts from 2)
+    position_buckets: int = 0  # relative positions to one side (DeBERTa); 0: the model has none
+    max_relative_positions: int = 0  # distances from here on share the last bucket
 
     @property
     def head_size(self) -> int:

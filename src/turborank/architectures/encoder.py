@@ -1,17 +1,37 @@
-"""The post-norm transformer layer that BERT (arXiv 1810.04805) and its ALiBi descendant JinaBERT share.
+"""The post-norm transformer layer that BERT (arXiv 1810.04805) and its descendants share.
 
-Tensor names are those of the published checkpoints, without the optional ``bert.`` prefix.
+Tensor names are those of the published checkpoints, without the optional ``bert.``, ``roberta.`` or ``deberta.``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Weights = Mapping[str, Array]
+# One layer's attention, before its output projection: weights, config, the layer's name, the tokens that ask
+# (T, C) or (P, C), all tokens (T, C), cu_seqlens, ops, first_only -> context of the tokens that ask.
+Attend = Callable[[Weights, ModelConfig, str, Array, Array, Array, Ops, bool], Array]
+PROJECTIONS = ("query", "key", "value")
+
+
+def config(raw: Mapping[str, Any], architecture: str, *, max_length: int) -> ModelConfig:
+    """The sizes every ``config.json`` of this line states under the same keys."""
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=int(raw["hidden_size"]),
+        num_hidden_layers=int(raw["num_hidden_layers"]),
+        num_attention_heads=int(raw["num_attention_heads"]),
+        intermediate_size=int(raw["intermediate_size"]),
+        max_length=max_length,
+        type_vocab_size=int(raw["type_vocab_size"]),
+        layer_norm_eps=float(raw["layer_norm_eps"]),
+    )
 
 
 def linear_shapes(name: str, out: int, into: int, *, bias: bool = True) -> Shapes:
@@ -25,10 +45,10 @@ def norm_shapes(name: str, size: int) -> Shapes:
     yield f"{name}.bias", (size,)
 
 
-def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
+def layer_shapes(config: ModelConfig, layer: int, projections: Sequence[str] = PROJECTIONS) -> Shapes:
     """Names and shapes of one encoder layer's tensors."""
     c, f, name = config.hidden_size, config.intermediate_size, f"encoder.layer.{layer}"
-    for part in ("query", "key", "value"):
+    for part in projections:
         yield from linear_shapes(f"{name}.attention.self.{part}", c, c)
     yield from linear_shapes(f"{name}.attention.output.dense", c, c)
     yield from norm_shapes(f"{name}.attention.output.LayerNorm", c)
@@ -60,16 +80,37 @@ def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops
     return norm(weights, f"{name}.output.LayerNorm", y + x, config, ops)
 
 
+def self_attention(
+    weights: Weights,
+    config: ModelConfig,
+    name: str,
+    asked: Array,
+    x: Array,
+    cu_seqlens: Array,
+    ops: Ops,
+    first_only: bool,
+) -> Array:
+    """Scaled dot products, with ALiBi where the model has slopes (an :data:`Attend`)."""
+    q = dense(weights, f"{name}.attention.self.query", asked, ops)
+    k = dense(weights, f"{name}.attention.self.key", x, ops)
+    v = dense(weights, f"{name}.attention.self.value", x, ops)
+    return ops.attention(q, k, v, cu_seqlens, config.num_attention_heads, config.slopes, first_only)
+
+
 def encoder_layer(
-    weights: Weights, config: ModelConfig, layer: int, x: Array, cu_seqlens: Array, ops: Ops, first_only: bool
+    weights: Weights,
+    config: ModelConfig,
+    layer: int,
+    x: Array,
+    cu_seqlens: Array,
+    ops: Ops,
+    first_only: bool,
+    attend: Attend = self_attention,
 ) -> Array:
     """One layer: (T, C) -> (T, C), or (T, C) -> (P, C) when only the first token's output is wanted."""
     name = f"encoder.layer.{layer}"
     asked = ops.first_tokens(x, cu_seqlens) if first_only else x
-    q = dense(weights, f"{name}.attention.self.query", asked, ops)
-    k = dense(weights, f"{name}.attention.self.key", x, ops)
-    v = dense(weights, f"{name}.attention.self.value", x, ops)
-    context = ops.attention(q, k, v, cu_seqlens, config.num_attention_heads, config.slopes, first_only)
+    context = attend(weights, config, name, asked, x, cu_seqlens, ops, first_only)
     y = dense(weights, f"{name}.attention.output.dense", context, ops)
     y = norm(weights, f"{name}.attention.output.LayerNorm", y + asked, config, ops)
     return feed_forward(weights, name, y, config, ops)
@@ -84,13 +125,14 @@ def encode(
     *,
     first_only: bool,
     trace: list[Array] | None = None,
+    attend: Attend = self_attention,
 ) -> Array:
     """All layers over embeddings x (T, C). ``trace`` collects x and each layer's output, for layer-by-layer tests."""
     last = config.num_hidden_layers - 1
     if trace is not None:
         trace.append(x)
     for layer in range(config.num_hidden_layers):
-        x = encoder_layer(weights, config, layer, x, cu_seqlens, ops, first_only and layer == last)
+        x = encoder_layer(weights, config, layer, x, cu_seqlens, ops, first_only and layer == last, attend)
         if trace is not None:
             trace.append(x)
     return x

@@ -42,6 +42,29 @@ class Ops(Protocol):
         Score of query i and key j in head h: q_i·k_j / √D - slopes[h]·|i-j|; empty slopes mean no bias.
         """
 
+    def disentangled_attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        pos_q: Array,
+        pos_k: Array,
+        rows: Sequence[int],
+        cu_seqlens: Array,
+        heads: int,
+        first_only: bool,
+        /,
+    ) -> Array:
+        """Softmax attention inside each pair, with DeBERTa's relative positions.
+
+        q, k, v as for ``attention``; pos_q, pos_k (R, C) are the relative positions as queries and as keys;
+        rows (2N-1,) says which of their R rows stands for the distance i-j = 1-N … N-1. Score of query i and key j
+        in a head, with r = rows[i-j + N-1]: (q_i·k_j + q_i·pos_k_r + pos_q_r·k_j) / √(3·D).
+        """
+
+    def positions(self, cu_seqlens: Array, /) -> Array:
+        """Each token's place in its pair, from 0: (P+1,) -> (T,)."""
+
     def first_tokens(self, x: Array, cu_seqlens: Array, /) -> Array:
         """Each pair's first row: (T, C) -> (P, C)."""
 

@@ -86,7 +86,7 @@ def _alibi(slopes: Tensor, q: Tensor, k: Tensor, first: int) -> Tensor:
 
 
 def _disentangled(pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Scores (B, H, b, n) in float32. Of pos_q, pos_k (H, R, D) only the rows between the extreme distances are used."""
+    """Scores (B, H, b, n) in float32. Of pos_q and pos_k (H, R, D) only rows of distances at hand are multiplied."""
     offsets, zero = _offsets(q, k, first), len(rows) // 2
     low, high = rows[zero + first - k.shape[2] + 1], rows[zero + first + q.shape[2] - 1]
     pos_q, pos_k = pos_q[:, low : high + 1], pos_k[:, low : high + 1]

@@ -99,6 +99,42 @@ def attention(
     return out
 
 
+def disentangled_attention(
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    pos_q: Float32,
+    pos_k: Float32,
+    rows: Sequence[int],
+    cu_seqlens: Int32,
+    heads: int,
+    first_only: bool,
+) -> Float32:
+    out = np.empty_like(q)
+    size = q.shape[1] // heads
+    table, zero = np.asarray(rows), len(rows) // 2  # table[zero + i - j]
+    for pair, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        asked = slice(pair, pair + 1) if first_only else slice(start, end)
+        for head in range(heads):
+            columns = slice(head * size, (head + 1) * size)
+            queries, keys, out_head = q[asked, columns], k[start:end, columns], out[asked, columns]
+            position_to_content = keys @ pos_q[:, columns].T  # (n, R)
+            for first in range(0, queries.shape[0], QUERY_BLOCK):
+                block = queries[first : first + QUERY_BLOCK]  # (b, D)
+                i = np.arange(first, first + block.shape[0])[:, None]
+                r = table[zero + i - np.arange(end - start)]  # (b, n)
+                scores = block @ keys.T
+                scores += np.take_along_axis(block @ pos_k[:, columns].T, r, axis=1)
+                scores += np.take_along_axis(position_to_content, r.T, axis=1).T
+                weights = softmax(scores / np.float32(math.sqrt(3 * size)))
+                out_head[first : first + QUERY_BLOCK] = weights @ v[start:end, columns]
+    return out
+
+
+def positions(cu_seqlens: Int32) -> Int32:
+    return np.concatenate([np.arange(n, dtype=np.int32) for n in np.diff(cu_seqlens)])
+
+
 def first_tokens(x: Float32, cu_seqlens: Int32) -> Float32:
     return np.asarray(x[cu_seqlens[:-1]])
 

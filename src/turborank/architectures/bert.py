@@ -1,0 +1,59 @@
+"""BERT as a cross-encoder (arXiv 1810.04805; cross-encoders: arXiv 1901.04085): the ms-marco-MiniLM family.
+
+x = LayerNorm(word + position + segment), post-norm layers, logit = w·tanh(P·h₀ + p) + b on the first token.
+The last layer is needed for that token only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from turborank.architectures import encoder
+from turborank.architectures.encoder import Shapes, Weights, dense, linear_shapes, norm, norm_shapes
+from turborank.ops import Array, Ops
+from turborank.types import ModelConfig, PackedBatch
+
+TABLES = "embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"
+
+
+def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """A ModelConfig if ``config.json`` is a BERT's with learned positions, else None."""
+    if raw.get("model_type") != "bert" or raw.get("position_embedding_type", "absolute") != "absolute":
+        return None
+    return encoder.config(raw, "bert", max_length=int(raw["max_position_embeddings"]))
+
+
+def body_shapes(config: ModelConfig) -> Shapes:
+    """Names and shapes of everything below the head."""
+    rows = config.vocab_size, config.max_length + config.position_offset, config.type_vocab_size
+    for table, count in zip(TABLES, rows, strict=True):
+        yield f"{table}.weight", (count, config.hidden_size)
+    yield from norm_shapes("embeddings.LayerNorm", config.hidden_size)
+    for layer in range(config.num_hidden_layers):
+        yield from encoder.layer_shapes(config, layer)
+
+
+def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint with its shape."""
+    c = config.hidden_size
+    return dict([*body_shapes(config), *linear_shapes("pooler.dense", c, c), *linear_shapes("classifier", 1, c)])
+
+
+def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -> Array:
+    """Word, position and segment of every token, normalised: (T, C). A model with one segment has no use for ids."""
+    words, positions, types = (weights[f"{table}.weight"] for table in TABLES)
+    places = ops.positions(batch.cu_seqlens) + config.position_offset  # (T,)
+    segments = ops.take(types, batch.type_ids) if config.type_vocab_size > 1 else types[0]
+    x = ops.take(words, batch.input_ids) + ops.take(positions, places) + segments
+    return norm(weights, "embeddings.LayerNorm", x, config, ops)
+
+
+def forward(
+    weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
+) -> Array:
+    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    x = embed(weights, config, batch, ops)  # (T, C)
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
+    pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))
+    return dense(weights, "classifier", pooled, ops)[:, 0]

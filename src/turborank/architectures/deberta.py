@@ -1,0 +1,134 @@
+"""DeBERTa-v2/v3 as a cross-encoder (arXiv 2006.03654, arXiv 2111.09543): the mxbai-rerank-v1 family.
+
+A token does not carry its position. Instead, with r = bucket(i - j) the distance of query i from key j, attention
+scores are disentangled into content to content, content to position and position to content:
+
+    S[i, j] = (q_i·k_j  +  q_i·K_r  +  Q_r·k_j) / √(3·D)
+
+where Q and K are the layer's own query and key projections of a table of relative positions that all layers
+share (``share_att_key``), normalised once. Near distances have a row each, far ones share rows on a log scale.
+logit = w·gelu(P·h₀ + p) + b on the first token; the last layer is needed for that token only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from turborank.architectures import encoder
+from turborank.architectures.encoder import Weights, dense, linear_shapes, norm, norm_shapes
+from turborank.errors import CheckpointError
+from turborank.ops import Array, Ops
+from turborank.types import ModelConfig, PackedBatch
+
+WORDS, RELATIVE = "embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight"
+PROJECTIONS = "query_proj", "key_proj", "value_proj"
+
+# What the published rerankers say of themselves. Other members of the family say other things; these we run.
+_EXPECTED: dict[str, object] = {
+    "relative_attention": True,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+_DEFAULTS: dict[str, object] = {"pooler_hidden_act": "gelu", "conv_kernel_size": 0}
+
+
+def bucket(distance: int, buckets: int, furthest: int) -> int:
+    """The signed bucket of a distance: itself up to buckets/2, beyond that on a log scale that ends at ``furthest``."""
+    middle = buckets // 2
+    if abs(distance) <= middle:
+        return distance
+    share = math.log(abs(distance) / middle) / math.log((furthest - 1) / middle)
+    return int(math.copysign(math.ceil(share * (middle - 1)) + middle, distance))
+
+
+@functools.lru_cache(maxsize=8)
+def relative_rows(config: ModelConfig) -> tuple[int, ...]:
+    """Rows of the table of relative positions for i - j = 1-N … N-1, where N is the model's maximum length."""
+    size, far, most = config.position_buckets, config.max_relative_positions, config.max_length
+    return tuple(min(max(bucket(d, size, far) + size, 0), 2 * size - 1) for d in range(1 - most, most))
+
+
+def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """A ModelConfig if ``config.json`` is a DeBERTa-v2's (v3 has the same type), else None.
+
+    Raises CheckpointError for a member of the family that is built otherwise.
+    """
+    if raw.get("model_type") != "deberta-v2":
+        return None
+    _check(raw)
+    longest = int(raw["max_position_embeddings"])
+    furthest = int(raw.get("max_relative_positions", -1))
+    return dataclasses.replace(
+        encoder.config(raw, "deberta", max_length=longest),
+        position_buckets=int(raw["position_buckets"]),
+        max_relative_positions=furthest if furthest > 0 else longest,
+    )
+
+
+def _check(raw: Mapping[str, Any]) -> None:
+    faults = [f"{key} {value!r}, got {raw.get(key)!r}" for key, value in _EXPECTED.items() if raw.get(key) != value]
+    faults += [f"{key} {raw[key]!r}" for key, value in _DEFAULTS.items() if raw.get(key, value) != value]
+    terms = raw.get("pos_att_type") or ()
+    if set(terms.split("|") if isinstance(terms, str) else terms) != {"c2p", "p2c"}:
+        faults.append(f"pos_att_type 'p2c|c2p', got {terms!r}")
+    if not 2 <= raw.get("position_buckets", -1) < raw["max_position_embeddings"]:
+        faults.append(f"position_buckets below max_position_embeddings, got {raw.get('position_buckets')!r}")
+    if raw.get("embedding_size", raw["hidden_size"]) != raw["hidden_size"]:
+        faults.append(f"embedding_size {raw['hidden_size']}, got {raw['embedding_size']!r}")
+    if faults:
+        raise CheckpointError("expected a DeBERTa like the published rerankers, with " + "; ".join(faults))
+
+
+def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint with its shape."""
+    c = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {WORDS: (config.vocab_size, c), RELATIVE: (2 * config.position_buckets, c)}
+    shapes.update(norm_shapes("embeddings.LayerNorm", c))
+    shapes.update(norm_shapes("encoder.LayerNorm", c))
+    for layer in range(config.num_hidden_layers):
+        shapes.update(encoder.layer_shapes(config, layer, PROJECTIONS))
+    return {**shapes, **dict(linear_shapes("pooler.dense", c, c)), **dict(linear_shapes("classifier", 1, c))}
+
+
+def disentangled(
+    relative: Array,
+    weights: Weights,
+    config: ModelConfig,
+    name: str,
+    asked: Array,
+    x: Array,
+    cu_seqlens: Array,
+    ops: Ops,
+    first_only: bool,
+) -> Array:
+    """One layer's attention. ``relative`` (2·buckets, C) passes through the same projections as the tokens."""
+    query, key, value = (functools.partial(dense, weights, f"{name}.attention.self.{p}", ops=ops) for p in PROJECTIONS)
+    return ops.disentangled_attention(
+        query(asked),
+        key(x),
+        value(x),
+        query(relative),
+        key(relative),
+        relative_rows(config),
+        cu_seqlens,
+        config.num_attention_heads,
+        first_only,
+    )
+
+
+def forward(
+    weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
+) -> Array:
+    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    x = norm(weights, "embeddings.LayerNorm", ops.take(weights[WORDS], batch.input_ids), config, ops)  # (T, C)
+    relative = norm(weights, "encoder.LayerNorm", weights[RELATIVE], config, ops)  # (2·buckets, C)
+    attend = functools.partial(disentangled, relative)
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace, attend=attend)
+    pooled = ops.gelu(dense(weights, "pooler.dense", x, ops))  # (P, C)
+    return dense(weights, "classifier", pooled, ops)[:, 0]

@@ -1,0 +1,45 @@
+"""XLM-RoBERTa as a cross-encoder (arXiv 1911.02116; RoBERTa: arXiv 1907.11692): bge-reranker-base.
+
+BERT's body with three differences: positions are counted from 2, because the first two rows of their table
+belonged to padding; there is one segment; and the head has no pooler but a layer of its own,
+logit = w·tanh(D·h₀ + d) + b.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from turborank.architectures import bert, encoder
+from turborank.architectures.encoder import Weights, dense, linear_shapes
+from turborank.ops import Array, Ops
+from turborank.types import ModelConfig, PackedBatch
+
+
+def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
+    """A ModelConfig if ``config.json`` is a RoBERTa's, of one language or many, else None."""
+    if raw.get("model_type") not in ("xlm-roberta", "roberta"):
+        return None
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        return None
+    offset = int(raw.get("pad_token_id", 1)) + 1
+    config = encoder.config(raw, "xlm_roberta", max_length=int(raw["max_position_embeddings"]) - offset)
+    return dataclasses.replace(config, position_offset=offset)
+
+
+def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint with its shape."""
+    c = config.hidden_size
+    head = [*linear_shapes("classifier.dense", c, c), *linear_shapes("classifier.out_proj", 1, c)]
+    return dict([*bert.body_shapes(config), *head])
+
+
+def forward(
+    weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
+) -> Array:
+    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    x = bert.embed(weights, config, batch, ops)  # (T, C)
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
+    hidden = ops.tanh(dense(weights, "classifier.dense", x, ops))
+    return dense(weights, "classifier.out_proj", hidden, ops)[:, 0]
