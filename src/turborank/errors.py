@@ -16,7 +16,6 @@ instance may carry a ``hint`` (what to do next), which is printed after the mess
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -51,6 +50,8 @@ class UnknownKeyError(InputError):
     code = "unknown_key"
 
     def __init__(self, what: str, got: object, expected: Iterable[str], *, hint: str | None = None) -> None:
+        import difflib  # only for people who mistype: it costs a tenth of our import
+
         names = sorted(expected)
         close = difflib.get_close_matches(str(got), names, n=1)
         message = f"expected {what} to be one of {', '.join(names)}, got {got!r}"
