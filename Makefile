@@ -1,0 +1,53 @@
+# The verbs of this repository; `make` alone explains them. Everything happens in .venv, made when it is missing.
+# To use your own environment: make test VENV=path/to/venv
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Pinned, because another version may be a build of several gigabytes. Only tests, training and GPUs need torch.
+TORCH  ?= torch==2.13.0
+PIP    := $(BIN)/pip --quiet --disable-pip-version-check --no-input install
+READY  := $(VENV)/.turborank-ready
+BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test bench docs sanitize clean
+
+help:
+	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
+	@echo "make check      ruff (lint, format) and mypy --strict"
+	@echo "make test       the tests; choose some with  make test ARGS='tests/test_tokens.py -k windows'"
+	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
+	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
+	@echo "make sanitize   the native engine under address and undefined-behaviour sanitizers"
+	@echo "make clean      remove builds and caches, not $(VENV)"
+
+install: $(READY)
+
+# Editable: Python sources are read in place; the native engine is rebuilt when one of its files has changed.
+$(READY): $(BUILT_FROM)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes the first time)"
+	@$(PIP) --editable '.[test,serve,eval]' $(TORCH)
+	@touch $@
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python bench/bench.py $(ARGS)
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+sanitize: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" native/sanitize.sh
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

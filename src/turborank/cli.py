@@ -1,0 +1,113 @@
+"""The command ``turborank``: parses, calls, prints.
+
+COMMANDS is the table of subcommands. A row's function has a typed signature and imports what is heavy inside its body,
+so that one subcommand never pays for another. Errors are one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from turborank.cli_doctor import EXAMPLES as DOCTOR_EXAMPLES
+from turborank.cli_doctor import doctor
+from turborank.cli_models import EXAMPLES as MODELS_EXAMPLES
+from turborank.cli_models import models
+from turborank.cli_rank import EXAMPLES as RANK_EXAMPLES
+from turborank.cli_rank import rank
+from turborank.errors import TurborankError
+
+
+class Command(NamedTuple):
+    """One subcommand: what it runs, and examples as (what for, command line)."""
+
+    run: Callable[..., Any]
+    examples: tuple[tuple[str, str], ...]
+
+
+COMMANDS: dict[str, Command] = {
+    "rank": Command(rank, RANK_EXAMPLES),
+    "models": Command(models, MODELS_EXAMPLES),
+    "doctor": Command(doctor, DOCTOR_EXAMPLES),
+}
+
+
+def epilog(examples: Sequence[tuple[str, str]]) -> str:
+    """Examples in the markup of typer's help; each paragraph becomes a line."""
+    return "\n\n".join(f"[dim]# {purpose}[/dim]\n{_escaped(line)}" for purpose, line in examples)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def build() -> typer.Typer:
+    """The application, from COMMANDS."""
+    app = typer.Typer(
+        name="turborank",
+        help="Rank documents by how well they answer a question, on your own machine.",
+        epilog=epilog([("the documents that answer best, first", 'turborank rank "why is the sky blue?" notes/*.md')]),
+        rich_markup_mode="rich",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name, command in COMMANDS.items():
+        app.command(name, epilog=epilog(command.examples))(command.run)
+    app.callback()(_global)
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from turborank import __version__
+
+        print(f"turborank {__version__}")
+        raise typer.Exit
+
+
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code. Everything that goes wrong on purpose ends in one line."""
+    try:
+        code = build()(args=list(arguments) or ["--help"], prog_name="turborank", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TurborankError as error:
+        return _fail(str(error))
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:  # the reader, say head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:  # click's usage errors, whichever click typer brings along
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "turborank"
+        return _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"turborank: {line}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets a substitute, not a traceback
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:]))
