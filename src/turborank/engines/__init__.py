@@ -6,10 +6,8 @@ An engine is prepared once from a checkpoint's weights and then turns packed bat
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from turborank.engines import native, reference, torch
@@ -59,17 +57,7 @@ AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes
 
 def allowed_cores() -> int:
     """Cores this process may use: its affinity mask, further limited by the cgroup's CPU quota."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, cores)
+    return native.default_threads()
 
 
 def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | None = None) -> tuple[str, str]:
