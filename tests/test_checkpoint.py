@@ -164,6 +164,12 @@ def test_a_missing_file_is_named(random_checkpoint: Path, name: str) -> None:
     assert f"got no {name}" in refusal(random_checkpoint)
 
 
+def test_a_broken_link_is_a_missing_file(random_checkpoint: Path) -> None:
+    (random_checkpoint / "model.safetensors").unlink()
+    (random_checkpoint / "model.safetensors").symlink_to(random_checkpoint / "gone")
+    assert "got no model.safetensors" in refusal(random_checkpoint)
+
+
 def test_only_slow_tokenizer_files(random_checkpoint: Path) -> None:
     (random_checkpoint / "tokenizer.json").rename(random_checkpoint / "vocab.txt")
     assert "save_pretrained" in refusal(random_checkpoint)
@@ -386,7 +392,8 @@ def test_config_that_is_no_object(random_checkpoint: Path) -> None:
             {"num_attention_heads": 7, "alibi_slopes": [1] * 7},
             "hidden_size: expected a multiple of num_attention_heads",
         ),
-        ({"hidden_act": "relu"}, "hidden_act: expected 'gelu' (the exact one), got 'relu'"),
+        ({"hidden_act": "relu"}, "hidden_act: expected 'gelu', got 'relu'"),
+        ({"feed_forward_type": "reglu"}, "feed_forward_type: expected 'geglu' or 'original', got 'reglu'"),
         ({"alibi_slopes": 3}, "alibi_slopes: expected a list or the name of a rule, got 3"),
         ({"alibi_slopes": [0.5, "x", 0.1, 0.1]}, "alibi_slopes: expected finite numbers"),
         ({"alibi_slopes": [0.5]}, "expected 4 alibi_slopes"),
@@ -517,6 +524,16 @@ def test_the_embedded_model() -> None:
     )  # fmt: skip
     parameters = [loaded.weights[name].size for name in loaded.weights if not name.endswith("_scale")]
     assert sum(parameters) == row.parameters
+
+
+def test_a_local_folder_needs_no_hub(random_checkpoint: Path) -> None:
+    code = (
+        "import sys; from turborank.checkpoint import load; load(sys.argv[1]); print('huggingface_hub' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(random_checkpoint)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "False\n", done.stderr
 
 
 # ---------------------------------------------------------------- saving

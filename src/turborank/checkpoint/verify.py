@@ -37,6 +37,8 @@ _LEAST = {
     "max_position_embeddings": 1,
     "type_vocab_size": 0,
 }
+# Activations that the forwards have. The tensors of the others look the same, so only the config can tell.
+_KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
 _MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
 
 _FROM_PICKLE = (
@@ -62,7 +64,7 @@ def canonical(name: str) -> str:
 def files(folder: Path) -> None:
     """Raises CheckpointError unless config, weights and tokenizer are in ``folder``."""
     present = {path.name for path in folder.iterdir()}
-    missing = [name for name in REQUIRED if name not in present]
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]  # a broken link is no file
     if not missing:
         return
     wanted = f"expected {', '.join(REQUIRED)} in {folder}"
@@ -120,8 +122,9 @@ def _config_faults(raw: Mapping[str, Any]) -> list[str]:
     eps = raw.get("layer_norm_eps")
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
-    if raw.get("hidden_act", "gelu") != "gelu":
-        faults.append(f"hidden_act: expected 'gelu' (the exact one), got {_shown(raw, 'hidden_act')}")
+    for key, known in _KNOWN.items():
+        if key in raw and raw[key] not in known:
+            faults.append(f"{key}: expected {' or '.join(map(repr, known))}, got {_shown(raw, key)}")
     slopes = raw.get("alibi_slopes")
     if isinstance(slopes, list):
         if not all(isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s < math.inf for s in slopes):
