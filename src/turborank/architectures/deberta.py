@@ -73,12 +73,13 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
 
 def _check(raw: Mapping[str, Any]) -> None:
     faults = [f"{key} {value!r}, got {raw.get(key)!r}" for key, value in _EXPECTED.items() if raw.get(key) != value]
-    faults += [f"{key} {raw[key]!r}" for key, value in _DEFAULTS.items() if raw.get(key, value) != value]
+    faults += [f"{key} {value!r}, got {raw[key]!r}" for key, value in _DEFAULTS.items() if raw.get(key, value) != value]
     terms = raw.get("pos_att_type") or ()
     if set(terms.split("|") if isinstance(terms, str) else terms) != {"c2p", "p2c"}:
         faults.append(f"pos_att_type 'p2c|c2p', got {terms!r}")
-    if not 2 <= raw.get("position_buckets", -1) < raw["max_position_embeddings"]:
-        faults.append(f"position_buckets below max_position_embeddings, got {raw.get('position_buckets')!r}")
+    most = int(raw["max_position_embeddings"]) - 1
+    if not 2 <= raw.get("position_buckets", -1) <= most:
+        faults.append(f"position_buckets from 2 to {most}, got {raw.get('position_buckets')!r}")
     if raw.get("embedding_size", raw["hidden_size"]) != raw["hidden_size"]:
         faults.append(f"embedding_size {raw['hidden_size']}, got {raw['embedding_size']!r}")
     if faults:
