@@ -1,27 +1,150 @@
-"""The native engine: the C++ twin of the forward pass."""
+"""The C++ engine: the fast twin of the model, held to the numpy law layer by layer (docs/kernels.md).
+
+``TURBORANK_ISA`` forces one row of its instruction-set table (``amx``, ``avx512vnni``, ``avx2``, ``portable``).
+"""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from turborank.errors import EngineUnavailableError
-from turborank.types import ModelConfig
+import numpy as np
+import numpy.typing as npt
 
+from turborank.errors import CheckpointError, EngineUnavailableError, InputError
+from turborank.types import Float32, ModelConfig, PackedBatch
+
+try:
+    from turborank import _native  # type: ignore[attr-defined, unused-ignore]
+except ImportError as missing:  # built without a compiler, or for another Python
+    _native = None
+    _REASON: str | None = f"expected the compiled module turborank._native, got {missing}"
+else:
+    _REASON = None
+
+ARCHITECTURES = ("jinabert", "bert", "xlm_roberta")
 PRECISIONS = ("int8", "fp32", "bf16")
+ISA_VARIABLE = "TURBORANK_ISA"
 
 
 def available() -> str | None:
-    try:
-        import turborank._native
-    except ImportError as error:
-        return f"the C++ extension is not built ({error})"
-    return None
+    """None if the engine can run here, else the reason why not."""
+    return _REASON
 
 
 def supports(config: ModelConfig) -> bool:
-    return config.architecture == "jinabert"
+    """Whether the C++ side knows the architecture and its sizes."""
+    return config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
 
 
-def prepare(weights: Mapping[str, Any], config: ModelConfig, *, precision: str, threads: int) -> Any:
-    raise EngineUnavailableError("the native engine is not built")
+def isas() -> list[str]:
+    """Instruction-set rows that this machine can run, best first."""
+    return [] if _native is None else list(_native.isas())
+
+
+def precisions(isa: str) -> list[str]:
+    """Precisions that a row of the instruction-set table has on this machine."""
+    return [] if _native is None else list(_native.precisions(isa))
+
+
+def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The CPU quota of the process's cgroup in whole cores, rounded up; None where there is none."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()[:2]  # cgroup v2
+    except (OSError, ValueError):
+        try:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return max(1, math.ceil(int(quota) / int(period)))
+
+
+def default_threads() -> int:
+    """The cores this process may use: its affinity, and its cgroup's quota where that is smaller."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _cgroup_cores() or allowed)
+
+
+class NativeEngine:
+    """A model in packed form. Thread-safe: concurrent calls on one engine take turns."""
+
+    name = "native"
+
+    def __init__(self, model: Any, threads: int) -> None:
+        self._model = model
+        self.precision: str = model.precision
+        self.isa: str = model.isa
+        self.kernel: str = model.kernel  # the matrix product's instruction
+        self.attention: str = model.attention  # element type of attention: "bf16" or "fp32"
+        self.threads = threads
+
+    def logits(self, batch: PackedBatch) -> Float32:
+        """Logits (P,). Raises InputError where ids, types or offsets do not fit the model."""
+        try:
+            return np.asarray(self._model.logits(*_arrays(batch), self.threads))
+        except ValueError as fault:
+            raise InputError(str(fault)) from None
+
+    def layers(self, batch: PackedBatch) -> list[Float32]:
+        """Embeddings and each layer's output: (T, C), the last (P, C) where the head reads first tokens only."""
+        try:
+            return [np.asarray(layer) for layer in self._model.layers(*_arrays(batch), self.threads)]
+        except ValueError as fault:
+            raise InputError(str(fault)) from None
+
+
+def _arrays(batch: PackedBatch) -> tuple[npt.NDArray[np.int32], ...]:
+    arrays = []
+    for name in ("input_ids", "type_ids", "cu_seqlens"):
+        value = np.asarray(getattr(batch, name))
+        if value.ndim != 1 or value.dtype != np.int32:
+            got = f"{value.ndim} dimensions of {value.dtype}"
+            raise InputError(f"expected a one-dimensional int32 array, got {got} at {name}")
+        arrays.append(np.ascontiguousarray(value))
+    return tuple(arrays)
+
+
+def _plain(config: ModelConfig) -> dict[str, Any]:
+    """What the C++ side reads of the config."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
+             "type_vocab_size", "layer_norm_eps", "feed_forward", "head", "position_offset")  # fmt: skip
+    return {name: getattr(config, name) for name in names} | {"slopes": [float(s) for s in config.slopes]}
+
+
+def prepare(
+    weights: Mapping[str, npt.NDArray[Any]], config: ModelConfig, *, precision: str = "int8", threads: int | None = None
+) -> NativeEngine:
+    """Pack a checkpoint's tensors for this machine.
+
+    ``weights``: float32 or float16 arrays by published name; or int8 with float32 ``<name>_scale`` (rows,), which
+    the int8 linears then use as they are. Raises EngineUnavailableError where the machine lacks the precision or
+    the instruction set of ``TURBORANK_ISA``, CheckpointError where a tensor is missing or misshapen.
+    """
+    if _native is None:
+        raise EngineUnavailableError(_REASON or "", hint="pip install turborank where a C++ compiler is present")
+    if not supports(config):
+        raise EngineUnavailableError(
+            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, "
+            f"got {config.architecture} with {config.hidden_size} and {config.head_size}"
+        )
+    if threads is not None and threads < 1:
+        raise InputError(f"expected threads to be at least 1, got {threads}")
+    isa = os.environ.get(ISA_VARIABLE) or None
+    if isa is not None and isa not in isas():
+        known = ", ".join(isas())
+        raise EngineUnavailableError(f"expected {ISA_VARIABLE} to be one of {known} on this machine, got {isa!r}")
+    able = dict.fromkeys(p for row in ([isa] if isa else isas()) for p in precisions(row))
+    if precision not in able:
+        known = ", ".join(able)
+        raise EngineUnavailableError(f"expected a precision among {known} on this machine, got {precision!r}")
+    tensors = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+    try:
+        model = _native.Model(_plain(config), tensors, precision, isa)
+    except ValueError as fault:
+        raise CheckpointError(str(fault)) from None
+    return NativeEngine(model, threads or default_threads())

@@ -1,0 +1,184 @@
+// The contract between the engine (schedule, threads, memory: instruction-set neutral) and the kernels
+// (arithmetic: one translation unit per instruction set, see kernels.inl and isa_*.cpp).
+//
+// Dimension letters as in turborank/types.py: P pairs, T tokens, n tokens of a pair, L layers, H heads,
+// D head size, C = H*D hidden size, F intermediate size.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+// Inline functions of this header are compiled by files with different target flags; they must leave no
+// out-of-line copy, or the linker could keep the one that only a newer processor can run.
+#if defined(_MSC_VER)
+#define TR_INLINE __forceinline
+#else
+#define TR_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace turborank {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr int kPanel = 32;       // output columns that a matrix product computes together
+constexpr int kTile = 32;        // token rows that it computes together, and queries of an attention tile
+constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
+constexpr int kKeyChunk = 256;   // keys whose scores are held at once for one attention tile
+constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
+
+// Zeroed memory on a cache-line boundary that only grows.
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
+    ~Buffer() { std::free(data_); }
+
+    void reserve(size_t bytes) {
+        if (bytes <= size_) return;
+        std::free(data_);
+        size_ = 0;
+        const size_t rounded = (bytes + 4095) / 4096 * 4096;
+        data_ = std::aligned_alloc(4096, rounded);
+        if (!data_) throw std::bad_alloc();
+        std::memset(data_, 0, rounded);
+        size_ = rounded;
+    }
+    template <class T>
+    TR_INLINE T* as() const { return static_cast<T*>(data_); }
+    size_t size() const { return size_; }
+
+private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Shape {
+    int vocab = 0, types = 0, positions = 0, position_offset = 0, max_length = 0;
+    int C = 0, L = 0, H = 0, D = 0, F = 0;
+    float eps = 0;
+    bool geglu = false, cosine = false, alibi = false;
+};
+
+// y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights.
+// One panel holds, by operand type,
+//   int8   [depth/64][2][16 k-quads][16 columns][4]   then 32 int32: the sum of each column's weights
+//   bf16   [depth/32][2][16 k-pairs][16 columns][2]
+//   float  [depth][32 columns]
+// Each [16][16] group of the first two is one 1 KiB matrix tile; a vector unit reads the same bytes in order.
+struct Linear {
+    int in = 0, out = 0, depth = 0;
+    size_t panel_bytes = 0;
+    const std::byte* panels = nullptr;
+    const float* scale = nullptr;  // (out,) int8 only: W[c] = scale[c] * int8 row
+    const float* bias = nullptr;   // (out,) in packed column order
+    TR_INLINE const std::byte* panel(int p) const { return panels + panel_bytes * static_cast<size_t>(p); }
+};
+
+struct Norm {
+    const float *weight = nullptr, *bias = nullptr;
+};
+
+struct Layer {
+    Linear qkv;   // columns q, k, v; q carries log2(e)/sqrt(D), so scores are in log2 units
+    Linear out;
+    Linear up;    // GEGLU: a panel is 16 gate columns, then the 16 value columns that belong to them
+    Linear down;
+    Norm norm1, norm2;
+};
+
+enum class Stored { f32, f16, i8 };
+
+// Word embeddings stay as they were given; rows are widened when they are read.
+struct Table {
+    Stored stored = Stored::f32;
+    const void* data = nullptr;
+    const float* scale = nullptr;  // (rows,) for i8
+};
+
+struct Weights {
+    Shape shape;
+    Table words;
+    const float *types = nullptr, *positions = nullptr;
+    Norm embedding_norm;
+    std::vector<Layer> layers;
+    Linear pooler;  // float panels, whatever the precision
+    const float* classifier = nullptr;
+    float classifier_bias = 0, cosine_scale = 0, cosine_bias = 0;
+};
+
+// Per-thread memory of the kernels. Sizes are for the widest element any kernel uses (4 bytes).
+struct Scratch {
+    Buffer operand;  // rows of a matrix product's left side: (block + slack, depth)
+    Buffer row_scale;
+    Buffer hidden;   // (block + slack, F)
+    Buffer tiles;    // two raw 32 x 32 results
+    Buffer keys, values, bias, scores, probabilities, context;  // attention, see attend()
+
+    void reserve(const Shape& s, int block_rows, int longest);
+};
+
+// One (pair, head) and a range of its queries. q, k, v point at the pair's first row of that head, rows D apart.
+struct AttendJob {
+    const void *q, *k, *v;
+    void* out;        // the pair's first row at the head's first column, rows `out_stride` elements apart
+    int out_stride;
+    int n, from, to;  // from is a multiple of 32
+    int D;
+    bool alibi;
+    float slope;      // in log2 units
+};
+
+// Where the rows of q, k and v go: element (t, c) of each is at [(c / D * capacity + t) * D + c % D].
+struct Heads {
+    void *q, *k, *v;
+    int capacity;
+};
+
+// All functions are re-entrant. `x` is (rows, C) float; q, k, v and the attention output are float or bf16,
+// whichever the table says. A row's result depends on that row (and, in attention, its pair) alone.
+struct Kernels {
+    const char* gemm;        // the matrix product's instruction, for reports and tests
+    size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
+    void (*enter)();         // once per thread before the others: denormals, tile configuration
+    void (*leave)();
+    void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x);
+    // Panels [from, to) of the qkv product for `rows` rows that stand at row `at` of the heads.
+    void (*project_heads)(const Shape&, const Layer&, const float* x, int rows, int from, int to, const Heads&, int at, Scratch&);
+    void (*attend)(const AttendJob&, Scratch&);
+    void (*attend_first)(const AttendJob&, Scratch&);  // query 0 only
+    // Attention output to the layer's output, in place on x: out + residual + norm, feed-forward + residual + norm.
+    void (*finish_layer)(const Shape&, const Layer&, const void* attention, float* x, int rows, Scratch&);
+    void (*classify)(const Weights&, const float* first, int rows, float* logits, Scratch&);
+    float (*cosine)(const Weights&, const float* x, const int32_t* types, int n, Scratch&);
+};
+
+enum class Precision { fp32, bf16, int8 };
+
+enum Feature : unsigned { kAvx2 = 1, kAvx512 = 2, kVnni = 4, kBf16 = 8, kAmx = 16 };
+
+// One row of the instruction-set table. `kernels` gives null where the row has no such precision.
+struct IsaRow {
+    const char* name;
+    unsigned needs;  // features
+    const Kernels* (*kernels)(Precision, unsigned features);
+};
+
+unsigned detect_features();             // what processor and kernel allow; asks Linux for the matrix tiles once
+const std::vector<IsaRow>& isa_table(); // best first; the last row needs nothing
+std::string feature_names(unsigned features);
+
+const Kernels* amx_kernels(Precision, unsigned);
+const Kernels* avx512_kernels(Precision, unsigned);
+const Kernels* avx2_kernels(Precision, unsigned);
+const Kernels* portable_kernels(Precision, unsigned);
+
+}  // namespace turborank

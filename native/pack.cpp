@@ -1,0 +1,230 @@
+// Weights as the checkpoint has them -> panels as the kernels read them (kernels.h, Linear).
+#include <cmath>
+#include <stdexcept>
+
+#include "model.h"
+
+namespace turborank {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+float half_to_float(uint16_t h) {
+    const int exponent = h >> 10 & 31, fraction = h & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                       : exponent     ? std::ldexp(static_cast<float>(fraction + 1024), exponent - 25)
+                                      : std::ldexp(static_cast<float>(fraction), -24);
+    return h & 0x8000 ? -size : size;
+}
+
+bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+}
+
+std::string dimensions(int64_t rows, int64_t columns) {
+    return rows == 1 ? "(" + std::to_string(columns) + ",)" : "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+}
+
+// One output column of a product: a row of a weight matrix, what to multiply it by, and its bias.
+struct Column {
+    const Tensor* weight;
+    int64_t row;
+    float factor, bias;
+};
+
+class Packer {
+public:
+    Packer(const Tensors& tensors, Precision precision, Packed& packed) : tensors_(tensors), precision_(precision), packed_(packed) {}
+
+    const Tensor& find(const std::string& name, int64_t rows, int64_t columns) const {
+        const auto it = tensors_.find(name);
+        if (it == tensors_.end()) throw std::invalid_argument("expected a tensor " + dimensions(rows, columns) + ", got none at " + name);
+        const Tensor& t = it->second;
+        if (t.rows != rows || t.columns != columns)
+            throw std::invalid_argument("expected shape " + dimensions(rows, columns) + ", got " + dimensions(t.rows, t.columns) + " at " + name);
+        if (t.stored == Stored::i8 && !t.scale) throw std::invalid_argument("expected a tensor of row scales, got none at " + name + "_scale");
+        return t;
+    }
+    bool has(const std::string& name) const { return tensors_.contains(name); }
+
+    float* floats(size_t n) {
+        packed_.memory.emplace_back().reserve(n * sizeof(float));
+        return packed_.memory.back().as<float>();
+    }
+
+    const float* vector(const std::string& name, int64_t columns, int64_t rows = 1) {
+        const Tensor& t = find(name, rows, columns);
+        float* out = floats(static_cast<size_t>(rows * columns));
+        for (int64_t r = 0; r < rows; ++r) widen(t, r, out + r * columns);
+        return out;
+    }
+
+    Norm norm(const std::string& name, int C) { return {vector(name + ".weight", C), vector(name + ".bias", C)}; }
+
+    // The columns of one linear layer of the checkpoint; a missing bias is zero.
+    std::vector<Column> columns(const std::string& name, int out, int in, float factor = 1.0f) {
+        const Tensor& weight = find(name + ".weight", out, in);
+        std::vector<float> bias(static_cast<size_t>(out), 0.0f);
+        if (has(name + ".bias")) widen(find(name + ".bias", 1, out), 0, bias.data());
+        std::vector<Column> result;
+        for (int r = 0; r < out; ++r) result.push_back({&weight, r, factor, bias[static_cast<size_t>(r)] * factor});
+        return result;
+    }
+
+    Linear linear(const std::vector<Column>& columns, Precision precision) {
+        Linear w;
+        w.in = static_cast<int>(columns[0].weight->columns);
+        w.out = static_cast<int>(columns.size());
+        const size_t element = precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4;
+        const int step = precision == Precision::int8 ? 64 : precision == Precision::bf16 ? 32 : 1;
+        w.depth = (w.in + step - 1) / step * step;
+        w.panel_bytes = static_cast<size_t>(w.depth) * kPanel * element + (precision == Precision::int8 ? kPanel * sizeof(int32_t) : 0);
+        packed_.memory.emplace_back().reserve(w.panel_bytes * static_cast<size_t>(w.out / kPanel));
+        std::byte* panels = packed_.memory.back().as<std::byte>();
+        float *scale = floats(columns.size()), *bias = floats(columns.size());
+        std::vector<float> row(static_cast<size_t>(w.in));
+        std::vector<int8_t> small(static_cast<size_t>(w.depth), int8_t{0});
+        for (int c = 0; c < w.out; ++c) {
+            const Column& column = columns[static_cast<size_t>(c)];
+            std::byte* panel = panels + w.panel_bytes * static_cast<size_t>(c / kPanel);
+            bias[c] = column.bias;
+            if (precision == Precision::int8) {
+                scale[c] = quantise(column, row, small) * column.factor;
+                put_int8(small, c % kPanel, w.depth, reinterpret_cast<int8_t*>(panel));
+                continue;
+            }
+            widen(*column.weight, column.row, row.data());
+            for (int k = 0; k < w.in; ++k) {
+                const float value = row[static_cast<size_t>(k)] * column.factor;
+                const int j = c % kPanel;
+                if (precision == Precision::fp32) reinterpret_cast<float*>(panel)[k * kPanel + j] = value;
+                else reinterpret_cast<bf16*>(panel)[k / 32 * 1024 + j / 16 * 512 + k % 32 / 2 * 32 + j % 16 * 2 + k % 2] = to_bf16(value);
+            }
+        }
+        w.panels = panels, w.scale = scale, w.bias = bias;
+        return w;
+    }
+    Linear linear(const std::vector<Column>& columns) { return linear(columns, precision_); }
+
+private:
+    static void widen(const Tensor& t, int64_t row, float* out) {
+        const size_t from = static_cast<size_t>(row * t.columns);
+        for (int64_t c = 0; c < t.columns; ++c) {
+            const size_t at = from + static_cast<size_t>(c);
+            out[c] = t.stored == Stored::f32   ? static_cast<const float*>(t.data)[at]
+                     : t.stored == Stored::f16 ? half_to_float(static_cast<const uint16_t*>(t.data)[at])
+                                               : static_cast<float>(static_cast<const int8_t*>(t.data)[at]) * t.scale[row];
+        }
+    }
+
+    // One weight row as int8, symmetric; rows that are int8 already are taken as they are. Returns the scale.
+    static float quantise(const Column& column, std::vector<float>& row, std::vector<int8_t>& out) {
+        const Tensor& t = *column.weight;
+        if (t.stored == Stored::i8) {
+            std::memcpy(out.data(), static_cast<const int8_t*>(t.data) + column.row * t.columns, static_cast<size_t>(t.columns));
+            return t.scale[column.row];
+        }
+        widen(t, column.row, row.data());
+        float largest = 0.0f;
+        for (const float v : row) largest = std::fabs(v) > largest ? std::fabs(v) : largest;
+        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        for (size_t k = 0; k < row.size(); ++k) out[k] = static_cast<int8_t>(std::nearbyint(row[k] * inverse));
+        return largest / 127.0f;
+    }
+
+    static void put_int8(const std::vector<int8_t>& row, int j, int depth, int8_t* panel) {
+        int32_t sum = 0;
+        for (int k = 0; k < depth; k += 4) {
+            std::memcpy(panel + k / 64 * 2048 + j / 16 * 1024 + k % 64 / 4 * 64 + j % 16 * 4, row.data() + k, 4);
+            for (int i = 0; i < 4; ++i) sum += row[static_cast<size_t>(k + i)];
+        }
+        std::memcpy(panel + static_cast<size_t>(depth) * kPanel + static_cast<size_t>(j) * 4, &sum, 4);
+    }
+
+    const Tensors& tensors_;
+    Precision precision_;
+    Packed& packed_;
+};
+
+void append(std::vector<Column>& to, const std::vector<Column>& more) { to.insert(to.end(), more.begin(), more.end()); }
+
+Layer pack_layer(Packer& p, const Shape& s, const std::string& name) {
+    Layer layer;
+    auto qkv = p.columns(name + ".attention.self.query", s.C, s.C, kLog2e / std::sqrt(static_cast<float>(s.D)));
+    append(qkv, p.columns(name + ".attention.self.key", s.C, s.C));
+    append(qkv, p.columns(name + ".attention.self.value", s.C, s.C));
+    layer.qkv = p.linear(qkv);
+    layer.out = p.linear(p.columns(name + ".attention.output.dense", s.C, s.C));
+    layer.norm1 = p.norm(name + ".attention.output.LayerNorm", s.C);
+    if (s.geglu) {
+        const auto gated = p.columns(name + ".mlp.gated_layers", 2 * s.F, s.C);
+        std::vector<Column> mixed;
+        for (int f = 0; f < s.F; f += kPanel / 2)
+            for (const int half : {0, s.F})
+                mixed.insert(mixed.end(), gated.begin() + half + f, gated.begin() + half + f + kPanel / 2);
+        layer.up = p.linear(mixed);
+        layer.down = p.linear(p.columns(name + ".mlp.wo", s.C, s.F));
+        layer.norm2 = p.norm(name + ".mlp.layernorm", s.C);
+    } else {
+        layer.up = p.linear(p.columns(name + ".intermediate.dense", s.F, s.C));
+        layer.down = p.linear(p.columns(name + ".output.dense", s.C, s.F));
+        layer.norm2 = p.norm(name + ".output.LayerNorm", s.C);
+    }
+    return layer;
+}
+
+void expect(bool ok, const char* what, int got) {
+    if (!ok) throw std::invalid_argument(std::string("expected ") + what + ", got " + std::to_string(got) + " in the model's config");
+}
+
+void check_shape(const Shape& s, size_t slopes) {
+    expect(s.vocab > 0, "a positive vocab_size", s.vocab);
+    expect(s.L > 0, "a positive num_hidden_layers", s.L);
+    expect(s.max_length > 0, "a positive max_length", s.max_length);
+    expect(s.C > 0 && s.C % 32 == 0 && s.C <= 8192, "a hidden_size that is a multiple of 32, at most 8192", s.C);
+    expect(s.H > 0 && s.C % s.H == 0, "num_attention_heads that divide the hidden size", s.H);
+    expect(s.D % 32 == 0 && s.D <= 128, "a head size of 32, 64, 96 or 128", s.D);
+    expect(s.F > 0 && s.F % 32 == 0 && s.F <= 65536, "an intermediate_size that is a multiple of 32, at most 65536", s.F);
+    expect(s.types >= 0, "a type_vocab_size of at least 0", s.types);
+    expect(!s.cosine || s.types != 1, "a type_vocab_size of at least 2 for the cosine head", s.types);
+    expect(s.position_offset >= 0, "a position_offset of at least 0", s.position_offset);
+    expect(slopes == 0 || slopes == static_cast<size_t>(s.H), "one slope for each head or none", static_cast<int>(slopes));
+}
+
+}  // namespace
+
+std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision) {
+    check_shape(shape, slopes.size());
+    auto packed = std::make_unique<Packed>();
+    Packer p(tensors, precision, *packed);
+    Weights& w = packed->weights;
+    w.shape = shape;
+    Shape& s = w.shape;
+    const Tensor& words = p.find("embeddings.word_embeddings.weight", s.vocab, s.C);
+    w.words = {words.stored, words.data, words.scale};
+    if (s.types > 0) w.types = p.vector("embeddings.token_type_embeddings.weight", s.C, s.types);
+    if (s.positions > 0) w.positions = p.vector("embeddings.position_embeddings.weight", s.C, s.positions);
+    w.embedding_norm = p.norm("embeddings.LayerNorm", s.C);
+    for (int l = 0; l < s.L; ++l) w.layers.push_back(pack_layer(p, s, "encoder.layer." + std::to_string(l)));
+    if (s.cosine) {
+        w.cosine_scale = *p.vector("head.scale", 1);
+        w.cosine_bias = *p.vector("head.bias", 1);
+    } else {
+        const bool roberta = p.has("classifier.dense.weight");  // XLM-R names for the same head
+        w.pooler = p.linear(p.columns(roberta ? "classifier.dense" : "pooler.dense", s.C, s.C), Precision::fp32);
+        const std::string last = roberta ? "classifier.out_proj" : "classifier";
+        w.classifier = p.vector(last + ".weight", s.C);
+        w.classifier_bias = *p.vector(last + ".bias", 1);
+    }
+    s.alibi = !slopes.empty();
+    for (const float slope : slopes) {
+        if (!(slope >= 0.0f) || !std::isfinite(slope)) throw std::invalid_argument("expected finite slopes of at least 0, got " + std::to_string(slope) + " in the model's config");
+        packed->slopes.push_back(slope * kLog2e);
+    }
+    return packed;
+}
+
+}  // namespace turborank

@@ -1,0 +1,80 @@
+"""Random checkpoints and batches for the native tests. Nothing here comes from an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from turborank.architectures import jinabert
+from turborank.ops import reference
+from turborank.types import Float32, ModelConfig, PackedBatch
+
+Weights = dict[str, Float32]
+
+
+def config(
+    *,
+    hidden: int = 384,
+    layers: int = 6,
+    heads: int = 12,
+    inner: int = 1536,
+    vocab: int = 500,
+    feed_forward: str = "geglu",
+    head: str = "classifier",
+    max_length: int = 8192,
+    alibi: bool = True,
+) -> ModelConfig:
+    """The turbo shape with a small vocabulary, unless told otherwise."""
+    slopes = jinabert.halved_tail_slopes(heads) if alibi else ()
+    return ModelConfig(
+        architecture="jinabert",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_length=max_length,
+        type_vocab_size=2,
+        layer_norm_eps=1e-12,
+        feed_forward=feed_forward,
+        slopes=slopes,
+        head=head,
+    )
+
+
+def weights(model: ModelConfig, seed: int = 0) -> Weights:
+    """Normal(0, 0.02) matrices as the published initialiser has them, wider embeddings, gains around 1."""
+    rng = np.random.default_rng(seed)
+    tensors: Weights = {}
+    for name, shape in jinabert.parameters(model).items():
+        spread = 0.1 if name.startswith("embeddings") or name.startswith("classifier") else 0.02
+        value = rng.normal(0.0, spread, shape)
+        if "norm" in name.lower() and name.endswith("weight"):
+            value = 1.0 + value
+        tensors[name] = value.astype(np.float32)
+    if model.head == "cosine":
+        tensors["head.scale"] = np.array([10.0], np.float32)
+        tensors["head.bias"] = np.array([-1.0], np.float32)
+    return tensors
+
+
+def batch(lengths: Sequence[int], vocab: int = 500, seed: int = 0) -> PackedBatch:
+    """Random ids; the first third of each pair (at least one token) is the query, type 0, the rest type 1."""
+    rng = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
+    ids = rng.integers(0, vocab, offsets[-1]).astype(np.int32)
+    types = np.concatenate([np.arange(n) >= max(1, n // 3) for n in lengths]).astype(np.int32)
+    return PackedBatch(ids, types, offsets, max(lengths))
+
+
+def law(tensors: Weights, model: ModelConfig, tokens: PackedBatch, trace: list[Float32] | None = None) -> Float32:
+    """Logits by the numpy engine."""
+    return np.asarray(jinabert.forward(tensors, model, tokens, reference, trace=trace))
+
+
+def single(tokens: PackedBatch, pair: int) -> PackedBatch:
+    """One pair of a batch as a batch of its own."""
+    start, end = int(tokens.cu_seqlens[pair]), int(tokens.cu_seqlens[pair + 1])
+    offsets = np.array([0, end - start], np.int32)
+    return PackedBatch(tokens.input_ids[start:end], tokens.type_ids[start:end], offsets, end - start)

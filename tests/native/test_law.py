@@ -1,0 +1,69 @@
+"""Every layer of the native engine against the numpy law, for every instruction set and precision of this machine."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import shapes
+
+native = pytest.importorskip("turborank.engines.native")
+if native.available() is not None:
+    pytest.skip(native.available(), allow_module_level=True)
+
+ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
+MODELS = {
+    "turbo": {},
+    "tiny": {"layers": 4},
+    "cosine": {"feed_forward": "gelu", "head": "cosine"},
+    "base": {"hidden": 768, "inner": 1024, "layers": 2},
+    "small": {"hidden": 96, "heads": 3, "inner": 160, "layers": 3, "feed_forward": "gelu"},
+    "one layer": {"hidden": 128, "heads": 2, "inner": 64, "layers": 1},
+    "no bias": {"layers": 2, "alibi": False},
+}
+# Largest difference from the law: of a logit relative to the logits' spread, of a layer's output (rms) relative to
+# the output's rms. Random weights of these shapes; fp32 is rounding alone, bf16 and int8 are their own step.
+TOLERANCE = {"fp32": (1e-4, 1e-5), "bf16": (0.1, 0.02), "int8": (0.15, 0.05)}
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """An engine on a given instruction set."""
+
+    def prepared(isa, precision, tensors, model, threads=2):
+        monkeypatch.setenv("TURBORANK_ISA", isa)
+        return native.prepare(tensors, model, precision=precision, threads=threads)
+
+    return prepared
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("isa", "precision"), ROWS)
+def test_layers_and_logits_follow_the_law(prepare, isa, precision, kind):
+    model = shapes.config(**MODELS[kind])
+    tensors = shapes.weights(model)
+    tokens = shapes.batch([2, 3, 31, 32, 33, 64, 100, 17, 300] if kind == "turbo" else [5, 40, 129])
+    states = []
+    expected = shapes.law(tensors, model, tokens, states)
+    engine = prepare(isa, precision, tensors, model)
+    logit_tolerance, layer_tolerance = TOLERANCE[precision]
+    layers = engine.layers(tokens)
+    assert [layer.shape for layer in layers] == [state.shape for state in states]
+    for got, want in zip(layers, states, strict=True):
+        assert rms(got - want) <= layer_tolerance * rms(want)
+    scale = 1.0 if precision == "fp32" else max(float(expected.std()), 0.3)
+    assert np.abs(engine.logits(tokens) - expected).max() <= logit_tolerance * scale
+    assert (engine.isa, engine.precision) == (isa, precision)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_the_forced_row_is_the_one_that_runs(prepare, isa):
+    engine = prepare(isa, "int8", shapes.weights(shapes.config(layers=1)), shapes.config(layers=1))
+    instruction = {"amx": "tdpbssd", "avx512vnni": "vpdpbusd", "avx2": "vpmaddwd", "portable": "int8 multiply-add"}
+    assert engine.kernel == instruction[isa]
+    assert os.environ["TURBORANK_ISA"] == engine.isa
