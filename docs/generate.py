@@ -56,7 +56,7 @@ def models() -> str:
         "",
         "# Models",
         "",
-        "Known by name (on the Hugging Face Hub as in brackets); `turborank models` also says which are on this machine.",
+        "Known by name (on the Hugging Face Hub as in brackets); `turborank models` also says which are here.",
     ]
     lines += ["A folder in the published layout, or a Hugging Face id, can be given in place of a name.", ""]
     lines += ["| name | architecture | parameters | layers × hidden | tokens | licence | BEIR | LoCo | hit rate |"]

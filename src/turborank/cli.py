@@ -88,9 +88,9 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     except typer.Abort:
         return 130
-    except BrokenPipeError:  # the reader, say head, has seen enough
+    except BrokenPipeError:  # the reader, say head, has seen enough; typer, too, makes this 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        return 1
     except Exception as error:  # click's usage errors, whichever click typer brings along
         if not hasattr(error, "format_message"):
             raise

@@ -169,7 +169,7 @@ def _delimited(delimiter: str) -> Callable[[str], Iterator[Row]]:
                 columns = len(reader.fieldnames or ())
                 yield reader.line_num, FaultError(f"expected {columns} columns, got more") if extra else row
         except csv.Error as error:
-            yield reader.line_num, FaultError(f"expected well-formed columns, got {error}")
+            yield reader.line_num + 1, FaultError(f"expected well-formed columns, got {error}")
 
     return rows
 

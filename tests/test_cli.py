@@ -1,0 +1,328 @@
+"""The command, run in this process through its entry point; and a few times as a process of its own."""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import small_config, write_checkpoint
+from random_models import random_weights
+
+import turborank
+from turborank import catalog, cli, cli_rank, engines, tokens
+from turborank.checkpoint import hashes, read
+from turborank.types import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model whose tokens are single letters; reads 512 of them."""
+    return str(write_checkpoint(tmp_path_factory.mktemp("cli") / "little-model"))
+
+
+@pytest.fixture
+def turborank_command(model, capsys, monkeypatch):
+    """Run ``turborank ARGUMENTS``; (exit code, standard output, standard error)."""
+
+    def call(*arguments, stdin=b"", columns="100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = cli.run([str(argument) for argument in arguments])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path):
+    texts = {
+        "bees.txt": "Bees fly. Hives are full of bees.",
+        "trees.txt": "Trees stand.",
+        "seas.txt": "Seas move. " * 90,
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return [str(tmp_path / name) for name in texts]
+
+
+def ranked(out):
+    """The rows of the table as (rank, score, name)."""
+    return re.findall(r"^ *(\d+)  (\d\.\d{3})  (\S+)", out, flags=re.M)
+
+
+def test_json_is_what_the_library_says(turborank_command, model, files):
+    code, out, err = turborank_command("rank", "where are bees?", *files, "-m", model, "--json")
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert list(answer) == ["model", "engine", "query", "results", "seconds"]
+    assert (answer["model"], answer["query"]) == ("little-model", "where are bees?")
+    texts = [Path(file).read_text(encoding="utf-8") for file in files]
+    expected = turborank.Reranker(model).rank("where are bees?", texts)
+    for result, document in zip(answer["results"], expected, strict=True):
+        assert result == {
+            "index": document.index,
+            "name": files[document.index],
+            "score": document.score,
+            "logit": document.logit,
+            "tokens": document.tokens,
+            "truncated": document.truncated,
+        }
+        assert result["score"] == pytest.approx(1 / (1 + math.exp(-result["logit"])), abs=1e-12)
+
+
+def test_the_table_has_the_order_of_the_json(turborank_command, model, files):
+    results = json.loads(turborank_command("rank", "bees", *files, "-m", model, "--json")[1])["results"]
+    code, out, err = turborank_command("rank", "bees", *files, "-m", model, columns="240")
+    assert (code, err) == (0, "")
+    expected = [(str(place), f"{row['score']:.3f}", row["name"]) for place, row in enumerate(results, 1)]
+    assert ranked(out) == expected
+    assert "3 documents" in out
+
+
+def test_the_passage_is_the_sentence_about_the_question(turborank_command, model, files):
+    out = turborank_command("rank", "what are hives full of?", files[0], "-m", model, columns="240")[1]
+    assert "Hives are full of bees." in out
+    assert "Bees fly" not in out
+
+
+def test_what_was_not_read_is_said_below_the_table(turborank_command, model, files):
+    """Letters and full stops are tokens; the template has 4 and the question 4."""
+    letters = len("Seasmove.") * 90
+    out = turborank_command("rank", "bees", *files, "-m", model)[1]
+    assert f"{files[2]}: read 512 tokens, cut {letters + 4 + 4 - 512}" in out
+    assert "--length windows" in out
+    assert files[0] + ": read" not in out
+    windows = turborank_command("rank", "bees", *files, "-m", model, "--length", "windows")[1]
+    assert "cut" not in windows
+    json_out = turborank_command("rank", "bees", files[2], "-m", model, "--length", "windows", "--json")[1]
+    assert json.loads(json_out)["results"][0]["tokens"] == letters + 8
+
+
+def test_what_was_cut_is_said_even_of_documents_not_shown(turborank_command, model, files):
+    results = json.loads(turborank_command("rank", "bees", *files, "-m", model, "--json")[1])["results"]
+    place = next(place for place, row in enumerate(results) if row["index"] == 2)
+    keep = 1 if place else 2  # seas.txt is, or is not, the best
+    out = turborank_command("rank", "bees", *files, "-m", model, "--top-n", str(keep))[1]
+    assert len(ranked(out)) == keep
+    assert f"{keep} of 3 documents" in out
+    assert f"{files[2]}: read 512 tokens" in out
+
+
+def test_many_cut_documents_are_counted(turborank_command, model, tmp_path):
+    rows = [json.dumps({"text": "x" * (508 - 1 + n)}) for n in range(1, 9)]  # n tokens too many each
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    out = turborank_command("rank", "q", tmp_path / "rows.jsonl", "-m", model)[1]
+    assert out.count(": read 512 tokens") == cli_rank.MAX_NOTES
+    assert f"{8 - cli_rank.MAX_NOTES} more documents: cut {6 + 7 + 8} tokens in all" in out
+
+
+def test_top_n_and_threshold_keep_the_best(turborank_command, model, files):
+    rows = json.loads(turborank_command("rank", "bees", *files, "-m", model, "--json")[1])["results"]
+    scores = [row["score"] for row in rows]
+    between = (scores[0] + scores[1]) / 2
+    command = ("rank", "bees", *files, "-m", model)
+    assert json.loads(turborank_command(*command, "--json", "-n", "2")[1])["results"] == rows[:2]
+    assert json.loads(turborank_command(*command, "--json", "--threshold", between)[1])["results"] == rows[:1]
+    code, out, _ = turborank_command(*command, "--threshold", "1")
+    assert code == 0
+    assert f"no document reaches the threshold; the best score is {scores[0]:.3f}" in out
+
+
+def test_fields_choose_what_is_read(turborank_command, model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a", "name": "bee", "notes": "buzz"}\n')
+    command = ("rank", "q", path, "-m", model, "--json")
+    sizes = {}
+    for fields in (["name"], ["notes"], ["name", "notes"]):
+        options = [part for field in fields for part in ("--field", field)]
+        sizes[len(fields), fields[0]] = json.loads(turborank_command(*command, *options)[1])["results"][0]["tokens"]
+    assert sizes == {(1, "name"): 5 + 3, (1, "notes"): 5 + 4, (2, "name"): 5 + 7}
+
+
+def test_standard_input_is_one_document_a_line(turborank_command, model):
+    code, out, _ = turborank_command("rank", "q", "-m", model, "--json", stdin=b"one\n\nthree\n")
+    assert code == 0
+    assert {row["name"]: row["tokens"] for row in json.loads(out)["results"]} == {"line 1": 8, "line 3": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rank"], "Missing argument"),
+        (["rank", "q", "--bogus"], "No such option: --bogus; see turborank rank --help"),
+        (["rank", "q", "--top-n", "x"], "--top-n"),
+        (["rank", "q", "{file}", "-n", "0"], "expected --top-n to be a positive integer, got 0"),
+        (["rank", "q", "{file}", "--threshold", "1.5"], "expected --threshold between 0 and 1, got 1.5"),
+        (["rank", "q", "{file}", "--threshold", "nan"], "expected --threshold between 0 and 1, got nan"),
+        (["rank", " ", "{file}"], "expected a question, got an empty one"),
+        (["rank", "\udce9", "{file}"], "expected the question in UTF-8"),
+        (["rank", "q", "{file}", "missing.txt"], "missing.txt: expected a file, got nothing of that name"),
+        (["rank", "q"], "standard input: expected some text"),
+        (["rank", "q", "{file}", "-m", "{model}", "--engine", "warp"], "expected engine to be one of"),
+        (["rank", "q", "{file}", "-m", "{model}", "--length", "long"], "expected length to be one of"),
+        (["rank", "q", "{file}", "-m", "{model}", "--threads", "0"], "expected threads to be"),
+        (["rank", "q", "{file}", "-m", "{model}", "--max-length", "513"], "expected max_length to be at most 512"),
+        (["rank", "q", "{long}", "-m", "{model}", "--length", "error"], "expected a pair of at most 512 tokens"),
+        (["rank", "q", "{file}", "-m", "jina-reranker-v1-turbo"], "did you mean 'jina-reranker-v1-turbo-en'?"),
+        (["rank", "q", "{file}", "-m", "./nowhere"], "expected a model folder"),
+        (["dance"], "No such command 'dance'"),
+    ],
+)
+def test_an_error_is_one_line_and_nothing_else(turborank_command, model, files, arguments, expected):
+    places = {"file": files[0], "long": files[2], "model": model}
+    code, out, err = turborank_command(*(argument.format(**places) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("turborank: ")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_a_document_cannot_rewrite_the_terminal(turborank_command, model, tmp_path):
+    path = tmp_path / "evil.txt"
+    path.write_text("\x1b[2J\x1b]0;owned\x07 [bold]bees[/bold] \x9b31m")
+    out = turborank_command("rank", "bees", path, "-m", model, columns="200")[1]
+    assert not set(out) & {"\x1b", "\x07", "\x9b"}
+    assert "[bold]bees[/bold]" in out  # and is no markup of ours either
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "100", "200"])
+def test_the_table_fits_its_width(turborank_command, model, files, columns, monkeypatch):
+    monkeypatch.chdir(Path(files[0]).parent)
+    names = [Path(file).name for file in files]
+    out = turborank_command("rank", "bees", *names, "-m", model, columns=columns)[1]
+    table = out.partition("\n\n")[0]
+    assert max(len(line) for line in table.splitlines()) <= int(columns)
+    assert all(name in table for name in names)
+
+
+def test_models_prints_the_catalog(turborank_command):
+    code, out, _ = turborank_command("models")
+    assert code == 0
+    rows = json.loads(turborank_command("models", "--json")[1])
+    assert [row["name"] for row in rows] == list(catalog.MODELS)
+    for row in rows:
+        line = next(line for line in out.splitlines() if line.startswith(row["name"]))
+        assert f"{row['parameters']:,}" in line
+        assert f"{row['max_length']:,}" in line
+        assert row["licence"] in line
+        assert row["where"] in line
+    assert [row["name"] for row in rows if row["default"]] == [catalog.DEFAULT]
+    assert next(row for row in rows if row["name"] == "jina-reranker-v1-base-en")["where"] == "not public"
+
+
+def test_doctor_says_what_runs_and_what_it_computes(turborank_command, model):
+    code, out, _ = turborank_command("doctor", "-m", model, "--json")
+    findings = {(row["topic"], row["what"]): row for row in json.loads(out)}
+    assert code == 0
+    assert all(row["well"] for row in findings.values())
+    for name, digest in hashes(read(model)).items():
+        assert findings["model", name]["value"] == f"sha256 {digest}"
+    for name, row in engines.ENGINES.items():
+        assert (row.available() is None) == findings["engines", name]["value"].startswith("usable")
+    answer = turborank.Reranker(model).score(
+        [("What is the capital of France?", "Paris is the capital and largest city of France.")]
+    )
+    assert f"logit {answer[0]:+.4f}" in findings["score", "answer"]["value"]
+    assert "all is well" in turborank_command("doctor", "-m", model)[1]
+
+
+def test_doctor_finds_a_damaged_model(turborank_command, tmp_path):
+    folder = write_checkpoint(tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    code, out, _ = turborank_command("doctor", "-m", folder)
+    assert code == 1
+    assert re.search(r"BROKEN +loading", out)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says that the sum overflows
+def test_doctor_finds_scores_that_are_no_numbers(turborank_command, tmp_path):
+    config: ModelConfig = small_config()
+    weights = random_weights(config)
+    weights["classifier.weight"][:] = 3e38  # finite, but the sum overflows
+    code, out, _ = turborank_command("doctor", "-m", write_checkpoint(tmp_path / "huge", weights=weights, dtype="F32"))
+    assert code == 1
+    assert re.search(r"BROKEN +(ranking|error)", out)
+
+
+def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypatch):
+    assert "it was asked for" in turborank_command("doctor", "-m", model, "--engine", "reference")[1]
+    monkeypatch.setenv("TURBORANK_ENGINE", "reference")
+    out = turborank_command("doctor", "-m", model)[1]
+    assert "TURBORANK_ENGINE=reference" in out
+    assert re.search(r"chosen +reference, fp32", out)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_teaches_by_example(turborank_command, name):
+    command = cli.COMMANDS[name]
+    code, out, _ = turborank_command(name, "--help", columns="200")
+    assert code == 0
+    assert command.examples
+    for purpose, line in command.examples:
+        assert purpose in out
+        assert line in out
+        assert f"turborank {name}" in line
+
+
+def test_help_is_what_no_argument_gives(turborank_command):
+    code, out, err = turborank_command()
+    assert (code, err) == (0, "")
+    assert all(name in out for name in cli.COMMANDS)
+    assert out == turborank_command("-h")[1]
+
+
+def test_version(turborank_command):
+    assert turborank_command("--version") == (0, f"turborank {turborank.__version__}\n", "")
+
+
+def test_length_policies_in_help_are_all_there_are(turborank_command):
+    out = re.sub(r"[│\s]+", " ", turborank_command("rank", "--help", columns="200")[1])
+    assert all(policy in out for policy in tokens.LENGTH_POLICIES)
+    assert all(name in out for name in engines.ENGINES)
+
+
+# As processes: what only they can show.
+
+COMMAND = [sys.executable, "-c", "from turborank.cli import main; main()"]
+
+
+def test_starting_loads_nothing_heavy():
+    heavy = "{'torch', 'starlette', 'huggingface_hub', 'matplotlib', 'rich.table', 'turborank.serve'}"
+    code = f"import sys, turborank.cli; turborank.cli.build(); sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_names_that_are_not_utf8_are_printed(model, tmp_path):
+    path = os.fsencode(str(tmp_path)) + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write("bees")
+    process = subprocess.run([*COMMAND, "rank", "bees", path, "-m", model], capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert "caf\ufffd.txt" in re.sub(r"\s", "", process.stdout.decode())
+
+
+def test_a_terminal_that_knows_only_ascii_is_no_obstacle(model, tmp_path):
+    (tmp_path / "a.txt").write_text("Honig für Bären 蜂蜜", encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    process = subprocess.run(
+        [*COMMAND, "rank", "bees", tmp_path / "a.txt", "-m", model], capture_output=True, env=environment
+    )
+    assert process.returncode == 0, process.stderr
+    assert b"Honig f?r B?ren" in process.stdout
+
+
+def test_a_reader_that_leaves_gets_no_traceback(model, files):
+    command = subprocess.Popen(
+        [*COMMAND, "rank", "bees", *files, "-m", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()
+    error = command.stderr.read()
+    command.stderr.close()
+    assert command.wait() == 1
+    assert error == b""
