@@ -18,11 +18,14 @@ from turborank import catalog, cli, cli_rank, engines, tokens
 from turborank.checkpoint import hashes, read
 from turborank.types import ModelConfig
 
+LIMIT = 96
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random model whose tokens are single letters; reads 512 of them."""
-    return str(write_checkpoint(tmp_path_factory.mktemp("cli") / "little-model"))
+    """A random model whose tokens are single letters; reads LIMIT of them."""
+    folder = tmp_path_factory.mktemp("cli") / "little-model"
+    return str(write_checkpoint(folder, small_config(max_length=LIMIT)))
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def files(tmp_path):
     texts = {
         "bees.txt": "Bees fly. Hives are full of bees.",
         "trees.txt": "Trees stand.",
-        "seas.txt": "Seas move. " * 90,
+        "seas.txt": "Seas move. " * 20,
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -92,9 +95,9 @@ def test_the_passage_is_the_sentence_about_the_question(turborank_command, model
 
 def test_what_was_not_read_is_said_below_the_table(turborank_command, model, files):
     """Letters and full stops are tokens; the template has 4 and the question 4."""
-    letters = len("Seasmove.") * 90
+    letters = len("Seasmove.") * 20
     out = turborank_command("rank", "bees", *files, "-m", model)[1]
-    assert f"{files[2]}: read 512 tokens, cut {letters + 4 + 4 - 512}" in out
+    assert f"{files[2]}: read {LIMIT} tokens, cut {letters + 4 + 4 - LIMIT}" in out
     assert "--length windows" in out
     assert files[0] + ": read" not in out
     windows = turborank_command("rank", "bees", *files, "-m", model, "--length", "windows")[1]
@@ -110,14 +113,14 @@ def test_what_was_cut_is_said_even_of_documents_not_shown(turborank_command, mod
     out = turborank_command("rank", "bees", *files, "-m", model, "--top-n", str(keep))[1]
     assert len(ranked(out)) == keep
     assert f"{keep} of 3 documents" in out
-    assert f"{files[2]}: read 512 tokens" in out
+    assert f"{files[2]}: read {LIMIT} tokens" in out
 
 
 def test_many_cut_documents_are_counted(turborank_command, model, tmp_path):
-    rows = [json.dumps({"text": "x" * (508 - 1 + n)}) for n in range(1, 9)]  # n tokens too many each
+    rows = [json.dumps({"text": "x" * (LIMIT - 4 - 1 + n)}) for n in range(1, 9)]  # n tokens too many each
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     out = turborank_command("rank", "q", tmp_path / "rows.jsonl", "-m", model)[1]
-    assert out.count(": read 512 tokens") == cli_rank.MAX_NOTES
+    assert out.count(f": read {LIMIT} tokens") == cli_rank.MAX_NOTES
     assert f"{8 - cli_rank.MAX_NOTES} more documents: cut {6 + 7 + 8} tokens in all" in out
 
 
@@ -166,8 +169,8 @@ def test_standard_input_is_one_document_a_line(turborank_command, model):
         (["rank", "q", "{file}", "-m", "{model}", "--engine", "warp"], "expected engine to be one of"),
         (["rank", "q", "{file}", "-m", "{model}", "--length", "long"], "expected length to be one of"),
         (["rank", "q", "{file}", "-m", "{model}", "--threads", "0"], "expected threads to be"),
-        (["rank", "q", "{file}", "-m", "{model}", "--max-length", "513"], "expected max_length to be at most 512"),
-        (["rank", "q", "{long}", "-m", "{model}", "--length", "error"], "expected a pair of at most 512 tokens"),
+        (["rank", "q", "{file}", "-m", "{model}", "--max-length", "97"], "expected max_length to be at most 96"),
+        (["rank", "q", "{long}", "-m", "{model}", "--length", "error"], "expected a pair of at most 96 tokens"),
         (["rank", "q", "{file}", "-m", "jina-reranker-v1-turbo"], "did you mean 'jina-reranker-v1-turbo-en'?"),
         (["rank", "q", "{file}", "-m", "./nowhere"], "expected a model folder"),
         (["dance"], "No such command 'dance'"),
