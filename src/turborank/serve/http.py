@@ -1,0 +1,217 @@
+"""HTTP without opinions about ranking: bodies within limits, JSON in and out, and the wrapper around every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from turborank.serve import logs
+from turborank.serve.config import Settings, is_loopback
+from turborank.serve.dialects import error_superset
+from turborank.serve.problems import Problem
+
+JSON = "application/json"
+CLIENT_GONE = 499  # only ever seen in logs and metrics
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LONE_SURROGATE = re.compile(
+    rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|u([dD][c-fC-F][0-9a-fA-F]{2})|.)"
+)
+_SLASHES = re.compile("/{2,}")
+_SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
+_PLAIN = {
+    404: ("not_found", "expected one of the paths that /openapi.json lists, got another"),
+    405: (
+        "method_not_allowed",
+        "expected another method on this path, see /openapi.json; rankings are asked for with POST",
+    ),
+}
+
+
+def respond(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """``body`` as JSON; None as nothing."""
+    content = b"" if body is None else msgspec.json.encode(body)
+    return Response(content, status, headers=headers, media_type=JSON)
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """The body, or Problem: 415 unless it is plain JSON, 413 beyond max_body, 408 when it takes too long."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON and not kind.endswith("+json"):
+        message = f"expected the header 'Content-Type: {JSON}', got {kind[:100] or 'none'!r}"
+        raise Problem(415, "unsupported_media_type", message)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem(415, "unsupported_media_type", "expected a body without Content-Encoding; send it uncompressed")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and len(declared) < 20:
+        _check_size(int(declared), settings.max_body)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for part in request.stream():
+                size += len(part)
+                _check_size(size, settings.max_body)
+                parts.append(part)
+    except TimeoutError:
+        message = f"expected the body within {settings.body_timeout:g} s (body_timeout), got {size} bytes of it"
+        raise Problem(408, "body_timeout", message) from None
+    return b"".join(parts)
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        message = f"expected a body of at most {limit} bytes (max_body), got {size} or more; send less at a time"
+        raise Problem(413, "too_large", message)
+
+
+def decode_fields(body: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
+    """The fields of a JSON object, their values unread; and the body, with lone surrogates replaced by U+FFFD.
+
+    Raises Problem 400 for what is no JSON at all, 422 for another value than an object.
+    """
+    try:
+        try:
+            return body, msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            replaced = _LONE_SURROGATE.sub(_replacement, body)
+            if replaced == body:
+                raise
+            return replaced, msgspec.json.decode(replaced, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise problem_of(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise problem_of(error) from None
+
+
+def _replacement(match: re.Match[bytes]) -> bytes:
+    high, low, lone = match.groups()
+    return match.group() if low or not (high or lone) else b"\\ufffd"
+
+
+def decode_as(body: bytes, kind: type[Any]) -> Any:
+    """The body as ``kind``; numbers and booleans may be strings. Raises Problem naming the place of the fault."""
+    try:
+        return msgspec.json.decode(body, type=kind, strict=False)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise problem_of(error) from None
+
+
+def problem_of(error: Exception) -> Problem:
+    """A decoding error as 422 with its place, or 400 when there is no place because it is no JSON."""
+    if isinstance(error, msgspec.ValidationError):
+        what, _, where = str(error).partition(" - at `")
+        path = where.rstrip("`") or "$"
+        message = f"{what[:1].lower()}{what[1:]} at {path}".replace("`", "")
+        return Problem(422, "invalid_input", message, param=path.removeprefix("$").removeprefix(".") or None)
+    if isinstance(error, RecursionError):
+        return Problem(400, "invalid_json", "expected a JSON object of documents, got one nested too deeply")
+    if isinstance(error, UnicodeDecodeError):
+        return Problem(400, "invalid_json", f"expected UTF-8, got the byte 0x{error.object[error.start]:02x}")
+    return Problem(400, "invalid_json", f"expected a JSON object, got something else: {error}")
+
+
+async def unless_gone(request: Request, work: asyncio.Task[Any]) -> Any:
+    """The result of ``work``, which is cancelled when the client goes away (raises ClientDisconnect)."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.create_task(gone())
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return await work
+    finally:
+        for task in (work, watch):
+            task.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
+class Front:
+    """Around every request: its id, its Host, its log line and counters; whatever fails inside becomes an answer."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, *, open_door: bool, count: Callable[[str, int], None]) -> None:
+        self._app = app
+        self._hosts = {host.lower() for host in settings.allowed_host}
+        # Without keys, the Host header is what tells a page of this machine from one that had its name point here.
+        self._loopback_only = open_door and settings.loopback and not self._hosts
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        given = request.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        record: dict[str, Any] = {"request_id": request_id, "method": scope["method"][:16]}
+        scope["app"] = self  # so that the router raises what it cannot route, instead of answering in plain text
+        scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"  # base URLs end in all manner of slashes
+        scope["state"] = {**scope.get("state", {}), "record": record}
+        started = time.monotonic()
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                record["status"] = record.get("status", message["status"])
+                milliseconds = str(round((time.monotonic() - started) * 1000))
+                extra = {"x-request-id": request_id, "openai-processing-ms": milliseconds, **_SECURITY}
+                present = {name for name, _ in message["headers"]}
+                added = [
+                    (name.encode(), value.encode()) for name, value in extra.items() if name.encode() not in present
+                ]
+                message["headers"] = [*message["headers"], *added]
+            await send(message)
+
+        try:
+            self._check_host(request)
+            await self._app(scope, receive, sending)
+        except ClientDisconnect:
+            record["status"] = CLIENT_GONE
+        except Exception as error:
+            answer = self._failure(error, record)
+            if not begun:
+                await answer(scope, receive, sending)
+        finally:
+            self._finish(record, time.monotonic() - started)
+
+    def _check_host(self, request: Request) -> None:
+        host = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
+        if (self._loopback_only and not is_loopback(host)) or (self._hosts and host not in self._hosts):
+            message = f"expected a Host that this server answers to, got {host[:100]!r}; add it with --allowed-host"
+            raise Problem(421, "wrong_host", message)
+
+    def _failure(self, error: Exception, record: dict[str, Any]) -> Response:
+        if isinstance(error, HTTPException):
+            code, message = _PLAIN.get(error.status_code, ("http_error", str(error.detail)))
+            error = Problem(error.status_code, code, message)
+        if not isinstance(error, Problem):
+            logs.event("failed", {"request_id": record["request_id"]}, level=logging.ERROR, error=error)
+            error = Problem(500, "internal_error", "something failed here; see the server's log under this request id")
+        record["code"] = error.code
+        status, body = error_superset(error, record["request_id"])
+        return respond(body, status, error.headers)
+
+    def _finish(self, record: dict[str, Any], seconds: float) -> None:
+        status = record.setdefault("status", CLIENT_GONE)
+        self._count(record.get("dialect", "none"), status)
+        record["total_ms"] = round(seconds * 1000, 3)
+        quiet = record.get("quiet") and status < 400
+        logs.event("request", record, level=logging.DEBUG if quiet else logging.INFO)

@@ -1,0 +1,168 @@
+"""The models of one process: loaded when first asked for, kept within a memory bound."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from turborank import catalog
+from turborank.architectures import ARCHITECTURES
+from turborank.errors import InputError, TurborankError
+from turborank.reranker import Reranker
+from turborank.serve.config import Settings
+from turborank.serve.problems import Problem, from_error
+from turborank.types import Pair
+
+_MIB = 1024 * 1024
+UNSPECIFIED = ("", "default/not-specified")  # the second is Infinity's
+BYTES = {"int8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
+_WARM_UP = Pair(
+    "how do bees choose a home?", "Scouts dance for the place they found, and the swarm follows the liveliest dance."
+)
+
+
+class Model:
+    """One served model, loaded or not."""
+
+    def __init__(self, name: str, source: str | None) -> None:
+        self.name = name
+        self.source = source  # what Reranker is told; None: the embedded default
+        self.created = int(time.time())
+        self.reranker: Reranker | None = None
+        self.bytes = 0
+        self.users = 0  # requests that hold it now
+        self.used = 0.0  # when one last did
+        self.lock = asyncio.Lock()
+
+
+def served(settings: Settings) -> list[Model]:
+    """The models the settings name, the default first. Raises InputError for a name given twice."""
+    models: list[Model] = []
+    for text in settings.model or (catalog.DEFAULT,):
+        name, separator, source = text.partition("=")
+        if not separator:
+            row = catalog.find(text)
+            name, source = (row.name if row else Path(text).name if Path(text).exists() else text), text
+        if not name or not source:
+            raise InputError(f"expected model to be a name, a folder or NAME=either, got {text!r}")
+        if name in {model.name for model in models}:
+            raise InputError(
+                f"expected each served model to have its own name, got {name!r} twice", hint="write NAME=FOLDER"
+            )
+        models.append(Model(name, source))
+    return models
+
+
+class Models:
+    """Names to rerankers."""
+
+    def __init__(self, settings: Settings, pool: Executor, report: Callable[[str, dict[str, Any]], None]) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._report = report
+        self._models = {model.name: model for model in served(settings)}
+        self._names = {alias: name for name in self._models for alias in _aliases(name)}
+        self._names |= {name: name for name in self._models}
+        for alias in settings.alias:
+            name, _, target = alias.partition("=")
+            if target not in self._names:
+                raise InputError(f"expected the alias {name!r} to name a served model, got {target!r}")
+            self._names[name] = self._names[target]
+
+    @property
+    def default(self) -> Model:
+        """The model of requests that name none."""
+        return next(iter(self._models.values()))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the default model is loaded."""
+        return self.default.reranker is not None
+
+    @property
+    def all(self) -> list[Model]:
+        return list(self._models.values())
+
+    def find(self, name: str | None) -> Model:
+        """The served model called ``name``. Raises Problem 404 naming those there are."""
+        if name is None or name in UNSPECIFIED:
+            return self.default
+        if name not in self._names:
+            raise Problem(
+                404,
+                "model_not_found",
+                f"expected model to be one of {', '.join(sorted(self._names))}, got {name[:200]!r}; "
+                "serve it with --model, or name it with --alias",
+                param="model",
+            )
+        return self._models[self._names[name]]
+
+    async def load(self, model: Model) -> Reranker:
+        """The model's reranker, loaded if it is not. Whoever asks meanwhile waits for the same load."""
+        async with model.lock:
+            if model.reranker is None:
+                loop = asyncio.get_running_loop()
+                started = time.monotonic()
+                try:
+                    reranker = await loop.run_in_executor(self._pool, self._open, model)
+                except TurborankError as error:
+                    self._report("model_failed", {"model": model.name, "error": str(error)})
+                    raise from_error(error) from error
+                model.bytes = weight_bytes(reranker)
+                model.reranker = reranker
+                model.used = time.monotonic()
+                self._report("model_loaded", {"model": model.name, "seconds": round(time.monotonic() - started, 3)})
+                self._make_room(model)
+            return model.reranker
+
+    @contextmanager
+    def using(self, model: Model) -> Iterator[None]:
+        """While it lasts, the model is not let go."""
+        model.users += 1
+        try:
+            yield
+        finally:
+            model.users -= 1
+            model.used = time.monotonic()
+
+    def _open(self, model: Model) -> Reranker:
+        settings = self._settings
+        reranker = Reranker(
+            model.source,
+            engine=settings.engine,
+            precision=settings.precision,
+            length=settings.length,
+            max_length=settings.max_length or None,
+            threads=settings.threads or None,
+            offline=settings.offline or None,
+        )
+        reranker.score([_WARM_UP])  # the first pass through an engine sets up what later ones reuse
+        return reranker
+
+    def _make_room(self, newest: Model) -> None:
+        bound = self._settings.model_memory * _MIB
+        loaded = sorted((model for model in self.all if model.reranker is not None), key=lambda model: model.used)
+        total = sum(model.bytes for model in loaded)
+        for model in loaded:
+            if total > bound and model is not newest and model is not self.default and not model.users:
+                model.reranker = None
+                total -= model.bytes
+                self._report("model_unloaded", {"model": model.name})
+
+
+def weight_bytes(reranker: Reranker) -> int:
+    """Bytes of the parameters as the engine keeps them."""
+    config = reranker.checkpoint.config
+    count = sum(math.prod(shape) for shape in ARCHITECTURES[config.architecture].parameters(config).values())
+    return count * BYTES[reranker.engine.precision]
+
+
+def _aliases(name: str) -> tuple[str, ...]:
+    row = catalog.find(name)
+    return (*row.aliases, *((row.repo,) if row.repo else ())) if row else ()

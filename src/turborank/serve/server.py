@@ -1,0 +1,141 @@
+"""The process: uvicorn around the application, patient with nobody, graceful at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from turborank.errors import InputError
+from turborank.serve import app, logs
+from turborank.serve.config import Settings
+from turborank.serve.service import Service
+
+
+def check_open_door(settings: Settings, service: Service) -> str:
+    """What to say about keys at start. Raises InputError when strangers could connect and no key is needed."""
+    if service.ring.required:
+        return "API keys are required"
+    if settings.loopback:
+        return f"no API keys: anyone on this machine may ask, nobody else can connect ({settings.host})"
+    raise InputError(
+        f"expected API keys for a server that others can reach, got none for host {settings.host}",
+        hint="make one with `turborank keys new NAME` and pass --keys FILE, or listen on 127.0.0.1",
+    )
+
+
+def protocol(header_timeout: float) -> type[H11Protocol]:
+    """HTTP/1.1 as uvicorn speaks it, hanging up on clients that take longer than this to send a request's headers."""
+
+    class Protocol(H11Protocol):
+        _patience: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            if self._patience is None and (self.cycle is None or self.cycle.response_complete):
+                self._wait()  # the first bytes of another request on a kept connection
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            self._patience = self.loop.call_later(header_timeout, self._give_up)
+
+        def _stop(self) -> None:
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
+
+        def _give_up(self) -> None:
+            self._patience = None
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.close()
+
+    return Protocol
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on SIGTERM first says it is not ready, waits ``drain`` seconds, then closes the door.
+
+    Requests that are in are answered. A second signal ends everything at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._close_at: float | None = None
+        self.failure: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """The first model cannot be loaded: there is nothing to serve."""
+        self.failure = error
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On a signal."""
+        if self._close_at is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining = True
+        self._close_at = time.monotonic() + self._service.settings.drain
+        logs.event("draining", {"signal": signal.Signals(sig).name, "seconds": self._service.settings.drain})
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if self._close_at is not None and time.monotonic() >= self._close_at:
+            self._service.closing = self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def make(settings: Settings) -> Server:
+    """A server ready to run. Raises InputError for settings that do not fit together, before anything is loaded."""
+    service = Service(settings)
+    try:
+        doors = check_open_door(settings, service)
+        server = Server(uvicorn.Config(lambda scope: None, log_config=None), service)
+        server.config = uvicorn.Config(
+            app.build(service, on_failure=server.fail),
+            host=settings.host,
+            port=settings.port,
+            http=protocol(settings.header_timeout),
+            ws="none",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            root_path=settings.root_path,
+            timeout_keep_alive=settings.keep_alive,
+            timeout_graceful_shutdown=math.ceil(settings.timeout),
+            limit_concurrency=settings.max_connections,
+            ssl_certfile=settings.tls_certificate or None,
+            ssl_keyfile=settings.tls_key or None,
+        )
+    except BaseException:
+        service.close()
+        raise
+    names = [model.name for model in service.models.all]
+    logs.event("starting", {"models": names, "host": settings.host, "port": settings.port, "keys": doors})
+    return server
+
+
+def run(settings: Settings) -> None:
+    """Serve until told to stop. Raises what kept the first model from being loaded."""
+    logs.set_up(settings.log_level)
+    server = make(settings)
+    server.run()
+    if server.failure is not None:
+        raise server.failure

@@ -1,0 +1,244 @@
+"""An Ask to an Answer: sizes, tokens, the queue, the ranking. Knows nothing of HTTP but its Problems."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from turborank.errors import TooLongError, TurborankError
+from turborank.reranker import Reranker, ranking, sigmoid
+from turborank.scheduler import Scores, chunks, gather
+from turborank.serve import limits, logs
+from turborank.serve.batcher import Batcher, Ticket
+from turborank.serve.config import PREFIX, Settings
+from turborank.serve.keys import Key, KeyRing
+from turborank.serve.metrics import Metrics
+from turborank.serve.models import Model, Models
+from turborank.serve.passages import passages
+from turborank.serve.problems import Problem, from_error
+from turborank.serve.tracing import Tracer
+from turborank.serve.wire import Answer, Ask, Span, SpanOptions
+from turborank.tokens import NO_LIMITS, Limits, PairEncoder
+from turborank.types import Encoding, Pair
+
+API_KEY = PREFIX + "API_KEY"  # a single key, for containers; more of them live in a file
+CHARACTERS_PER_TOKEN = 4.0  # of English; corrected by what is seen
+OVERHEAD = 8  # tokens of a pair's template, about
+MAX_SPAN_DOCUMENTS = 100  # documents whose passages are scored
+DEFAULT_SPANS = 3  # passages given for a document unless max_spans says otherwise
+LOADING_RETRY = 2.0
+
+
+class Service:
+    """Everything one process shares: models, queue, keys, rates, metrics."""
+
+    def __init__(self, settings: Settings, *, api_key: str | None = None) -> None:
+        self.settings = settings
+        secret = os.environ.get(API_KEY, "") if api_key is None else api_key
+        self.ring = KeyRing(
+            Path(settings.keys) if settings.keys else None,
+            secret=secret,
+            complain=lambda message: logs.event("keys_unreadable", {"error": message}),
+        )
+        self.rates = limits.Rates(settings)
+        self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="turborank-tokens")
+        self.models = Models(settings, self.pool, lambda name, fields: logs.event(name, fields))
+        self.batcher = Batcher(
+            batch_tokens=settings.batch_tokens,
+            queue_tokens=settings.queue_tokens,
+            queue_seconds=settings.queue_seconds,
+            observe=lambda computed: self.metrics.batch(computed),
+        )
+        self.metrics = Metrics(self.batcher, self.models)
+        self.tracer = Tracer(settings.otlp_endpoint)
+        self.draining = False  # SIGTERM came: /ready says no
+        self.closing = False  # and the time to look away is over
+        self._characters_per_token = CHARACTERS_PER_TOKEN
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered: the default model is loaded and the server is not going down."""
+        return self.models.ready and not self.draining
+
+    async def start(self) -> None:
+        """Load the default model. A model that cannot be loaded ends the server, with its reason."""
+        await self.models.load(self.models.default)
+
+    def close(self) -> None:
+        """Let everything go."""
+        self.batcher.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.tracer.close()
+
+    def admit_request(self, key: Key) -> None:
+        """What can be refused before the body is read."""
+        if self.closing:
+            raise Problem(503, "draining", "the server is shutting down; try another", retry_after=LOADING_RETRY)
+        if not self.models.ready:
+            raise Problem(503, "loading", "the model is still loading; try again soon", retry_after=LOADING_RETRY)
+        self.rates.enter(key)
+
+    async def answer(self, ask: Ask, key: Key, request_id: str) -> Answer:
+        """Rank. Raises Problem; when cancelled, what has not been computed never is."""
+        model = self.models.find(ask.model)
+        if not key.allows(model.name):
+            message = (
+                f"expected a model that the key {key.name!r} may use ({', '.join(key.models)}), got {model.name!r}"
+            )
+            raise Problem(403, "model_not_allowed", message, param="model")
+        limits.check_sizes(self.settings, ask.pairs, field=ask.field)
+        seconds = min(ask.timeout or self.settings.timeout, self.settings.timeout)
+        try:
+            with self.models.using(model):
+                async with asyncio.timeout(seconds):
+                    return await self._answer(ask, key, request_id, model)
+        except TimeoutError:
+            message = f"expected an answer within {seconds:g} s (timeout), got none; send less, or try again later"
+            raise Problem(504, "deadline_exceeded", message) from None
+
+    async def _answer(self, ask: Ask, key: Key, request_id: str, model: Model) -> Answer:
+        timings: dict[str, float] = {}
+        reranker = await self.models.load(model)
+        scores = await self._scores(reranker, ask.pairs, ask.limits, timings, field=ask.field)
+        spent = int(scores.tokens.sum())
+        self.rates.spend(key, spent)
+        ranked = ranking(ask.documents, scores, top_n=ask.top_n, threshold=ask.threshold)
+        warnings = [*ask.warnings, *_cut(scores, ask.field)]
+        spans: dict[int, list[Span]] = {}
+        if ask.spans is not None:
+            explained = [one.index for one in ranked[:MAX_SPAN_DOCUMENTS]]
+            spans, extra = await self._spans(reranker, ask, explained, timings)
+            self.rates.spend(key, extra)
+            if len(ranked) > MAX_SPAN_DOCUMENTS:
+                warnings.append(f"relevant_spans: given for the best {MAX_SPAN_DOCUMENTS} documents")
+        self._count(scores)
+        return Answer(
+            id=request_id,
+            model=model.name,
+            ranking=ranked,
+            scores=scores,
+            spans=spans,
+            timings=timings,
+            created=int(time.time()),
+            warnings=warnings,
+        )
+
+    async def _scores(
+        self,
+        reranker: Reranker,
+        pairs: Sequence[Pair],
+        length: Limits,
+        timings: dict[str, float],
+        *,
+        field: str,
+        held: bool = False,
+    ) -> Scores:
+        """The library's scores by way of the queue. ``held``: the request is in already, so it is not refused."""
+        characters = sum(len(document) for _, document in pairs) + sum(len(pair.query) for pair in pairs)
+        expected = int(characters / self._characters_per_token) + OVERHEAD * len(pairs)
+        ticket = self.batcher.admit(reranker.engine, expected, always=held)
+        began = time.monotonic()
+        try:
+            encoded = await self._tokenise(reranker.encoder, pairs, length, ticket, field)
+            tokenised = time.monotonic()
+            logits = await ticket.future
+        except TurborankError as error:
+            raise self._failed(error) from error
+        finally:
+            self.batcher.drop(ticket)
+        ended = time.monotonic()
+        self._characters_per_token += 0.05 * (characters / max(1, ticket.known) - self._characters_per_token)
+        started = ticket.started or ended
+        for stage, first, last in (
+            ("tokenise", began, tokenised),
+            ("queue", min(tokenised, started), started),
+            ("compute", started, ended),
+        ):
+            timings[stage] = timings.get(stage, 0.0) + last - first
+            self.metrics.seconds.labels(stage).observe(last - first)
+            self.tracer.stage(stage, last - first)
+        try:
+            return gather(encoded, logits)
+        except TurborankError as error:
+            raise self._failed(error) from error
+
+    async def _tokenise(
+        self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, field: str
+    ) -> list[list[Encoding]]:
+        """Encodings of all pairs, off the event loop; each chunk joins the queue while the next is being tokenised."""
+        loop = asyncio.get_running_loop()
+        encoded: list[list[Encoding]] = []
+        for start, chunk in chunks(pairs):
+            part = await loop.run_in_executor(self.pool, _encode, encoder, chunk, length, start, field)
+            encoded += part
+            windows = list(itertools.chain.from_iterable(part))
+            limits.check_tokens(self.settings, ticket.known + sum(map(len, windows)))
+            self.batcher.add(ticket, windows, last=len(encoded) == len(pairs))
+        return encoded
+
+    async def _spans(
+        self, reranker: Reranker, ask: Ask, explained: list[int], timings: dict[str, float]
+    ) -> tuple[dict[int, list[Span]], int]:
+        """The best passages of each document, each scored by itself, and the tokens it took."""
+        options = ask.spans or SpanOptions()
+        places = [(index, start, end) for index in explained for start, end in passages(ask.pairs[index].document)]
+        pairs = [Pair(ask.pairs[index].query, ask.pairs[index].document[start:end]) for index, start, end in places]
+        if not pairs:
+            return {index: [] for index in explained}, 0
+        explaining: dict[str, float] = {}
+        scores = await self._scores(reranker, pairs, NO_LIMITS, explaining, field=ask.field, held=True)
+        timings["spans"] = sum(explaining.values())
+        spans: dict[int, list[Span]] = {index: [] for index in explained}
+        for place in np.argsort(-scores.logits, kind="stable").tolist():
+            index, start, end = places[place]
+            score = sigmoid(float(scores.logits[place]))
+            if len(spans[index]) < (options.max_spans or DEFAULT_SPANS) and score >= (options.threshold or 0.0):
+                spans[index].append(Span(start, end, score))
+        return spans, int(scores.tokens.sum())
+
+    def _failed(self, error: TurborankError) -> Problem:
+        problem = from_error(error)
+        if problem.status >= 500:
+            logs.event("engine_failed", {"error": str(error)}, error=error)
+        return problem
+
+    def _count(self, scores: Scores) -> None:
+        self.metrics.documents.inc(len(scores.logits))
+        self.metrics.tokens.inc(int(scores.tokens.sum()))
+        self.metrics.truncated.inc(int(np.count_nonzero(scores.truncated)))
+        self.metrics.cut.inc(int(scores.truncated.sum()))
+
+
+def _encode(
+    encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, start: int, field: str
+) -> list[list[Encoding]]:
+    """Encodings of a chunk; an error about length says which document it is about."""
+    try:
+        return encoder.encode(pairs, length)
+    except TooLongError:
+        for place, pair in enumerate(pairs, start):
+            try:
+                encoder.encode([pair], length)
+            except TooLongError as error:
+                where = f"{field}[{place}]"
+                raise Problem(400, error.code, f"{error.message} at $.{where}; {error.hint}", param=where) from None
+        raise
+
+
+def _cut(scores: Scores, field: str) -> list[str]:
+    """What the answer says when something was not read."""
+    cut = np.flatnonzero(scores.truncated)
+    if not cut.size:
+        return []
+    first = int(cut[0])
+    return [
+        f"{cut.size} of {len(scores.truncated)} documents were not read to their end; {field}[{first}], say: "
+        f"{scores.tokens[first]} tokens read, {scores.truncated[first]} cut; length 'windows' reads everything"
+    ]

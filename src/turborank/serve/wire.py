@@ -1,0 +1,287 @@
+"""What travels: requests and responses as typed values, and the Ask and Answer in between.
+
+Field descriptions become the OpenAPI document. Numbers and booleans may come as strings, because real clients send
+them so; null means absent; unknown fields are ignored and reported as warnings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from turborank.scheduler import Scores
+from turborank.tokens import NO_LIMITS, Limits
+from turborank.types import Document, Pair, Ranked
+
+MAX_COUNT = 2**31 - 1
+
+Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+TruncateTo = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
+Documents = Annotated[list[str | dict[str, Any]], Meta(min_length=1)]
+Length = Literal["truncate", "windows", "error"]
+
+
+class TextObject(Struct):
+    """A query as an object."""
+
+    text: str
+
+
+class SpanOptions(Struct):
+    """Ask for the passages that answer best, by character offsets (Unicode code points)."""
+
+    mode: Literal["enabled", "disabled"] = "enabled"
+    threshold: Probability | None = None
+    max_spans: Count | None = None
+
+
+class _RerankFields(Struct, kw_only=True):
+    query: str | TextObject
+    model: str | None = None
+    top_k: Count | None = None
+    return_documents: bool | None = None
+    rank_fields: Annotated[list[str], Meta(min_length=1)] | None = None
+    max_chunks_per_doc: Count | None = None
+    max_tokens_per_doc: Count | None = None
+    max_tokens_per_query: Count | None = None
+    max_doc_length: Count | None = None
+    max_query_length: Count | None = None
+    truncate_prompt_tokens: TruncateTo | None = None
+    truncation: bool | None = None
+    relevant_spans: SpanOptions | bool | None = None
+    raw_scores: bool | None = None
+    use_activation: bool | None = None
+    length: Length | None = None
+    threshold: Probability | None = None
+    timeout: Seconds | None = None
+
+
+class RerankRequest(_RerankFields, kw_only=True):
+    """Documents to rank for a query: the union of what Jina, Cohere, vLLM, Voyage and Infinity clients send."""
+
+    documents: Documents
+    top_n: Count | None = None
+
+
+class VllmRerankRequest(_RerankFields, kw_only=True):
+    """As RerankRequest, but ``top_n: 0`` means all and the documents may be a single string."""
+
+    documents: Documents | str
+    top_n: CountOrZero | None = None
+
+
+Texts = Annotated[list[str | TextObject], Meta(min_length=1)] | str
+
+
+class ScoreRequest(Struct, kw_only=True):
+    """Scores of pairs: one text with each of N, or N with N. Each side goes by any one of its names."""
+
+    model: str | None = None
+    text_1: Texts | None = None
+    queries: Texts | None = None
+    data_1: Texts | None = None
+    text_2: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    data_2: Texts | None = None
+    truncate_prompt_tokens: TruncateTo | None = None
+    max_tokens_per_doc: Count | None = None
+    max_tokens_per_query: Count | None = None
+    use_activation: bool | None = None
+    raw_scores: bool | None = None
+    length: Length | None = None
+    timeout: Seconds | None = None
+
+
+class TeiRequest(Struct, kw_only=True):
+    """What clients of text-embeddings-inference send."""
+
+    query: str
+    texts: Annotated[list[str], Meta(min_length=1)]
+    truncate: bool | None = None
+    truncation_direction: Literal["Left", "left", "Right", "right"] | None = None
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    top_n: Count | None = None
+    model: str | None = None
+
+
+class WeaviateRequest(Struct, kw_only=True):
+    """What Weaviate's reranker-transformers module sends."""
+
+    query: str
+    documents: Annotated[list[str], Meta(min_length=1)]
+    property: str | None = None
+
+
+class Span(Struct):
+    """A passage, by character offsets, and its own relevance score."""
+
+    start: int
+    end: int
+    score: float
+
+
+class Result(Struct):
+    """One document in the ranking."""
+
+    index: int
+    relevance_score: float
+    document: dict[str, Any] | str | UnsetType = UNSET
+    relevant_spans: list[Span] | UnsetType = UNSET
+
+
+class DocumentLength(Struct):
+    """How much of one document the model read: tokens, query and template included, and the characters it judged by."""
+
+    index: int
+    tokens: int
+    truncated: int
+    span: tuple[int, int]
+
+
+class Usage(Struct):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ApiVersion(Struct):
+    """Which of Cohere's versions this answer follows."""
+
+    version: str
+
+
+class BilledUnits(Struct):
+    """Cohere's unit: a query with up to 100 documents. Nobody is billed."""
+
+    search_units: float
+
+
+class MetaTokens(Struct):
+    """Tokens as Cohere counts them."""
+
+    input_tokens: int
+    output_tokens: int = 0
+
+
+class MetaData(Struct):
+    """The truth about the request: what was read, what was cut, how long it took, what was not understood."""
+
+    api_version: ApiVersion
+    billed_units: BilledUnits
+    tokens: MetaTokens
+    documents: list[DocumentLength]
+    score: Literal["sigmoid", "logit"]
+    timings_ms: dict[str, float]
+    warnings: list[str] | UnsetType = UNSET
+
+
+class RerankResponse(Struct):
+    """The ranking, best first, in the shape that Jina, Cohere, vLLM and Infinity clients share."""
+
+    id: str
+    object: str
+    model: str
+    results: list[Result]
+    usage: Usage
+    meta: MetaData
+    created: int | UnsetType = UNSET
+    data: list[Result] | UnsetType = UNSET
+
+
+class Scored(Struct):
+    """The score of one pair, in the order of the request."""
+
+    index: int
+    score: float
+    object: str = "score"
+
+
+class ScoreResponse(Struct):
+    """vLLM's answer: a score for each pair."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[Scored]
+    usage: Usage
+    meta: MetaData
+
+
+class TeiResult(Struct):
+    """One text in the ranking."""
+
+    index: int
+    score: float
+    text: str | UnsetType = UNSET
+
+
+class WeaviateScore(Struct):
+    """One document's score."""
+
+    document: str
+    score: float
+
+
+class WeaviateResponse(Struct):
+    """Scores in the order of the request."""
+
+    query: str
+    scores: list[WeaviateScore]
+    property: str | None
+
+
+@dataclass(kw_only=True)
+class Ask:
+    """A request, whatever its dialect."""
+
+    pairs: list[Pair]
+    documents: list[Document]  # as they came, to be given back
+    model: str | None = None
+    top_n: int | None = None
+    threshold: float | None = None
+    return_documents: bool = False
+    raw_scores: bool = False
+    limits: Limits = NO_LIMITS
+    spans: SpanOptions | None = None
+    timeout: float | None = None
+    warnings: list[str] = field(default_factory=list)
+    field: str = "documents"  # what the dialect calls the documents, for error messages
+    request: Any = None  # as decoded, for what only the dialect's own response needs
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What a request got."""
+
+    id: str
+    model: str
+    ranking: list[Ranked]
+    scores: Scores
+    spans: dict[int, list[Span]]  # by document
+    timings: dict[str, float]  # seconds by stage
+    created: int
+    warnings: list[str]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.scores.tokens.sum())
+
+    @property
+    def truncated(self) -> int:
+        return int(self.scores.truncated.sum())
+
+
+def fields_of(kind: type[Struct]) -> frozenset[str]:
+    """The field names of a request."""
+    return frozenset(one.encode_name for one in msgspec.structs.fields(kind))
