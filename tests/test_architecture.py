@@ -30,7 +30,7 @@ LADDER = (
     {"scheduler"},
     {"reranker"},
     {"documents"},  # from files
-    {"evaluate", "serve"},
+    {"evaluate", "serve", "compat"},
     {"distill", "scale", "benchmark"},
     {"__init__", "doctor"},
     {"cli_options"},
@@ -45,7 +45,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 COMMANDS = ("cli", *(unit for unit in LAYER if unit.startswith("cli_")))
 # Libraries that are large, optional, or an idea of one place: library -> the modules that own it.
 OWNERS = {
-    "torch": ("ops.pytorch", "ops.flex", "engines.torch", "distill"),
+    "torch": ("ops.pytorch", "ops.flex", "engines.torch", "compat", "distill"),
     "transformers": (),
     "tokenizers": ("tokens", "checkpoint"),
     "safetensors": ("checkpoint", "distill"),
@@ -59,6 +59,8 @@ OWNERS = {
     "ir_measures": ("evaluate",),
     "matplotlib": ("evaluate",),
     "ray": ("scale",),
+    "mteb": ("compat",),
+    "tqdm": ("compat",),
     "typer": COMMANDS,
     "rich": COMMANDS,
 }
