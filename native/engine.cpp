@@ -3,6 +3,9 @@
 #include <stdexcept>
 
 #include <unistd.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "model.h"
 
@@ -15,6 +18,21 @@ constexpr int kBlockRows = 128;     // token rows that go through the feed-forwa
 constexpr int kQueriesPerTask = 2048;
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Denormals count as zero while the kernels run, and rounding is to nearest; the caller's mode comes back afterwards.
+class FloatMode {
+public:
+#if defined(__SSE__)
+    FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
+    ~FloatMode() { _mm_setcsr(saved_); }
+
+private:
+    unsigned saved_;
+#else
+    FloatMode() {}
+    ~FloatMode() {}
+#endif
+};
 
 std::string at_pair(int p) { return " at pair " + std::to_string(p); }
 
@@ -290,6 +308,7 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     Team team(threads);
     std::atomic<size_t> next{has_team ? 1u : 0u};
     const std::function<void(int)> work = [&](int id) {
+        const FloatMode mode;
         kernels_->enter();
         Scratch& scratch = state.scratch[static_cast<size_t>(id)];
         if (has_team) run_group(run, groups[0], *state.memory[0], team, scratch);

@@ -148,7 +148,7 @@ struct Heads {
 struct Kernels {
     const char* gemm;        // the matrix product's instruction, for reports and tests
     size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
-    void (*enter)();         // once per thread before the others: denormals, tile configuration
+    void (*enter)();         // once per thread and call, before the others: tile configuration
     void (*leave)();
     void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x);
     // Panels [from, to) of the qkv product for `rows` rows that stand at row `at` of the heads.

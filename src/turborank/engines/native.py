@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from turborank.errors import CheckpointError, EngineUnavailableError, InputError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
-    from turborank import _native  # type: ignore[attr-defined, unused-ignore]
+    _native: Any = importlib.import_module("turborank._native")
 except ImportError as missing:  # built without a compiler, or for another Python
     _native = None
     _REASON: str | None = f"expected the compiled module turborank._native, got {missing}"
