@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Pinned, because another version may be a build of several gigabytes. Only tests, training and GPUs need torch.
 TORCH  ?= torch==2.13.0
-PIP    := $(BIN)/pip --quiet --disable-pip-version-check --no-input install
+PIP    := $(BIN)/pip --quiet --disable-pip-version-check --no-input install --no-compile
 READY  := $(VENV)/.turborank-ready
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
 

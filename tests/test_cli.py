@@ -121,7 +121,7 @@ def test_many_cut_documents_are_counted(turborank_command, model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     out = turborank_command("rank", "q", tmp_path / "rows.jsonl", "-m", model)[1]
     assert out.count(f": read {LIMIT} tokens") == cli_rank.MAX_NOTES
-    assert f"{8 - cli_rank.MAX_NOTES} more documents: cut {6 + 7 + 8} tokens in all" in out
+    assert f"and {8 - cli_rank.MAX_NOTES} more: cut {6 + 7 + 8} tokens in all" in out
 
 
 def test_top_n_and_threshold_keep_the_best(turborank_command, model, files):

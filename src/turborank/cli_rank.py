@@ -202,7 +202,7 @@ def _notes(documents: Sequence[Named], ranking: Sequence[Ranked], shown: int, ho
         lines.append(f"{name}: read {ranked.tokens:,} tokens, cut {ranked.truncated:,}")
     if len(cut) > MAX_NOTES:
         tokens = sum(ranked.truncated for ranked in cut[MAX_NOTES:])
-        lines.append(f"{len(cut) - MAX_NOTES} more documents: cut {tokens:,} tokens in all")
+        lines.append(f"and {len(cut) - MAX_NOTES} more: cut {tokens:,} tokens in all")
     if cut:
         lines.append("--length windows reads long documents to their end")
     return lines

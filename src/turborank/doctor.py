@@ -13,6 +13,7 @@ from turborank import checkpoint as checkpoints
 from turborank import engines
 from turborank.errors import TurborankError
 from turborank.reranker import Reranker
+from turborank.types import ModelConfig
 
 LIBRARIES = ("turborank", "numpy", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich")
 OPTIONAL = ("torch", "starlette", "msgspec", "ir-measures", "bm25s")
@@ -92,19 +93,28 @@ def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]
         yield Finding("model", name, f"sha256 {digest}")
     isa = f", {chosen.isa}" if chosen.isa else ""
     yield Finding("engine", "chosen", f"{chosen.name}, {chosen.precision}{isa}, {chosen.threads} threads")
-    yield Finding("engine", "because", _why(engine, chosen.name))
+    yield Finding("engine", "because", _why(engine, chosen.name, checkpoint.config))
     try:
         yield from _scores(reranker)
     except TurborankError as error:
         yield Finding("score", "ranking", str(error), well=False)
 
 
-def _why(asked: str, got: str) -> str:
+def _why(asked: str, got: str, config: ModelConfig) -> str:
     if asked != "auto":
         return "it was asked for"
     if override := os.environ.get("TURBORANK_ENGINE"):
         return f"TURBORANK_ENGINE={override}"
-    return f"the first of {', '.join(engines.AUTOMATIC)} that is usable and supports the model" if got else ""
+    better = engines.AUTOMATIC[: engines.AUTOMATIC.index(got)]
+    why_not = [f"{name} {_why_not(name, config)}" for name in better]
+    return "; ".join([*why_not, f"{got} is the {'first' if not better else 'next'} choice"])
+
+
+def _why_not(name: str, config: ModelConfig) -> str:
+    row = engines.ENGINES[name]
+    if row.available() is not None:
+        return "is not usable"
+    return "does not have this precision" if row.supports(config) else "does not support this model's shape"
 
 
 def _scores(reranker: Reranker) -> Iterator[Finding]:
