@@ -16,7 +16,7 @@ TR_INLINE void store_int8(Int8* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// gcc 12's own intrinsics do not tell the compiler that a tile load reads memory.
+// In place of gcc 12's intrinsics, which do not tell the compiler what memory they read.
 template <int tile>
 TR_INLINE void load_tile(const void* from, size_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
@@ -94,7 +94,7 @@ void configure_tiles() {
         uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } configuration;
-    _tile_loadconfig(&configuration);
+    __asm__ volatile("ldtilecfg %0" ::"m"(configuration));
 }
 void release_tiles() { _tile_release(); }
 
