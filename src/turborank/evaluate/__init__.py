@@ -1,0 +1,25 @@
+"""Evaluation: a dataset, a first stage, some models; measures, with what they depend on.
+
+>>> from turborank.evaluate import evaluate
+>>> evaluate(["scifact"], out="results")  # doctest: +SKIP
+"""
+
+from turborank.evaluate.datasets import Dataset, load
+from turborank.evaluate.measures import MEASURES, Comparison, paired_bootstrap
+from turborank.evaluate.pipeline import evaluate
+from turborank.evaluate.results import Evaluation, Result, System
+from turborank.evaluate.table import DATASETS, GROUPS
+
+__all__ = [
+    "DATASETS",
+    "GROUPS",
+    "MEASURES",
+    "Comparison",
+    "Dataset",
+    "Evaluation",
+    "Result",
+    "System",
+    "evaluate",
+    "load",
+    "paired_bootstrap",
+]

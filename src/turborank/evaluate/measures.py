@@ -1,0 +1,131 @@
+"""Measures by ir-measures (trec_eval itself behind most of them), and what chance has to say about differences.
+
+Every measure is over the queries of the judgements: a query without results counts as zero. Ties are broken by
+:func:`turborank.evaluate.runs.ranked` before any measure sees them, so all of them agree with trec_eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from turborank.errors import InputError
+from turborank.evaluate.runs import Qrels, Run, ranked
+
+MEASURES = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10", "Judged@10")
+ALIASES = {
+    "hit": "Success",
+    "hit_rate": "Success",
+    "hitrate": "Success",
+    "recall": "R",
+    "ndcg": "nDCG",
+    "precision": "P",
+}
+RESAMPLES = 10_000
+SEED = 20_240_418
+CHUNK = 4_000_000  # random draws held at a time
+
+PerQuery = dict[str, dict[str, float]]  # measure -> query id -> value
+
+
+def parse(name: str, relevant_from: int = 1) -> Any:
+    """An ir-measures measure. Binary measures count grades of at least ``relevant_from`` as relevant.
+
+    ``MRR@10``, ``MAP``, ``hit_rate@5``, ``recall@100`` are read as RR@10, AP, Success@5, R@100.
+    Raises InputError for a name ir-measures does not know.
+    """
+    import ir_measures
+
+    base, at, cutoff = name.strip().partition("@")
+    try:
+        measure = ir_measures.parse_measure(ALIASES.get(base.lower(), base) + at + cutoff)
+        if "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params and relevant_from != 1:
+            measure = measure(rel=relevant_from)
+        next(iter(ir_measures.iter_calc([measure], {"q": {"d": 1}}, {"q": {"d": 1.0}})))
+    except Exception as error:
+        raise InputError(f"expected a measure such as {', '.join(MEASURES)}, got {name!r}") from error
+    return measure
+
+
+def per_query(run: Run, qrels: Qrels, names: Sequence[str], relevant_from: int = 1) -> PerQuery:
+    """Every measure of every judged query, queries in the order of ``qrels``."""
+    import ir_measures
+
+    measures = {parse(name, relevant_from): name for name in names}
+    # Descending whole numbers in place of scores: no provider is left a tie to break its own way.
+    plain = {
+        query_id: {scored.doc_id: float(-place) for place, scored in enumerate(ranked(run[query_id]))}
+        for query_id in qrels
+        if run.get(query_id)
+    }
+    values: PerQuery = {name: dict.fromkeys(qrels, 0.0) for name in names}
+    for metric in ir_measures.iter_calc(list(measures), qrels, plain):
+        values[measures[metric.measure]][metric.query_id] = float(metric.value)
+    return values
+
+
+def means(values: PerQuery) -> dict[str, float]:
+    """The mean of each measure over its queries; nothing where there are none."""
+    return {name: float(np.mean(list(by_query.values()))) for name, by_query in values.items() if by_query}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How one system differs from another on the same queries."""
+
+    measure: str
+    difference: float  # mean of ours minus theirs
+    low: float  # 95 % confidence interval of the difference
+    high: float
+    p_value: float  # two-sided, of no difference; not adjusted for the number of comparisons
+    better: int  # queries
+    worse: int
+    equal: int
+
+
+def paired_bootstrap(
+    ours: Mapping[str, float],
+    theirs: Mapping[str, float],
+    measure: str,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Comparison:
+    """The paired bootstrap over queries (Efron and Tibshirani 1993, §13.3 and §16.4).
+
+    The interval is the 2.5th to 97.5th percentile of the resampled mean difference. The p-value is the share of
+    resamples of the *centred* differences whose mean is at least as far from zero as the one observed, counting
+    the observation itself, so it is never zero.
+    """
+    if ours.keys() != theirs.keys() or not ours:
+        raise InputError(f"expected the same queries on both sides, got {len(ours)} and {len(theirs)}")
+    gaps = np.asarray([ours[query_id] - theirs[query_id] for query_id in ours], dtype=np.float64)
+    observed = float(gaps.mean())
+    sampled = _resampled_means(gaps, resamples, seed)
+    # 1e-12: sums of the same numbers in another order differ in the last bits
+    extreme = int(np.count_nonzero(np.abs(sampled - observed) >= abs(observed) - 1e-12))
+    low, high = np.percentile(sampled, [2.5, 97.5])
+    return Comparison(
+        measure=measure,
+        difference=observed,
+        low=float(low),
+        high=float(high),
+        p_value=(extreme + 1) / (resamples + 1),
+        better=int(np.count_nonzero(gaps > 1e-12)),
+        worse=int(np.count_nonzero(gaps < -1e-12)),
+        equal=int(np.count_nonzero(np.abs(gaps) <= 1e-12)),
+    )
+
+
+def _resampled_means(gaps: npt.NDArray[np.float64], resamples: int, seed: int) -> npt.NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK // len(gaps))
+    parts = [
+        gaps[rng.integers(0, len(gaps), (min(rows, resamples - start), len(gaps)))].mean(axis=1)
+        for start in range(0, resamples, rows)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,326 @@
+"""From datasets and models to runs, measures and reports.
+
+dataset -> first-stage run -> rerank its first ``depth`` documents, query by query, scores kept as they come ->
+run file, per-query CSV, manifest -> comparison -> Markdown and HTML.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from turborank.errors import InputError
+from turborank.evaluate import report, scores
+from turborank.evaluate.datasets import Dataset, default_data_dir, expand, load
+from turborank.evaluate.download import Told, _quiet
+from turborank.evaluate.files import file_hash, read_lines, write_json, write_text
+from turborank.evaluate.first_stage import bm25_run, parameters
+from turborank.evaluate.manifest import about_dataset, about_scores, about_system, score_header
+from turborank.evaluate.measures import MEASURES, SEED, means, paired_bootstrap, parse, per_query
+from turborank.evaluate.results import Evaluation, Result, System
+from turborank.evaluate.runs import Qrels, Run, Scored, read_run, write_run
+from turborank.reranker import Reranker, order
+from turborank.types import Pair
+
+DEPTHS = (5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
+FIRST_STAGE = "bm25"  # in place of a model: evaluate the first stage only
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked, checked before anything is read."""
+
+    depth: int = 100
+    run: Path | None = None
+    out: Path = field(default_factory=lambda: Path("evaluation"))
+    shard: tuple[int, int] | None = None
+    measures: tuple[str, ...] = ()  # none: MEASURES, comparing the one that the dataset's row names
+    sample: int | None = None
+    seed: int = SEED
+
+    def measured(self, dataset: Dataset) -> tuple[str, ...]:
+        """What to measure; the first is compared."""
+        if self.measures:
+            return self.measures
+        compared = dataset.row.measure if dataset.row else MEASURES[0]
+        return tuple(dict.fromkeys((compared, *MEASURES)))
+
+
+def evaluate(
+    datasets: Sequence[str],
+    models: Sequence[str | Reranker] = (),
+    *,
+    out: str | Path,
+    depth: int = 100,
+    run: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+    measures: Sequence[str] = (),
+    split: str | None = None,
+    data_dir: str | Path | None = None,
+    offline: bool = False,
+    sample: int | None = None,
+    seed: int = SEED,
+    keep_unknown: bool = False,
+    progress: Told = _quiet,
+) -> Evaluation:
+    """Rerank a first stage's best ``depth`` documents with every model, and measure.
+
+    Args:
+        datasets: names of DATASETS or GROUPS, folders in BEIR layout, LlamaIndex JSON files.
+        models: names or rerankers; none means the model that ships with turborank, ``"bm25"`` the first stage alone.
+        out: folder of all results; what is there already is continued, not repeated.
+        depth: candidates of each query that are reranked.
+        run: a TREC run to rerank in place of BM25; with one dataset only.
+        shard: (k, n), the k-th of n parts of the queries, k from 1. Run files of the parts concatenate to the run;
+            evaluating once more without ``shard`` joins them and reports.
+        measures: names as ir-measures has them; the first is the one compared.
+        split: of the judgements; by default the dataset's own, or "test".
+        data_dir: where datasets are, and where they are downloaded to.
+        offline: download nothing.
+        seed: of the sample.
+        sample: evaluate this many queries only, drawn with ``seed``; the report says so.
+        keep_unknown: keep judgements of documents that are not in the corpus; they count as not found.
+        progress: called with what is being done, returns where to report (done, in all).
+
+    Raises:
+        InputError: anything malformed, with file and line; UnknownKeyError: a name in none of our tables.
+    """
+    plan = Plan(depth, Path(run) if run else None, Path(out), shard, tuple(dict.fromkeys(measures)), sample, seed)
+    names = expand(datasets)
+    _check(plan, names)
+    rerankers = _load_models(models, offline)
+    results = []
+    for name in names:
+        dataset = load(
+            name, data_dir=Path(data_dir) if data_dir else default_data_dir(), split=split, offline=offline,
+            keep_unknown=keep_unknown, progress=progress,
+        )  # fmt: skip
+        results.append(_evaluate_dataset(dataset, rerankers, plan, progress))
+    evaluation = Evaluation(tuple(results), about_system())
+    if plan.shard is None:
+        report.write(evaluation, plan.out)
+    return evaluation
+
+
+def _check(plan: Plan, names: Sequence[str]) -> None:
+    if not names:
+        raise InputError("expected at least one dataset, got none")
+    if plan.depth < 1:
+        raise InputError(f"expected depth to be a positive integer, got {plan.depth}")
+    if plan.sample is not None and plan.sample < 1:
+        raise InputError(f"expected sample to be a positive number of queries, got {plan.sample}")
+    if plan.run is not None and len(names) != 1:
+        raise InputError(f"expected one dataset with a run file, got {len(names)}")
+    if plan.shard is not None and not 1 <= plan.shard[0] <= plan.shard[1]:
+        raise InputError(f"expected shard k/n with 1 ≤ k ≤ n, got {plan.shard[0]}/{plan.shard[1]}")
+    for name in plan.measures:
+        parse(name)
+
+
+def _load_models(models: Sequence[str | Reranker], offline: bool) -> list[Reranker]:
+    wanted: list[str | Reranker | None] = [model for model in models if model != FIRST_STAGE]
+    if not models:
+        wanted = [None]
+    loaded = [model if isinstance(model, Reranker) else Reranker(model, offline=offline or None) for model in wanted]
+    names = [slug(model.name) for model in loaded]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"expected models of different names, got {', '.join(repeated)} more than once")
+    return loaded
+
+
+def slug(name: str) -> str:
+    """A name as a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Plan, progress: Told) -> Result:
+    folder = plan.out / slug(dataset.name)
+    chosen = _chosen(dataset, plan)
+    qrels = {query_id: dataset.qrels[query_id] for query_id in chosen}
+    first_run, digest, described, notes = _first_stage(dataset, plan, folder, progress)
+    candidates = {query_id: first_run.get(query_id, [])[: plan.depth] for query_id in chosen}
+    facts = {**about_system(), "dataset": about_dataset(dataset), "first_stage": {**described, "sha256": digest}}
+    facts |= {"depth": plan.depth, "queries_evaluated": len(chosen), "sample_seed": plan.seed if plan.sample else None}
+    name = "BM25" if plan.run is None else plan.run.name
+    values = per_query(candidates, qrels, plan.measured(dataset), dataset.relevant_from)
+    first = System(name, None, candidates, values, means(values), {**facts, "measures": means(values)}, (), {}, {})
+    if plan.shard is None:
+        _write_system(first, folder / "first-stage", dataset, first)
+    systems = [first]
+    for model in rerankers:
+        systems.append(_rerank(model, dataset, candidates, systems, plan, folder / slug(model.name), facts, progress))
+    measure = plan.measured(dataset)[0]
+    return Result(
+        dataset,
+        tuple(systems),
+        qrels,
+        measure,
+        plan.depth,
+        len(chosen) < len(dataset.queries) and plan.shard is None,
+        notes,
+    )
+
+
+def _chosen(dataset: Dataset, plan: Plan) -> list[str]:
+    """The queries to evaluate, in the order of the judgements."""
+    queries = list(dataset.queries)
+    if plan.sample is not None and plan.sample < len(queries):
+        drawn = set(Random(plan.seed).sample(queries, plan.sample))
+        queries = [query_id for query_id in queries if query_id in drawn]
+    if plan.shard is not None:
+        part, parts = plan.shard
+        queries = queries[len(queries) * (part - 1) // parts : len(queries) * part // parts]
+    return queries
+
+
+def _first_stage(
+    dataset: Dataset, plan: Plan, folder: Path, progress: Told
+) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
+    """(run, hash of its file, what it is, what was noticed)."""
+    if plan.run is None:
+        cache = folder / f"bm25-{plan.depth}"
+        run, digest = bm25_run(dataset, plan.depth, cache, progress=progress(f"{dataset.name}: BM25 index"))
+        return run, digest, parameters(), ()
+    run = read_run(plan.run)
+    if not any(query_id in dataset.queries for query_id in run):
+        example = next(iter(run), None)
+        raise InputError(
+            f"expected a run for the queries of {dataset.name}, got none of them"
+            f"{f' (the first is {example!r})' if example else ''} in {plan.run}",
+            hint="it may be a run of another collection or split",
+        )
+    cut: Run = {}
+    for query_id, query in dataset.queries.items():
+        without = query_id if dataset.queries_are_documents else None
+        listed = [scored for scored in run.get(query_id, []) if scored.doc_id != without] if query.strip() else []
+        cut[query_id] = listed[: plan.depth]
+    _refuse_unknown(cut, dataset, plan.run)
+    unlisted = sum(not documents for documents in cut.values())
+    notes = (f"{unlisted} queries are not in the run; they count as zero",) if unlisted else ()
+    return cut, file_hash(plan.run), {"method": "run file", "file": plan.run.name}, notes
+
+
+def _refuse_unknown(run: Run, dataset: Dataset, path: Path) -> None:
+    """A run naming documents that are not in the corpus is a run of something else."""
+    listed = dict.fromkeys(scored.doc_id for documents in run.values() for scored in documents)
+    unknown = [doc_id for doc_id in listed if doc_id not in dataset.corpus]
+    if not unknown:
+        return
+    place = next((number for number, line in read_lines(path) if unknown[0] in line.split()), 0)
+    raise InputError(
+        f"expected documents of {dataset.name}, got {unknown[0]!r} at {path}:{place}"
+        f" (and {len(unknown) - 1} more of {len(listed)})",
+        hint="it may be a run of another collection",
+    )
+
+
+def _rerank(
+    model: Reranker,
+    dataset: Dataset,
+    candidates: Run,
+    earlier: Sequence[System],
+    plan: Plan,
+    folder: Path,
+    facts: Mapping[str, Any],
+    progress: Told,
+) -> System:
+    """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
+    header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)
+    known = scores.read_all(folder, header)
+    part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
+    todo = [query_id for query_id, documents in candidates.items() if documents and query_id not in known]
+    step = progress(f"{dataset.name}: {model.name}")
+    with scores.appending(folder / f"scores{part}.jsonl", header) as add:
+        for done, scored in enumerate(_score(model, dataset, candidates, todo), 1):
+            add(scored)
+            known[scored.query_id] = scored
+            step(len(candidates) - len(todo) + done, len(candidates))
+    step(len(candidates), len(candidates))
+    everything = [known[query_id] for query_id, documents in candidates.items() if documents]
+    run = _reordered(candidates, known)
+    qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}
+    measured = plan.measured(dataset)
+    values = per_query(run, qrels, measured, dataset.relevant_from)
+    manifest = {**facts, **about_scores(model, header, everything), "measures": means(values)}
+    measure, whole = measured[0], not part and bool(qrels)
+    system = System(
+        model.name, model, run, values, means(values), manifest, tuple(one.seconds for one in everything),
+        _curve(candidates, run, qrels, measure, dataset.relevant_from, earlier[0], plan.depth) if whole else {},
+        {other.name: paired_bootstrap(values[measure], other.values[measure], measure) for other in earlier if whole},
+    )  # fmt: skip
+    if part:
+        write_run(folder / f"run{part}.trec", run, _tag(model, plan.depth))
+    else:
+        _write_system(system, folder, dataset, earlier[0])
+    return system
+
+
+def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str]) -> Iterator[scores.QueryScores]:
+    """Scores of each query's candidates; only one query's texts are in memory at a time."""
+    for query_id in todo:
+        query = dataset.queries[query_id]
+        pairs = [Pair(query, dataset.corpus.text(scored.doc_id)) for scored in candidates[query_id]]
+        start = time.perf_counter()
+        result = model.score_detailed(pairs)
+        seconds = time.perf_counter() - start
+        yield scores.QueryScores(
+            query_id, result.logits.tolist(), result.tokens.tolist(), result.truncated.tolist(), round(seconds, 6)
+        )
+
+
+def _reordered(candidates: Run, known: Mapping[str, scores.QueryScores]) -> Run:
+    """Candidates by falling logit; equal logits keep the order of the first stage."""
+    run: Run = {}
+    for query_id, documents in candidates.items():
+        logits = np.asarray(known[query_id].logits if documents else [], dtype=np.float32)
+        run[query_id] = [Scored(documents[place].doc_id, float(logits[place])) for place in order(logits)]
+    return run
+
+
+def _curve(
+    candidates: Run, run: Run, qrels: Qrels, measure: str, relevant_from: int, first: System, depth: int
+) -> dict[int, float]:
+    """The measure when only the first d candidates are reranked, the rest staying below in their order; d = 0: none."""
+    longest = min(depth, max((len(documents) for documents in candidates.values()), default=0))
+    curve = {0: first.means[measure]}
+    for cut in (*(d for d in DEPTHS if d < longest), longest):
+        partial: Run = {}
+        for query_id, documents in candidates.items():
+            head = {scored.doc_id for scored in documents[:cut]}
+            ids = [scored.doc_id for scored in run[query_id] if scored.doc_id in head]
+            ids += [scored.doc_id for scored in documents[cut:]]
+            partial[query_id] = [Scored(doc_id, float(-place)) for place, doc_id in enumerate(ids)]
+        curve[cut] = means(per_query(partial, qrels, (measure,), relevant_from))[measure]
+    return curve
+
+
+def _tag(model: Reranker, depth: int) -> str:
+    revision = f"@{model.checkpoint.revision[:12]}" if model.checkpoint.revision else ""
+    return f"turborank-{model.name}{revision}-top{depth}"
+
+
+def _write_system(system: System, folder: Path, dataset: Dataset, first: System) -> None:
+    tag = _tag(system.model, system.manifest["depth"]) if system.model else system.name
+    write_run(folder / "run.trec", system.run, tag)
+    write_json(folder / "manifest.json", system.manifest)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    measure = next(iter(system.values))
+    writer.writerow(["query_id", "query", "candidates", *system.values, f"{measure} gain over {first.name}"])
+    for query_id, documents in system.run.items():
+        mine = [system.values[name][query_id] for name in system.values]
+        gain = system.values[measure][query_id] - first.values[measure][query_id]
+        writer.writerow(
+            [query_id, dataset.queries[query_id], len(documents), *(f"{value:.6g}" for value in (*mine, gain))]
+        )
+    write_text(folder / "per_query.csv", text.getvalue())

@@ -1,0 +1,184 @@
+"""The pictures of a report, as SVG that takes its colours from the page (so dark pages get dark pictures).
+
+matplotlib draws with placeholder colours; :func:`_svg` puts CSS variables in their place.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from turborank.evaluate.results import Result, System
+
+SERIES = 8  # colours of systems; further ones repeat
+_INK, _GRID, _GOOD, _BAD, _MUTED = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05"
+_VARIABLES = {
+    _INK: "var(--ink-2)", _GRID: "var(--line)", _GOOD: "var(--good)", _BAD: "var(--bad)", _MUTED: "var(--ink-3)",
+    **{f"#0b0b0{n}": f"var(--series-{n})" for n in range(SERIES)},
+}  # fmt: skip
+_STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "axes.titlecolor": _INK,
+    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 8, "text.color": _INK, "xtick.color": _GRID,
+    "ytick.color": _GRID, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": _GRID, "grid.linewidth": 0.6, "figure.facecolor": "none", "axes.facecolor": "none",
+    "legend.frameon": False, "savefig.facecolor": "none", "xtick.major.size": 0, "ytick.major.size": 0,
+}  # fmt: skip
+
+_ABOVE: Any = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1.0),
+    "borderaxespad": 0.3,
+    "fontsize": 8.5,
+    "handlelength": 1.4,
+}
+
+
+def colour(place: int) -> str:
+    """The placeholder of the ``place``-th system."""
+    return f"#0b0b0{place % SERIES}"
+
+
+@contextmanager
+def _figure(columns: int, height: float, salt: str) -> Iterator[tuple[Any, list[Any], list[str]]]:
+    """(figure, axes, result): a row of plots; ``result`` holds the SVG afterwards."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        result: list[str] = []
+        yield figure, list(axes), result
+        result.append(_svg(figure, salt))
+
+
+def _svg(figure: Any, salt: str) -> str:
+    """The figure as an element to stand in a page: scalable, in the page's colours, with ids of its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    for size in ("width", "height"):  # of the element only: its viewBox makes it fill the column
+        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, variable)
+    prefix = re.sub(r"\W+", "-", salt)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    return re.sub(r'href="#', f'href="#{prefix}-', text).strip()
+
+
+def depth_curve(result: Result) -> str:
+    """The measure when only the first d candidates are reranked."""
+    with _figure(1, 3.0, f"{result.dataset.name}-depth") as (_, (axis,), svg):
+        first = result.systems[0].means[result.measure]
+        axis.axhline(first, color=colour(0), linewidth=1.6, linestyle=(0, (4, 3)), label=result.systems[0].name)
+        for place, system in enumerate(result.systems[1:], 1):
+            depths = [depth for depth in system.curve if depth]
+            axis.plot(
+                depths, [system.curve[depth] for depth in depths], marker="o", markersize=3.5, linewidth=2,
+                color=colour(place), label=system.name,
+            )  # fmt: skip
+        deepest = max((depth for system in result.systems for depth in system.curve), default=1)
+        if deepest > 20:
+            axis.set_xscale("log")
+            ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500, 1000) if tick <= deepest]
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.minorticks_off()
+        axis.set_xlabel("candidates reranked")
+        axis.set_ylabel(result.measure)
+        axis.legend(**_ABOVE, ncols=2)
+    return svg[0]
+
+
+def gains(result: Result) -> str:
+    """Every query's gain or loss against the first stage, from best to worst."""
+    models = result.systems[1:]
+    base = result.systems[0].values[result.measure]
+    with _figure(len(models), 2.6, f"{result.dataset.name}-gains") as (_, axes, svg):
+        for axis, system in zip(axes, models, strict=True):
+            values = system.values[result.measure]
+            deltas = np.sort([values[query_id] - base[query_id] for query_id in values])[::-1]
+            places = np.arange(1, len(deltas) + 1)
+            axis.fill_between(places, np.maximum(deltas, 0), step="mid", color=_GOOD, linewidth=0)
+            axis.fill_between(places, np.minimum(deltas, 0), step="mid", color=_BAD, linewidth=0)
+            axis.axhline(0, color=_MUTED, linewidth=0.8)
+            axis.set_title(system.name)
+            axis.set_xlabel("queries, best gain first")
+            axis.set_ylabel(f"{result.measure} gained")
+            axis.set_ylim(-1.05, 1.05)
+            axis.set_xlim(0.5, len(deltas) + 0.5)
+    return svg[0]
+
+
+def split_scores(result: Result, system: System) -> tuple[list[float], list[float]]:
+    """Logits of the candidates judged relevant, and of all others."""
+    relevant: list[float] = []
+    other: list[float] = []
+    for query_id, documents in system.run.items():
+        judged = result.qrels[query_id]
+        for scored in documents:
+            good = judged.get(scored.doc_id, 0) >= result.dataset.relevant_from
+            (relevant if good else other).append(scored.score)
+    return relevant, other
+
+
+def distributions(result: Result) -> str:
+    """Logits of relevant candidates against the others."""
+    models = result.systems[1:]
+    with _figure(len(models), 2.6, f"{result.dataset.name}-scores") as (_, axes, svg):
+        for axis, system in zip(axes, models, strict=True):
+            relevant, other = split_scores(result, system)
+            bins = np.histogram_bin_edges(np.asarray([*relevant, *other] or [0.0]), bins=40)
+            for values, ink, name in ((other, _MUTED, "not judged relevant"), (relevant, _GOOD, "relevant")):
+                weights = np.full(len(values), 1 / max(1, len(values)))
+                axis.hist(values, bins=bins, weights=weights, color=ink, alpha=0.55, label=f"{name} ({len(values):,})")
+            axis.set_title(system.name, pad=26)
+            axis.set_xlabel("logit")
+            axis.set_ylabel("share")
+            axis.legend(**_ABOVE, ncols=2, columnspacing=1)
+    return svg[0]
+
+
+def latency(result: Result) -> str:
+    """The share of queries answered within a time."""
+    with _figure(1, 3.0, f"{result.dataset.name}-latency") as (_, (axis,), svg):
+        for place, system in enumerate(result.systems[1:], 1):
+            seconds = np.sort(np.asarray(system.seconds or (0.0,))) * 1000
+            share = np.arange(1, len(seconds) + 1) / len(seconds)
+            label = _latency_label(system, seconds)
+            axis.step(seconds, share * 100, where="post", linewidth=2, color=colour(place), label=label)
+        axis.set_xlabel(f"milliseconds to rerank a query's candidates (up to {result.depth})")
+        axis.set_ylabel("% of queries")
+        axis.set_ylim(0, 102)
+        axis.set_xlim(left=0)
+        axis.legend(**_ABOVE)
+    return svg[0]
+
+
+def _latency_label(system: System, seconds: npt.NDArray[np.float64]) -> str:
+    return f"{system.name}: median {np.median(seconds):.0f} ms, 95 % in {np.percentile(seconds, 95):.0f} ms"
+
+
+def all_plots(result: Result) -> Sequence[tuple[str, str, str]]:
+    """(title, caption, SVG) of every picture of a dataset; none without a model."""
+    if len(result.systems) < 2:
+        return ()
+    measure, first = result.measure, result.systems[0].name
+    depth = "Only the first d candidates are reranked; the rest stay below in their order."
+    speed = "Share of queries whose candidates were scored within a time, on the machine named above."
+    shape = "Logits of candidates judged relevant, and of all others; each adds up to one."
+    return (
+        (f"{measure} against depth", depth, depth_curve(result)),
+        ("Latency", speed, latency(result)),
+        ("Gains and losses", f"{measure} of every query minus that of {first}.", gains(result)),
+        ("Scores", shape, distributions(result)),
+    )

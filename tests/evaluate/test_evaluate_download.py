@@ -1,0 +1,161 @@
+"""Downloads against a server on loopback: whole, resumed, damaged, refused; and what is said offline."""
+
+import hashlib
+import io
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from mini import write_mini
+
+from turborank import InputError
+from turborank.evaluate import datasets
+from turborank.evaluate.download import fetch, obtain
+from turborank.evaluate.table import Download, Row
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``content`` at /file; may cut connections short and may not know ranges."""
+
+    content = b""
+    cut_at: int | None = None  # close each connection after so many bytes
+    ranges = True
+    asked: list[str | None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        if self.path != "/file.zip":
+            self.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
+        if start >= len(self.server.content) > 0:
+            self.send_error(416)
+            return
+        body = self.server.content[start:]
+        self.send_response(206 if wanted and self.server.ranges else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.server.cut_at is None else body[: self.server.cut_at])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.content, running.asked = bytes(range(256)) * 400, []
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def file_of(server: Server, path: str = "/file.zip", *, md5: str | None = None) -> Download:
+    md5 = md5 or hashlib.md5(server.content).hexdigest()
+    return Download(f"http://127.0.0.1:{server.server_address[1]}{path}", "file.zip", md5)
+
+
+def test_a_download_is_verified_and_made_once(server: Server, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    path = fetch(file_of(server), tmp_path, progress=lambda done, total: steps.append((done, total)))
+    assert path.read_bytes() == server.content
+    assert steps[-1] == (len(server.content), len(server.content))
+    assert fetch(file_of(server), tmp_path) == path
+    assert server.asked == [None]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.zip"]
+
+
+def test_a_broken_connection_is_resumed(server: Server, tmp_path: Path) -> None:
+    server.cut_at = 40_000
+    assert fetch(file_of(server), tmp_path).read_bytes() == server.content
+    assert server.asked == [None, "bytes=40000-", "bytes=80000-"]
+
+
+def test_a_kill_is_resumed_next_time(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.zip.part").write_bytes(server.content[:1000])
+    assert fetch(file_of(server), tmp_path).read_bytes() == server.content
+    assert server.asked == ["bytes=1000-"]
+
+
+def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
+    server.ranges = False
+    (tmp_path / "file.zip.part").write_bytes(b"older bytes")
+    assert fetch(file_of(server), tmp_path).read_bytes() == server.content
+
+
+def test_a_complete_partial_file_is_taken(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.zip.part").write_bytes(server.content)
+    assert fetch(file_of(server), tmp_path).read_bytes() == server.content
+
+
+def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected MD5 0000.*got"):
+        fetch(file_of(server, md5="0" * 32), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_had_says_what_to_do(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="HTTP 404"):
+        fetch(file_of(server, "/other"), tmp_path)
+    server.cut_at = 10
+    with pytest.raises(InputError, match=r"closed after 30 of .*put it at .*file\.zip"):
+        fetch(file_of(server), tmp_path)
+
+
+def mini_row(server: Server, tmp_path: Path, name: str = "mini") -> Row:
+    folder = write_mini(tmp_path / "source" / "mini")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder.parent))
+    server.content = packed.getvalue()
+    return Row(name, "test", 3, 6, 6, "none", (file_of(server),), folder="mini")
+
+
+def test_a_row_is_downloaded_unpacked_and_loaded(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = mini_row(server, tmp_path)
+    monkeypatch.setattr(datasets, "DATASETS", {"mini": row})
+    dataset = datasets.load("mini", data_dir=tmp_path / "data")
+    assert (len(dataset.queries), len(dataset.corpus), dataset.row) == (3, 6, row)
+    datasets.load("mini", data_dir=tmp_path / "data", offline=True)
+    assert server.asked == [None]
+
+
+def test_offline_says_what_to_put_where(server: Server, tmp_path: Path) -> None:
+    row = mini_row(server, tmp_path)
+    with pytest.raises(InputError, match=r"file\.zip {2}-> {2}.*\.downloads/file\.zip") as caught:
+        obtain(row, tmp_path / "data", offline=True)
+    assert str(tmp_path / "data" / "mini") in str(caught.value)
+    assert server.asked == []
+    (tmp_path / "data" / ".downloads").mkdir(parents=True)
+    (tmp_path / "data" / ".downloads" / "file.zip").write_bytes(server.content)
+    assert (obtain(row, tmp_path / "data", offline=True) / "corpus.jsonl").exists()
+
+
+def test_an_archive_cannot_write_outside_its_folder(server: Server, tmp_path: Path) -> None:
+    row = mini_row(server, tmp_path)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("../evil.txt", "x")
+    server.content = packed.getvalue()
+    row = Row(row.name, "test", 3, 6, 6, "none", (file_of(server),), folder="mini")
+    with pytest.raises(InputError, match=r"inside one folder, got '\.\./evil\.txt'"):
+        obtain(row, tmp_path / "data", offline=False)
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_a_row_without_a_download_says_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"expected robust04 at {tmp_path}/robust04.*agreement"):
+        datasets.load("robust04", data_dir=tmp_path)

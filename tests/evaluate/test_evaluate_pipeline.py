@@ -1,0 +1,258 @@
+"""The whole way: rerank, measure, report; killed and resumed, in parts and joined."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import small_config, write_checkpoint
+from mini import QUERIES, append
+
+from turborank import InputError, Reranker
+from turborank.evaluate import Evaluation, evaluate
+from turborank.evaluate.runs import read_run
+
+pytest.importorskip("bm25s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Reranker:
+    return Reranker(folder, engine="reference")
+
+
+def run_file(path: Path, rows: list[tuple[str, str, float]]) -> Path:
+    lines = [f"{query} Q0 {doc} {rank} {score} first\n" for rank, (query, doc, score) in enumerate(rows, 1)]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_candidates_are_ordered_by_logit(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    found = evaluate([str(mini)], [model], out=tmp_path / "out")
+    first, reranked = found.results[0].systems
+    texts = {name: found.results[0].dataset.corpus.text(name) for name in (f"d{n}" for n in range(1, 7))}
+    for query_id in ("q1", "q2", "q3"):
+        candidates = [scored.doc_id for scored in first.run[query_id]]
+        logits = model.score([(QUERIES[query_id], texts[name]) for name in candidates])
+        expected = [candidates[i] for i in np.argsort(-logits, kind="stable")]
+        assert [scored.doc_id for scored in reranked.run[query_id]] == expected
+        assert [np.float32(scored.score) for scored in reranked.run[query_id]] == sorted(logits, reverse=True)
+    written = read_run(tmp_path / "out" / "mini" / "tiny" / "run.trec")
+    for query_id, documents in reranked.run.items():  # nine digits are enough for a float32
+        assert {(s.doc_id, np.float32(s.score)) for s in written[query_id]} == {
+            (s.doc_id, np.float32(s.score)) for s in documents
+        }
+
+
+def test_what_is_written(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    found = evaluate([str(mini)], [model], out=tmp_path, measures=["nDCG@10", "Success@1"], depth=2)
+    manifest = json.loads((tmp_path / "mini" / "tiny" / "manifest.json").read_text())
+    pairs = sum(len(documents) for documents in found.results[0].systems[0].run.values())
+    assert (manifest["pairs"], manifest["depth"], manifest["queries_evaluated"]) == (pairs, 2, 3)
+    assert manifest["measures"].keys() == {"nDCG@10", "Success@1"}
+    assert (manifest["engine"], manifest["precision"], manifest["isa"], manifest["length"]) == (
+        "reference", "fp32", "numpy", "truncate",
+    )  # fmt: skip
+    assert len(manifest["model"]["sha256"]["model.safetensors"]) == len(manifest["first_stage"]["sha256"]) == 64
+    assert manifest["tokens"] > manifest["pairs"]
+    with (tmp_path / "mini" / "tiny" / "per_query.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["query"] for row in rows] == [QUERIES[row["query_id"]] for row in rows]
+    values = found.results[0].systems[1].values["nDCG@10"]
+    base = found.results[0].systems[0].values["nDCG@10"]
+    for row in rows:
+        assert float(row["nDCG@10"]) == pytest.approx(values[row["query_id"]], abs=1e-5)
+        gain = values[row["query_id"]] - base[row["query_id"]]
+        assert float(row["nDCG@10 gain over BM25"]) == pytest.approx(gain, abs=1e-5)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["datasets"][0]["systems"][1]["measures"]["nDCG@10"] == found.results[0].systems[1].means["nDCG@10"]
+
+
+def test_reports_stand_alone_and_say_what_was_found(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    append(mini / "queries.jsonl", '{"_id": "odd", "text": "<script>alert(1)</script> sea"}')
+    append(mini / "qrels" / "test.tsv", "odd\td5\t1")
+    found = evaluate([str(mini)], [model], out=tmp_path)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    value = f"{found.results[0].systems[1].means['nDCG@10']:.4f}"
+    assert value in page
+    assert f"| tiny | {value} |" in text
+    assert page.count("<svg") >= 4
+    assert "<script" not in page
+    assert "src=" not in page
+    assert "http" not in page.replace("http://www.w3.org/", "")
+    ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
+    assert len(ids) == len(set(ids))
+    assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_curve_ends_at_the_result_and_begins_at_the_first_stage(
+    mini: Path, folder: Path, tmp_path: Path, threads: int
+) -> None:
+    found = evaluate([str(mini)], [Reranker(folder, engine="reference", threads=threads)], out=tmp_path)
+    first, reranked = found.results[0].systems
+    curve = reranked.curve
+    assert curve[0] == first.means["nDCG@10"]
+    assert curve[max(curve)] == pytest.approx(reranked.means["nDCG@10"])
+
+
+def test_a_query_without_results_counts_as_zero(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    run = run_file(tmp_path / "first.trec", [("q2", "d2", 3.0), ("q2", "d5", 2.0), ("unjudged", "d1", 1.0)])
+    found = evaluate([str(mini)], [model], out=tmp_path / "out", run=run)
+    first, reranked = found.results[0].systems
+    assert first.values["nDCG@10"] == {"q1": 0.0, "q2": 1.0, "q3": 0.0}
+    assert first.means["nDCG@10"] == pytest.approx(1 / 3)
+    assert (reranked.values["nDCG@10"]["q1"], reranked.values["nDCG@10"]["q3"]) == (0, 0)
+    assert "2 queries are not in the run" in found.results[0].remarks[0]
+    assert reranked.manifest["first_stage"]["method"] == "run file"
+
+
+def test_empty_queries_retrieve_nothing(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    append(mini / "queries.jsonl", '{"_id": "blank", "text": " "}')
+    append(mini / "qrels" / "test.tsv", "blank\td1\t1")
+    run = run_file(tmp_path / "first.trec", [("blank", "d1", 3.0), ("q2", "d2", 2.0)])
+    for given in (None, run):
+        found = evaluate([str(mini)], [model], out=tmp_path / str(given is None), run=given)
+        assert found.results[0].systems[1].values["nDCG@10"]["blank"] == 0
+
+
+WRONG_RUNS = [
+    ([("other", "d1", 1.0)], r"expected a run for the queries of mini, got none of them \(the first is 'other'\)"),
+    ([("q1", "d1", 1.0), ("q1", "D7", 1.0)], r"expected documents of mini, got 'D7' at .*first\.trec:2"),
+    ([], "got none of them"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), WRONG_RUNS)
+def test_a_run_of_another_collection(
+    mini: Path, model: Reranker, tmp_path: Path, rows: list[tuple[str, str, float]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate([str(mini)], [model], out=tmp_path / "out", run=run_file(tmp_path / "first.trec", rows))
+
+
+def test_arguments_are_checked_before_anything_is_read(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    calls: list[tuple[Callable[[], Evaluation], str]] = [
+        (lambda: evaluate([], out=tmp_path), "at least one dataset"),
+        (lambda: evaluate([str(mini)], [model], out=tmp_path, depth=0), "depth"),
+        (lambda: evaluate([str(mini)], [model], out=tmp_path, shard=(3, 2)), "1 ≤ k ≤ n"),
+        (lambda: evaluate([str(mini)], [model], out=tmp_path, sample=0), "sample"),
+        (lambda: evaluate([str(mini)], [model], out=tmp_path, measures=["ndgc"]), "expected a measure"),
+        (lambda: evaluate(["a", "b"], [model], out=tmp_path, run="x"), "one dataset with a run file"),
+        (lambda: evaluate([str(mini)], [model, model], out=tmp_path), "tiny more than once"),
+    ]
+    for call, message in calls:
+        with pytest.raises(InputError, match=message):
+            call()
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_two_models_are_compared(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", small_config(num_hidden_layers=1))
+    found = evaluate([str(mini)], [model, Reranker(other, engine="reference")], out=tmp_path / "out")
+    comparisons = found.results[0].systems[2].comparisons
+    assert list(comparisons) == ["BM25", "tiny"]
+    means = [system.means["nDCG@10"] for system in found.results[0].systems]
+    assert comparisons["tiny"].difference == pytest.approx(means[2] - means[1])
+
+
+def test_a_sample_is_drawn_by_its_seed_and_said(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    found = [evaluate([str(mini)], [model], out=tmp_path / str(n), sample=2, seed=5).results[0] for n in range(2)]
+    assert len(found[0].qrels) == 2
+    assert found[0].qrels == found[1].qrels
+    assert found[0].remarks[0] == "a sample of 2 of 3 queries"
+    assert "a sample of 2 of 3 queries" in (tmp_path / "0" / "report.md").read_text()
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {name: (out / "mini" / "tiny" / name).read_bytes() for name in ("run.trec", "per_query.csv")}
+
+
+KILLED = """
+import os, signal, sys
+from turborank import Reranker
+from turborank.evaluate import evaluate
+
+def progress(what):
+    def step(done, total):
+        if what.endswith("tiny") and done == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step
+
+evaluate([sys.argv[1]], [Reranker(sys.argv[2], engine="reference")], out=sys.argv[3], progress=progress)
+"""
+
+
+def test_a_killed_evaluation_resumes_to_the_same_bytes(
+    mini: Path, folder: Path, model: Reranker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evaluate([str(mini)], [model], out=whole)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(mini), str(folder), str(killed)], capture_output=True)
+    assert ended.returncode == -9, ended.stderr.decode()
+    scores = killed / "mini" / "tiny" / "scores.jsonl"
+    assert len(scores.read_text().splitlines()) == 3  # the header and two queries
+    assert not (killed / "mini" / "tiny" / "run.trec").exists()
+    with scores.open("a") as file:
+        file.write('{"query_id": "q3", "logits": [0.')  # killed while it wrote
+
+    asked: list[str] = []
+    score = model.score_detailed
+    monkeypatch.setattr(model, "score_detailed", lambda pairs: asked.append(pairs[0].query) or score(pairs))
+    evaluate([str(mini)], [model], out=killed)
+    assert asked == [QUERIES["q3"]]
+    assert files(killed) == files(whole)
+    evaluate([str(mini)], [model], out=killed)
+    assert asked == [QUERIES["q3"]]
+
+
+def test_parts_concatenate_to_the_run_and_join(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    evaluate([str(mini)], [model], out=whole)
+    for part in (3, 1, 2, 4):  # more parts than queries: one is empty
+        evaluate([str(mini)], [model], out=parts, shard=(part, 4))
+    assert not (parts / "report.md").exists()
+    runs = sorted((parts / "mini" / "tiny").glob("run.*-of-4.trec"))
+    assert b"".join(path.read_bytes() for path in runs) == files(whole)["run.trec"]
+    evaluate([str(mini)], [model], out=parts)
+    assert files(parts) == files(whole)
+    lines = (parts / "mini" / "tiny" / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == 1  # a header: everything came from the parts
+
+
+def test_scores_of_something_else_are_not_taken(mini: Path, model: Reranker, folder: Path, tmp_path: Path) -> None:
+    evaluate([str(mini)], [model], out=tmp_path / "out", depth=2)
+    with pytest.raises(InputError, match=r"scores with (first_stage|depth) .*scores\.jsonl:1; choose another --out"):
+        evaluate([str(mini)], [model], out=tmp_path / "out", depth=3)
+    with pytest.raises(InputError, match="scores with max_length 64, got 512"):
+        evaluate([str(mini)], [Reranker(folder, engine="reference", max_length=64)], out=tmp_path / "out", depth=2)
+
+
+def test_only_the_first_stage(mini: Path, tmp_path: Path) -> None:
+    found = evaluate([str(mini)], ["bm25"], out=tmp_path)
+    assert [system.name for system in found.results[0].systems] == ["BM25"]
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "mini" / "first-stage" / "run.trec").exists()
+
+
+def test_long_documents_are_read_whole_in_windows(mini: Path, folder: Path, tmp_path: Path) -> None:
+    long = " ".join(["sea"] * 400)
+    corpus = mini / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("The sea is salt", long))
+    cut, windows = (
+        evaluate(
+            [str(mini)], [Reranker(folder, engine="reference", max_length=64, length=policy)], out=tmp_path / policy
+        ).results[0].systems[1].manifest
+        for policy in ("truncate", "windows")
+    )  # fmt: skip
+    assert cut["pairs_truncated"] > 0
+    assert windows["pairs_truncated"] == 0
+    assert windows["tokens"] == cut["tokens"] + cut["tokens_truncated"]
