@@ -4,7 +4,6 @@ Needs an environment with mteb (``pip install mteb`` beside turborank's dependen
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import pytest
 
 mteb = pytest.importorskip("mteb", reason="mteb is not installed in this environment")
 from datasets import Dataset  # noqa: E402
+from helpers import write_checkpoint  # noqa: E402
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers import write_checkpoint  # noqa: E402
 
 from turborank import Reranker  # noqa: E402
 from turborank.compat import MtebCrossEncoder  # noqa: E402
