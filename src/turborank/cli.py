@@ -15,10 +15,14 @@ import typer
 
 from turborank.cli_doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli_doctor import doctor
+from turborank.cli_evaluate import EXAMPLES as EVALUATE_EXAMPLES
+from turborank.cli_evaluate import evaluate
 from turborank.cli_models import EXAMPLES as MODELS_EXAMPLES
 from turborank.cli_models import models
 from turborank.cli_rank import EXAMPLES as RANK_EXAMPLES
 from turborank.cli_rank import rank
+from turborank.cli_serve import EXAMPLES as SERVE_EXAMPLES
+from turborank.cli_serve import KEYS_EXAMPLES, keys, serve
 from turborank.errors import TurborankError
 
 
@@ -31,6 +35,9 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "rank": Command(rank, RANK_EXAMPLES),
+    "serve": Command(serve, SERVE_EXAMPLES),
+    "keys": Command(keys, KEYS_EXAMPLES),
+    "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),
 }
