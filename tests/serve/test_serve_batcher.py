@@ -1,0 +1,222 @@
+"""The queue: what shares a batch, who goes first, who is refused, who is forgotten."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
+
+from serving import CountingEngine, until
+
+from turborank.serve.batcher import Batcher
+from turborank.serve.problems import Problem
+from turborank.types import Encoding
+
+
+def windows(*lengths: int) -> list[Encoding]:
+    """Encodings whose token ids are all their own length, so that a pair's logit is -length²."""
+    ones = [np.full(n, n, dtype=np.int32) for n in lengths]
+    return [Encoding(ids, np.zeros_like(ids), read=len(ids)) for ids in ones]
+
+
+class Queue:
+    """A batcher with an engine behind a gate, and what it observed."""
+
+    def __init__(self, **bounds):
+        self.engine = CountingEngine()
+        self.observed = []
+        bounds = {"batch_tokens": 100, "queue_tokens": 10_000, "queue_seconds": 60.0, **bounds}
+        self.batcher = Batcher(**bounds, observe=self.observed.append)
+
+    def ask(self, *lengths: int, engine=None, expected: int | None = None):
+        given = windows(*lengths)
+        ticket = self.batcher.admit(engine or self.engine, sum(lengths) if expected is None else expected)
+        self.batcher.add(ticket, given, last=True)
+        return ticket
+
+    async def hold(self):
+        """Close the gate with a first batch behind it, so that what comes next has to queue."""
+        self.engine.gate.clear()
+        ticket = self.ask(1)
+        while not ticket.running:
+            await asyncio.sleep(0.001)
+        return ticket
+
+
+@pytest.fixture
+def run():
+    """Run a coroutine function on a fresh queue; the worker thread is gone afterwards."""
+
+    def runner(body, **bounds):
+        async def main():
+            queue = Queue(**bounds)
+            try:
+                await asyncio.wait_for(body(queue), 20)
+            finally:
+                queue.engine.gate.set()
+                queue.batcher.close()
+
+        asyncio.run(main())
+
+    return runner
+
+
+def test_logits_come_back_in_the_order_of_the_windows(run):
+    async def body(queue):
+        assert (await queue.ask(3, 1, 2).future).tolist() == [-9.0, -1.0, -4.0]
+        assert (await queue.ask().future).tolist() == []
+
+    run(body)
+
+
+def test_a_batch_mixes_requests_longest_pair_first(run):
+    async def body(queue):
+        first = await queue.hold()
+        tickets = [queue.ask(10, 30), queue.ask(20), queue.ask(5, 25)]
+        queue.engine.gate.set()
+        results = [(await ticket.future).tolist() for ticket in (first, *tickets)]
+        assert results == [[-1.0], [-100.0, -900.0], [-400.0], [-25.0, -625.0]]
+        assert queue.engine.batches == [[1], [30, 25, 20, 10, 5]]
+        until(lambda: len(queue.observed) == 2)
+        assert queue.observed[1][:3] == (90, 5, 3)
+        assert queue.observed[1].longest == 30
+
+    run(body)
+
+
+def test_no_batch_is_over_the_budget_but_a_single_long_pair_is_let_through(run):
+    async def body(queue):
+        await queue.ask(60, 60, 30, 10, 250).future
+        assert queue.engine.batches == [[250], [60, 30, 10], [60]] or queue.engine.batches == [
+            [250],
+            [60],
+            [60, 30, 10],
+        ]
+        assert all(sum(batch) <= 100 or len(batch) == 1 for batch in queue.engine.batches)
+
+    run(body)
+
+
+def test_a_short_request_overtakes_a_long_one(run):
+    async def body(queue):
+        queue.batcher.speed = 100.0  # tokens a second: the long one is 20 s of work, so is due 80 s after its arrival
+        await queue.hold()
+        long, short = queue.ask(*[100] * 20), queue.ask(10)
+        queue.engine.gate.set()
+        await short.future
+        assert not long.done
+        await long.future
+        assert queue.engine.batches[1][-1] == 10 or queue.engine.batches[1] == [10]
+
+    run(body)
+
+
+def test_a_long_request_is_not_starved_by_short_ones(run):
+    async def body(queue):
+        queue.batcher.speed = 1000.0
+        first = await queue.hold()
+        long = queue.ask(100)  # 0.1 s of work: whoever comes 0.4 s later cannot overtake it
+        await asyncio.sleep(0.45)
+        late = [queue.ask(50) for _ in range(20)]
+        queue.engine.gate.set()
+        await asyncio.gather(first.future, long.future, *(ticket.future for ticket in late))
+        assert queue.engine.batches[1] == [100]
+
+    run(body)
+
+
+def test_windows_that_arrive_in_parts_are_computed_meanwhile(run):
+    async def body(queue):
+        ticket = queue.batcher.admit(queue.engine, 60)
+        queue.batcher.add(ticket, windows(10, 20), last=False)
+        until(lambda: queue.engine.batches == [[20, 10]])
+        assert not ticket.future.done()
+        queue.batcher.add(ticket, windows(30), last=True)
+        assert (await ticket.future).tolist() == [-100.0, -400.0, -900.0]
+        assert queue.batcher.waiting_tokens == 0
+
+    run(body)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(run):
+    async def body(queue):
+        await queue.hold()
+        queue.ask(400)
+        with pytest.raises(Problem) as refused:
+            queue.ask(200)
+        assert (refused.value.status, refused.value.code) == (429, "overloaded")
+        assert "queue_tokens" in refused.value.message
+        assert int(refused.value.headers["retry-after"]) >= 1
+        assert queue.batcher.waiting_tokens == 401
+
+    run(body, queue_tokens=500)
+
+
+def test_a_queue_that_would_take_too_long_refuses(run):
+    async def body(queue):
+        queue.batcher.speed = 10.0
+        await queue.hold()
+        queue.ask(100)
+        with pytest.raises(Problem, match="queue_seconds"):
+            queue.ask(1)
+
+    run(body, queue_seconds=5.0)
+
+
+def test_an_empty_queue_takes_any_request(run):
+    async def body(queue):
+        assert len(await queue.ask(*[10] * 100).future) == 100
+
+    run(body, queue_tokens=50)
+
+
+def test_what_is_dropped_is_never_computed_and_frees_its_place(run):
+    async def body(queue):
+        first = await queue.hold()
+        gone, stays = queue.ask(7, 8), queue.ask(9)
+        queue.batcher.drop(gone)
+        assert queue.batcher.waiting_tokens == 1 + 9
+        assert gone.future.cancelled()
+        queue.engine.gate.set()
+        await asyncio.gather(first.future, stays.future)
+        assert queue.engine.batches == [[1], [9]]
+        assert queue.batcher.waiting_tokens == 0
+
+    run(body)
+
+
+def test_a_failing_engine_fails_its_batch_and_nothing_else(run):
+    class Broken(CountingEngine):
+        def logits(self, batch):
+            raise RuntimeError("the machine is on fire")
+
+    async def body(queue):
+        with pytest.raises(RuntimeError, match="on fire"):
+            await queue.ask(1, engine=Broken()).future
+        assert (await queue.ask(2).future).tolist() == [-4.0]
+
+    run(body)
+
+
+def test_engines_do_not_share_a_batch(run):
+    async def body(queue):
+        other = CountingEngine()
+        first = await queue.hold()
+        tickets = [queue.ask(2), queue.ask(3, engine=other), queue.ask(4)]
+        queue.engine.gate.set()
+        await asyncio.gather(first.future, *(ticket.future for ticket in tickets))
+        assert queue.engine.batches == [[1], [4, 2]]
+        assert other.batches == [[3]]
+
+    run(body)
+
+
+def test_the_worker_ends():
+    async def main():
+        Batcher(batch_tokens=1, queue_tokens=1, queue_seconds=1.0).close()
+
+    before = threading.active_count()
+    asyncio.run(main())
+    assert threading.active_count() == before

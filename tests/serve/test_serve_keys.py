@@ -1,0 +1,180 @@
+"""Keys and rates: who gets in, what they may use, how fast."""
+
+import os
+import re
+import stat
+
+import pytest
+
+pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
+
+from serving import running
+
+from turborank.errors import InputError
+from turborank.serve import keys, limits, server
+from turborank.serve.config import Settings
+from turborank.serve.problems import Problem
+
+BODY = {"query": "bees", "documents": ["scouts", "tides"]}
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+@pytest.fixture
+def ring_file(tmp_path):
+    return tmp_path / "keys.toml"
+
+
+def test_a_new_key_is_shown_once_and_kept_as_a_hash(ring_file):
+    secret = keys.new(ring_file, "team", models=("bees",), requests=60)
+    assert re.fullmatch(r"tr-[\w-]{43}", secret)
+    assert secret not in ring_file.read_text()
+    assert stat.S_IMODE(os.stat(ring_file).st_mode) == 0o600
+    [key] = keys.read(ring_file)
+    assert (key.name, key.models, key.requests_per_minute, key.tokens_per_minute) == ("team", ("bees",), 60, 0)
+    other = keys.new(ring_file, "other")
+    assert [key.name for key in keys.read(ring_file)] == ["team", "other"]
+    ring = keys.KeyRing(ring_file)
+    assert [ring.find(one).name for one in (secret, other)] == ["team", "other"]
+    assert ring.find(secret + "x") is None
+    assert ring.find(keys.digest(secret)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "TOML"),
+        ("[[key]]\n", "only"),
+        ("[[keys]]\nname = 'a'\n", "64 hexadecimal"),
+        (f"[[keys]]\nname = 'a b'\nsha256 = '{'0' * 64}'\n", "name of letters"),
+        (f"[[keys]]\nname = 'a'\nsha256 = '{'0' * 64}'\nrequests_per_minute = -1\n", "rates of 0 or more"),
+        (f"[[keys]]\nname = 'a'\nsha256 = '{'0' * 64}'\nmodel = 'x'\n", "the fields"),
+        (f"[[keys]]\nname = 'a'\nsha256 = '{'0' * 64}'\n" * 2, "each name once"),
+    ],
+)
+def test_a_broken_key_file_is_refused_with_the_place(ring_file, text, message):
+    ring_file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        keys.read(ring_file)
+
+
+def test_a_name_is_given_once(ring_file):
+    keys.new(ring_file, "team")
+    for name in ("team", "", "a/b", "x" * 65):
+        with pytest.raises(InputError, match="name"):
+            keys.new(ring_file, name)
+
+
+def test_the_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(ring_file):
+    now, complaints = [0.0], []
+    first = keys.new(ring_file, "first")
+    ring = keys.KeyRing(ring_file, complain=complaints.append, clock=lambda: now[0])
+    second = keys.new(ring_file, "second")
+    now[0] += keys.CHECK_EVERY
+    assert ring.find(second).name == "second"
+    ring_file.write_text("[[keys")
+    now[0] += keys.CHECK_EVERY
+    assert ring.find(first).name == "first"
+    assert "the keys stay as they were" in complaints[0]
+    ring_file.write_text("")
+    now[0] += keys.CHECK_EVERY
+    assert ring.find(first) is None
+    assert ring.required
+
+
+def test_every_key_is_compared_and_each_in_constant_time(ring_file, monkeypatch):
+    secrets = [keys.new(ring_file, name) for name in "abc"]
+    ring, compared = keys.KeyRing(ring_file), []
+    compare = keys.hmac.compare_digest
+    monkeypatch.setattr(keys.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b))
+    ring.find(secrets[0])
+    assert len(compared) == 3
+
+
+def test_over_http(model, ring_file):
+    good = keys.new(ring_file, "good")
+    narrow = keys.new(ring_file, "narrow", models=("other",))
+    with running(model, keys=str(ring_file)) as up:
+        assert up.ask("/v1/rerank", BODY, bearer(good)).status == 200
+        assert up.ask("/v1/rerank", BODY, {"authorization": f"bearer  {good} "}).status == 200
+        refused = up.ask("/v1/rerank", BODY, bearer("tr-wrong"))
+        assert (refused.status, refused.json["error"]["type"]) == (401, "authentication_error")
+        assert refused.headers["www-authenticate"] == "Bearer"
+        for headers in (
+            {},
+            {"Authorization": good},
+            {"Authorization": "Basic abc"},
+            {"Authorization": "Bearer "},
+            bearer("ü"),
+        ):
+            assert up.ask("/v1/rerank", BODY, headers).status == 401
+        assert up.ask("/tei/rerank", {"query": "q", "texts": ["a"]}).content == b""
+        assert up.ask("/infinity/rerank", BODY).json == {"detail": "Unauthorized"}
+        forbidden = up.ask("/v1/rerank", BODY, bearer(narrow))
+        assert (forbidden.status, forbidden.json["error"]["code"]) == (403, "model_not_allowed")
+        assert up.ask("/v1/models").status == 401
+        assert up.ask("/v1/models", headers=bearer(narrow)).json["data"] == []
+        for path in ("/", "/health", "/ready", "/metrics", "/openapi.json"):
+            assert up.ask(path).status == 200
+        assert up.ask("/openapi.json").json["security"] == [{"key": []}]
+
+
+def test_two_authorization_headers_are_none(ring_file):
+    good = keys.new(ring_file, "good").encode()
+    ring = keys.KeyRing(ring_file)
+    header = (b"Authorization", b"Bearer " + good)
+    assert limits.authorise(ring, [header]).name == "good"
+    with pytest.raises(Problem, match="got 2"):
+        limits.authorise(ring, [header, (b"authorization", b"Bearer x")])
+
+
+def test_a_single_key_may_come_from_the_environment(model, monkeypatch):
+    monkeypatch.setenv("TURBORANK_API_KEY", "secret-of-the-container")
+    with running(model) as up:
+        assert up.ask("/v1/rerank", BODY).status == 401
+        assert up.ask("/v1/rerank", BODY, bearer("secret-of-the-container")).status == 200
+
+
+def test_strangers_need_a_key(model):
+    with pytest.raises(InputError, match="expected API keys for a server that others can reach"):
+        server.make(Settings(model=(str(model),), host="0.0.0.0"))
+
+
+# Rates: a bucket holds one minute's worth -------------------------------------------------------------------------
+
+
+def test_a_bucket_refills_steadily():
+    now = [0.0]
+    bucket = limits.Bucket(60, lambda: now[0])
+    bucket.take(60)
+    assert bucket.wait() == 1.0
+    now[0] = 0.5
+    assert bucket.wait() == 0.5
+    now[0] = 1000.0
+    assert bucket.level() == 60
+    bucket.take(90)  # what a request costs is known afterwards
+    assert bucket.wait() == 31.0
+
+
+def test_rates_over_http(model, ring_file):
+    slow, free = keys.new(ring_file, "slow", requests=2), keys.new(ring_file, "free")
+    with running(model, keys=str(ring_file)) as up:
+        first, second, third = (up.ask("/v1/rerank", BODY, bearer(slow)) for _ in range(3))
+        assert [one.status for one in (first, second, third)] == [200, 200, 429]
+        assert [one.headers["x-ratelimit-remaining-requests"] for one in (first, second)] == ["1", "0"]
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert third.json["error"]["type"] == "rate_limit_error"
+        assert 25 <= int(third.headers["retry-after"]) <= 30  # two a minute: one every 30 s
+        assert "requests_per_minute" in third.json["message"]
+        assert up.ask("/v1/rerank", BODY, bearer(free)).status == 200
+
+
+def test_token_rates_count_what_was_read(model, ring_file):
+    secret = keys.new(ring_file, "slow", tokens=30)
+    with running(model, keys=str(ring_file)) as up:
+        first = up.ask("/v1/rerank", BODY, bearer(secret))
+        assert first.headers["x-ratelimit-remaining-tokens"] == str(30 - first.json["usage"]["total_tokens"])
+        assert up.ask("/v1/rerank", BODY, bearer(secret)).status == 200
+        assert up.ask("/v1/rerank", BODY, bearer(secret)).status == 429
