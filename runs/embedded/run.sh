@@ -1,0 +1,33 @@
+#!/bin/bash
+# Everything behind src/turborank/models/turborank-embedded-v1, from the data folder to the shipped files.
+# usage: run.sh DATA WORK      e.g.  runs/embedded/run.sh ../shared/data build/embedded
+# Needs turborank itself and requirements.txt. Interrupted stages go on where they stopped (--resume).
+# Two workers with one thread each, their weights averaged, train faster on two shared cores than one with two threads.
+set -euo pipefail
+DATA=$(realpath "$1"); mkdir -p "$2"; WORK=$(realpath "$2"); ROOT=$(realpath "$(dirname "$0")/../.."); cd "$(dirname "$0")"
+export OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=500000000
+
+python lists.py --data "$DATA" --out "$WORK/lists.npz"
+
+# Stage 1, recovery: 50 steps together (of a schedule of 600), then two workers to step 250.
+python recover.py --data "$DATA" --out "$WORK/recover-0" --steps 600 --stop 50 --seed 0
+cp -r "$WORK/recover-0" "$WORK/recover-1"
+for seed in 0 1; do
+    python recover.py --data "$DATA" --out "$WORK/recover-$seed" --steps 250 --seed $seed --threads 1 --resume &
+done
+wait
+python ship.py --models "$WORK"/recover-[01] --float32 "$WORK/recovered"
+
+# Stage 2, ranking.
+for seed in 0 1; do
+    python train.py --lists "$WORK/lists.npz" --start "$WORK/recovered" --out "$WORK/rank-$seed" \
+        --steps 400 --seed $seed --threads 1 --resume &
+done
+wait
+python ship.py --models "$WORK"/rank-[01] --lists "$WORK/lists.npz" --float32 "$WORK/final" \
+    --out "$ROOT/src/turborank/models/turborank-embedded-v1"
+
+# The numbers of the card.
+python evaluate.py --data "$DATA" --out "$WORK/results" --baselines --model "$WORK/final" --tag fp32 --precision fp32
+python evaluate.py --data "$DATA" --out "$WORK/results" --tag int8 \
+    --model "$ROOT/src/turborank/models/turborank-embedded-v1"
