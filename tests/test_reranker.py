@@ -141,7 +141,7 @@ def test_length_policies(folder: Path) -> None:
 
 
 def test_options_that_do_not_exist(folder: Path) -> None:
-    with pytest.raises(UnknownKeyError, match="engine to be one of .*native"):
+    with pytest.raises(UnknownKeyError, match=r"engine to be one of .*native"):
         Reranker(folder, engine="gpu")
     with pytest.raises(UnknownKeyError, match="precision of engine 'reference' to be one of auto, fp32, got 'int8'"):
         Reranker(folder, engine="reference", precision="int8")

@@ -1,8 +1,8 @@
 """turborank: rerank search results with a cross-encoder that reads 8,192 tokens.
 
-    >>> from turborank import Reranker
-    >>> Reranker().rank("how do bees choose a home?", ["Bees scout for hollow trees.", "Rents rose."])[0].index
-    0
+>>> from turborank import Reranker
+>>> Reranker().rank("how do bees choose a home?", ["Bees scout for hollow trees.", "Rents rose."])[0].index
+0
 """
 
 from __future__ import annotations
