@@ -135,6 +135,16 @@ def test_torch_attends_in_blocks_when_scores_would_be_large(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_torch_runs_in_bf16(family: str) -> None:
+    from turborank.engines import torch as torch_engine
+
+    config = family_config(family)
+    weights, batch = family_weights(config), batch_of([40, 7, 90])
+    got = torch_engine.prepare(weights, config, precision="bf16", threads=1).logits(batch)
+    np.testing.assert_allclose(got, ours(config, weights, batch), atol=0.05)  # logits spread over about 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pair_has_the_same_bits_whatever_its_neighbours(family: str) -> None:
     config = family_config(family)
     engine = ReferenceEngine(family_weights(config), config, 1)

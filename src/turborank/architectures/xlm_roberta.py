@@ -2,7 +2,7 @@
 
 BERT's body with three differences: positions are counted from 2, because the first two rows of their table
 belonged to padding; there is one segment; and the head has no pooler but a layer of its own,
-logit = w·tanh(D·h₀ + d) + b.
+logit = w·tanh(D·h₀ + d) + b. Every token counts as a position, also a literal ``<pad>`` that someone wrote in a text.
 """
 
 from __future__ import annotations
