@@ -52,39 +52,14 @@ TR_INLINE F native_exp2(F x) {
     return _mm512_scalef_ps(exact ? polynomial(fraction, fine) : polynomial(fraction, fast), x);
 }
 
-template <int... i> struct Indices {};
-template <int n, int... i> struct MakeIndices : MakeIndices<n - 1, n - 1, i...> {};
-template <int... i> struct MakeIndices<0, i...> { using type = Indices<i...>; };
+#include "parts.inl"
 
-// Splits up to 32 rows into equal parts of at most 12 and calls part(from, Indices of a part's rows): with 2 columns
-// of accumulators, 12 rows fill 24 of the 32 registers.
-template <class Part>
-TR_INLINE void in_parts(int rows, const Part& part) {
-    const int parts = (rows + 11) / 12, size = (rows + parts - 1) / parts;
-    for (int from = 0; from < rows; from += size) {
-        const int count = rows - from < size ? rows - from : size;
-        switch (count) {
-            case 12: part(from, typename MakeIndices<12>::type{}); break;
-            case 11: part(from, typename MakeIndices<11>::type{}); break;
-            case 10: part(from, typename MakeIndices<10>::type{}); break;
-            case 9: part(from, typename MakeIndices<9>::type{}); break;
-            case 8: part(from, typename MakeIndices<8>::type{}); break;
-            case 7: part(from, typename MakeIndices<7>::type{}); break;
-            case 6: part(from, typename MakeIndices<6>::type{}); break;
-            case 5: part(from, typename MakeIndices<5>::type{}); break;
-            case 4: part(from, typename MakeIndices<4>::type{}); break;
-            case 3: part(from, typename MakeIndices<3>::type{}); break;
-            case 2: part(from, typename MakeIndices<2>::type{}); break;
-            default: part(from, typename MakeIndices<1>::type{});
-        }
-    }
-}
+// With two columns of accumulators, 12 rows fill 24 of the 32 registers.
+constexpr int kRowsAtOnce = 12;
 
-template <class Between>
-TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
-                    const Between& between) {
+void float_product(const float* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate) {
     const float* b = reinterpret_cast<const float*>(panel);
-    in_parts(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
+    in_parts<kRowsAtOnce>(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
         const float* x = a + static_cast<size_t>(from) * lda;
         float* y = c + from * ldc;
         F left[sizeof...(r)], right[sizeof...(r)];
@@ -95,16 +70,13 @@ TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, i
         }
         ((store(y + r * ldc, left[r]), store(y + r * ldc + 16, right[r])), ...);
     });
-    between(0, 1);
 }
 
 // The products below are written in assembly because gcc 12 copies and spills accumulators of these intrinsics.
 TR_INLINE void dot_bf16(F& sum, __m512i a, __m512i b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
-template <class Between>
-TR_INLINE void vector_gemm(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
-                           const Between& between) {
-    in_parts(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
+[[maybe_unused]] void bf16_product(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate) {
+    in_parts<kRowsAtOnce>(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
         const bf16* x = a + static_cast<size_t>(from) * lda;
         float* y = c + from * ldc;
         F left[sizeof...(r)], right[sizeof...(r)];
@@ -123,7 +95,13 @@ TR_INLINE void vector_gemm(const bf16* a, int lda, int rows, const std::byte* pa
         }
         ((store(y + r * ldc, left[r]), store(y + r * ldc + 16, right[r])), ...);
     });
-    between(0, 1);
+}
+
+template <class Between>
+TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
+                    const Between& between) {
+    float_product(a, lda, rows, panel, depth, c, ldc, accumulate);
+    between(0);
 }
 
 // 16 rows of 16 words of 32 bits, transposed in place: four rounds of exchanging blocks of 1, 2, 4, 8.

@@ -63,7 +63,7 @@ TR_INLINE void tile_gemm(const void* a, size_t lda, int rows, const std::byte* p
             Kind::template multiply<2, 5, 6>();
             Kind::template multiply<3, 5, 7>();
         }
-        between(s, steps);
+        between(s);
     }
     store_tile<0>(y, ldc);
     store_tile<1>(y + 64, ldc);
@@ -84,6 +84,10 @@ TR_INLINE void gemm(const bf16* a, int lda, int rows, const std::byte* panel, in
                     const Between& between) {
     tile_gemm<Brain>(a, static_cast<size_t>(lda) * 2, rows, panel, depth / 32, c, static_cast<size_t>(ldc) * 4, accumulate, between);
 }
+
+// The tile products pause after every step of the depth; the float product, from avx512.inl, only at its end.
+template <class Op>
+constexpr int gemm_moments(int depth) { return sizeof(Op) == 4 ? 1 : depth * static_cast<int>(sizeof(Op)) / 64; }
 
 #include "attention_f32.inl"
 #include "kernels.inl"

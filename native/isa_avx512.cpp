@@ -18,12 +18,11 @@ TR_INLINE void store_int8(Int8* p, F x) {
 
 TR_INLINE void dot_int8(__m512i& sum, __m512i a, __m512i b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
-template <class Between>
-TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool, const Between& between) {
+void int8_product(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc) {
     const std::byte* sums = panel + static_cast<size_t>(depth) * kPanel;
     const __m512i start0 = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(sums)), 7);
     const __m512i start1 = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(sums + 64)), 7);
-    in_parts(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
+    in_parts<kRowsAtOnce>(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
         const Int8* x = a + static_cast<size_t>(from) * lda;
         int32_t* y = c + from * ldc;
         __m512i left[sizeof...(r)], right[sizeof...(r)];
@@ -42,14 +41,23 @@ TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, in
         }
         ((_mm512_storeu_si512(y + r * ldc, left[r]), _mm512_storeu_si512(y + r * ldc + 16, right[r])), ...);
     });
-    between(0, 1);
+}
+
+template <class Between>
+TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool, const Between& between) {
+    int8_product(a, lda, rows, panel, depth, c, ldc);
+    between(0);
 }
 
 template <class Between>
 TR_INLINE void gemm(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
                     const Between& between) {
-    vector_gemm(a, lda, rows, panel, depth, c, ldc, accumulate, between);
+    bf16_product(a, lda, rows, panel, depth, c, ldc, accumulate);
+    between(0);
 }
+
+template <class Op>
+constexpr int gemm_moments(int) { return 1; }
 
 #include "attention_f32.inl"
 #include "kernels.inl"

@@ -88,7 +88,7 @@ TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, in
                 }
             }
     }
-    between(0, 1);
+    between(0);
 }
 
 template <class Between>
@@ -102,8 +102,11 @@ TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, i
             for (int j = 0; j < kPanel; ++j) sum[j] += a[r * lda + k] * b[k * kPanel + j];
         for (int j = 0; j < kPanel; ++j) c[r * ldc + j] = sum[j];
     }
-    between(0, 1);
+    between(0);
 }
+
+template <class Op>
+constexpr int gemm_moments(int) { return 1; }
 
 #include "attention_f32.inl"
 #include "kernels.inl"

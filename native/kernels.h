@@ -7,9 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -33,30 +31,22 @@ constexpr int kSlackRows = 32;   // readable rows behind the last one of every r
 constexpr int kKeyChunk = 256;   // keys whose scores are held at once for one attention tile
 constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
 
-// Zeroed memory on a cache-line boundary that only grows.
+// Zeroed memory that only grows. Large buffers lie on huge pages where the system has them.
 class Buffer {
 public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { release(); }
 
-    void reserve(size_t bytes) {
-        if (bytes <= size_) return;
-        std::free(data_);
-        size_ = 0;
-        const size_t rounded = (bytes + 4095) / 4096 * 4096;
-        data_ = std::aligned_alloc(4096, rounded);
-        if (!data_) throw std::bad_alloc();
-        std::memset(data_, 0, rounded);
-        size_ = rounded;
-    }
+    void reserve(size_t bytes);  // throws std::bad_alloc; the contents are lost when the buffer grows
     template <class T>
     TR_INLINE T* as() const { return static_cast<T*>(data_); }
     size_t size() const { return size_; }
 
 private:
+    void release();
     void* data_ = nullptr;
     size_t size_ = 0;
 };

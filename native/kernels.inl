@@ -7,8 +7,8 @@
 //     c[r][0..31] (+)= sum_k a[r][k] * panel[k][0..31] for r < rows <= 32; a is Int8 (the instruction set's own
 //     encoding of int8), bf16 or float; c is int32 or float, rows ldc apart. It may read up to row 31 of `a` and
 //     write up to row 31 of `c`. Each element is summed over k in a fixed order, so a row's result does not
-//     depend on its place. `between(i, n)` is called with i = 0 .. n-1 at moments of the callee's choice: vector
-//     work for it to hide behind the matrix unit.
+//     depend on its place. `between(i)` is called with i = 0 .. gemm_moments<Op>(depth) - 1 at moments of the
+//     callee's choice: vector work for it to hide behind the matrix unit.
 
 constexpr float kLog2e = 1.44269504088896341f;
 
@@ -22,8 +22,10 @@ template <class Op> struct Accumulator { using type = float; };
 template <> struct Accumulator<Int8> { using type = int32_t; };
 template <class Op> using Acc = typename Accumulator<Op>::type;
 
+TR_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 struct Nothing {
-    TR_INLINE void operator()(int, int) const {}
+    TR_INLINE void operator()(int) const {}
 };
 
 template <int N>
@@ -131,27 +133,38 @@ struct Values {
 };
 
 // Panels [from, to) of a W^T for `rows` rows; put(row, panel, values) receives 32 columns at a time. The results of
-// one 32 x 32 tile are handed on while the next is being computed.
+// one 32 x 32 tile are handed on while the next is being computed, and the next panel (at the end: the first of
+// `after`, the product that follows) is fetched meanwhile, because weights come from the outer caches.
 template <class Op, class Put>
-TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const Put& put) {
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after,
+                        const Put& put) {
     struct Tile { int panel, row, rows; const Acc<Op>* sums; } done{0, 0, 0, nullptr};
-    const auto drain = [&](int i, int n) {
-        const int last = done.rows * (i + 1) / n;
-        for (int r = done.rows * i / n; r < last; ++r) {
-            const int column = done.panel * kPanel, row = done.row + r;
-            const F scale = set(a.scale ? a.scale[row] : 1.0f);
-            put(row, done.panel, Values<Op>{done.sums + r * kPanel, w.scale + column, w.bias + column, scale});
+    const auto drain = [&](int from_row, int to_row) {
+        const int column = done.panel * kPanel;
+        for (int r = from_row; r < to_row; ++r) {
+            const F scale = set(a.scale ? a.scale[done.row + r] : 1.0f);
+            put(done.row + r, done.panel, Values<Op>{done.sums + r * kPanel, w.scale + column, w.bias + column, scale});
         }
     };
+    const int moments = gemm_moments<Op>(w.depth), share = (kTile + moments - 1) / moments;
+    const int tiles = (rows + kTile - 1) / kTile;
+    const size_t stride = (w.panel_bytes + static_cast<size_t>(tiles * moments) - 1) / static_cast<size_t>(tiles * moments);
     int turn = 0;
-    for (int panel = from; panel < to; ++panel)
+    for (int panel = from; panel < to; ++panel) {
+        const std::byte* next = panel + 1 < to ? w.panel(panel + 1) : after;
         for (int row = 0; row < rows; row += kTile, turn ^= 1) {
             Acc<Op>* sums = s.tiles.as<Acc<Op>>() + turn * kTile * kPanel;
             const int count = at_most(kTile, rows - row);
-            gemm(a.rows + static_cast<size_t>(row) * a.stride, a.stride, count, w.panel(panel), w.depth, sums, kPanel, false, drain);
+            gemm(a.rows + static_cast<size_t>(row) * a.stride, a.stride, count, w.panel(panel), w.depth, sums, kPanel, false, [&](int i) {
+                drain(at_most(i * share, done.rows), at_most((i + 1) * share, done.rows));
+                if (!next) return;
+                for (size_t at = 0; at < stride; at += 64) prefetch(next + at);
+                next += stride;
+            });
             done = {panel, row, count, sums};
         }
-    drain(0, 1);
+    }
+    drain(0, done.rows);
 }
 
 void normalise(float* row, int C, const Norm& norm, float eps) {
@@ -196,7 +209,7 @@ void project_heads(const Shape& shape, const Layer& layer, const float* x, int r
                    Scratch& s) {
     const auto a = make_operand<Op>(x, shape.C, rows, layer.qkv, s);
     const int part = shape.C / kPanel, D = shape.D;
-    multiply<Op>(a, layer.qkv, from, to, rows, s, [&](int row, int panel, const Values<Op>& v) {
+    multiply<Op>(a, layer.qkv, from, to, rows, s, nullptr, [&](int row, int panel, const Values<Op>& v) {
         void* base = panel < part ? heads.q : panel < 2 * part ? heads.k : heads.v;
         const int column = panel % part * kPanel;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(column / D) * heads.capacity + at + row) * D + column % D;
@@ -212,7 +225,7 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
         for (int c = 0; c < kPanel; c += W) store(out + c, add(load(out + c), v.at(c)));
     };
     const auto context = make_operand<Op>(static_cast<const E*>(attention), C, rows, layer.out, s);
-    multiply<Op>(context, layer.out, 0, C / kPanel, rows, s, add_to_x);
+    multiply<Op>(context, layer.out, 0, C / kPanel, rows, s, layer.up.panels, add_to_x);
     for (int r = 0; r < rows; ++r) {
         float* row = x + static_cast<size_t>(r) * C;
         normalise(row, C, layer.norm1, shape.eps);
@@ -223,7 +236,7 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
 
     constexpr bool exact = same_type<Op, float>;
     E* hidden = s.hidden.as<E>();
-    multiply<Op>(y, layer.up, 0, layer.up.out / kPanel, rows, s, [&](int row, int panel, const Values<Op>& v) {
+    multiply<Op>(y, layer.up, 0, layer.up.out / kPanel, rows, s, layer.down.panels, [&](int row, int panel, const Values<Op>& v) {
         E* out = hidden + static_cast<size_t>(row) * Fsize;
         if (shape.geglu) {
             for (int c = 0; c < kPanel / 2; c += W)
@@ -233,7 +246,7 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
         }
     });
     const auto h = make_operand<Op>(hidden, Fsize, rows, layer.down, s);
-    multiply<Op>(h, layer.down, 0, C / kPanel, rows, s, add_to_x);
+    multiply<Op>(h, layer.down, 0, C / kPanel, rows, s, nullptr, add_to_x);
     for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, C, layer.norm2, shape.eps);
 }
 
@@ -241,7 +254,7 @@ void classify(const Weights& w, const float* first, int rows, float* logits, Scr
     const int C = w.shape.C;
     float* pooled = s.hidden.as<float>();  // (rows, C)
     const Operand<float> a{first, C, nullptr};
-    multiply<float>(a, w.pooler, 0, C / kPanel, rows, s, [&](int row, int panel, const Values<float>& v) {
+    multiply<float>(a, w.pooler, 0, C / kPanel, rows, s, nullptr, [&](int row, int panel, const Values<float>& v) {
         for (int c = 0; c < kPanel; c += W) store(pooled + static_cast<size_t>(row) * C + panel * kPanel + c, tanh_of(v.at(c)));
     });
     for (int r = 0; r < rows; ++r) {

@@ -35,6 +35,8 @@ struct Column {
     float factor, bias;
 };
 
+constexpr size_t kChunk = size_t{4} << 20;
+
 class Packer {
 public:
     Packer(const Tensors& tensors, Precision precision, Packed& packed) : tensors_(tensors), precision_(precision), packed_(packed) {}
@@ -50,9 +52,18 @@ public:
     }
     bool has(const std::string& name) const { return tensors_.contains(name); }
 
-    float* floats(size_t n) {
-        packed_.memory.emplace_back().reserve(n * sizeof(float));
-        return packed_.memory.back().as<float>();
+    float* floats(size_t n) { return reinterpret_cast<float*>(bytes(n * sizeof(float))); }
+
+    // Everything is laid end to end in few large buffers, so that huge pages can hold it.
+    std::byte* bytes(size_t n) {
+        n = (n + 63) / 64 * 64;
+        if (used_ + n > (packed_.memory.empty() ? 0 : packed_.memory.back().size())) {
+            packed_.memory.emplace_back().reserve(n > kChunk ? n : kChunk);
+            used_ = 0;
+        }
+        std::byte* result = packed_.memory.back().as<std::byte>() + used_;
+        used_ += n;
+        return result;
     }
 
     const float* vector(const std::string& name, int64_t columns, int64_t rows = 1) {
@@ -82,8 +93,7 @@ public:
         const int step = precision == Precision::int8 ? 64 : precision == Precision::bf16 ? 32 : 1;
         w.depth = (w.in + step - 1) / step * step;
         w.panel_bytes = static_cast<size_t>(w.depth) * kPanel * element + (precision == Precision::int8 ? kPanel * sizeof(int32_t) : 0);
-        packed_.memory.emplace_back().reserve(w.panel_bytes * static_cast<size_t>(w.out / kPanel));
-        std::byte* panels = packed_.memory.back().as<std::byte>();
+        std::byte* panels = bytes(w.panel_bytes * static_cast<size_t>(w.out / kPanel));
         float *scale = floats(columns.size()), *bias = floats(columns.size());
         std::vector<float> row(static_cast<size_t>(w.in));
         std::vector<int8_t> small(static_cast<size_t>(w.depth), int8_t{0});
@@ -147,6 +157,7 @@ private:
     const Tensors& tensors_;
     Precision precision_;
     Packed& packed_;
+    size_t used_ = 0;
 };
 
 void append(std::vector<Column>& to, const std::vector<Column>& more) { to.insert(to.end(), more.begin(), more.end()); }
