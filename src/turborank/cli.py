@@ -13,6 +13,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from turborank.cli_bench import EXAMPLES as BENCH_EXAMPLES
+from turborank.cli_bench import bench
 from turborank.cli_doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli_doctor import doctor
 from turborank.cli_evaluate import EXAMPLES as EVALUATE_EXAMPLES
@@ -38,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(serve, SERVE_EXAMPLES),
     "keys": Command(keys, KEYS_EXAMPLES),
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
+    "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),
 }

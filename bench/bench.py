@@ -1,0 +1,281 @@
+"""Ours and the peers in one run: speed beside error, losing rows kept.
+
+Stages, each resumable and each short, so that a machine need be kept quiet only for minutes at a time:
+
+    prepare   a random checkpoint of the turbo shape, the reference engine's logits, the peers' own formats
+    tune      each peer's best batch size and number of streams on each workload
+    run       the workloads, all contestants in turns
+    long      one pair of 8,192 tokens, one process at a time: speed and peak memory
+    peaks     what the processor's instructions can do at most (peak.c)
+    text      from text to scores; loading; memory (ours)
+    report    JSON, a Markdown table and docs/roofline.svg
+
+``--cap`` makes tune, run and long believe in an older processor (see cap.c): ``avx512vnni`` or ``avx2``.
+runs/bench.sh holds the exact commands behind the results that are committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peers
+import report
+from peers import PEERS
+
+from turborank import benchmark
+from turborank.benchmark import BATCH, LONG, WORKLOADS, Contestant, Process, Turn
+
+HERE = Path(__file__).resolve().parent
+SHORT = tuple(w for w in WORKLOADS if w != LONG)
+SIZES = (1, 2, 4, 8, 16, 32)
+FASTEST = 3  # tuned peers that take turns with us; the others' best are in the table of tuning
+CAPS = ("none", "avx512vnni", "avx2")
+NEEDED_GB = {
+    "ort": 14,
+    "ort-int8": 14,
+    "ort-int8-cls": 14,
+    "torch": 9,
+    "ov": 5,
+    "ov-cls": 5,
+    "ov-weights": 5,
+}  # at 8,192
+
+
+class State:
+    """What the stages found, in one JSON file; every stage adds to it."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work / "state.json"
+        self.model = work / "model"
+        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def part(self, *keys: str) -> dict[str, Any]:
+        """The dictionary at ``keys``, made where missing."""
+        at = self.found
+        for key in keys:
+            at = at.setdefault(key, {})
+        return at
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps(self.found, indent=1))
+
+
+def cap_env(cap: str, work: Path) -> dict[str, str]:
+    """Environment under which a process sees no newer instructions than ``cap``."""
+    if cap == "none":
+        return {}
+    library = work / "cap.so"
+    if not library.exists():
+        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, HERE / "cap.c"], check=True)
+    return {"LD_PRELOAD": str(library), "CPU_CAP": cap}
+
+
+def ours(cap: str, env: dict[str, str]) -> list[Contestant]:
+    """The native engine in every precision that the instruction set has."""
+    from turborank.engines import native
+
+    isa = native.isas()[0] if cap == "none" else cap
+    return [
+        Contestant(
+            f"turborank-{precision}",
+            f"turborank {precision} ({isa})",
+            options={"engine": "native", "precision": precision},
+            env=env | {"TURBORANK_ISA": isa},
+        )
+        for precision in native.precisions(isa)
+    ]
+
+
+def theirs(names: list[str], env: dict[str, str]) -> list[Contestant]:
+    """The peers, once for every number of streams: "ov" and "ov/2"."""
+    return [
+        Contestant(
+            name if streams == 1 else f"{name}/{streams}",
+            PEERS[name].label,
+            f"{HERE / 'peers.py'}:{PEERS[name].load.__name__}",
+            PEERS[name].options | {"streams": streams},
+            env,
+        )
+        for name in names
+        for streams in PEERS[name].streams
+    ]
+
+
+def prepare(state: State, arguments: argparse.Namespace) -> None:
+    if not (state.model / "model.safetensors").exists():
+        benchmark.write_model(state.model, tokenizer_file(arguments.tokenizer))
+    for name in arguments.peers:
+        if PEERS[name].prepare is not None:  # in a process of its own: exporters need gigabytes and leave threads
+            code = f"import pathlib, peers; p = peers.PEERS[{name!r}]; p.prepare(pathlib.Path({str(state.model)!r}), "
+            code += "p.options)"
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+    exact = state.part("exact")
+    for workload in WORKLOADS:
+        if workload not in exact:
+            exact[workload] = benchmark.exact_logits(state.model, workload)
+            state.save()
+
+
+def tokenizer_file(given: Path | None) -> Path:
+    """The embedded model's tokenizer, unless another is given."""
+    if given is None:
+        from turborank import catalog
+
+        given = catalog.lookup(catalog.DEFAULT).folder / "tokenizer.json"
+    return given
+
+
+def tune(state: State, arguments: argparse.Namespace) -> None:
+    """Seconds of every batch size, kept as {workload: {contestant: {size: s}}}; the least of two calls or more.
+
+    The first call of a shape counts only if it is the fastest: some libraries make a kernel for it.
+    """
+    for contestant in theirs(arguments.peers, cap_env(arguments.cap, state.path.parent)):
+        with benchmark.processes([contestant], state.model, arguments.threads) as running:
+            for workload in arguments.workloads:
+                sizes = [b for b in arguments.sizes if b <= len(WORKLOADS[workload].lengths)]
+                found = state.part("tuned", arguments.cap, workload, contestant.name)
+                for size in sizes:
+                    first = running[contestant.name].time(workload, size, 0.0)
+                    again = running[contestant.name].time(workload, size, 0.1)
+                    found[str(size)] = min(first + again)
+        state.save()
+        print(f"tuned {contestant.name}", flush=True)
+
+
+def best(state: State, cap: str, workload: str, name: str) -> tuple[float, Turn]:
+    """Seconds of a peer's best batch size and number of streams, and (contestant, batch size)."""
+    tuned = state.part("tuned", cap, workload)
+    pairs = len(WORKLOADS[workload].lengths)
+    tried = [
+        (seconds, (contestant.name, BATCH if int(size) == pairs else int(size)))  # all pairs at once: as users run it
+        for contestant in theirs([name], {})
+        for size, seconds in tuned.get(contestant.name, {}).items()
+    ]
+    return min(tried, default=(float("inf"), (name, BATCH)))
+
+
+def run(state: State, arguments: argparse.Namespace) -> None:
+    """In turns: every contestant as users run it (batch 32, one stream), and the fastest as tuned."""
+    env = cap_env(arguments.cap, state.path.parent)
+    us = ours(arguments.cap, env)
+    turns: dict[str, list[Turn]] = {}
+    for workload in arguments.workloads:
+        turns[workload] = [(c.name, BATCH) for c in us] + [(name, BATCH) for name in arguments.peers]
+        tuned = sorted(best(state, arguments.cap, workload, name) for name in arguments.peers)
+        turns[workload] += [turn for _, turn in tuned[:FASTEST] if turn not in turns[workload]]
+    wanted = {name for each in turns.values() for name, _ in each}
+    contestants = [c for c in us + theirs(arguments.peers, env) if c.name in wanted]
+    with benchmark.processes(contestants, state.model, arguments.threads) as running:
+        print(f"{len(running)} contestants loaded", flush=True)
+        took = benchmark.in_turns(running, turns, arguments.rounds)
+        for workload, each in took.items():
+            found = state.part("runs", arguments.cap, workload)
+            found.clear()
+            for (name, batch), seconds in each.items():
+                logits = running[name].logits(workload, batch)
+                found[f"{name} b{batch}"] = benchmark.speed(workload, seconds) | {"logits": logits}
+    state.part("about", arguments.cap).update({c.name: running[c.name].about | {"label": c.label} for c in contestants})
+    state.save()
+
+
+def free_gb() -> float:
+    """Memory that could be had now."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) / 2**20
+    return float("inf")
+
+
+def long(state: State, arguments: argparse.Namespace) -> None:
+    """8,192 tokens: each in its own process, alone; three calls, or one where a call takes over ten seconds."""
+    env = cap_env(arguments.cap, state.path.parent)
+    found = state.part("runs", arguments.cap, LONG)
+    for contestant in [*ours(arguments.cap, env), *(c for c in theirs(arguments.peers, env) if "/" not in c.name)]:
+        key = f"{contestant.name} b{BATCH}"
+        needed = NEEDED_GB.get(contestant.name, 1)
+        if free_gb() < needed:
+            print(f"left out {contestant.name}: {needed} GB needed, {free_gb():.1f} GB free", flush=True)
+            continue
+        process = Process(contestant, state.model, arguments.threads)
+        try:
+            logits = process.logits(LONG, BATCH)
+            took = process.time(LONG, BATCH, 5.0)
+            found[key] = benchmark.speed(LONG, took) | {"logits": logits, "peak_bytes": process.peak()}
+            state.part("about", arguments.cap)[contestant.name] = process.about | {"label": contestant.label}
+        finally:
+            process.close()
+        state.save()
+        print(f"{key}: {found[key]['tokens_s']:.0f} tokens/s, {found[key]['peak_bytes'] / 1e6:.0f} MB", flush=True)
+
+
+def peaks(state: State, arguments: argparse.Namespace) -> None:
+    """Instruction peaks of one core and the speed of reading memory."""
+    program = state.path.parent / "peak"
+    subprocess.run(["gcc", "-O2", "-o", program, HERE / "peak.c"], check=True)
+    state.part("peaks").update(json.loads(subprocess.run([program], check=True, capture_output=True).stdout))
+    state.save()
+    print(state.part("peaks"))
+
+
+def text(state: State, arguments: argparse.Namespace) -> None:
+    """Ours from text, in fresh processes: what tokenisation adds, and how long the first score takes."""
+    rows = []
+    for _ in range(arguments.rounds):
+        done = subprocess.run(
+            [
+                sys.executable,
+                HERE / "from_text.py",
+                str(arguments.threads),
+                *([arguments.model] if arguments.model else []),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        rows.append(json.loads(done.stdout))
+    state.part("text").update({key: min(row[key] for row in rows) for key in rows[0]})
+    state.save()
+    print(state.part("text"))
+
+
+STAGES = {
+    "prepare": prepare, "tune": tune, "run": run, "long": long, "peaks": peaks, "text": text, "report": report.write,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=tuple(STAGES), nargs="+")
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="exports and interim results")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cap", choices=CAPS, default="none")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES), help="batch sizes that tune tries")
+    parser.add_argument("--workloads", nargs="*", default=list(SHORT), choices=SHORT)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--out", type=Path, help="results without their suffix; by default results/DATE-PROCESSOR")
+    parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "roofline.svg")
+    parser.add_argument("--model", help="for the stage text: a model's folder; by default the embedded one")
+    arguments = parser.parse_args()
+    arguments.work = arguments.work.resolve()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in arguments.peers if peers.installed(PEERS[name]) is None]
+    for name in missing:
+        print(f"left out {name}: it needs {', '.join(PEERS[name].needs)}", file=sys.stderr)
+    arguments.peers = [name for name in arguments.peers if name not in missing]
+    state = State(arguments.work)
+    for stage in arguments.stage:
+        STAGES[stage](state, arguments)
+
+
+if __name__ == "__main__":
+    main()

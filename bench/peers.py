@@ -1,0 +1,299 @@
+"""PEERS: other ways to run the same model on a CPU, one row each.
+
+``prepare`` turns the checkpoint into the peer's own format once (export, quantisation); ``load`` gives a scorer.
+A row is used where the modules it ``needs`` are installed. All pad, so all sort by length and take a batch size.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+OPSET = 17
+CALIBRATION = 32  # random pairs that NNCF sees
+
+
+class Peer(NamedTuple):
+    """One way to run the model that is not ours."""
+
+    label: str
+    needs: tuple[str, ...]  # distributions; their versions go into the report
+    load: Callable[[Path, int, dict[str, Any]], Callable[..., np.ndarray]]
+    prepare: Callable[[Path, dict[str, Any]], None] | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default
+    streams: tuple[int, ...] = (1,)  # numbers of batches computed at once that are worth trying
+
+
+def padded(encodings: Sequence[Any], pad: int = 1) -> dict[str, np.ndarray]:
+    """Token ids, segments and mask, (B, longest) int64."""
+    shape = (len(encodings), max(len(e) for e in encodings))
+    ids, types, mask = np.full(shape, pad, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row, encoding in enumerate(encodings):
+        n = len(encoding)
+        ids[row, :n], types[row, :n], mask[row, :n] = encoding.input_ids, encoding.type_ids, 1
+    return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+
+
+def sorted_batches(encodings: Sequence[Any], size: int) -> list[list[int]]:
+    """Places of pairs of like length, longest first, ``size`` at a time."""
+    order = sorted(range(len(encodings)), key=lambda i: -len(encodings[i]))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def by_batches(run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Callable[..., np.ndarray]:
+    """A scorer from a function of one padded batch."""
+
+    def score(encodings: Sequence[Any], batch: int = 32) -> np.ndarray:
+        out = np.empty(len(encodings), np.float32)
+        for places in sorted_batches(encodings, batch):
+            out[places] = np.asarray(run(padded([encodings[i] for i in places]))).reshape(-1)
+        return out
+
+    return score
+
+
+# --- the model as a plain torch module, from its specification ---------------------------------------------------
+
+
+def jinabert(checkpoint: Any, *, cls: bool, fused: bool) -> Any:
+    """JinaBERT with its classifier (docs/model.md), padded inputs and a mask, as libraries write it.
+
+    ``cls``: the last layer is computed for token 0 only, which changes no logit. ``fused``: torch's
+    scaled_dot_product_attention instead of the product, softmax, product that exporters understand best.
+    """
+    import torch
+    from torch import nn
+
+    config = checkpoint.config
+    c, heads = config.hidden_size, config.num_attention_heads
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
+            self.norm1, self.norm2 = (nn.LayerNorm(c, eps=config.layer_norm_eps) for _ in range(2))
+            self.gate = nn.Linear(c, 2 * config.intermediate_size, bias=False)
+            self.down = nn.Linear(config.intermediate_size, c)
+
+        def forward(self, x: Any, bias: Any, first: bool) -> Any:
+            asked = x[:, :1] if first else x
+
+            def split(y: Any) -> Any:
+                return y.view(y.shape[0], y.shape[1], heads, c // heads).transpose(1, 2)
+
+            q, k, v = split(self.query(asked)), split(self.key(x)), split(self.value(x))
+            bias = bias[:, :, :1] if first else bias
+            if fused:
+                context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            else:
+                context = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(c // heads) + bias, dim=-1) @ v
+            context = context.transpose(1, 2).reshape(asked.shape[0], asked.shape[1], c)
+            y = self.norm1(self.out(context) + asked)
+            gate, value = self.gate(y).split(config.intermediate_size, dim=-1)
+            return self.norm2(self.down(nn.functional.gelu(gate) * value) + y)
+
+    class JinaBert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(config.vocab_size, c)
+            self.types = nn.Embedding(config.type_vocab_size, c)
+            self.norm = nn.LayerNorm(c, eps=config.layer_norm_eps)
+            self.layers = nn.ModuleList(Layer() for _ in range(config.num_hidden_layers))
+            self.pooler, self.classifier = nn.Linear(c, c), nn.Linear(c, 1)
+            slopes = torch.tensor(config.slopes, dtype=torch.float32)[None, :, None, None]
+            self.register_buffer("slopes", slopes, persistent=False)
+
+        def forward(self, input_ids: Any, token_type_ids: Any, attention_mask: Any) -> Any:
+            x = self.norm(self.words(input_ids) + self.types(token_type_ids))
+            place = torch.arange(input_ids.shape[1], device=input_ids.device)
+            distance = (place[:, None] - place[None, :]).abs().to(x.dtype)
+            padding = (1.0 - attention_mask[:, None, None, :].to(x.dtype)) * -30000.0
+            bias = padding - self.slopes * distance  # (B, H, n, n)
+            for layer in self.layers[:-1]:
+                x = layer(x, bias, False)
+            x = self.layers[-1](x, bias, cls)
+            return self.classifier(torch.tanh(self.pooler(x[:, 0])))[:, 0]
+
+    model = JinaBert()
+    model.load_state_dict(_state(checkpoint.weights, config.num_hidden_layers))
+    return model.eval()
+
+
+def _state(weights: Any, layers: int) -> dict[str, Any]:
+    """The checkpoint's tensors under the module's names."""
+    import torch
+
+    names = {
+        "embeddings.word_embeddings.": "words.", "embeddings.token_type_embeddings.": "types.",
+        "embeddings.LayerNorm.": "norm.", "pooler.dense.": "pooler.", "classifier.": "classifier.",
+    }  # fmt: skip
+    parts = {
+        "attention.self.query.": "query.", "attention.self.key.": "key.", "attention.self.value.": "value.",
+        "attention.output.dense.": "out.", "attention.output.LayerNorm.": "norm1.", "mlp.gated_layers.": "gate.",
+        "mlp.wo.": "down.", "mlp.layernorm.": "norm2.",
+    }  # fmt: skip
+    for layer in range(layers):
+        names |= {f"encoder.layer.{layer}.{theirs}": f"layers.{layer}.{ours}" for theirs, ours in parts.items()}
+    state = {}
+    for name in weights:
+        prefix = next(p for p in names if name.startswith(p))
+        state[names[prefix] + name.removeprefix(prefix)] = torch.from_numpy(weights[name].copy())
+    return state
+
+
+def example(pairs: int, longest: int, vocabulary: int, seed: int = 1) -> dict[str, np.ndarray]:
+    """A padded batch of random ids."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(longest // 2, longest + 1, pairs)
+    lengths[0] = longest
+    mask = (np.arange(longest)[None, :] < lengths[:, None]).astype(np.int64)
+    ids = np.where(mask == 1, rng.integers(5, vocabulary, mask.shape), 1)
+    types = ((np.arange(longest)[None, :] >= lengths[:, None] // 3) & (mask == 1)).astype(np.int64)
+    return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+
+
+# --- torch, as sentence-transformers runs it -----------------------------------------------------------------------
+
+
+def load_torch(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+    """Float32, sorted by length, padded to the longest of the batch: CrossEncoder.predict after tokenising."""
+    import torch
+
+    from turborank import checkpoint
+
+    torch.set_num_threads(threads)
+    module = jinabert(checkpoint.read(model), cls=options.get("cls", False), fused=True)
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            return module(**{name: torch.from_numpy(value) for name, value in batch.items()}).numpy()
+
+    return by_batches(run)
+
+
+# --- ONNX Runtime --------------------------------------------------------------------------------------------------
+
+
+def onnx_path(model: Path, options: dict[str, Any]) -> Path:
+    parts = ["model", "cls" if options.get("cls") else "full", "int8" if options.get("int8") else "fp32"]
+    return model / ("-".join(parts) + ".onnx")
+
+
+def export_onnx(model: Path, options: dict[str, Any]) -> None:
+    """The module as an ONNX graph with dynamic batch and length; int8 by ONNX Runtime's own dynamic quantiser."""
+    path = onnx_path(model, options | {"int8": False})
+    if not path.exists():
+        import torch
+
+        from turborank import checkpoint
+
+        given = checkpoint.read(model)
+        module = jinabert(given, cls=options.get("cls", False), fused=False)
+        batch = {n: torch.from_numpy(v) for n, v in example(3, 24, given.config.vocab_size).items()}
+        torch.onnx.export(
+            module, tuple(batch.values()), str(path), input_names=list(batch), output_names=["logits"],
+            dynamic_axes={name: {0: "pairs", 1: "length"} for name in batch} | {"logits": {0: "pairs"}},
+            opset_version=OPSET, dynamo=False,
+        )  # fmt: skip
+    if options.get("int8") and not onnx_path(model, options).exists():
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(str(path), str(onnx_path(model, options)), weight_type=QuantType.QInt8)
+
+
+def load_onnx(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(onnx_path(model, options)), settings, providers=["CPUExecutionProvider"])
+    return by_batches(lambda batch: session.run(None, batch)[0])
+
+
+# --- OpenVINO ------------------------------------------------------------------------------------------------------
+
+
+def openvino_path(model: Path, options: dict[str, Any]) -> Path:
+    return model / f"openvino-{'cls' if options.get('cls') else 'full'}-{options.get('scheme', 'fp32')}.xml"
+
+
+def export_openvino(model: Path, options: dict[str, Any]) -> None:
+    """From the ONNX graph: ``int8`` weights and activations by NNCF, or ``weights`` alone (activations at run time)."""
+    target = openvino_path(model, options)
+    if target.exists():
+        return
+    import nncf
+    import openvino
+
+    from turborank import checkpoint
+
+    export_onnx(model, {"cls": options.get("cls", False)})
+    graph = openvino.convert_model(onnx_path(model, {"cls": options.get("cls", False)}))
+    if options.get("scheme") == "int8":
+        vocabulary = checkpoint.read(model).config.vocab_size
+        batches = [example(1, 48 + 8 * (seed % 24), vocabulary, seed) for seed in range(CALIBRATION)]
+        graph = nncf.quantize(
+            graph, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
+        )
+    elif options.get("scheme") == "weights":
+        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+    openvino.save_model(graph, str(target), compress_to_fp16=False)
+
+
+def load_openvino(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+    """``streams`` batches at once, the threads shared between them; bf16 where the processor has it."""
+    import openvino
+
+    core = openvino.Core()
+    streams = options.get("streams", 1)
+    settings: dict[str, Any] = {
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": "bf16",
+    }  # fmt: skip
+    compiled = core.compile_model(core.read_model(openvino_path(model, options)), "CPU", settings)
+    if streams == 1:
+        request = compiled.create_infer_request()
+        return by_batches(lambda batch: request.infer(batch)[0])
+
+    def score(encodings: Sequence[Any], batch: int = 32) -> np.ndarray:
+        out = np.empty(len(encodings), np.float32)
+        queue = openvino.AsyncInferQueue(compiled, streams)
+        queue.set_callback(
+            lambda request, places: out.__setitem__(places, request.get_output_tensor(0).data.reshape(-1))
+        )
+        for places in sorted_batches(encodings, batch):
+            queue.start_async(padded([encodings[i] for i in places]), places)
+        queue.wait_all()
+        return out
+
+    return score
+
+
+OV = ("openvino", "nncf", "onnx", "torch")
+ORT = ("onnxruntime", "onnx", "torch")
+INT8, CLS, NNCF = {"int8": True}, {"cls": True}, {"scheme": "int8"}
+PEERS: dict[str, Peer] = {
+    "torch": Peer("torch fp32, as sentence-transformers runs it", ("torch",), load_torch),
+    "ort": Peer("ONNX Runtime fp32", ORT, load_onnx, export_onnx),
+    "ort-int8": Peer("ONNX Runtime dynamic int8", ORT, load_onnx, export_onnx, INT8),
+    "ort-int8-cls": Peer("ONNX Runtime dynamic int8, last layer cut", ORT, load_onnx, export_onnx, INT8 | CLS),
+    "ov": Peer("OpenVINO, NNCF int8 + bf16", OV, load_openvino, export_openvino, NNCF, (1, 2)),
+    "ov-cls": Peer(
+        "OpenVINO, NNCF int8 + bf16, last layer cut", OV, load_openvino, export_openvino, NNCF | CLS, (1, 2)
+    ),
+    "ov-weights": Peer(  # one stream: with two, this graph's logits were wrong by hundreds (OpenVINO 2026.4.1)
+        "OpenVINO, int8 weights, dynamic activations + bf16", OV, load_openvino, export_openvino, {"scheme": "weights"}
+    ),
+}  # fmt: skip
+
+
+def installed(peer: Peer) -> dict[str, str] | None:
+    """Versions of what the peer needs, or None where something is missing."""
+    if any(importlib.util.find_spec(name) is None for name in peer.needs):
+        return None
+    return {name: importlib.metadata.version(name) for name in peer.needs}

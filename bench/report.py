@@ -1,0 +1,303 @@
+"""What bench.py found, for people: a JSON file, a Markdown table and a roofline plot. Losing rows stay."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import peers
+from peers import PEERS
+
+import turborank
+from turborank import benchmark
+from turborank.benchmark import BATCH, WORKLOADS, title
+
+HERE = Path(__file__).resolve().parent
+OURS, DEFAULTS = f"turborank-int8 b{BATCH}", f"torch b{BATCH}"
+# Issue: at least so many times the best peer as users run it, the best peer tuned, sentence-transformers' defaults.
+TARGETS = {
+    "ragged": (2.3, 1.6, 10.0), "32x128": (1.4, 1.25, 5.5), "8x512": (1.7, 1.5, 6.0), "2x2048": (3.0, 2.5, 8.0),
+    "1x8192": (7.0, 6.0, 20.0), "1x64": (1.7, 1.5, 8.0),
+}  # fmt: skip
+MACHINES = {
+    "none": "everything this processor has",
+    "avx512vnni": "as if it had AVX-512 VNNI and BF16 but no AMX",
+    "avx2": "as if it had AVX2 and nothing newer",
+}
+Rows = dict[str, dict[str, Any]]
+
+
+def processor() -> str:
+    """The processor's name and what of it matters here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.+)", text)
+    flags = set(text.split("flags")[1].split("\n")[0].split()) if "flags" in text else set()
+    wanted = {"avx2": "AVX2", "avx512_vnni": "AVX-512 VNNI", "avx512_bf16": "BF16", "amx_int8": "AMX"}
+    name = found[1].strip() if found else platform.machine()
+    return f"{name} ({', '.join(text for flag, text in wanted.items() if flag in flags)})"
+
+
+def operations(workload: str, *, attention: bool = True) -> float:
+    """Operations (a multiply and an add are two) that the logits need: the last layer for token 0 only, nothing for
+    padding, every score of the attention although ALiBi skipping leaves many out."""
+    config = benchmark.turbo_config()
+    c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    token = (layers - 1) * (4 * c * c + 3 * c * f) + 2 * c * c
+    total = 0.0
+    for n in WORKLOADS[workload].lengths:
+        total += n * token + 2 * c * c + 3 * c * f + c * c
+        total += attention * ((layers - 1) * 2 * n * n * c + 2 * n * c)
+    return 2 * total
+
+
+def bytes_moved(workload: str) -> float:
+    """Bytes that must come from memory at least once: int8 weights, and each token's embedding row as 16-bit."""
+    config = benchmark.turbo_config()
+    c, f = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * (4 * c * c + 3 * c * f) + 2.0 * c * sum(WORKLOADS[workload].lengths)
+
+
+def peer_of(key: str) -> str:
+    """The PEERS row behind a result's key, or "" for ours."""
+    name = key.split(" ")[0].split("/")[0]
+    return name if name in PEERS else ""
+
+
+def best(rows: Rows, *, tuned: bool) -> str | None:
+    """The fastest peer: as users run it (batch 32, one stream, the graph as given), or in any way that was tried."""
+    keys = [key for key in rows if peer_of(key)]
+    if not tuned:
+        keys = [key for key in keys if key == f"{peer_of(key)} b{BATCH}" and not PEERS[peer_of(key)].options.get("cls")]
+    return min(keys, key=lambda key: rows[key]["min_s"]) if keys else None
+
+
+def ratio(rows: Rows, peer: str | None, target: float | None) -> str:
+    """Times faster by the least times (by the medians), and whether that is what was asked for."""
+    if peer is None or peer not in rows or OURS not in rows:
+        return "–"
+    least, middle = (rows[peer][k] / rows[OURS][k] for k in ("min_s", "median_s"))
+    asked = "" if target is None else f"; asked {target:g}: {'yes' if least >= target else '**no**'}"
+    return f"{least:.2f} ({middle:.2f}{asked})"
+
+
+def label(key: str, about: dict[str, Any]) -> str:
+    name, batch = key.split(" b")
+    text = about.get(name, {}).get("label", name)
+    if not peer_of(key):
+        return f"**{text}**"
+    streams = f", {name.split('/')[1]} streams" if "/" in name else ""
+    return f"{text}, batch {batch}{streams}"
+
+
+def ratios(runs: dict[str, Rows], about: dict[str, Any], *, targets: bool) -> list[str]:
+    lines = [
+        "| workload | ours, tokens/s | × best peer as users run it | × best peer tuned | × sentence-transformers' way "
+        "| the best peers |",
+        "|---|---:|---|---|---|---|",
+    ]
+    for workload in WORKLOADS:
+        rows = runs.get(workload, {})
+        if OURS not in rows:
+            continue
+        asked = TARGETS[workload] if targets else (None, None, None)
+        as_run, tuned = best(rows, tuned=False), best(rows, tuned=True)
+        who = "; ".join(dict.fromkeys(label(key, about) for key in (as_run, tuned) if key))
+        lines.append(
+            f"| {title(workload)} | {rows[OURS]['tokens_s']:,.0f} | {ratio(rows, as_run, asked[0])} | "
+            f"{ratio(rows, tuned, asked[1])} | {ratio(rows, DEFAULTS, asked[2])} | {who} |"
+        )
+    return lines
+
+
+def tuning(tuned: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Every peer's best tokens/s and the batch size (and streams) that gave it; 8,192 tokens are one pair."""
+    names = [name for name in PEERS if any(name == key.split("/")[0] for rows in tuned.values() for key in rows)]
+    lines = ["| tokens/s (batch) | " + " | ".join(map(title, tuned)) + " |", "|---|" + "---:|" * len(tuned)]
+    for name in names:
+        cells = []
+        for workload, rows in tuned.items():
+            tried = [(s, key, b) for key, sizes in rows.items() if key.split("/")[0] == name for b, s in sizes.items()]
+            seconds, key, batch = min(tried, default=(0.0, "", ""))
+            streams = f", {key.split('/')[1]} streams" if "/" in key else ""
+            cells.append(f"{sum(WORKLOADS[workload].lengths) / seconds:,.0f} ({batch}{streams})" if tried else "–")
+        lines.append(f"| {PEERS[name].label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def every_row(workload: str, rows: Rows, about: dict[str, Any]) -> list[str]:
+    """One workload, fastest first."""
+    peak = any("peak_bytes" in row for row in rows.values())
+    head = "| | tokens/s | least ms | median ms | max error | rms error, share of std | Spearman |"
+    lines = [f"### {title(workload)}", "", head + (" peak memory |" if peak else ""), "|---|" + "---:|" * (6 + peak)]
+    for key in sorted(rows, key=lambda k: rows[k]["min_s"]):
+        row = rows[key]
+        share = number(row["rms_share"], ".2%")
+        lines.append(
+            f"| {label(key, about)} | {row['tokens_s']:,.0f} | {1e3 * row['min_s']:,.2f} | {1e3 * row['median_s']:,.2f}"
+            f" | {row['max']:.1e} | {share} | {number(row['spearman'], '.4f')} |"
+            + (f" {row['peak_bytes'] / 1e6:,.0f} MB |" if "peak_bytes" in row else " – |" if peak else "")
+        )
+    return [*lines, ""]
+
+
+def own(state: dict[str, Any], threads: int) -> list[str]:
+    """Ours from text, and how near to the processor's limit."""
+    lines = []
+    if state.get("text"):
+        t = state["text"]
+        loss = 1 - t["compute_s"] / t["from_text_s"]
+        lines += [
+            "## From text, with the embedded model", "", "| | |", "|---|---:|",
+            f"| 100 documents from text ({t['tokens']:,} tokens) | {1e3 * t['from_text_s']:.1f} ms |",
+            f"| of which compute alone takes | {1e3 * t['compute_s']:.1f} ms |",
+            f"| lost to tokenisation and bookkeeping (asked: at most 10 %) | {loss:.1%} |",
+            f"| importing turborank | {t['import_s']:.2f} s |",
+            f"| loading to the first score, after import (asked: at most 0.3 s) | {t['first_score_s']:.2f} s |",
+            f"| peak memory of the process at 8,192 tokens (asked: 250 MB) | {t['peak_8192_bytes'] / 1e6:.0f} MB |", "",
+        ]  # fmt: skip
+    peaks = state.get("peaks")
+    if peaks:
+        lines += ["## Instruction peaks of one core (bench/peak.c)", "", "| instruction | Gop/s |", "|---|---:|"]
+        lines += [f"| `{name}` | {value:,.0f} |" for name, value in peaks.items() if name != "read_gb_s"]
+        lines += ["", f"Reading memory: {peaks['read_gb_s']:.1f} GB/s.", ""]
+    return lines + gemms(state, threads)
+
+
+def gemms(state: dict[str, Any], threads: int) -> list[str]:
+    """Each matrix product of the native engine beside the instruction peak, where it was measured."""
+    found = state.get("gemms")
+    if not found:
+        return []
+    lines = ["## Matrix products of the native engine", "", "| instruction set | product | Gop/s | share of the peak |"]
+    lines += ["|---|---|---:|---:|"]
+    for isa, rows in found.items():
+        lines += [f"| {isa} | {name} | {row['gops']:,.0f} | {row['share']:.0%} |" for name, row in rows.items()]
+    return [*lines, ""]
+
+
+def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, versions: dict[str, str]) -> str:
+    lines = [
+        f"# {processor()}, {arguments.threads} threads, {when}", "",
+        "Written by `bench/bench.py report`; the commands are in runs/bench.sh. The model has the shape of jina-",
+        "reranker-v1-turbo-en (37,771,777 parameters) and random weights. All contestants take turns in one run,",
+        "each in its own process, the others stopped; the 8,192 tokens run one process at a time. Tokens are real",
+        "ones, without padding; speed is of the least time, ratios are of the least times (in brackets of the",
+        "medians). Errors are of the logits against the numpy engine; Spearman and the share of their standard",
+        "deviation only where there are more than two pairs. *As users run it*: sorted by length, batches of 32.",
+        "*Tuned*: the best of batch sizes 1 to 32 and of 1 or 2 streams, also for graphs re-exported with the",
+        "last layer cut to token 0, which no library offers. Older processors are imitated by trapping CPUID",
+        "(bench/cap.c), for ours and the peers alike.",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
+    ]  # fmt: skip
+    for cap, runs in state.get("runs", {}).items():
+        about = state["about"][cap]
+        lines += [f"## Ratios, {MACHINES[cap]}", "", *ratios(runs, about, targets=cap != "avx2"), ""]
+    lines += own(state, arguments.threads)
+    for cap, tuned in state.get("tuned", {}).items():
+        lines += [f"## Tuning, {MACHINES[cap]}", "", *tuning(tuned), ""]
+    for cap, runs in state.get("runs", {}).items():
+        lines += [f"## Every row, {MACHINES[cap]}", ""]
+        for workload in WORKLOADS:
+            if workload in runs:
+                lines += every_row(workload, runs[workload], state["about"][cap])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plot(state: dict[str, Any], threads: int, path: Path) -> None:
+    """Achieved operations over arithmetic intensity, under the processor's roofs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "turborank", "font.size": 9})
+    from matplotlib import pyplot
+
+    peaks, runs = state["peaks"], state["runs"]["none"]
+    figure, axes = pyplot.subplots(figsize=(8.5, 5.2))
+    xs = [1.0 * 10 ** (i / 40) for i in range(20, 200)]
+    for name, text in (
+        ("tdpbssd", "AMX int8"), ("tdpbf16ps", "AMX bf16"), ("vpdpbusd", "AVX-512 VNNI int8"),
+        ("fma_zmm", "AVX-512 fp32"),
+    ):  # fmt: skip
+        if name in peaks:
+            roof = [min(threads * peaks[name], x * peaks["read_gb_s"] * threads) for x in xs]
+            axes.plot(xs, roof, color="0.6", linewidth=0.9)
+            axes.text(xs[-1], roof[-1] * 1.05, f"{text}, {threads} cores", ha="right", color="0.4", fontsize=8)
+    marks = {
+        OURS: ("turborank int8", "o", "#c0392b"), f"turborank-fp32 b{BATCH}": ("turborank fp32", "o", "#e6b0aa"),
+        f"ov b{BATCH}": ("OpenVINO NNCF int8 + bf16", "s", "#2471a3"),
+        f"ort-int8 b{BATCH}": ("ONNX Runtime int8", "^", "#1e8449"),
+        f"ort b{BATCH}": ("ONNX Runtime fp32", "^", "#a9dfbf"), DEFAULTS: ("torch fp32", "D", "#7d3c98"),
+    }  # fmt: skip
+    for key, (text, marker, colour) in marks.items():
+        points = [
+            (operations(w) / bytes_moved(w), operations(w) / runs[w][key]["min_s"] * 1e-9, w)
+            for w in WORKLOADS if w in runs and key in runs[w]
+        ]  # fmt: skip
+        if points:
+            axes.scatter(
+                [p[0] for p in points], [p[1] for p in points], marker=marker, color=colour, label=text, s=28, zorder=3
+            )
+        if key == OURS:
+            for x, y, w in points:
+                axes.annotate(
+                    w.replace("x", "×"), (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7
+                )
+    axes.set(
+        xscale="log", yscale="log", ylim=(10, None), xlabel="operations per byte that must be read", ylabel="Gop/s"
+    )
+    axes.set_title(f"The operations the logits need, over time: {processor()}", fontsize=9)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    axes.grid(True, which="major", linewidth=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    path.write_text(re.sub(r"[ \t]+\n", "\n", path.read_text()))
+
+
+def with_errors(state: dict[str, Any]) -> dict[str, Any]:
+    """The stages' findings, each row's logits replaced by their error."""
+    found = {key: value for key, value in state.items() if key not in ("exact", "runs")}
+    found["runs"] = {
+        cap: {
+            workload: {
+                key: {name: value for name, value in row.items() if name != "logits"}
+                | benchmark.error(row["logits"], state["exact"][workload])
+                for key, row in rows.items()
+            }
+            for workload, rows in runs.items()
+        }
+        for cap, runs in state.get("runs", {}).items()
+    }
+    return found
+
+
+def write(state: Any, arguments: argparse.Namespace) -> None:
+    """The stage ``report``."""
+    when = datetime.datetime.now(datetime.UTC).date().isoformat()
+    versions = {"turborank": turborank.__version__, "python": platform.python_version()}
+    for peer in PEERS.values():
+        versions |= peers.installed(peer) or {}
+    found = with_errors(state.found)
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(R\)|\(TM\)|\(|\)|,", " ", processor()).lower()).strip("-")
+    out = arguments.out or HERE / "results" / f"{when}-{slug}"
+    out.parent.mkdir(exist_ok=True)
+    machine = {"processor": processor(), "system": platform.platform(), "threads": arguments.threads, "date": when}
+    Path(f"{out}.json").write_text(json.dumps({"machine": machine, "versions": versions} | found, indent=1) + "\n")
+    Path(f"{out}.md").write_text(markdown(found, arguments, when, versions))
+    if "peaks" in found and "none" in found.get("runs", {}):
+        plot(found, arguments.threads, arguments.plot)
+    print(f"wrote {out}.md")
