@@ -16,10 +16,11 @@ TR_INLINE void store_int8(Int8* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// In place of gcc 12's intrinsics, which do not tell the compiler what memory they read.
+// In place of gcc 12's intrinsics. Loads do not name the memory they read, so that the vector code between them may
+// stay in registers; tile_gemm begins with a barrier instead, and nothing it reads is written before it ends.
 template <int tile>
 TR_INLINE void load_tile(const void* from, size_t stride) {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile));
 }
 template <int tile>
 TR_INLINE void store_tile(void* to, size_t stride) {
@@ -46,6 +47,7 @@ TR_INLINE void tile_gemm(const void* a, size_t lda, int rows, const std::byte* p
     const std::byte* x = static_cast<const std::byte*>(a);
     std::byte* y = static_cast<std::byte*>(c);
     const bool tall = rows > 16;
+    __asm__ volatile("" ::: "memory");
     start_tile<0>(accumulate, y, ldc);
     start_tile<1>(accumulate, y + 64, ldc);
     if (tall) {

@@ -120,31 +120,39 @@ Operand<Op> make_operand(const E* rows, int stride, int count, const Linear& w, 
     }
 }
 
-// Raw sums of one row and panel as values: undoes the quantisation and adds the bias.
+// Raw sums of some rows of a panel as values: undoes the quantisation and adds the bias.
 template <class Op>
 struct Values {
-    const Acc<Op>* sums;
-    const float *scale, *bias;
-    F row;
-    TR_INLINE F at(int c) const {
-        if constexpr (same_type<Op, Int8>) return fma(mul(from_sum(sums + c), load(scale + c)), row, load(bias + c));
-        else return add(load(sums + c), load(bias + c));
+    static constexpr int kVectors = kPanel / W;
+    const Acc<Op>* sums;      // of row 0 of the tile
+    const float* row_scale;   // likewise; int8 only
+    int panel, first;         // the tile's first row in the product
+    F scale[kVectors], bias[kVectors];
+
+    TR_INLINE Values(const Linear& w, int panel, int first, const Acc<Op>* sums, const float* row_scale)
+        : sums(sums), row_scale(row_scale), panel(panel), first(first) {
+        for (int i = 0; i < kVectors; ++i) {
+            if constexpr (same_type<Op, Int8>) scale[i] = load(w.scale + panel * kPanel + i * W);
+            bias[i] = load(w.bias + panel * kPanel + i * W);
+        }
+    }
+    // Columns i * W .. of row r of the tile.
+    TR_INLINE F at(int r, int i) const {
+        const Acc<Op>* p = sums + r * kPanel + i * W;
+        if constexpr (same_type<Op, Int8>) return fma(mul(from_sum(p), scale[i]), set(row_scale[r]), bias[i]);
+        else return add(load(p), bias[i]);
     }
 };
 
-// Panels [from, to) of a W^T for `rows` rows; put(row, panel, values) receives 32 columns at a time. The results of
-// one 32 x 32 tile are handed on while the next is being computed, and the next panel (at the end: the first of
-// `after`, the product that follows) is fetched meanwhile, because weights come from the outer caches.
+// Panels [from, to) of a W^T for `rows` rows; put(values, r0, r1) receives rows r0 .. r1-1 of one 32 x 32 tile while
+// the next tile is being computed. The next panel (at the end: the first of `after`, the product that follows) is
+// fetched meanwhile, because weights come from the outer caches.
 template <class Op, class Put>
 TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after,
                         const Put& put) {
-    struct Tile { int panel, row, rows; const Acc<Op>* sums; } done{0, 0, 0, nullptr};
-    const auto drain = [&](int from_row, int to_row) {
-        const int column = done.panel * kPanel;
-        for (int r = from_row; r < to_row; ++r) {
-            const F scale = set(a.scale ? a.scale[done.row + r] : 1.0f);
-            put(done.row + r, done.panel, Values<Op>{done.sums + r * kPanel, w.scale + column, w.bias + column, scale});
-        }
+    struct Tile { int panel, row, rows; const Acc<Op>* sums; } done{from, 0, 0, s.tiles.as<Acc<Op>>()};
+    const auto drain = [&](int r0, int r1) {
+        if (r0 < r1) put(Values<Op>(w, done.panel, done.row, done.sums, a.scale ? a.scale + done.row : nullptr), r0, r1);
     };
     const int moments = gemm_moments<Op>(w.depth), share = (kTile + moments - 1) / moments;
     const int tiles = (rows + kTile - 1) / kTile;
@@ -209,23 +217,50 @@ void project_heads(const Shape& shape, const Layer& layer, const float* x, int r
                    Scratch& s) {
     const auto a = make_operand<Op>(x, shape.C, rows, layer.qkv, s);
     const int part = shape.C / kPanel, D = shape.D;
-    multiply<Op>(a, layer.qkv, from, to, rows, s, nullptr, [&](int row, int panel, const Values<Op>& v) {
-        void* base = panel < part ? heads.q : panel < 2 * part ? heads.k : heads.v;
-        const int column = panel % part * kPanel;
-        E* out = static_cast<E*>(base) + (static_cast<size_t>(column / D) * heads.capacity + at + row) * D + column % D;
-        for (int c = 0; c < kPanel; c += W) store(out + c, v.at(c));
+    multiply<Op>(a, layer.qkv, from, to, rows, s, nullptr, [&](const Values<Op>& v, int r0, int r1) {
+        void* base = v.panel < part ? heads.q : v.panel < 2 * part ? heads.k : heads.v;
+        const int column = v.panel % part * kPanel;
+        E* out = static_cast<E*>(base) + (static_cast<size_t>(column / D) * heads.capacity + at + v.first) * D + column % D;
+        for (int r = r0; r < r1; ++r)
+            for (int i = 0; i < v.kVectors; ++i) store(out + r * D + i * W, v.at(r, i));
+    });
+}
+
+// x += a W^T + b
+template <class Op>
+void add_product(const Operand<Op>& a, const Linear& w, float* x, int rows, Scratch& s, const std::byte* after) {
+    multiply<Op>(a, w, 0, w.out / kPanel, rows, s, after, [&](const Values<Op>& v, int r0, int r1) {
+        float* out = x + static_cast<size_t>(v.first) * w.out + v.panel * kPanel;
+        for (int r = r0; r < r1; ++r)
+            for (int i = 0; i < v.kVectors; ++i) store(out + r * w.out + i * W, add(load(out + r * w.out + i * W), v.at(r, i)));
+    });
+}
+
+// hidden = activation(y W^T + b), with the gate of GEGLU if the model has one
+template <class Op, class E>
+void activate(const Operand<Op>& y, const Linear& w, bool geglu, E* hidden, int F_size, int rows, Scratch& s, const std::byte* after) {
+    constexpr bool exact = same_type<Op, float>;
+    constexpr int half = Values<Op>::kVectors / 2;
+    const int panels = w.out / kPanel;
+    if (geglu) {
+        multiply<Op>(y, w, 0, panels, rows, s, after, [&](const Values<Op>& v, int r0, int r1) {
+            E* out = hidden + static_cast<size_t>(v.first) * F_size + v.panel * (kPanel / 2);
+            for (int r = r0; r < r1; ++r)
+                for (int i = 0; i < half; ++i) store(out + r * F_size + i * W, mul(gelu<exact>(v.at(r, i)), v.at(r, half + i)));
+        });
+        return;
+    }
+    multiply<Op>(y, w, 0, panels, rows, s, after, [&](const Values<Op>& v, int r0, int r1) {
+        E* out = hidden + static_cast<size_t>(v.first) * F_size + v.panel * kPanel;
+        for (int r = r0; r < r1; ++r)
+            for (int i = 0; i < v.kVectors; ++i) store(out + r * F_size + i * W, gelu<exact>(v.at(r, i)));
     });
 }
 
 template <class Op, class E>
 void finish_layer(const Shape& shape, const Layer& layer, const void* attention, float* x, int rows, Scratch& s) {
-    const int C = shape.C, Fsize = shape.F;
-    const auto add_to_x = [&](int row, int panel, const Values<Op>& v) {
-        float* out = x + static_cast<size_t>(row) * C + panel * kPanel;
-        for (int c = 0; c < kPanel; c += W) store(out + c, add(load(out + c), v.at(c)));
-    };
-    const auto context = make_operand<Op>(static_cast<const E*>(attention), C, rows, layer.out, s);
-    multiply<Op>(context, layer.out, 0, C / kPanel, rows, s, layer.up.panels, add_to_x);
+    const int C = shape.C;
+    add_product<Op>(make_operand<Op>(static_cast<const E*>(attention), C, rows, layer.out, s), layer.out, x, rows, s, layer.up.panels);
     for (int r = 0; r < rows; ++r) {
         float* row = x + static_cast<size_t>(r) * C;
         normalise(row, C, layer.norm1, shape.eps);
@@ -233,29 +268,19 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
     }
     Operand<Op> y = operand_of<Op>(layer.up, s);
     if constexpr (same_type<Op, float>) y = {x, C, nullptr};
-
-    constexpr bool exact = same_type<Op, float>;
     E* hidden = s.hidden.as<E>();
-    multiply<Op>(y, layer.up, 0, layer.up.out / kPanel, rows, s, layer.down.panels, [&](int row, int panel, const Values<Op>& v) {
-        E* out = hidden + static_cast<size_t>(row) * Fsize;
-        if (shape.geglu) {
-            for (int c = 0; c < kPanel / 2; c += W)
-                store(out + panel * (kPanel / 2) + c, mul(gelu<exact>(v.at(c)), v.at(kPanel / 2 + c)));
-        } else {
-            for (int c = 0; c < kPanel; c += W) store(out + panel * kPanel + c, gelu<exact>(v.at(c)));
-        }
-    });
-    const auto h = make_operand<Op>(hidden, Fsize, rows, layer.down, s);
-    multiply<Op>(h, layer.down, 0, C / kPanel, rows, s, nullptr, add_to_x);
+    activate<Op, E>(y, layer.up, shape.geglu, hidden, shape.F, rows, s, layer.down.panels);
+    add_product<Op>(make_operand<Op>(hidden, shape.F, rows, layer.down, s), layer.down, x, rows, s, nullptr);
     for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, C, layer.norm2, shape.eps);
 }
 
 void classify(const Weights& w, const float* first, int rows, float* logits, Scratch& s) {
     const int C = w.shape.C;
     float* pooled = s.hidden.as<float>();  // (rows, C)
-    const Operand<float> a{first, C, nullptr};
-    multiply<float>(a, w.pooler, 0, C / kPanel, rows, s, nullptr, [&](int row, int panel, const Values<float>& v) {
-        for (int c = 0; c < kPanel; c += W) store(pooled + static_cast<size_t>(row) * C + panel * kPanel + c, tanh_of(v.at(c)));
+    multiply<float>(Operand<float>{first, C, nullptr}, w.pooler, 0, C / kPanel, rows, s, nullptr, [&](const Values<float>& v, int r0, int r1) {
+        float* out = pooled + static_cast<size_t>(v.first) * C + v.panel * kPanel;
+        for (int r = r0; r < r1; ++r)
+            for (int i = 0; i < v.kVectors; ++i) store(out + r * C + i * W, tanh_of(v.at(r, i)));
     });
     for (int r = 0; r < rows; ++r) {
         F sum = set(0.0f);

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import shapes
 
-native = pytest.importorskip("turborank.engines.native")
+from turborank.engines import native
+
 if native.available() is not None:
-    pytest.skip(native.available(), allow_module_level=True)
+    pytest.skip(str(native.available()), allow_module_level=True)
 
 ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
 MODELS = {

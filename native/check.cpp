@@ -1,0 +1,131 @@
+// Runs recorded cases (tests/native/cases.py: random models and batches with the numpy law's logits) through every
+// instruction set and precision of the machine, at several thread counts. Built with sanitizers by sanitize.sh, and
+// for other processors under emulation. Prints one line a run; the exit code counts the failures.
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <thread>
+
+#include "model.h"
+
+using namespace turborank;
+
+namespace {
+
+struct Case {
+    Shape shape;
+    std::vector<float> slopes;
+    std::map<std::string, std::vector<float>> values;
+    std::map<std::string, std::vector<int8_t>> small;
+    Tensors tensors;
+    std::vector<int32_t> ids, types, offsets;
+    std::vector<float> expected;
+    std::map<std::string, float> tolerance;  // by precision
+};
+
+template <class T>
+std::vector<T> read(std::istream& in, size_t n) {
+    std::vector<T> out(n);
+    in.read(reinterpret_cast<char*>(out.data()), static_cast<std::streamsize>(n * sizeof(T)));
+    if (!in) throw std::runtime_error("the case file ends too early");
+    return out;
+}
+
+// Lines of words; a line that names an array is followed by its bytes.
+Case load(const char* path) {
+    std::ifstream in(path, std::ios::binary);
+    if (!in) throw std::runtime_error(std::string("cannot read ") + path);
+    Case c;
+    for (std::string line; std::getline(in, line);) {
+        std::istringstream words(line);
+        std::string kind, name;
+        size_t rows = 0, columns = 0;
+        words >> kind >> name;
+        if (kind == "shape") {
+            Shape& s = c.shape;
+            s.vocab = std::stoi(name);
+            words >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine;
+            s.D = s.C / s.H;
+        } else if (kind == "slopes") {
+            c.slopes = read<float>(in, std::stoul(name));
+        } else if (kind == "float32") {
+            words >> rows >> columns;
+            const auto& data = c.values[name] = read<float>(in, rows * columns);
+            c.tensors[name] = {Stored::f32, data.data(), nullptr, static_cast<int64_t>(rows), static_cast<int64_t>(columns)};
+        } else if (kind == "int8") {
+            words >> rows >> columns;
+            const auto& data = c.small[name] = read<int8_t>(in, rows * columns);
+            c.tensors[name] = {Stored::i8, data.data(), nullptr, static_cast<int64_t>(rows), static_cast<int64_t>(columns)};
+        } else if (kind == "batch") {
+            words >> columns;
+            c.ids = read<int32_t>(in, std::stoul(name));
+            c.types = read<int32_t>(in, c.ids.size());
+            c.offsets = read<int32_t>(in, columns + 1);
+            c.expected = read<float>(in, columns);
+        } else if (kind == "tolerance") {
+            words >> c.tolerance[name];
+        }
+    }
+    for (auto& [name, tensor] : c.tensors)
+        if (tensor.stored == Stored::i8) tensor.scale = c.values.at(name + "_scale").data();
+    return c;
+}
+
+int failures = 0;
+
+void report(const char* path, const char* isa, const std::string& precision, const char* what, float worst, bool well) {
+    std::printf("%s %-10s %-4s %-24s %.3g  %s\n", well ? "ok  " : "FAIL", isa, precision.c_str(), what, static_cast<double>(worst), path);
+    failures += !well;
+}
+
+void run(const char* path, const Case& c, const IsaRow& row, Precision kind, const std::string& precision) {
+    const Kernels* kernels = row.kernels(kind, detect_features());
+    if (!kernels) return;
+    Engine engine(pack(c.shape, c.slopes, c.tensors, kind), kernels);
+    const Batch batch{c.ids, c.types, c.offsets};
+    const size_t pairs = c.expected.size();
+    std::vector<float> first(pairs), out(pairs);
+    engine.logits(batch, 1, first.data());
+    float worst = 0.0f;
+    for (size_t p = 0; p < pairs; ++p) worst = std::fmax(worst, std::fabs(first[p] - c.expected[p]));
+    report(path, row.name, precision, "against the law", worst, worst <= c.tolerance.at(precision));
+
+    bool same = true;
+    for (const int threads : {2, 3, 5}) {
+        engine.logits(batch, threads, out.data());
+        same = same && std::memcmp(out.data(), first.data(), pairs * sizeof(float)) == 0;
+    }
+    for (size_t p = 0; p < pairs; ++p) {
+        const int32_t from = c.offsets[p], n = c.offsets[p + 1] - from, offsets[] = {0, n};
+        float alone;
+        engine.logits({{c.ids.data() + from, static_cast<size_t>(n)}, {c.types.data() + from, static_cast<size_t>(n)}, offsets}, 2, &alone);
+        same = same && std::memcmp(&alone, &first[p], sizeof alone) == 0;
+    }
+    report(path, row.name, precision, "same bits", 0.0f, same);
+
+    std::vector<std::vector<float>> results(3, std::vector<float>(pairs));
+    std::vector<std::thread> callers;
+    for (auto& result : results) callers.emplace_back([&] { engine.logits(batch, 2, result.data()); });
+    for (auto& t : callers) t.join();
+    same = true;
+    for (const auto& result : results) same = same && result == first;
+    report(path, row.name, precision, "three callers at once", 0.0f, same);
+}
+
+}  // namespace
+
+int main(int count, char** paths) {
+    for (int i = 1; i < count; ++i) {
+        const Case c = load(paths[i]);
+        for (const IsaRow& row : isa_table()) {
+            if ((row.needs & detect_features()) != row.needs) continue;
+            run(paths[i], c, row, Precision::fp32, "fp32");
+            run(paths[i], c, row, Precision::bf16, "bf16");
+            run(paths[i], c, row, Precision::int8, "int8");
+        }
+    }
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}

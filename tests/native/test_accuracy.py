@@ -1,0 +1,80 @@
+"""How far int8 strays from the law, and that nothing breaks on wide logits, outliers and long pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import shapes
+
+from turborank.engines import native
+
+if native.available() is not None:
+    pytest.skip(str(native.available()), allow_module_level=True)
+
+RNG = np.random.default_rng(5)
+LENGTHS = [int(n) for n in RNG.integers(10, 120, 60)]
+
+
+def ranks(x):
+    return np.argsort(np.argsort(x))
+
+
+def spearman(a, b):
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def distinct(model, seed=0, wide=3.0):
+    """Weights whose logits differ from pair to pair more than the initialiser's do, as trained ones do."""
+    tensors = shapes.weights(model, seed)
+    tensors["embeddings.word_embeddings.weight"] *= wide
+    return tensors
+
+
+@pytest.fixture(params=native.isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    return request.param
+
+
+def test_int8_error_and_order(isa):
+    model = shapes.config()
+    tensors, tokens = distinct(model), shapes.batch(LENGTHS)
+    expected = shapes.law(tensors, model, tokens)
+    error = native.prepare(tensors, model, precision="int8").logits(tokens) - expected
+    assert np.sqrt(np.mean(error**2)) <= 0.02 * expected.std()
+    assert spearman(error + expected, expected) >= 0.999
+
+
+def test_outlier_channels(isa):
+    """Six channels of every norm's gain ten times larger, as trained encoders have them."""
+    model = shapes.config()
+    tensors, tokens = distinct(model), shapes.batch(LENGTHS)
+    for name in tensors:
+        if name.lower().endswith("norm.weight"):
+            tensors[name][[5, 77, 123, 200, 301, 380]] *= 10
+    expected = shapes.law(tensors, model, tokens)
+    assert spearman(native.prepare(tensors, model, precision="int8").logits(tokens), expected) >= 0.997
+
+
+@pytest.mark.parametrize("factor", [1, 8, 40])
+def test_wide_logits_stay_exact_with_skipping(isa, factor):
+    """Query and key weights times `factor`: scores beyond the range of a fixed offset, blocks still skipped rightly."""
+    model = shapes.config(hidden=128, heads=4, inner=64, layers=2)
+    tensors, tokens = shapes.weights(model), shapes.batch([1200, 300, 64])
+    for name in tensors:
+        if ".query." in name or ".key." in name:
+            tensors[name] *= factor
+    expected = shapes.law(tensors, model, tokens)
+    got = native.prepare(tensors, model, precision="fp32").logits(tokens)
+    assert np.abs(got - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("length", [2, 31, 32, 33, 255, 256, 257, 1025, 8192])
+def test_every_length_follows_the_law(isa, length):
+    if isa == "portable" and length > 2000:
+        pytest.skip("the portable row is covered up to 1,025 tokens; 8,192 take it a minute")
+    model = shapes.config(hidden=64, heads=2, inner=64, layers=2)
+    tensors, tokens = shapes.weights(model), shapes.batch([length])
+    expected = shapes.law(tensors, model, tokens)
+    assert np.abs(native.prepare(tensors, model, precision="fp32").logits(tokens) - expected).max() <= 1e-4
+    assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02

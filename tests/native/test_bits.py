@@ -1,0 +1,69 @@
+"""A pair's logit has the same bits whatever shares its batch, in whatever order, on however many threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import numpy as np
+import pytest
+import shapes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from turborank.engines import native
+
+if native.available() is not None:
+    pytest.skip(str(native.available()), allow_module_level=True)
+
+ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
+MODEL = shapes.config(hidden=128, heads=4, inner=256, layers=2)
+TENSORS = shapes.weights(MODEL)
+ENGINES: dict[tuple[str, str], native.NativeEngine] = {}
+
+
+def engine(row, threads):
+    if row not in ENGINES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(native.ISA_VARIABLE, row[0])
+            ENGINES[row] = native.prepare(TENSORS, MODEL, precision=row[1], threads=1)
+    ENGINES[row].threads = threads
+    return ENGINES[row]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    row=st.sampled_from(ROWS),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
+    threads=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_neighbours_order_and_threads_change_no_bit(row, lengths, threads, seed):
+    tokens = shapes.batch(lengths, seed=seed)
+    alone = np.array([engine(row, 1).logits(shapes.single(tokens, p))[0] for p in range(len(lengths))])
+    assert np.array_equal(engine(row, threads).logits(tokens), alone)
+
+
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row):
+    tokens = shapes.batch([1500, 40, 700])
+    one = engine(row, 1).logits(tokens)
+    assert np.array_equal(engine(row, 2).logits(tokens), one)
+    assert np.array_equal(engine(row, 3).logits(tokens), one)
+
+
+def test_callers_of_one_engine_take_turns():
+    tokens = [shapes.batch([n, 2 * n, 50], seed=n) for n in (5, 60, 130, 200)]
+    shared = engine(ROWS[0], 2)
+    expected = [shared.logits(t) for t in tokens]
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        for _ in range(20):
+            got = list(callers.map(shared.logits, tokens))
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_all_rows_quantise_to_the_same_integers():
+    """int8 arithmetic is exact on every row, so rows differ only by the rounding of what lies between products."""
+    tokens = shapes.batch([20, 90])
+    logits = [engine((isa, "int8"), 1).logits(tokens) for isa in native.isas()]
+    spread = np.max(logits, axis=0) - np.min(logits, axis=0)
+    assert spread.max() < 0.01
