@@ -25,7 +25,7 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return "a source tree" if name == "turborank" else "not installed"
 
 
 def cpu_name() -> str:

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The table of runs/results/evaluation.md: BM25 and the embedded model over every collection in ../shared/data/eval.
+#
+#   runs/evaluate.sh                     everything; what is there already is continued, not repeated
+#   MODELS=a,b OUT=folder runs/evaluate.sh
+#
+# Depths are below 100 where documents are long or the collection is saturated; the table says which.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${DATA:-../shared/data/eval}
+OUT=${OUT:-build/evaluation}
+TURBORANK=${TURBORANK:-turborank}
+MODELS=${MODELS:-}
+
+evaluate() { # name of the part, then the command's arguments
+  local part=$1
+  shift
+  echo "== $part: $*"
+  $TURBORANK evaluate "$@" ${MODELS:+--models "$MODELS"} --data-dir "$DATA" --offline --out "$OUT/$part"
+}
+
+evaluate passages npl wikiqa med cisi cranfield scifact
+evaluate trec-dl21 trec-dl21-pool --run "$DATA/trec-dl21-pool/runs/bm25.txt"
+evaluate rag chunking_evaluation anthropic-docs-rag --depth 20
+evaluate saturated pubmedqa-l --depth 10
+evaluate articles time --depth 20
+evaluate meetings-truncated qmsum --depth 10 --sample "${MEETINGS:-12}"
+evaluate meetings-windows qmsum --depth 10 --sample "${MEETINGS:-12}" --length windows
+
+python3 runs/evaluate_table.py "$OUT" runs/results
