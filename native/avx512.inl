@@ -35,6 +35,14 @@ TR_INLINE void store(bf16* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
+// The largest |x| of a row: without its sign, a bf16 is ordered as an integer.
+[[maybe_unused]] float largest_size(const bf16* row, int n) {
+    __m512i top = _mm512_setzero_si512();
+    for (int c = 0; c < n; c += 32) top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(row + c), _mm512_set1_epi16(0x7fff)));
+    const __m512i high = _mm512_and_si512(top, _mm512_set1_epi32(static_cast<int>(0xffff0000))), low = _mm512_slli_epi32(top, 16);
+    return hmax(vmax(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
+}
+
 // 2^x by its floor and fraction, one instruction each; the polynomials are minimax fits on [0, 1).
 #define TR_HAS_EXP2
 template <int N>

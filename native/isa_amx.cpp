@@ -40,11 +40,18 @@ struct Brain {
     static TR_INLINE void multiply() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b)); }
 };
 
-// `steps` of 64 bytes of depth; strides in bytes.
+// The left side: its first tile, the bytes between a tile's rows, from a tile to the next of the depth, and to the
+// tile 16 rows below.
+struct Left {
+    const void* first;
+    size_t row, step, below;
+};
+
+// `steps` of 64 bytes of depth; ldc in bytes.
 template <class Kind, class Between>
-TR_INLINE void tile_gemm(const void* a, size_t lda, int rows, const std::byte* panel, int steps, void* c, size_t ldc, bool accumulate,
+TR_INLINE void tile_gemm(const Left& a, int rows, const std::byte* panel, int steps, void* c, size_t ldc, bool accumulate,
                          const Between& between) {
-    const std::byte* x = static_cast<const std::byte*>(a);
+    const std::byte* x = static_cast<const std::byte*>(a.first);
     std::byte* y = static_cast<std::byte*>(c);
     const bool tall = rows > 16;
     __asm__ volatile("" ::: "memory");
@@ -54,18 +61,18 @@ TR_INLINE void tile_gemm(const void* a, size_t lda, int rows, const std::byte* p
         start_tile<2>(accumulate, y + 16 * ldc, ldc);
         start_tile<3>(accumulate, y + 16 * ldc + 64, ldc);
     }
-    for (int s = 0; s < steps; ++s) {
+    for (size_t s = 0; s < static_cast<size_t>(steps); ++s) {
         load_tile<6>(panel + s * 2048, 64);
-        load_tile<4>(x + s * 64, lda);
+        load_tile<4>(x + s * a.step, a.row);
         load_tile<7>(panel + s * 2048 + 1024, 64);
         Kind::template multiply<0, 4, 6>();
         Kind::template multiply<1, 4, 7>();
         if (tall) {
-            load_tile<5>(x + s * 64 + 16 * lda, lda);
+            load_tile<5>(x + s * a.step + a.below, a.row);
             Kind::template multiply<2, 5, 6>();
             Kind::template multiply<3, 5, 7>();
         }
-        between(s);
+        between(static_cast<int>(s));
     }
     store_tile<0>(y, ldc);
     store_tile<1>(y + 64, ldc);
@@ -78,14 +85,19 @@ TR_INLINE void tile_gemm(const void* a, size_t lda, int rows, const std::byte* p
 template <class Between>
 TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool accumulate,
                     const Between& between) {
-    tile_gemm<Integer>(a, static_cast<size_t>(lda), rows, panel, depth / 64, c, static_cast<size_t>(ldc) * 4, accumulate, between);
+    tile_gemm<Integer>({a, 64, 1024, 16 * static_cast<size_t>(lda)}, rows, panel, depth / 64, c, static_cast<size_t>(ldc) * 4, accumulate, between);
 }
 
 template <class Between>
 TR_INLINE void gemm(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
                     const Between& between) {
-    tile_gemm<Brain>(a, static_cast<size_t>(lda) * 2, rows, panel, depth / 32, c, static_cast<size_t>(ldc) * 4, accumulate, between);
+    const size_t row = static_cast<size_t>(lda) * 2;
+    tile_gemm<Brain>({a, row, 64, 16 * row}, rows, panel, depth / 32, c, static_cast<size_t>(ldc) * 4, accumulate, between);
 }
+
+// int8 operands lie tile by tile, 16 rows x 64 bytes each: neighbouring cache lines load faster than distant ones.
+TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64; }
+TR_INLINE int int8_column(int column) { return column / 64 * 1024 + column % 64; }
 
 // The tile products pause after every step of the depth; the float product, from avx512.inl, only at its end.
 template <class Op>

@@ -105,6 +105,10 @@ TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, i
     between(0);
 }
 
+// int8 operands are row-major.
+TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row) * depth; }
+TR_INLINE int int8_column(int column) { return column; }
+
 template <class Op>
 constexpr int gemm_moments(int) { return 1; }
 

@@ -5,7 +5,7 @@
 // Vocabulary, matrix product:
 //   gemm(a, lda, rows, panel, depth, c, ldc, accumulate, between)
 //     c[r][0..31] (+)= sum_k a[r][k] * panel[k][0..31] for r < rows <= 32; a is Int8 (the instruction set's own
-//     encoding of int8), bf16 or float; c is int32 or float, rows ldc apart. It may read up to row 31 of `a` and
+//     encoding of int8, rows placed by int8_row and int8_column), bf16 or float; c is int32 or float, rows ldc apart. It may read up to row 31 of `a` and
 //     write up to row 31 of `c`. Each element is summed over k in a fixed order, so a row's result does not
 //     depend on its place. `between(i)` is called with i = 0 .. gemm_moments<Op>(depth) - 1 at moments of the
 //     callee's choice: vector work for it to hide behind the matrix unit.
@@ -33,6 +33,12 @@ TR_INLINE F horner(F x, const float (&c)[N]) {
     F y = set(c[N - 1]);
     for (int i = N - 2; i >= 0; --i) y = fma(y, x, set(c[i]));
     return y;
+}
+
+TR_INLINE float largest_size(const float* row, int n) {
+    F top = set(0.0f);
+    for (int c = 0; c < n; c += W) top = vmax(top, vabs(load(row + c)));
+    return hmax(top);
 }
 
 // 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [-1/2, 1/2].
@@ -74,16 +80,15 @@ TR_INLINE F tanh_of(F x) {
     return sub(set(1.0f), div(set(2.0f), add(e, set(1.0f))));
 }
 
-// Quantised to int8: value = scale * int8, scale = max|row| / 127. Padding columns are zero.
+// Quantised to int8: value = scale * int8, scale = max|row| / 127. Padding columns are zero. `to` is the row's place
+// in the operand, whose order is the instruction set's own (int8_row, int8_column).
 template <class E>
 void quantise(const E* row, int in, int depth, Int8* to, float* scale) {
-    F top = set(0.0f);
-    for (int c = 0; c < in; c += W) top = vmax(top, vabs(load(row + c)));
-    const float largest = hmax(top);
+    const float largest = largest_size(row, in);
     const F inverse = set(largest > 0.0f ? 127.0f / largest : 0.0f);
     *scale = largest * (1.0f / 127.0f);
-    for (int c = 0; c < in; c += W) store_int8(to + c, mul(load(row + c), inverse));
-    for (int c = in; c < depth; c += W) store_int8(to + c, set(0.0f));
+    for (int c = 0; c < in; c += W) store_int8(to + int8_column(c), mul(load(row + c), inverse));
+    for (int c = in; c < depth; c += W) store_int8(to + int8_column(c), set(0.0f));
 }
 
 template <class Op>
@@ -96,10 +101,10 @@ struct Operand {
 // Row `r` of a product's left side made from a row of floats or bf16.
 template <class Op, class E>
 TR_INLINE void put_operand(const E* row, int r, const Linear& w, Scratch& s) {
-    Op* to = s.operand.as<Op>() + static_cast<size_t>(r) * w.depth;
     if constexpr (same_type<Op, Int8>) {
-        quantise(row, w.in, w.depth, to, s.row_scale.as<float>() + r);
+        quantise(row, w.in, w.depth, s.operand.as<Op>() + int8_row(r, w.depth), s.row_scale.as<float>() + r);
     } else {
+        Op* to = s.operand.as<Op>() + static_cast<size_t>(r) * w.depth;
         for (int c = 0; c < w.in; c += W) store(to + c, load(row + c));
     }
 }
