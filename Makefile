@@ -11,12 +11,13 @@ READY  := $(VENV)/.turborank-ready
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test bench docs sanitize clean
+.PHONY: conformance conformance-core help install check test bench docs sanitize clean
 
 help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
 	@echo "make check      ruff (lint, format) and mypy --strict"
 	@echo "make test       the tests; choose some with  make test ARGS='tests/test_tokens.py -k windows'"
+	@echo "make conformance  the real clients against our server (make conformance-core: five of them); CLIENTS=folder for theirs"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
 	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
 	@echo "make sanitize   the native engine under address and undefined-behaviour sanitizers"
@@ -38,6 +39,15 @@ check: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Each client lives in an environment of its own, outside this repository.
+CLIENTS ?= $(HOME)/.cache/turborank-conformance
+
+conformance: $(READY)
+	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py $(ARGS)
+
+conformance-core: $(READY)
+	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py -m core $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python bench/bench.py $(ARGS)

@@ -126,7 +126,14 @@ def test_everything_has_a_name_and_news_is_announced(up, visit):
     assert page.locator("#error").get_attribute("role") == "alert"
     assert page.locator("html").get_attribute("lang") == "en"
     tree = page.locator("body").aria_snapshot()
-    for part in ('heading "turborank"', 'textbox "Question"', 'textbox "Documents"', 'button "Rank"', "- main", "- status"):
+    for part in (
+        'heading "turborank"',
+        'textbox "Question"',
+        'textbox "Documents"',
+        'button "Rank"',
+        "- main",
+        "- status",
+    ):
         assert part in tree
 
 

@@ -25,7 +25,8 @@ from turborank.tokens import pack
 from turborank.types import Encoding, Float32
 
 STRETCH = 4.0
-SMOOTHING = 0.2  # weight of the newest batch in the measured speed
+MEMORY = 0.8  # weight of what was measured before, when a batch adds to the measured speed
+FULL_ENOUGH = 0.25  # share of the token budget from which on a batch tells the speed; small ones are mostly overhead
 
 
 class Computed(NamedTuple):
@@ -77,6 +78,7 @@ class Batcher:
         self.observe = observe
         self.waiting_tokens = 0
         self.speed: float | None = None  # tokens per second, measured
+        self._measured = (0.0, 0.0)  # tokens and seconds behind it, older ones fading
         self._tickets: list[Ticket] = []  # the most urgent first
         self._count = 0
         self._closing = False
@@ -197,6 +199,12 @@ class Batcher:
                     return
             self._compute(batch)
 
+    def _measure(self, tokens: int, seconds: float) -> None:
+        if tokens >= FULL_ENOUGH * self.batch_tokens:
+            before = self._measured
+            self._measured = (MEMORY * before[0] + tokens, MEMORY * before[1] + max(seconds, 1e-9))
+            self.speed = self._measured[0] / self._measured[1]
+
     def _compute(self, batch: list[tuple[Ticket, int, Encoding]]) -> None:
         tickets = list(dict.fromkeys(ticket for ticket, _, _ in batch))
         packed = pack([window for _, _, window in batch])
@@ -211,8 +219,7 @@ class Batcher:
         seconds = time.monotonic() - started
         with self._wake:
             if error is None:
-                now = packed.tokens / max(seconds, 1e-9)
-                self.speed = now if self.speed is None else (1 - SMOOTHING) * self.speed + SMOOTHING * now
+                self._measure(packed.tokens, seconds)
             for (ticket, place, window), logit in zip(batch, logits, strict=True):
                 ticket.running -= 1
                 if not ticket.dropped:

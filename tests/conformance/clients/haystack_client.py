@@ -1,0 +1,24 @@
+from haystack import Document
+from haystack.utils import Secret
+from haystack_integrations.components.rankers.cohere import CohereRanker
+from haystack_integrations.components.rankers.jina import JinaRanker
+from probe import main
+
+
+def ranked(ranker, call):
+    documents = [Document(content=text, meta={"place": place}) for place, text in enumerate(call.documents)]
+    found = ranker.run(query=call.query, documents=documents, top_k=call.top_n)["documents"]
+    return [(one.meta["place"], one.score) for one in found]
+
+
+def jina(call):
+    key = Secret.from_token(call.key)
+    return ranked(JinaRanker(call.model, key, top_k=call.top_n, base_url=f"{call.base}/v1/rerank"), call)
+
+
+def cohere(call):
+    key = Secret.from_token(call.key)
+    return ranked(CohereRanker(call.model, top_k=call.top_n, api_key=key, api_base_url=call.base), call)
+
+
+main({"jina": jina, "cohere": cohere})

@@ -1,0 +1,28 @@
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.postprocessor.cohere_rerank import CohereRerank
+from llama_index.postprocessor.jinaai_rerank import JinaRerank
+from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
+from probe import main
+
+
+def ranked(postprocessor, call):
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=str(place))) for place, text in enumerate(call.documents)]
+    return [(int(one.node.node_id), one.score) for one in postprocessor.postprocess_nodes(nodes, query_str=call.query)]
+
+
+def jina(call):
+    return ranked(JinaRerank(call.top_n, call.model, f"{call.base}/v1", call.key), call)
+
+
+def cohere(call):
+    return ranked(CohereRerank(call.top_n, call.model, call.key, base_url=call.base, max_retries=0), call)
+
+
+def tei(call):
+    server = TextEmbeddingInference(
+        call.top_n, call.base, auth_token=f"Bearer {call.key}", truncate_text="strict" not in call.model
+    )
+    return ranked(server, call)
+
+
+main({"jina": jina, "cohere": cohere, "tei": tei})

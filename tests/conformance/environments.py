@@ -1,0 +1,64 @@
+"""ENVIRONMENTS: the clients, each in an environment of its own, because they cannot be installed together.
+
+They live in the folder that TURBORANK_CONFORMANCE names, are made when missing, and are never part of this repository.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+VARIABLE = "TURBORANK_CONFORMANCE"
+HERE = Path(__file__).parent / "clients"
+
+
+class Environment(NamedTuple):
+    """What to install, the script that drives it, and whether it is one of the core five."""
+
+    packages: tuple[str, ...]
+    script: str
+    core: bool = False
+
+
+ENVIRONMENTS = {
+    "openai": Environment(("openai==3.54.0",), "openai_client.py", core=True),
+    "cohere": Environment(("cohere==7.3.1",), "cohere_client.py", core=True),
+    "cohere5": Environment(("cohere==5.21.1",), "cohere_client.py"),
+    "litellm": Environment(("litellm==1.106.2",), "litellm_client.py", core=True),
+    "voyageai": Environment(("voyageai==0.5.0",), "voyageai_client.py", core=True),
+    "llamaindex": Environment(
+        (
+            "llama-index-postprocessor-jinaai-rerank==0.6.0",
+            "llama-index-postprocessor-tei-rerank==0.6.0",
+            "llama-index-postprocessor-cohere-rerank==0.10.0",
+        ),
+        "llamaindex_client.py",
+        core=True,
+    ),
+    "langchain": Environment(
+        ("langchain-cohere==0.6.0", "langchain-voyageai==0.4.1", "langchain-community==0.4.2"), "langchain_client.py"
+    ),
+    "infinity": Environment(
+        ("infinity-client==0.0.78", "langchain-community==0.4.2", "httpx<0.28"), "infinity_client_client.py"
+    ),
+    "haystack": Environment(("jina-haystack==2.0.1", "cohere-haystack==11.0.0"), "haystack_client.py"),
+    "rerankers": Environment(("rerankers[api]==0.10.0",), "rerankers_client.py"),
+    "dify": Environment(("dify_plugin==0.7.4",), "dify_client.py"),
+}
+
+
+def python(name: str) -> Path:
+    """The interpreter of an environment, which is made if it is not there."""
+    folder = Path(os.environ[VARIABLE]) / name
+    interpreter = folder / "bin" / "python"
+    wanted = "\n".join(ENVIRONMENTS[name].packages)
+    stamp = folder / "installed"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, *ENVIRONMENTS[name].packages], check=True)
+        stamp.write_text(wanted)
+    return interpreter
