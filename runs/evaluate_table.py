@@ -7,8 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-KEPT = ("queries_evaluated", "depth", "sample_seed", "engine", "precision", "isa", "threads", "max_length", "length",
-        "pairs", "tokens", "longest_pair", "pairs_truncated", "tokens_truncated", "seconds", "tokens_per_second")  # fmt: skip
+KEPT = (
+    "queries_evaluated", "depth", "sample_seed", "engine", "precision", "isa", "threads", "max_length", "length",
+    "pairs", "tokens", "longest_pair", "pairs_truncated", "tokens_truncated", "seconds", "tokens_per_second",
+)  # fmt: skip
 COLUMNS = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10")
 PARTS = ("passages", "trec-dl21", "rag", "saturated", "articles", "meetings-truncated", "meetings-windows")
 
@@ -23,65 +25,68 @@ def summarised(part: str, dataset: dict) -> dict:
     systems = []
     for system in dataset["systems"]:
         manifest = system["manifest"]
-        kept = {key: manifest[key] for key in KEPT if key in manifest}
+        row = {key: system[key] for key in ("name", "measures", "curve", "compared_with")}
+        row |= {key: manifest[key] for key in KEPT if key in manifest}
         if "model" in manifest:
             model = manifest["model"]
-            kept["model"] = {
-                "name": model["name"],
-                "revision": model["revision"],
-                "weights_sha256": model["sha256"]["model.safetensors"],
-            }
-        systems.append({"name": system["name"], "measures": system["measures"], "curve": system["curve"],
-                        "compared_with": system["compared_with"], **kept})  # fmt: skip
+            row["revision"], row["weights_sha256"] = model["revision"], model["sha256"]["model.safetensors"]
+        systems.append(row)
     about = dataset["systems"][0]["manifest"]
-    return {"part": part, "name": dataset["name"], "measure": dataset["measure"], "remarks": dataset["remarks"],
-            "dataset": about["dataset"], "first_stage": about["first_stage"], "systems": systems}  # fmt: skip
+    row = {key: dataset[key] for key in ("name", "measure", "remarks")}
+    return {"part": part, **row, "dataset": about["dataset"], "first_stage": about["first_stage"], "systems": systems}
 
 
-def table(rows: list[dict], system: dict) -> str:
+def difference(system: dict, first: str) -> str:
+    found = system["compared_with"].get(first)
+    if found is None:
+        return ""
+    interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]"
+    return f"{found['measure']} {found['difference']:+.4f} {interval}, {found['p_value']:.4f}"
+
+
+def lines_of(row: dict) -> list[str]:
+    first = row["systems"][0]
+    lines = []
+    for system in row["systems"]:
+        where = f"{row['name']} ({first['queries_evaluated']} queries, top {first['depth']})" if system is first else ""
+        length = f", {system['length']}" if system.get("length", "truncate") != "truncate" else ""
+        values = (f"{system['measures'][name]:.4f}" if name in system["measures"] else "–" for name in COLUMNS)
+        cells = [where, system["name"] + length, *values, difference(system, first["name"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def length_line(row: dict, system: dict) -> str:
+    return (
+        f"- {row['name']} ({row['part']}): {system['pairs_truncated']} of {system['pairs']} pairs cut, "
+        f"{system['tokens_truncated']:,} of {system['tokens'] + system['tokens_truncated']:,} tokens not read, "
+        f"longest pair {system['longest_pair']:,}"
+    )
+
+
+def table(rows: list[dict], about: dict) -> str:
+    heads = ["collection", "system", *COLUMNS, "difference from the first stage [95 %], p"]
     lines = [
         "# Results", "",
-        "Written by `runs/evaluate.sh`; summarised manifests are in `evaluation.json`. "
-        f"{system['created'][:10]}, {system['cpu']}, {system['cores']} cores, turborank {system['versions']['turborank']}. "
-        "The machine was shared, so seconds are no benchmark (those are in `bench/`).", "",
-        "| collection | system | " + " | ".join(COLUMNS) + " | difference [95 %], p |", "|---|---|" + "---:|" * len(COLUMNS) + "---|",
-    ]  # fmt: skip
-    remarks = []
-    for number, row in enumerate(rows, 1):
-        first = row["systems"][0]
-        where = f"{row['name']} ({first['queries_evaluated']} queries, top {first['depth']})"
-        for system_row in row["systems"]:
-            length = f", {system_row['length']}" if system_row.get("length", "truncate") != "truncate" else ""
-            cells = [
-                f"{system_row['measures'][name]:.4f}" if name in system_row["measures"] else "–" for name in COLUMNS
-            ]
-            base = system_row["compared_with"].get(first["name"])
-            gain = (
-                ""
-                if base is None
-                else (
-                    f"{base['measure']} {base['difference']:+.4f} [{base['low']:+.4f}, {base['high']:+.4f}], {base['p_value']:.4f}"
-                )
-            )
-            lines.append(
-                f"| {where if system_row is first else ''} | {system_row['name']}{length} | {' | '.join(cells)} | {gain} |"
-            )
-        remarks += [f"- **{row['name']}** ({row['part']}): {remark}" for remark in row["remarks"]]
-    models = {s["model"]["name"]: s for row in rows for s in row["systems"] if "model" in s}
-    for name, facts in models.items():
-        lines += ["", f"{name}: weights sha256 `{facts['model']['weights_sha256']}`, engine {facts['engine']}, "
-                  f"{facts['precision']}, {facts['isa']}, {facts['threads']} threads."]  # fmt: skip
-    cut = [f"{row['name']} ({row['part']}): {s['pairs_truncated']} of {s['pairs']} pairs cut, {s['tokens_truncated']:,} tokens unread, "
-           f"longest {s['longest_pair']:,}" for row in rows for s in row["systems"] if s.get("longest_pair", 0) >= s.get("max_length", 9**9)]  # fmt: skip
-    lines += ["", "Length: " + ("; ".join(cut) if cut else "no pair reached the model's limit") + "."]
-    lines += [
-        "",
+        "Written by `runs/evaluate.sh`; `evaluation.json` has the summarised manifests. "
+        f"{about['created'][:10]}, {about['cpu']}, {about['cores']} cores, turborank {about['versions']['turborank']}. "
+        "The machine was shared by other work: its seconds are no benchmark.", "",
+        "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(COLUMNS) + "---|",
+        *(line for row in rows for line in lines_of(row)), "",
         "Differences are paired bootstraps over queries (10,000 resamples); p-values are not adjusted.",
-        "",
-        "## Remarks",
-        "",
-    ]
-    return "\n".join([*lines, *remarks]) + "\n"
+    ]  # fmt: skip
+    models = {system["weights_sha256"]: system for row in rows for system in row["systems"] if "engine" in system}
+    for digest, system in models.items():
+        how = f"{system['engine']}, {system['precision']}, {system['isa']}, {system['threads']} threads"
+        lines += ["", f"{system['name']}: weights sha256 `{digest}`; engine {how}."]
+    lines += ["", "## Length, where a pair reached the model's limit", ""]
+    reached = (
+        (row, s) for row in rows for s in row["systems"] if s.get("longest_pair", 0) >= s.get("max_length", 1 << 40)
+    )
+    lines += [length_line(row, system) for row, system in reached] or ["Nowhere."]
+    lines += ["", "## Remarks", ""]
+    lines += [f"- {row['name']} ({row['part']}): {remark}" for row in rows for remark in row["remarks"]]
+    return "\n".join(lines) + "\n"
 
 
 def main(folder: Path, out: Path) -> None:

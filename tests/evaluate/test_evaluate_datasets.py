@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from turborank.evaluate import DATASETS, GROUPS
 from turborank.evaluate.convert import cut, holder
 from turborank.evaluate.corpus import JsonlCorpus, MemoryCorpus
 from turborank.evaluate.datasets import expand, load
+from turborank.evaluate.first_stage import bm25_run
 from turborank.evaluate.runs import Scored, read_qrels, read_run, write_run
 from turborank.evaluate.table import PUBLISHED
 
@@ -228,3 +230,11 @@ def test_qrels_without_a_header(tmp_path: Path) -> None:
     path.write_text("query-id\tcorpus-id\tscore\n")
     with pytest.raises(InputError, match="expected judgements, got none"):
         read_qrels(path)
+
+
+def test_where_queries_are_documents_a_query_does_not_find_itself(mini: Path, tmp_path: Path) -> None:
+    append(mini / "corpus.jsonl", '{"_id": "q2", "text": "what makes dough rise?"}')
+    own = replace(load(str(mini)), queries_are_documents=True)
+    plain = load(str(mini))
+    assert [s.doc_id for s in bm25_run(plain, 2, tmp_path / "plain")[0]["q2"]] == ["q2", "d2"]
+    assert [s.doc_id for s in bm25_run(own, 2, tmp_path / "own")[0]["q2"]] == ["d2"]
