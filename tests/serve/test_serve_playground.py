@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+from playwright import sync_api as playwright
 from serving import running
 
 from turborank.serve import keys
@@ -146,8 +147,8 @@ CONTRAST = """(theme) => {
       .map((c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
     return .2126 * r + .7152 * g + .0722 * b;
   };
-  return [["--ink", "--paper"], ["--ink", "--card"], ["--soft", "--paper"], ["--soft", "--card"], ["--mark-ink", "--mark"],
-          ["--accent-ink", "--accent"], ["--bad", "--bad-paper"], ["--bad", "--paper"], ["--ink", "--code"]]
+  return [["--ink", "--paper"], ["--ink", "--card"], ["--soft", "--paper"], ["--soft", "--card"],
+          ["--mark-ink", "--mark"], ["--accent-ink", "--accent"], ["--bad", "--bad-paper"], ["--bad", "--paper"], ["--ink", "--code"]]
     .map(([front, back]) => {
       const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
       return [front, back, (a + .05) / (b + .05)];
