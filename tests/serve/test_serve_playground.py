@@ -148,7 +148,8 @@ CONTRAST = """(theme) => {
     return .2126 * r + .7152 * g + .0722 * b;
   };
   return [["--ink", "--paper"], ["--ink", "--card"], ["--soft", "--paper"], ["--soft", "--card"],
-          ["--mark-ink", "--mark"], ["--accent-ink", "--accent"], ["--bad", "--bad-paper"], ["--bad", "--paper"], ["--ink", "--code"]]
+          ["--mark-ink", "--mark"], ["--accent-ink", "--accent"], ["--bad", "--bad-paper"], ["--bad", "--paper"],
+          ["--ink", "--code"]]
     .map(([front, back]) => {
       const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
       return [front, back, (a + .05) / (b + .05)];
