@@ -35,6 +35,9 @@ TR_INLINE void store(bf16* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
+// One whole cache line: a tile load that follows finds it in one piece.
+TR_INLINE void store2(bf16* p, F a, F b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))); }
+
 // The largest |x| of a row: without its sign, a bf16 is ordered as an integer.
 [[maybe_unused]] float largest_size(const bf16* row, int n) {
     __m512i top = _mm512_setzero_si512();

@@ -12,9 +12,9 @@
 namespace turborank {
 namespace {
 
-constexpr int kGroupTokens = 256;   // a group that one thread takes through all layers alone
+constexpr int kGroupTokens = 512;   // a group that one thread takes through all layers alone
 constexpr int kAloneTokens = 512;   // pairs up to this length may be in such a group
-constexpr int kBlockRows = 256;     // token rows that go through the feed-forward together
+constexpr int kBlockRows = 512;     // token rows that go through the feed-forward together
 constexpr int kQueriesPerTask = 2048;
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }

@@ -35,6 +35,11 @@ TR_INLINE F horner(F x, const float (&c)[N]) {
     return y;
 }
 
+TR_INLINE void store2(float* p, F a, F b) {
+    store(p, a);
+    store(p + W, b);
+}
+
 TR_INLINE float largest_size(const float* row, int n) {
     F top = set(0.0f);
     for (int c = 0; c < n; c += W) top = vmax(top, vabs(load(row + c)));
@@ -227,7 +232,7 @@ void project_heads(const Shape& shape, const Layer& layer, const float* x, int r
         const int column = v.panel % part * kPanel;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(column / D) * heads.capacity + at + v.first) * D + column % D;
         for (int r = r0; r < r1; ++r)
-            for (int i = 0; i < v.kVectors; ++i) store(out + r * D + i * W, v.at(r, i));
+            for (int i = 0; i < v.kVectors; i += 2) store2(out + r * D + i * W, v.at(r, i), v.at(r, i + 1));
     });
 }
 
@@ -372,7 +377,7 @@ struct QueryTile {
         for (int r = 0; r < rows; ++r) {
             const float* row_bias = bias + (lo - first - r);
             if (online) shift(r, row_bias, real, fresh);
-            const float sum = exponentiate<exact>(r, row_bias, real, hi - lo);
+            const float sum = online ? exponentiate<exact, true>(r, row_bias, real, hi - lo) : exponentiate<exact, false>(r, row_bias, real, hi - lo);
             mass[r] = fresh ? sum : mass[r] + sum;
         }
         for (int c = 0; c < job.D; c += kPanel) {
@@ -382,26 +387,30 @@ struct QueryTile {
         }
     }
 
-    template <bool exact>
+    // Scores of one row to probabilities; returns their sum. Without `shifted` the row's offset is 0.
+    template <bool exact, bool shifted>
     TR_INLINE float exponentiate(int r, const float* row_bias, int real, int padded) {
         const float* row = scores + r * kScoreStride;
         E* to = probabilities + r * kProbabilityStride;
         const F offset = set(top[r]);
-        F sum = set(0.0f);
+        const auto probability = [&](int j) {
+            const F score = add(load(row + j), load(row_bias + j));
+            return exp2<exact>(shifted ? sub(score, offset) : score);
+        };
+        F sum = set(0.0f), other = sum;
         int j = 0;
-        for (; j + W <= real; j += W) {
-            const F p = exp2<exact>(sub(add(load(row + j), load(row_bias + j)), offset));
-            sum = add(sum, p);
-            store(to + j, p);
+        for (; j + 2 * W <= real; j += 2 * W) {
+            const F p = probability(j), q = probability(j + W);
+            sum = add(sum, p), other = add(other, q);
+            store2(to + j, p, q);
         }
-        if (j < real) {
-            const F p = keep_first(exp2<exact>(sub(add(load(row + j), load(row_bias + j)), offset)), real - j, 0.0f);
+        for (; j < real; j += W) {
+            const F p = keep_first(probability(j), real - j, 0.0f);
             sum = add(sum, p);
             store(to + j, p);
-            j += W;
         }
         for (; j < padded; j += W) store(to + j, set(0.0f));
-        return hsum(sum);
+        return hsum(add(sum, other));
     }
 
     // Raises the row's offset to its largest score so far.
