@@ -3,6 +3,9 @@
 #
 #   runs/evaluate.sh                     everything; what is there already is continued, not repeated
 #   MODELS=a,b OUT=folder runs/evaluate.sh
+#   python3 runs/evaluate_table.py build/evaluation runs/results      the table of what is done so far
+#
+# Scores of another model under the same name are refused: give new weights a new OUT.
 #
 # Depths are below 100 where documents are long or the collection is saturated; the table says which.
 set -euo pipefail
@@ -16,15 +19,15 @@ evaluate() { # name of the part, then the command's arguments
   local part=$1
   shift
   echo "== $part: $*"
-  $TURBORANK evaluate "$@" ${MODELS:+--models "$MODELS"} --data-dir "$DATA" --offline --out "$OUT/$part"
+  nice -n "${NICE:-0}" $TURBORANK evaluate "$@" ${MODELS:+--models "$MODELS"} --data-dir "$DATA" --offline --out "$OUT/$part"
 }
 
-evaluate passages npl wikiqa med cisi cranfield scifact
 evaluate trec-dl21 trec-dl21-pool --run "$DATA/trec-dl21-pool/runs/bm25.txt"
+evaluate passages npl med cisi scifact wikiqa cranfield
 evaluate rag chunking_evaluation anthropic-docs-rag --depth 20
-evaluate saturated pubmedqa-l --depth 10
-evaluate articles time --depth 20
 evaluate meetings-truncated qmsum --depth 10 --sample "${MEETINGS:-12}"
 evaluate meetings-windows qmsum --depth 10 --sample "${MEETINGS:-12}" --length windows
+evaluate articles time --depth 20
+evaluate saturated pubmedqa-l --depth 10
 
 python3 runs/evaluate_table.py "$OUT" runs/results

@@ -105,9 +105,9 @@ def evaluate(
             keep_unknown=keep_unknown, progress=progress,
         )  # fmt: skip
         results.append(_evaluate_dataset(dataset, rerankers, plan, progress))
-    evaluation = Evaluation(tuple(results), about_system())
-    if plan.shard is None:
-        report.write(evaluation, plan.out)
+        evaluation = Evaluation(tuple(results), about_system())
+        if plan.shard is None:
+            report.write(evaluation, plan.out, finished=len(results) == len(names))
     return evaluation
 
 

@@ -16,11 +16,14 @@ from turborank.evaluate.results import Evaluation, Line, Result
 from turborank.evaluate.table import FORUMS, PUBLISHED, PUBLISHED_MEANS, Published
 
 
-def write(evaluation: Evaluation, out: Path) -> None:
-    """All reports, each whole or not at all."""
+def write(evaluation: Evaluation, out: Path, *, finished: bool = True) -> None:
+    """All reports, each whole or not at all; the page, with its plots, only of a finished evaluation."""
     write_json(out / "results.json", as_json(evaluation))
     write_text(out / "report.md", markdown(evaluation))
-    write_text(out / "report.html", page(evaluation, summary(evaluation), columns(evaluation), averages(evaluation)))
+    if finished:
+        write_text(
+            out / "report.html", page(evaluation, summary(evaluation), columns(evaluation), averages(evaluation))
+        )
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
