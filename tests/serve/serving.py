@@ -52,7 +52,7 @@ class Running:
     ) -> Reply:
         """POST ``body`` (as JSON unless it is bytes), or GET when there is none."""
         content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
         given = {**(JSON if content is not None else {}), **(headers or {})}
         connection.request(method or ("GET" if content is None else "POST"), path, content, given)
         response = connection.getresponse()
@@ -76,7 +76,7 @@ def running(model: Path, /, *, wait: bool = True, **settings: Any) -> Iterator[R
         yield up
     finally:
         made.should_exit = True
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive(), "expected the server to stop"
 
 

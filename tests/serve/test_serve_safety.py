@@ -274,8 +274,8 @@ def test_schemathesis_finds_no_500(model):
         pytest.skip("SCHEMATHESIS does not name the schemathesis command")
     with running(model) as up:
         checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-        command = [tool, "run", f"{up.url}/openapi.json", "--checks", checks, "--max-examples", "40", "--seed", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        command = [tool, "run", f"{up.url}/openapi.json", "--checks", checks, "--max-examples", "15", "--seed", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-6000:]
 
 
