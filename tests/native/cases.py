@@ -1,6 +1,6 @@
 """Write random cases for native/check.cpp: a model, a batch, and the law's logits.
 
-    python tests/native/cases.py FOLDER [COUNT [SEED]]
+python tests/native/cases.py FOLDER [COUNT [SEED]]
 """
 
 from __future__ import annotations
