@@ -70,6 +70,12 @@ void float_product(const float* a, int lda, int rows, const std::byte* panel, in
         });
 }
 
+// In assembly, because gcc 12 holds many products at once and spills the sums.
+TR_INLINE void dot_int8(__m256i& sum, __m256i a, __m256i b) {
+    __m256i product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+}
+
 // Eight columns at a time. A register of weights is 4 columns x 4 of the depth, so each column's sum lies in two
 // neighbouring accumulators until the end.
 void int8_product(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc) {
@@ -87,8 +93,8 @@ void int8_product(const Int8* a, int lda, int rows, const std::byte* panel, int 
                     int64_t quad;
                     std::memcpy(&quad, x + i * lda + k, 8);
                     const __m256i all = _mm256_set1_epi64x(quad);
-                    left[i] = _mm256_add_epi32(left[i], _mm256_madd_epi16(all, w0));
-                    right[i] = _mm256_add_epi32(right[i], _mm256_madd_epi16(all, w1));
+                    dot_int8(left[i], all, w0);
+                    dot_int8(right[i], all, w1);
                 };
                 (row(r), ...);
             }
