@@ -277,7 +277,7 @@ def test_schemathesis_finds_no_500(model):
         checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
         command = [tool, "run", f"{up.url}/openapi.json", "--checks", checks, "--max-examples", "15", "--seed", "1"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        # A deadline of 0.1 s may pass on a busy machine: 504 is then the right answer, and the only fault to be forgiven.
+        # A deadline of 0.1 s may pass on a busy machine: 504 is then right, and the only fault to be forgiven.
         kinds = set(re.findall(r"❌ (ST\d+ .+?):", done.stdout))
         answers = set(re.findall(r"^ *\[(\d{3})\] ", done.stdout, flags=re.MULTILINE))
         late = kinds == {"ST101 Server error"} and answers == {"504"}
