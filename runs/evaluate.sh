@@ -23,11 +23,13 @@ evaluate() { # name of the part, then the command's arguments
 }
 
 evaluate trec-dl21 trec-dl21-pool --run "$DATA/trec-dl21-pool/runs/bm25.txt"
-evaluate passages npl med cisi scifact wikiqa cranfield
-evaluate rag chunking_evaluation anthropic-docs-rag --depth 20
-evaluate meetings-truncated qmsum --depth 10 --sample "${MEETINGS:-12}"
-evaluate meetings-windows qmsum --depth 10 --sample "${MEETINGS:-12}" --length windows
-evaluate articles time --depth 20
+evaluate passages npl med cisi wikiqa
+evaluate rag chunking_evaluation anthropic-docs-rag --depth 10
+evaluate meetings-truncated qmsum --depth 5 --sample "${MEETINGS:-8}"
+evaluate meetings-windows qmsum --depth 5 --sample "${MEETINGS:-8}" --length windows
+evaluate articles time --depth 10
 evaluate saturated pubmedqa-l --depth 10
+evaluate aerodynamics cranfield --depth 50
+evaluate science scifact
 
 python3 runs/evaluate_table.py "$OUT" runs/results

@@ -12,7 +12,9 @@ KEPT = (
     "pairs", "tokens", "longest_pair", "pairs_truncated", "tokens_truncated", "seconds", "tokens_per_second",
 )  # fmt: skip
 COLUMNS = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10")
-PARTS = ("passages", "trec-dl21", "rag", "saturated", "articles", "meetings-truncated", "meetings-windows")
+PARTS = (
+    "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag", "meetings-truncated", "meetings-windows",
+)  # fmt: skip
 
 
 def results(folder: Path) -> list[tuple[str, dict]]:
