@@ -38,9 +38,9 @@ SIZES = (1, 2, 4, 8, 16, 32)
 FASTEST = 3  # tuned peers that take turns with us; the others' best are in the table of tuning
 CAPS = ("none", "avx512vnni", "avx2")
 NEEDED_GB = {
-    "ort": 14,
-    "ort-int8": 14,
-    "ort-int8-cls": 14,
+    "ort": 23,
+    "ort-int8": 23,
+    "ort-int8-cls": 23,
     "torch": 9,
     "ov": 5,
     "ov-cls": 5,
@@ -77,8 +77,8 @@ def cap_env(cap: str, work: Path) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "CPU_CAP": cap}
 
 
-def ours(cap: str, env: dict[str, str]) -> list[Contestant]:
-    """The native engine in every precision that the instruction set has."""
+def ours(cap: str, env: dict[str, str], wanted: list[str]) -> list[Contestant]:
+    """The native engine in every precision that is wanted and the instruction set has."""
     from turborank.engines import native
 
     isa = native.isas()[0] if cap == "none" else cap
@@ -90,6 +90,7 @@ def ours(cap: str, env: dict[str, str]) -> list[Contestant]:
             env=env | {"TURBORANK_ISA": isa},
         )
         for precision in native.precisions(isa)
+        if precision in wanted
     ]
 
 
@@ -165,7 +166,7 @@ def best(state: State, cap: str, workload: str, name: str) -> tuple[float, Turn]
 def run(state: State, arguments: argparse.Namespace) -> None:
     """In turns: every contestant as users run it (batch 32, one stream), and the fastest as tuned."""
     env = cap_env(arguments.cap, state.path.parent)
-    us = ours(arguments.cap, env)
+    us = ours(arguments.cap, env, arguments.precisions)
     turns: dict[str, list[Turn]] = {}
     for workload in arguments.workloads:
         turns[workload] = [(c.name, BATCH) for c in us] + [(name, BATCH) for name in arguments.peers]
@@ -174,16 +175,17 @@ def run(state: State, arguments: argparse.Namespace) -> None:
     wanted = {name for each in turns.values() for name, _ in each}
     contestants = [c for c in us + theirs(arguments.peers, env) if c.name in wanted]
     with benchmark.processes(contestants, state.model, arguments.threads) as running:
-        print(f"{len(running)} contestants loaded", flush=True)
-        took = benchmark.in_turns(running, turns, arguments.rounds)
-        for workload, each in took.items():
+        about = {c.name: running[c.name].about | {"label": c.label} for c in contestants}
+        state.part("about", arguments.cap).update(about)
+        for workload, each in turns.items():
+            took = benchmark.in_turns(running, {workload: each}, arguments.rounds)[workload]
             found = state.part("runs", arguments.cap, workload)
             found.clear()
-            for (name, batch), seconds in each.items():
+            for (name, batch), seconds in took.items():
                 logits = running[name].logits(workload, batch)
                 found[f"{name} b{batch}"] = benchmark.speed(workload, seconds) | {"logits": logits}
-    state.part("about", arguments.cap).update({c.name: running[c.name].about | {"label": c.label} for c in contestants})
-    state.save()
+            state.save()
+            print(f"{workload}: done", flush=True)
 
 
 def free_gb() -> float:
@@ -197,7 +199,10 @@ def long(state: State, arguments: argparse.Namespace) -> None:
     """8,192 tokens: each in its own process, alone; three calls, or one where a call takes over ten seconds."""
     env = cap_env(arguments.cap, state.path.parent)
     found = state.part("runs", arguments.cap, LONG)
-    for contestant in [*ours(arguments.cap, env), *(c for c in theirs(arguments.peers, env) if "/" not in c.name)]:
+    for contestant in [
+        *ours(arguments.cap, env, arguments.precisions),
+        *(c for c in theirs(arguments.peers, env) if "/" not in c.name),
+    ]:
         key = f"{contestant.name} b{BATCH}"
         needed = NEEDED_GB.get(contestant.name, 1)
         if free_gb() < needed:
@@ -259,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cap", choices=CAPS, default="none")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--precisions", nargs="*", default=["int8", "bf16", "fp32"], help="of ours, for run and long")
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES), help="batch sizes that tune tries")
     parser.add_argument("--workloads", nargs="*", default=list(SHORT), choices=SHORT)
     parser.add_argument("--tokenizer", type=Path)

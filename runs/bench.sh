@@ -1,5 +1,5 @@
 #!/bin/sh
-# The commands behind bench/results and docs/roofline.svg. About half an hour on two cores; 16 GB of memory for the
+# The commands behind bench/results and docs/roofline.svg. About half an hour on two cores; 23 GB of memory for the
 # peers at 8,192 tokens (those that do not fit are left out, and said so).
 #
 #   pip install . torch==2.13.0 onnx onnxruntime openvino nncf matplotlib
@@ -13,13 +13,11 @@ bench() { ${QUIET:-} python bench/bench.py "$@" --threads 2; }
 python bench/bench.py prepare
 bench peaks
 bench tune
-bench run --rounds 5
-bench long
-for cap in avx512vnni avx2; do
-    peers="ov ov-cls ort-int8 ort-int8-cls torch"
-    bench tune --cap $cap --peers ov ov-cls ort-int8 ort-int8-cls --sizes 1 4 8
-    bench run --cap $cap --peers $peers --rounds 3
-    bench long --cap $cap --peers ov
-done
+bench run --rounds 3
+bench long --precisions int8 --peers ov ov-cls torch ort-int8
 bench text --rounds 3
+bench tune --cap avx512vnni --peers ov-cls ov ort-int8-cls --sizes 1 4 8
+bench run --cap avx512vnni --precisions int8 --peers ov ov-cls torch --rounds 2
+bench tune --cap avx2 --peers ov-cls --sizes 4 --workloads ragged 32x128 8x512
+bench run --cap avx2 --precisions int8 --peers ov ov-cls torch --rounds 2 --workloads ragged 32x128 8x512 1x64
 python bench/bench.py report
