@@ -95,9 +95,11 @@ def first_stage(documents: dict[str, str], queries: dict[str, str], depth: int) 
     return run
 
 
-def engine_of(folder: Path, name: str, precision: str) -> Engine:
+def engine_of(folder: Path, name: str, precision: str, threads: int) -> Engine:
     """The model of a folder, run by one of turborank's engines as it would be served."""
-    return engines.prepare(load_file(folder / "model.safetensors"), CONFIG, name=name, precision=precision)
+    return engines.prepare(
+        load_file(folder / "model.safetensors"), CONFIG, name=name, precision=precision, threads=threads
+    )
 
 
 def ids_of(tokenizer: Tokenizer, texts: dict[str, str], limit: int) -> dict[str, list[int]]:
@@ -170,9 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=8192, help="tokens of a pair")
     parser.add_argument("--engine", default="native")
     parser.add_argument("--precision", default="int8", help="of the arithmetic")
+    parser.add_argument("--threads", type=int, default=1, help="one a process: cores shared with others stall two")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(student.minilm_folder() / "tokenizer.json"))
     tokenizer.no_padding()
@@ -185,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs = {"bm25": collection.candidates, "bi-encoder": bi_encoder(collection, tokenizer, 256)}
         if args.model:
             runs[args.tag] = rerank(
-                engine_of(args.model, args.engine, args.precision), collection, tokenizer, args.limit
+                engine_of(args.model, args.engine, args.precision, args.threads), collection, tokenizer, args.limit
             )
         for system, run in runs.items():
             mean, _ = ndcg(collection, run)

@@ -18,16 +18,19 @@ done
 wait
 python ship.py --models "$WORK"/recover-[01] --float32 "$WORK/recovered"
 
-# Stage 2, ranking.
+# Stage 2, ranking: planned for 400 steps, the checkpoints shipped are those of steps 200 and 300.
+stop=(200 300)
 for seed in 0 1; do
     python train.py --lists "$WORK/lists.npz" --start "$WORK/recovered" --out "$WORK/rank-$seed" \
-        --steps 400 --seed $seed --threads 1 --resume &
+        --steps 400 --stop ${stop[$seed]} --seed $seed --threads 1 --resume &
 done
 wait
-python ship.py --models "$WORK"/rank-[01] --lists "$WORK/lists.npz" --float32 "$WORK/final" \
+python ship.py --models "$WORK"/rank-[01] --lists "$WORK/lists.npz" --fit 100 --float32 "$WORK/final" \
     --out "$ROOT/src/turborank/models/turborank-embedded-v1"
 
 # The numbers of the card.
-python evaluate.py --data "$DATA" --out "$WORK/results" --baselines --model "$WORK/final" --tag fp32 --precision fp32
-python evaluate.py --data "$DATA" --out "$WORK/results" --tag int8 \
-    --model "$ROOT/src/turborank/models/turborank-embedded-v1"
+SHIPPED=$ROOT/src/turborank/models/turborank-embedded-v1
+python evaluate.py --data "$DATA" --out "$WORK/results" --baselines
+python evaluate.py --data "$DATA" --out "$WORK/results" --tag int8 --model "$SHIPPED" --sets med trec-dl21-pool cisi npl
+python evaluate.py --data "$DATA" --out "$WORK/results" --tag int8 --model "$SHIPPED" --sets cranfield --sample 60
+python evaluate.py --data "$DATA" --out "$WORK/results" --tag int8 --model "$SHIPPED" --sets scifact --sample 50

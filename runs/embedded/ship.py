@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import data
+import loop
 import numpy as np
 import student
 import torch
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--float32", type=Path, help="a folder for the averaged float32 model")
     parser.add_argument("--out", type=Path, help="a folder for the int8 model")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(loop.THREADS)
     weights = average(args.models)
     if args.lists:
         scale, bias = platt(*held_out_cosines(weights, train.Lists(args.lists, 0), args.fit))
