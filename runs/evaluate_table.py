@@ -13,7 +13,8 @@ KEPT = (
 )  # fmt: skip
 COLUMNS = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10")
 PARTS = (
-    "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag", "meetings-truncated", "meetings-windows",
+    "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag",
+    "meetings-truncated", "meetings-windows",
 )  # fmt: skip
 
 
