@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import shapes
@@ -36,10 +38,38 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def test_int8_error_and_order(isa):
+# The law is slow and the same for every instruction set: each case is computed once.
+
+
+@functools.cache
+def turbo_case(outliers):
     model = shapes.config()
     tensors, tokens = distinct(model), shapes.batch(LENGTHS)
-    expected = shapes.law(tensors, model, tokens)
+    for name in tensors:
+        if outliers and name.lower().endswith("norm.weight"):
+            tensors[name][[5, 77, 123, 200, 301, 380]] *= 10
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+@functools.cache
+def wide_case(factor):
+    model = shapes.config(hidden=128, heads=4, inner=64, layers=2)
+    tensors, tokens = shapes.weights(model), shapes.batch([1200, 300, 64])
+    for name in tensors:
+        if ".query." in name or ".key." in name:
+            tensors[name] *= factor
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+@functools.cache
+def long_case(length):
+    model = shapes.config(hidden=64, heads=2, inner=64, layers=2)
+    tensors, tokens = shapes.weights(model), shapes.batch([length])
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+def test_int8_error_and_order(isa):
+    model, tensors, tokens, expected = turbo_case(False)
     error = native.prepare(tensors, model, precision="int8").logits(tokens) - expected
     assert np.sqrt(np.mean(error**2)) <= 0.02 * expected.std()
     assert spearman(error + expected, expected) >= 0.999
@@ -47,24 +77,14 @@ def test_int8_error_and_order(isa):
 
 def test_outlier_channels(isa):
     """Six channels of every norm's gain ten times larger, as trained encoders have them."""
-    model = shapes.config()
-    tensors, tokens = distinct(model), shapes.batch(LENGTHS)
-    for name in tensors:
-        if name.lower().endswith("norm.weight"):
-            tensors[name][[5, 77, 123, 200, 301, 380]] *= 10
-    expected = shapes.law(tensors, model, tokens)
+    model, tensors, tokens, expected = turbo_case(True)
     assert spearman(native.prepare(tensors, model, precision="int8").logits(tokens), expected) >= 0.997
 
 
 @pytest.mark.parametrize("factor", [1, 8, 40])
 def test_wide_logits_stay_exact_with_skipping(isa, factor):
     """Query and key weights times `factor`: scores beyond the range of a fixed offset, blocks still skipped rightly."""
-    model = shapes.config(hidden=128, heads=4, inner=64, layers=2)
-    tensors, tokens = shapes.weights(model), shapes.batch([1200, 300, 64])
-    for name in tensors:
-        if ".query." in name or ".key." in name:
-            tensors[name] *= factor
-    expected = shapes.law(tensors, model, tokens)
+    model, tensors, tokens, expected = wide_case(factor)
     got = native.prepare(tensors, model, precision="fp32").logits(tokens)
     assert np.abs(got - expected).max() <= 1e-4
 
@@ -73,8 +93,6 @@ def test_wide_logits_stay_exact_with_skipping(isa, factor):
 def test_every_length_follows_the_law(isa, length):
     if isa == "portable" and length > 2000:
         pytest.skip("the portable row is covered up to 1,025 tokens; 8,192 take it a minute")
-    model = shapes.config(hidden=64, heads=2, inner=64, layers=2)
-    tensors, tokens = shapes.weights(model), shapes.batch([length])
-    expected = shapes.law(tensors, model, tokens)
+    model, tensors, tokens, expected = long_case(length)
     assert np.abs(native.prepare(tensors, model, precision="fp32").logits(tokens) - expected).max() <= 1e-4
     assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
