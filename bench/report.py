@@ -203,6 +203,7 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
     ]  # fmt: skip
+    lines += [line for note in state.get("notes", []) for line in (note, "")]
     for cap, runs in state.get("runs", {}).items():
         about = state["about"][cap]
         lines += [f"## Ratios, {MACHINES[cap]}", "", *ratios(runs, about, targets=cap != "avx2"), ""]
