@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
+from turborank.quantised import SCALE, quantise
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
@@ -117,6 +118,18 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {"slopes": [float(s) for s in config.slopes]}
 
 
+def _compact(weights: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The layers' matrices as int8 rows, made one at a time: float32 copies of all of them never exist together."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for name in weights:
+        value = np.ascontiguousarray(weights[name])
+        if value.ndim == 2 and value.dtype == np.float32 and name.startswith("encoder.layer."):
+            tensors[name], tensors[name + SCALE] = quantise(value)
+        else:
+            tensors[name] = value
+    return tensors
+
+
 def prepare(
     weights: Mapping[str, npt.NDArray[Any]], config: ModelConfig, *, precision: str = "int8", threads: int | None = None
 ) -> NativeEngine:
@@ -143,7 +156,7 @@ def prepare(
     if precision not in able:
         known = ", ".join(able)
         raise EngineUnavailableError(f"expected a precision among {known} on this machine, got {precision!r}")
-    tensors = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+    tensors = _compact(weights) if precision == "int8" else {n: np.ascontiguousarray(w) for n, w in weights.items()}
     try:
         model = _native.Model(_plain(config), tensors, precision, isa)
     except ValueError as fault:

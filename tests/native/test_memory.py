@@ -1,0 +1,35 @@
+"""The whole process at full length, from the file to the logit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from turborank.engines import native
+
+PROGRAM = """
+import json
+import numpy as np
+from turborank import checkpoint, engines
+from turborank.types import PackedBatch
+model = checkpoint.load()
+engine = engines.prepare(model.weights, model.config, name="native", precision="int8", threads=2)
+ids = np.arange(8192, dtype=np.int32)
+types = (ids > 20).astype(np.int32)
+logits = engine.logits(PackedBatch(ids, types, np.asarray([0, 8192], np.int32), 8192))
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10  # of this process alone: getrusage inherits its parent's
+size = (model.folder / "model.safetensors").stat().st_size / 2**20
+print(json.dumps([float(logits[0]), peak, size]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_full_length_stays_below_250_mib():
+    """The embedded model. The published implementation's attention bias alone is 3 GiB."""
+    if native.available() is not None:
+        pytest.skip(str(native.available()))
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=600)
+    logit, mebibytes, size = json.loads(run.stdout)
+    assert -50 < logit < 50
+    assert size < mebibytes <= 250
