@@ -84,7 +84,7 @@ def ratio(rows: Rows, peer: str | None, target: float | None) -> str:
     if peer is None or peer not in rows or OURS not in rows:
         return "–"
     least, middle = (rows[peer][k] / rows[OURS][k] for k in ("min_s", "median_s"))
-    asked = "" if target is None else f"; asked {target:g}: {'yes' if least >= target else '**no**'}"
+    asked = "" if target is None else f"; target {target:g}: {'yes' if least >= target else '**no**'}"
     return f"{least:.2f} ({middle:.2f}{asked})"
 
 
@@ -162,10 +162,10 @@ def own(state: dict[str, Any], threads: int) -> list[str]:
             "## From text, with the embedded model", "", "| | |", "|---|---:|",
             f"| 100 documents from text ({t['tokens']:,} tokens) | {1e3 * t['from_text_s']:.1f} ms |",
             f"| of which compute alone takes | {1e3 * t['compute_s']:.1f} ms |",
-            f"| lost to tokenisation and bookkeeping (asked: at most 10 %) | {loss:.1%} |",
+            f"| lost to tokenisation and bookkeeping (target: at most 10 %) | {loss:.1%} |",
             f"| importing turborank | {t['import_s']:.2f} s |",
-            f"| loading to the first score, after import (asked: at most 0.3 s) | {t['first_score_s']:.2f} s |",
-            f"| peak memory of the process at 8,192 tokens (asked: 250 MB) | {t['peak_8192_bytes'] / 1e6:.0f} MB |", "",
+            f"| loading to the first score, after import (target: at most 0.3 s) | {t['first_score_s']:.2f} s |",
+            f"| peak memory of the process at 8,192 tokens (limit 250 MB) | {t['peak_8192_bytes'] / 1e6:.0f} MB |", "",
         ]  # fmt: skip
     peaks = state.get("peaks")
     if peaks:

@@ -18,7 +18,8 @@ engine = engines.prepare(model.weights, model.config, name="native", precision="
 ids = np.arange(8192, dtype=np.int32)
 types = (ids > 20).astype(np.int32)
 logits = engine.logits(PackedBatch(ids, types, np.asarray([0, 8192], np.int32), 8192))
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10  # of this process alone: getrusage inherits its parent's
+# VmHWM is this process's own peak; getrusage's would be at least its parent's.
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10
 size = (model.folder / "model.safetensors").stat().st_size / 2**20
 print(json.dumps([float(logits[0]), peak, size]))
 """
