@@ -27,9 +27,9 @@ evaluate passages npl med cisi wikiqa
 evaluate rag chunking_evaluation anthropic-docs-rag --depth 10
 evaluate meetings-truncated qmsum --depth 5 --sample "${MEETINGS:-8}"
 evaluate meetings-windows qmsum --depth 5 --sample "${MEETINGS:-8}" --length windows
-evaluate articles time --depth 10
+evaluate articles time
 evaluate saturated pubmedqa-l --depth 10
-evaluate aerodynamics cranfield --depth 50
+evaluate aerodynamics cranfield
 evaluate science scifact
 
 python3 runs/evaluate_table.py "$OUT" runs/results

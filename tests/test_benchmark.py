@@ -150,9 +150,9 @@ def test_the_report_keeps_losing_rows_and_says_when_a_target_is_missed(monkeypat
 
     rows = {"turborank-int8 b32": row(1.0), "ov b32": row(1.5), "ov-cls b32": row(1.2), "torch b32": row(9.0)}
     text = "\n".join(report.ratios({"1x64": rows}, {}, targets=True))
-    assert "1.50 (1.50; asked 1.7: **no**)" in text  # as users run it: the cut graph is not what they have
-    assert "1.20 (1.20; asked 1.5: **no**)" in text
-    assert "9.00 (9.00; asked 8: yes)" in text
+    assert "1.50 (1.50; target 1.7: **no**)" in text  # as users run it: the cut graph is not what they have
+    assert "1.20 (1.20; target 1.5: **no**)" in text
+    assert "9.00 (9.00; target 8: yes)" in text
     every = "\n".join(report.every_row("1x64", rows, {}))
     assert all(name.split()[0] in every for name in rows)
 

@@ -5,7 +5,10 @@
 # Two workers with one thread each, their weights averaged, train faster on two shared cores than one with two threads.
 set -euo pipefail
 DATA=$(realpath "$1"); mkdir -p "$2"; WORK=$(realpath "$2"); ROOT=$(realpath "$(dirname "$0")/../.."); cd "$(dirname "$0")"
-export OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=500000000
+# glibc would give every freed tensor back to the kernel and take it again; one arena keeps a
+# worker at 2.6 GB.
+export OMP_WAIT_POLICY=PASSIVE MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=33554432
+export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=134217728
 
 python lists.py --data "$DATA" --out "$WORK/lists.npz"
 
