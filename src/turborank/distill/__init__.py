@@ -1,0 +1,1 @@
+"""Distillation: a slow teacher's judgement in a fast student."""

@@ -1,0 +1,146 @@
+"""A sentence-transformers bi-encoder over packed batches: a teacher of cosines, and of hidden states.
+
+Read from the published folder (``config.json``, ``model.safetensors``, ``tokenizer.json``, ``1_Pooling/config.json``):
+BERT with learned positions and mean pooling, vectors of length 1 (Sentence-BERT, arXiv 1908.10084).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from turborank.architectures import bert, encoder
+from turborank.checkpoint import verify
+from turborank.errors import CheckpointError
+from turborank.ops import training
+from turborank.scheduler import plan
+from turborank.tokens import plain
+from turborank.types import Float32, ModelConfig, PackedBatch
+
+TOKEN_BUDGET = 8_192  # tokens embedded at once
+MAX_TOKENS = 256  # of a text, where the folder does not say
+
+Progress = Callable[[int, int], None]
+
+
+class BiEncoder:
+    """BERT with mean pooling.
+
+    ``weights`` are float32 under the canonical names; ``max_tokens`` counts the template.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        *,
+        name: str,
+        revision: str,
+    ) -> None:
+        self.weights = dict(weights)
+        self.config = config
+        self.max_tokens = max_tokens
+        self.name = name
+        self.revision = revision  # sha256 of the weights
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = tokenizer
+        ids = tokenizer.encode("").ids  # the template around nothing
+        self.prefix, self.suffix = ids[:1], ids[1:]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BiEncoder:
+        """Raises CheckpointError for a folder that is no BERT bi-encoder with mean pooling."""
+        path = Path(folder).expanduser()
+        verify.files(path)
+        pooling = path / "1_Pooling" / "config.json"
+        if pooling.is_file() and not verify.json_object(pooling).get("pooling_mode_mean_tokens"):
+            raise CheckpointError(f"expected mean pooling, got another kind at {pooling}")
+        raw = verify.json_object(path / verify.CONFIG)
+        stored = load_file(path / verify.WEIGHTS)
+        weights = {verify.canonical(name): w.float() for name, w in stored.items() if w.is_floating_point()}
+        config = bert.recognise(raw, {name: tuple(w.shape) for name, w in weights.items()})
+        if config is None:
+            raise CheckpointError(f"expected a BERT with learned positions, got {raw.get('model_type')!r} in {path}")
+        faults = [
+            f"{name}: expected {list(shape)}, got {list(weights[name].shape) if name in weights else 'none'}"
+            for name, shape in bert.body_shapes(config)
+            if name not in weights or tuple(weights[name].shape) != shape
+        ]
+        if faults:
+            raise CheckpointError(
+                "\n  ".join([f"expected a BERT encoder, got {len(faults)} faults in {path}:", *faults])
+            )
+        limit = config.max_length
+        sizes = path / "sentence_bert_config.json"
+        if sizes.is_file():
+            limit = min(limit, int(verify.json_object(sizes).get("max_seq_length") or MAX_TOKENS))
+        with (path / verify.WEIGHTS).open("rb") as file:
+            revision = hashlib.file_digest(file, "sha256").hexdigest()
+        tokenizer = Tokenizer.from_file(str(path / verify.TOKENIZER))
+        return cls(weights, config, tokenizer, limit, name=path.resolve().name, revision=revision)
+
+    def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """Ids of each text without the template; by default as many as the model reads."""
+        room = self.max_tokens - len(self.prefix) - len(self.suffix) if limit is None else limit
+        encoded = self.tokenizer.encode_batch_fast([plain(text) for text in texts], add_special_tokens=False)
+        return [e.ids[:room] for e in encoded]
+
+    def pack(self, ids: Sequence[Sequence[int]]) -> PackedBatch:
+        """Each text on its own, `[CLS] text [SEP]`, all of type 0, as torch tensors."""
+        flat: list[int] = []
+        bounds = [0]
+        for text in ids:
+            flat += [*self.prefix, *text, *self.suffix]
+            bounds.append(len(flat))
+        longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+        tensors: list[Any] = [torch.tensor(flat), torch.zeros(len(flat), dtype=torch.long), torch.tensor(bounds)]
+        return PackedBatch(tensors[0], tensors[1], tensors[2], longest)
+
+    def layers(self, batch: PackedBatch, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Embeddings and each layer's output of a batch from :meth:`pack`: L+1 times (T, C), without gradients."""
+        chosen = weights or self.weights
+        trace: list[Tensor] = []
+        with torch.no_grad():
+            x = bert.embed(chosen, self.config, batch, training)
+            encoder.encode(chosen, self.config, x, batch.cu_seqlens, training, first_only=False, trace=trace)
+        return trace
+
+    def embed(
+        self, texts: Sequence[str], *, progress: Progress | None = None, dtype: torch.dtype | None = None
+    ) -> Float32:
+        """Unit vectors (N, C) of N texts, cut at ``max_tokens``. Computed in ``dtype``, by default bf16."""
+        weights = {name: w.to(dtype or torch.bfloat16) for name, w in self.weights.items()}
+        ids = self.token_ids(texts)
+        vectors = np.empty((len(ids), self.config.hidden_size), dtype=np.float32)
+        done = 0
+        for group in plan([len(text) + 2 for text in ids], TOKEN_BUDGET):
+            batch = self.pack([ids[i] for i in group])
+            offsets: Any = batch.cu_seqlens
+            means = torch.segment_reduce(self.layers(batch, weights)[-1].float(), "mean", offsets=offsets, axis=0)
+            vectors[group] = torch.nn.functional.normalize(means).numpy()
+            done += len(group)
+            if progress is not None:
+                progress(done, len(ids))
+        return vectors
+
+
+def is_biencoder(folder: Path) -> bool:
+    """Whether a folder has the layout of sentence-transformers (``modules.json`` with a Transformer first)."""
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(modules, list) and bool(modules) and "Transformer" in str(modules[0].get("type", ""))
