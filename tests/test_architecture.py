@@ -45,9 +45,9 @@ UPWARD: dict[tuple[str, str], str] = {}
 COMMANDS = ("cli", *(unit for unit in LAYER if unit.startswith("cli_")))
 # Libraries that are large, optional, or an idea of one place: library -> the modules that own it.
 OWNERS = {
-    "torch": ("ops.pytorch", "ops.flex", "engines.torch", "compat", "distill"),
+    "torch": ("ops.pytorch", "ops.flex", "ops.training", "engines.torch", "compat", "distill"),
     "transformers": (),
-    "tokenizers": ("tokens", "checkpoint"),
+    "tokenizers": ("tokens", "checkpoint", "distill"),
     "safetensors": ("checkpoint", "distill"),
     "huggingface_hub": ("checkpoint",),
     "starlette": ("serve",),

@@ -66,7 +66,7 @@ def _bias(slopes: tuple[float, ...], first: int, rows: int, n: int, dtype: torch
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(n, C) -> (H, n, D), a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+    return x.view(x.shape[0], heads, -1).transpose(0, 1)
 
 
 def _probabilities(queries: Tensor, keys: Tensor, slopes: tuple[float, ...], first: int) -> Tensor:
