@@ -58,6 +58,8 @@ OWNERS = {
     "Stemmer": ("evaluate",),
     "ir_measures": ("evaluate",),
     "matplotlib": ("evaluate",),
+    "accelerate": ("distill",),
+    "scipy": ("distill",),
     "ray": ("scale",),
     "mteb": ("compat",),
     "tqdm": ("compat",),

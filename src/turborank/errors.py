@@ -6,8 +6,9 @@
     │   └── UnknownKeyError     a name that is in none of our tables
     ├── CheckpointError         a model folder that cannot be trusted or understood
     │   └── ModelNotFoundError  no such model here, and it could not be fetched
-    └── EngineError             the engine cannot run, or produced something that is not a score
-        └── EngineUnavailableError   the engine, precision or instruction set is not on this machine
+    ├── EngineError             the engine cannot run, or produced something that is not a score
+    │   └── EngineUnavailableError   the engine, precision or instruction set is not on this machine
+    └── TrainingError           a step or a checkpoint of a training run could not be finished
 
 One grammar for all messages: what was expected, what came, where, what to do.
 Each class carries a stable ``code`` (for programs), an HTTP ``status`` (for the service) and the
@@ -83,3 +84,9 @@ class EngineUnavailableError(EngineError):
     """The engine, precision or instruction set asked for does not exist on this machine."""
 
     code = "engine_unavailable"
+
+
+class TrainingError(TurborankError):
+    """A training run cannot go on; its last whole checkpoint stays."""
+
+    code = "training_stopped"

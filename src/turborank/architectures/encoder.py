@@ -132,7 +132,8 @@ def encode(
     if trace is not None:
         trace.append(x)
     for layer in range(config.num_hidden_layers):
-        x = encoder_layer(weights, config, layer, x, cu_seqlens, ops, first_only and layer == last, attend)
+        few = first_only and layer == last
+        x = ops.layer(encoder_layer, weights, config, layer, x, cu_seqlens, ops, few, attend)
         if trace is not None:
             trace.append(x)
     return x

@@ -6,7 +6,7 @@ CUDA-able twin. A forward takes one of these modules as its ``ops`` argument and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 Array = Any  # numpy.ndarray under ops.reference, torch.Tensor under ops.pytorch
@@ -61,6 +61,9 @@ class Ops(Protocol):
         rows (2N-1,) says which of their R rows stands for the distance i-j = 1-N … N-1. Score of query i and key j
         in a head, with r = rows[i-j + N-1]: (q_i·k_j + q_i·pos_k_r + pos_q_r·k_j) / √(3·D).
         """
+
+    def layer(self, function: Callable[..., Array], /, *arguments: Any) -> Array:
+        """``function(*arguments)``: one layer. Training may forget what it computed inside and compute it again."""
 
     def positions(self, cu_seqlens: Array, /) -> Array:
         """Each token's place in its pair, from 0: (P+1,) -> (T,)."""

@@ -12,18 +12,20 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from turborank.ops import pytorch
+from turborank.ops import Ops, pytorch
 from turborank.ops.pytorch import (
     cosine,
     disentangled_attention,
     first_tokens,
     gelu,
     halves,
+    layer,
     layer_norm,
     linear,
     positions,
@@ -39,6 +41,7 @@ __all__ = [  # a forward asks this module for all of its ops
     "first_tokens",
     "gelu",
     "halves",
+    "layer",
     "layer_norm",
     "linear",
     "positions",
@@ -133,3 +136,17 @@ def attention(
         apply: Any = _Attention.apply
         return cast(Tensor, apply(q, k, v, bounds, table))
     return _forward(q, k, v, bounds, table, None)
+
+
+def recomputing() -> Ops:
+    """These ops, with layers that keep only their input and are computed again in the backward (arXiv 1604.06174)."""
+    ops: Any = SimpleNamespace(**{name: globals()[name] for name in __all__})
+    ops.layer = _recomputed
+    return cast(Ops, ops)
+
+
+def _recomputed(function: Any, *arguments: Any) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return out

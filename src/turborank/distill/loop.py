@@ -1,0 +1,270 @@
+"""The training loop: optimiser, schedule, checkpoints, a learning curve; resumable from any of its checkpoints.
+
+What is trained, and on what, is the caller's: ``loss_of(model, step)`` draws its own batch from the step's number
+(and the process's rank), so a resumed run sees the same data, and on a CPU ends in the same bits. accelerate carries
+the same loop to a GPU or to many machines; with one process it adds nothing.
+
+A run's folder: ``curve.jsonl``, ``step-000200/`` (a model folder with the optimiser's state in it), ``best/`` (the
+model folder of the best evaluation).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from turborank.distill.model import Model
+from turborank.distill.students import Student
+from turborank.errors import TrainingError
+
+SCALE_RATE = 30.0  # the logit scale's learning rate, in those of the weights
+CURVE, STATE, COUNTERS = "curve.jsonl", "state.safetensors", "state.json"
+
+
+class Loss(NamedTuple):
+    """One step's loss, its parts for the curve, and the tokens it read."""
+
+    total: Tensor
+    parts: dict[str, float]
+    tokens: int
+
+
+LossOf = Callable[[Model, int], Loss]
+Evaluate = Callable[[Student], dict[str, float]]
+Progress = Callable[[dict[str, Any], int], None]  # a row of the curve, and the steps in all
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast, how often."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    warmup: int = 20
+    decay: str = "cosine"  # "cosine" or "linear", to a twentieth
+    weight_decay: float = 0.01
+    clip: float = 1.0  # of the gradient's norm
+    average: float = 0.0  # of an exponential moving average of the weights, which is then what is evaluated and saved
+    save_every: int = 100
+    evaluate_every: int = 100
+    patience: int = 0  # evaluations without a better one before the run ends; 0: never
+    stop: int | None = None  # leave here, to be resumed
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then decay to a twentieth of the learning rate."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1 - progress
+        return self.learning_rate * max(0.05, shape)
+
+
+@dataclass
+class Counters:
+    """Where a run is."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float = -math.inf
+    waited: int = 0  # evaluations since the best
+
+
+class Run:
+    """A student in training, and the folder of its run."""
+
+    def __init__(
+        self,
+        student: Student,
+        out: Path,
+        schedule: Schedule,
+        *,
+        dtype: torch.dtype = torch.float32,
+        freeze_words: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        self.student, self.out, self.schedule = student, out, schedule
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.model = Model(student, dtype=dtype, freeze_words=freeze_words)
+        self.model.recompute = recompute
+        self.wrapped, self.adam = self.accelerator.prepare(self.model, _optimiser(self.model, schedule))
+        self.average: dict[str, Tensor] | None = None
+        if schedule.average:
+            self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.at = Counters()
+        self.rank = self.accelerator.process_index
+
+    def current(self) -> Student:
+        """The student as it would be saved now."""
+        weights = self.model.weights(self.student.weights, self.average)
+        return Student({n: w.cpu() for n, w in weights.items()}, self.student.raw_config, self.student.tokenizer)
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint; False where there is none."""
+        found = checkpoints(self.out)
+        if not found:
+            return False
+        counters = json.loads((found[-1] / COUNTERS).read_text(encoding="utf-8"))
+        state = load_file(found[-1] / STATE)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(state[f"master/{name}"])
+                if self.average is not None:
+                    self.average[name].copy_(state[f"average/{name}"])
+        for name, p in parameters.items():
+            if f"first/{name}" in state:
+                self.adam.state[p] = {
+                    "step": state[f"step/{name}"],
+                    "exp_avg": state[f"first/{name}"].to(p.device),
+                    "exp_avg_sq": state[f"second/{name}"].to(p.device),
+                }
+        self.at = Counters(**counters)
+        _shorten(self.out / CURVE, self.at.step)
+        return True
+
+    def save(self) -> None:
+        """A checkpoint that ``Reranker`` loads and :meth:`resume` goes on from. It appears whole or not at all."""
+        if not self.accelerator.is_main_process:
+            return
+        target = self.out / f"step-{self.at.step:06}"
+        partial = self.out / f".{target.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self.current().save(partial)
+            save_file(self._state(), partial / STATE)
+            (partial / COUNTERS).write_text(json.dumps(self.at.__dict__), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            raise TrainingError(
+                f"expected to write a checkpoint, got: {reason} at {target}",
+                hint="the checkpoints before it are whole; make room and run the same command again",
+            ) from error
+        for old in checkpoints(self.out)[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            state[f"master/{name}"] = p.detach().cpu().contiguous()
+            if self.average is not None:
+                state[f"average/{name}"] = self.average[name].cpu().contiguous()
+            moments = self.adam.state.get(p)
+            if moments:
+                state[f"first/{name}"] = moments["exp_avg"].cpu().contiguous()
+                state[f"second/{name}"] = moments["exp_avg_sq"].cpu().contiguous()
+                state[f"step/{name}"] = torch.as_tensor(moments["step"]).cpu().reshape(())
+        return state
+
+    def train(self, loss_of: LossOf, evaluate: Evaluate | None = None, progress: Progress | None = None) -> Student:
+        """Steps up to the schedule's end. Raises TrainingError where no step can be taken; what was saved stays."""
+        schedule, at = self.schedule, self.at
+        self.out.mkdir(parents=True, exist_ok=True)
+        end = min(schedule.stop or schedule.steps, schedule.steps)
+        while at.step < end:
+            row = self._step(loss_of)
+            last = at.step == end
+            if evaluate is not None and (at.step % schedule.evaluate_every == 0 or at.step == schedule.steps):
+                row |= self._evaluate(evaluate)
+                last = last or bool(schedule.patience and at.waited >= schedule.patience)
+            if at.step % schedule.save_every == 0 or last:
+                self.save()
+            self._note(row)
+            if progress is not None:
+                progress(row, schedule.steps)
+            if last:
+                break
+        return self.current()
+
+    def _step(self, loss_of: LossOf) -> dict[str, Any]:
+        at, started = self.at, time.monotonic()
+        rate = self.schedule.rate(at.step)
+        for group in self.adam.param_groups:
+            group["lr"] = rate * group["factor"]
+        try:
+            loss = loss_of(self.wrapped, at.step)
+            if not bool(torch.isfinite(loss.total)):
+                raise TrainingError(
+                    f"expected a finite loss, got {loss.total.item()} at step {at.step + 1} ({loss.parts})",
+                    hint=f"lower --learning-rate (now {rate:.1e}); the last good checkpoint is in {self.out}",
+                )
+            self.accelerator.backward(loss.total)
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.schedule.clip)
+            self.adam.step()
+            self.adam.zero_grad(set_to_none=True)
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            raise TrainingError(
+                f"expected a step to fit the memory, got: {str(error).splitlines()[0]} at step {at.step + 1}",
+                hint="lower --budget or add --recompute; the last good checkpoint stays, run the same command again",
+            ) from error
+        if self.average is not None:
+            # as long as few steps have been taken, the average is the plain mean of them
+            keep = min(self.schedule.average, (at.step + 1) / (at.step + 10))
+            for name, p in self.model.named_parameters():
+                self.average[name].lerp_(p.detach(), 1 - keep)
+        at.step, at.tokens = at.step + 1, at.tokens + loss.tokens * self.accelerator.num_processes
+        taken = time.monotonic() - started
+        at.seconds += taken
+        row: dict[str, Any] = {"step": at.step, "tokens": at.tokens, "lr": rate, "grad_norm": float(norm or 0.0)}
+        row |= loss.parts | {"loss": loss.total.item(), "log_scale": self.model.log_scale.item()}
+        return row | {"tokens_per_s": round(loss.tokens * self.accelerator.num_processes / max(taken, 1e-9))}
+
+    def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Measures of the student as it would be served; the first measure decides what is best."""
+        if not self.accelerator.is_main_process:
+            return {}
+        student = self.current()
+        measured = evaluate(student)
+        main = next(iter(measured.values()))
+        if main > self.at.best:
+            self.at.best, self.at.waited = main, 0
+            student.save(self.out / "best")
+        else:
+            self.at.waited += 1
+        return measured
+
+    def _note(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            kept = {name: round(v, 6) if isinstance(v, float) and name != "lr" else v for name, v in row.items()}
+            with (self.out / CURVE).open("a", encoding="utf-8") as curve:
+                print(json.dumps(kept), file=curve)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in out.glob("step-*") if (path / COUNTERS).is_file())
+
+
+def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:
+    named = [(name, p) for name, p in model.named_parameters() if name != "log_scale"]
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": schedule.weight_decay, "factor": 1.0},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
+        {"params": [model.log_scale], "weight_decay": 0.0, "factor": SCALE_RATE},
+    ]
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True)
+
+
+def _shorten(curve: Path, steps: int) -> None:
+    """Drop the rows that come after the checkpoint a run goes on from: they will be written again."""
+    if curve.is_file():
+        rows = [line for line in curve.read_text(encoding="utf-8").splitlines() if line.strip()]
+        kept = [line for line in rows if json.loads(line)["step"] <= steps]
+        curve.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,237 @@
+"""Students: the weights training begins with. One row of RECIPES for each way to come by them.
+
+``layers``   some layers of a cross-encoder (DistilBERT's way, arXiv 1910.01108)
+``alibi``    a BERT with learned positions, made to read any length: positions are dropped, their mean stays in the word
+             embeddings, and each ALiBi slope gets the head it hurts least. What was lost is recovered by
+             :mod:`turborank.distill.recover`.
+``scratch``  random weights (normal, 0.02) of a named shape, with a vocabulary of your own
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from turborank import checkpoint
+from turborank.architectures import ARCHITECTURES, jinabert, recognise
+from turborank.checkpoint import verify
+from turborank.distill.heads import match_heads
+from turborank.errors import CheckpointError, InputError, UnknownKeyError
+from turborank.types import ModelConfig
+
+WORDS = "embeddings.word_embeddings.weight"
+COSINE_SCALE = 20.0  # the logit of a cosine of 1, before training
+
+# 2^-4 … 2^-9.5 for 12 heads. The heads of trained BERTs look far: of all-MiniLM-L6-v2's 72 heads, the slope that best
+# explains the attention (KL) lies between 0.03 and 0. Under ALiBi's standard slopes (0.7 … 0.004) the untrained student
+# keeps a pooled cosine of .56 to the original, under these .79.
+_GENTLE = (-4.0, -9.5)
+
+
+def gentle_slopes(heads: int) -> tuple[float, ...]:
+    """A geometric series between 2^-4 and 2^-9.5."""
+    first, last = _GENTLE
+    step = (last - first) / max(1, heads - 1)
+    return tuple(2.0 ** (first + h * step) for h in range(heads))
+
+
+SLOPES: dict[str, Callable[[int], tuple[float, ...]]] = {"gentle": gentle_slopes, **jinabert.SLOPE_RULES}
+
+_ALIBI: dict[str, Any] = {
+    "architectures": ["JinaBertForSequenceClassification"],
+    "model_type": "bert",
+    "hidden_act": "gelu",
+}
+_ALIBI |= {"position_embedding_type": "alibi", "num_labels": 1, "max_position_embeddings": 8192, "pad_token_id": 0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "turbo": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "tiny": {"num_hidden_layers": 4, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "embedded": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "micro": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128},
+}
+for _name, _shape in SHAPES.items():
+    _shape.update(type_vocab_size=2, layer_norm_eps=1e-12)
+    _shape["feed_forward_type"] = "geglu" if _name in ("turbo", "tiny") else "original"
+
+
+@dataclass
+class Student:
+    """Everything a checkpoint folder holds. ``weights`` are float32 under the canonical names."""
+
+    weights: dict[str, Tensor]
+    raw_config: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return recognise(self.raw_config, {name: tuple(w.shape) for name, w in self.weights.items()})
+
+    @classmethod
+    def load(cls, model: str | Path | None) -> Student:
+        """A checkpoint that turborank loads (name or folder), int8 multiplied out."""
+        from turborank.quantised import dense
+
+        loaded = checkpoint.load(model)
+        weights = {name: torch.from_numpy(w.copy()) for name, w in dense(loaded.weights).items()}
+        return cls(weights, copy.deepcopy(loaded.raw_config), loaded.tokenizer)
+
+    def save(self, folder: Path) -> None:
+        """Three files that ``Reranker(folder)`` loads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: w.detach().float().contiguous() for name, w in self.weights.items()}
+        save_file(tensors, folder / verify.WEIGHTS, metadata={"format": "pt"})
+        (folder / verify.CONFIG).write_text(json.dumps(self.raw_config, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(str(folder / verify.TOKENIZER), pretty=False)
+
+
+def _spread(layers: int, wanted: int) -> tuple[int, ...]:
+    """``wanted`` of ``layers`` layers, evenly, the first and the last among them."""
+    if wanted == 1:
+        return (layers - 1,)
+    return tuple(round(i * (layers - 1) / (wanted - 1)) for i in range(wanted))
+
+
+def _keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int], of: int) -> dict[str, Tensor]:
+    wrong = [layer for layer in kept if not 0 <= layer < of]
+    if wrong or not kept:
+        raise InputError(f"expected layers between 0 and {of - 1}, got {list(kept)}")
+    place = {old: new for new, old in enumerate(kept)}
+    out: dict[str, Tensor] = {}
+    for name, w in weights.items():
+        parts = name.split(".")
+        if parts[:2] != ["encoder", "layer"]:
+            out[name] = w.clone()
+        elif int(parts[2]) in place:
+            parts[2] = str(place[int(parts[2])])
+            out[".".join(parts)] = w.clone()
+    return out
+
+
+def from_layers(teacher: str | Path, *, layers: int | Sequence[int]) -> Student:
+    """A cross-encoder's own layers, evenly spread (a number) or as listed; embeddings and head as they are."""
+    source = Student.load(teacher)
+    of = source.config.num_hidden_layers
+    kept = _spread(of, layers) if isinstance(layers, int) else tuple(layers)
+    raw = source.raw_config | {"num_hidden_layers": len(kept)}
+    return Student(_keep_layers(source.weights, kept, of), raw, source.tokenizer)
+
+
+def from_bert(
+    folder: str | Path,
+    *,
+    layers: int | Sequence[int] | None = None,
+    slopes: str = "gentle",
+    head: str = "cosine",
+    probes: Sequence[str] = (),
+    max_length: int = 8192,
+    seed: int = 0,
+) -> Student:
+    """A BERT encoder (bi-encoder, cross-encoder or bare) as an ALiBi student, before recovery.
+
+    ``probes``: some texts of 50 tokens and more, on which heads are matched to slopes; without them heads keep their
+    order, which loses much (pooled cosine .25 against .61 at the standard slopes). ``head``: "cosine" or "classifier".
+    """
+    from turborank.distill.biencoder import BiEncoder
+
+    if slopes not in SLOPES:
+        raise UnknownKeyError("slopes", slopes, SLOPES)
+    if head not in ("cosine", "classifier"):
+        raise UnknownKeyError("head", head, ("cosine", "classifier"))
+    source = BiEncoder.load(folder)
+    heads, c = source.config.num_attention_heads, source.config.hidden_size
+    raw = dict(_ALIBI) | {"alibi_slopes": list(SLOPES[slopes](heads)), "feed_forward_type": "original"}
+    raw |= {"hidden_size": c, "num_attention_heads": heads, "intermediate_size": source.config.intermediate_size}
+    raw |= {"num_hidden_layers": source.config.num_hidden_layers, "vocab_size": source.config.vocab_size}
+    raw |= {"type_vocab_size": 2, "layer_norm_eps": source.config.layer_norm_eps}
+    raw["max_position_embeddings"] = max_length
+    weights = {name: w.clone() for name, w in source.weights.items() if name.startswith(("embeddings", "encoder"))}
+    places = weights.pop("embeddings.position_embeddings.weight")
+    kinds = weights["embeddings.token_type_embeddings.weight"]
+    weights[WORDS] += places.mean(0) + kinds[0]
+    weights["embeddings.token_type_embeddings.weight"] = torch.zeros(2, c)
+    weights |= _new_head(head, c, source.weights, torch.Generator().manual_seed(seed))
+    student = Student(weights, raw, source.tokenizer)
+    if probes:
+        match_heads(student.weights, student.config, source, probes)
+    if layers is not None:
+        of = source.config.num_hidden_layers
+        kept = _spread(of, layers) if isinstance(layers, int) else tuple(layers)
+        student.weights = _keep_layers(student.weights, kept, of)
+        student.raw_config["num_hidden_layers"] = len(kept)
+    return student
+
+
+def _new_head(head: str, c: int, source: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+    if head == "cosine":
+        return {"head.scale": torch.tensor([COSINE_SCALE]), "head.bias": torch.zeros(1)}
+    fresh = {
+        "pooler.dense.weight": torch.randn(c, c, generator=rng) * 0.02,
+        "pooler.dense.bias": torch.zeros(c),
+        "classifier.weight": torch.randn(1, c, generator=rng) * 0.02,
+        "classifier.bias": torch.zeros(1),
+    }
+    return {
+        name: source[name].clone() if name in source and source[name].shape == w.shape else w
+        for name, w in fresh.items()
+    }
+
+
+def from_scratch(
+    tokenizer: Tokenizer,
+    *,
+    shape: str = "tiny",
+    layers: int | None = None,
+    head: str = "classifier",
+    slopes: str = "standard",
+    seed: int = 0,
+) -> Student:
+    """Random weights of a row of SHAPES, for a tokenizer with a pair template (:mod:`turborank.distill.vocabulary`)."""
+    if shape not in SHAPES:
+        raise UnknownKeyError("shape", shape, SHAPES)
+    if slopes not in SLOPES:
+        raise UnknownKeyError("slopes", slopes, SLOPES)
+    raw = dict(_ALIBI) | SHAPES[shape] | {"vocab_size": tokenizer.get_vocab_size()}
+    raw["num_hidden_layers"] = layers or raw["num_hidden_layers"]
+    raw["alibi_slopes"] = list(SLOPES[slopes](raw["num_attention_heads"]))
+    names: dict[str, tuple[int, ...]] = {}
+    if raw["feed_forward_type"] == "geglu":
+        names["encoder.layer.0.mlp.gated_layers.weight"] = ()
+    if head == "cosine":
+        names["head.scale"] = ()
+    config = jinabert.recognise(raw, names)
+    if config is None:
+        raise CheckpointError(f"expected shape {shape!r} to be a JinaBERT's, got another family")
+    rng = torch.Generator().manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for name, size in ARCHITECTURES["jinabert"].parameters(config).items():
+        if len(size) == 2:
+            weights[name] = torch.randn(*size, generator=rng) * 0.02
+        else:
+            norm = name.endswith(".weight")  # of a LayerNorm: the only vectors that are called so
+            weights[name] = torch.ones(*size) if norm else torch.zeros(*size)
+    if head == "cosine":
+        weights["head.scale"] = torch.tensor([COSINE_SCALE])
+    return Student(weights, raw, tokenizer)
+
+
+class Recipe(NamedTuple):
+    """One way to make a student."""
+
+    make: Callable[..., Student]
+    note: str
+
+
+RECIPES: dict[str, Recipe] = {
+    "layers": Recipe(from_layers, "some layers of a cross-encoder that turborank loads"),
+    "alibi": Recipe(from_bert, "a BERT encoder, positions replaced by ALiBi: reads 8,192 tokens after `recover`"),
+    "scratch": Recipe(from_scratch, "random weights, with a vocabulary of its own"),
+}
