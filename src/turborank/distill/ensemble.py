@@ -40,7 +40,7 @@ def parse(text: str) -> TeacherSpec:
 
 
 def normalise(scores: Float32, bounds: npt.NDArray[np.int64], norm: str) -> Float32:
-    """Scores (N,) of pools ``bounds`` (Q+1,), each pool brought to mean 0 and deviation 1 (``z``) or 0 … 1 (``minmax``)."""
+    """Scores (N,) of pools ``bounds`` (Q+1,); each pool to mean 0 and deviation 1 (``z``), or to 0 … 1 (``minmax``)."""
     if norm == "raw":
         return scores.astype(np.float32)
     if norm not in NORMS:
