@@ -244,7 +244,7 @@ class Run:
         if self.accelerator.is_main_process:
             kept = {name: round(v, 6) if isinstance(v, float) and name != "lr" else v for name, v in row.items()}
             with (self.out / CURVE).open("a", encoding="utf-8") as curve:
-                print(json.dumps(kept), file=curve)
+                curve.write(json.dumps(kept) + "\n")
 
 
 def checkpoints(out: Path) -> list[Path]:
