@@ -14,6 +14,7 @@ from turborank.errors import (
     InputError,
     ModelNotFoundError,
     TooLongError,
+    TrainingError,
     TurborankError,
     UnknownKeyError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Ranked",
     "Reranker",
     "TooLongError",
+    "TrainingError",
     "TurborankError",
     "UnknownKeyError",
     "__version__",
