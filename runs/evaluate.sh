@@ -1,35 +1,44 @@
 #!/usr/bin/env bash
 # The table of runs/results/evaluation.md: BM25 and the embedded model over every collection in ../shared/data/eval.
 #
-#   runs/evaluate.sh                     everything; what is there already is continued, not repeated
+#   runs/evaluate.sh                     everything, cheapest first
+#   runs/evaluate.sh passages rag        some parts only; the table of what is done so far is OUT/evaluation.md
 #   MODELS=a,b OUT=folder runs/evaluate.sh
-#   python3 runs/evaluate_table.py build/evaluation runs/results      the table of what is done so far
 #
-# Scores of another model under the same name are refused: give new weights a new OUT.
+# What is done is kept in OUT, which is named after the model's weights: the same command continues after a kill, and
+# new weights begin anew. 66 million tokens in all (19 of them QMSum's); seconds are in evaluation.json.
 #
-# Depths are below 100 where documents are long or the collection is saturated; the table says which.
+# Depths are below 100 where documents are long or the collection is saturated; the table says which. QMSum's meetings
+# are 13,451 tokens each: they are read three ways, and MEETINGS says how many candidates of each query.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data/eval}
-OUT=${OUT:-build/evaluation}
-TURBORANK=${TURBORANK:-turborank}
 MODELS=${MODELS:-}
+PYTHON=${PYTHON:-python3}
+TURBORANK=${TURBORANK:-turborank}
+MEETINGS=${MEETINGS:-3}
+weights=$(cat src/turborank/models/*/model.safetensors <(echo "$MODELS") | sha256sum)
+OUT=${OUT:-build/evaluation-${weights:0:12}}
+chosen=("$@")
 
 evaluate() { # name of the part, then the command's arguments
   local part=$1
   shift
-  echo "== $part: $*"
+  [[ ${#chosen[@]} == 0 || " ${chosen[*]} " == *" $part "* ]] || return 0
+  echo "== $part: turborank evaluate $*"
   nice -n "${NICE:-0}" $TURBORANK evaluate "$@" ${MODELS:+--models "$MODELS"} --data-dir "$DATA" --offline --out "$OUT/$part"
+  "$PYTHON" runs/evaluate_table.py "$OUT" "$OUT"
 }
 
 evaluate trec-dl21 trec-dl21-pool --run "$DATA/trec-dl21-pool/runs/bm25.txt"
-evaluate passages npl med cisi wikiqa
+evaluate meetings-512 qmsum --depth "$MEETINGS" --skip-constant --max-length 512
+evaluate passages npl med wikiqa cisi
 evaluate rag chunking_evaluation anthropic-docs-rag --depth 10
-evaluate meetings-truncated qmsum --depth 5 --sample "${MEETINGS:-8}"
-evaluate meetings-windows qmsum --depth 5 --sample "${MEETINGS:-8}" --length windows
-evaluate articles time
 evaluate saturated pubmedqa-l --depth 10
 evaluate aerodynamics cranfield
+evaluate articles time
 evaluate science scifact
+evaluate meetings-truncated qmsum --depth "$MEETINGS" --skip-constant
+evaluate meetings-windows qmsum --depth "$MEETINGS" --skip-constant --length windows
 
-python3 runs/evaluate_table.py "$OUT" runs/results
+[[ ${#chosen[@]} != 0 ]] || "$PYTHON" runs/evaluate_table.py "$OUT" runs/results

@@ -48,6 +48,10 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Where datasets are kept.", show_default="TURBORANK_DATA, or the cache")
 ]
 Sample = Annotated[int | None, typer.Option(help="Evaluate this many queries only.", show_default="all")]
+SkipConstant = Annotated[
+    bool,
+    typer.Option("--skip-constant", help="Score no query whose candidates are judged alike: order is nothing to it."),
+]
 KeepUnknown = Annotated[
     bool, typer.Option("--keep-unknown", help="Count judged documents that are not in the corpus as not found.")
 ]
@@ -65,6 +69,7 @@ def evaluate(
     split: Split = None,
     data_dir: DataDir = None,
     sample: Sample = None,
+    skip_constant: SkipConstant = False,
     keep_unknown: KeepUnknown = False,
     engine: options.Engine = "auto",
     precision: options.Precision = "auto",
@@ -99,7 +104,7 @@ def evaluate(
         evaluation = evaluate(
             datasets, wanted or [FIRST_STAGE], out=out, depth=depth, run=run, shard=_shard(shard), split=split,
             data_dir=data_dir, measures=[name.strip() for name in (measures or "").split(",") if name.strip()],
-            offline=offline, sample=sample, keep_unknown=keep_unknown, progress=progress,
+            offline=offline, sample=sample, skip_constant=skip_constant, keep_unknown=keep_unknown, progress=progress,
         )  # fmt: skip
     _print(evaluation, out, partial=shard is not None)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -156,9 +157,10 @@ def test_groups_and_rows() -> None:
         assert row.files or row.note, row.name
         for file in row.files:
             assert file.url.startswith("https://")
-            assert file.md5 is None or len(file.md5) == 32
-        if row.group == "beir" and row.files:
-            assert all(file.md5 for file in row.files)
+            assert file.md5 is None or re.fullmatch("[0-9a-f]{32}", file.md5)
+            assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
+        if row.group in ("beir", "loco"):
+            assert all(file.md5 or file.sha256 for file in row.files), row.name
     assert {figure.value for figure in PUBLISHED["scifact"]} == {0.6789, 0.9253, 0.739}
 
 

@@ -60,9 +60,9 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def file_of(server: Server, path: str = "/file.zip", *, md5: str | None = None) -> Download:
+def file_of(server: Server, path: str = "/file.zip", *, md5: str | None = None, sha256: str | None = None) -> Download:
     md5 = md5 or hashlib.md5(server.content).hexdigest()
-    return Download(f"http://127.0.0.1:{server.server_address[1]}{path}", "file.zip", md5)
+    return Download(f"http://127.0.0.1:{server.server_address[1]}{path}", "file.zip", md5, sha256)
 
 
 def test_a_download_is_verified_and_made_once(server: Server, tmp_path: Path) -> None:
@@ -98,10 +98,25 @@ def test_a_complete_partial_file_is_taken(server: Server, tmp_path: Path) -> Non
     assert fetch(file_of(server), tmp_path).read_bytes() == server.content
 
 
-def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected MD5 0000.*got"):
-        fetch(file_of(server, md5="0" * 32), tmp_path)
+def test_a_right_checksum_of_either_kind_is_accepted(server: Server, tmp_path: Path) -> None:
+    sha256 = hashlib.sha256(server.content).hexdigest()
+    assert fetch(file_of(server, sha256=sha256), tmp_path).read_bytes() == server.content
+
+
+@pytest.mark.parametrize("wrong", [{"md5": "0" * 32}, {"sha256": "0" * 64}])
+def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path, wrong: dict[str, str]) -> None:
+    (name,) = wrong
+    with pytest.raises(InputError, match=rf"expected {name.upper()} 0000.*got [0-9a-f]+.*try again"):
+        fetch(file_of(server, **wrong), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_in_what_was_kept_is_found_and_the_next_try_starts_again(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.zip.part").write_bytes(bytes(1000))  # not the first thousand bytes of the file
+    with pytest.raises(InputError, match="expected MD5"):
+        fetch(file_of(server), tmp_path)
+    assert fetch(file_of(server), tmp_path).read_bytes() == server.content
+    assert server.asked == ["bytes=1000-", None]
 
 
 def test_what_cannot_be_had_says_what_to_do(server: Server, tmp_path: Path) -> None:

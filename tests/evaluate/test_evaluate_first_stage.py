@@ -88,7 +88,7 @@ def test_scifact_as_published(shared: Path, tmp_path: Path) -> None:
     assert found["R@100"] == pytest.approx(0.9253, abs=0.005)
 
 
-TRACK_JUDGEMENTS = 10_828  # of TREC DL 2021, passages
+TRACK_JUDGEMENTS = 10_828  # of TREC DL 2021, passages; with them Anserini's BM25 run scores 0.4458
 
 
 def test_the_trec_dl_2021_run_scores_what_trec_eval_says(shared: Path) -> None:
@@ -99,7 +99,19 @@ def test_the_trec_dl_2021_run_scores_what_trec_eval_says(shared: Path) -> None:
     plain = {query: {scored.doc_id: scored.score for scored in documents} for query, documents in run.items()}
     theirs = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.10"}).evaluate(plain)
     assert ours == pytest.approx({query: values["ndcg_cut_10"] for query, values in theirs.items()}, abs=1e-12)
+    found = means({"nDCG@10": ours})["nDCG@10"]
     judgements = sum(map(len, dataset.qrels.values()))
-    if judgements != TRACK_JUDGEMENTS:
-        pytest.skip(f"0.4458 needs the track's {TRACK_JUDGEMENTS:,} judgements; {judgements:,} are here")
-    assert round(means({"nDCG@10": ours})["nDCG@10"], 4) == 0.4458
+    if judgements == TRACK_JUDGEMENTS:
+        assert round(found, 4) == 0.4458
+        return
+    # Every first ten is judged, so further judgements leave the gain as it is and can only raise the ideal, to ten
+    # threes at most. The published figure must lie between that and what we found.
+    ideal = sum(3 / math.log2(rank + 1) for rank in range(1, 11))
+    least = 0.0
+    for query, judged in dataset.qrels.items():
+        grades = [judged[scored.doc_id] for scored in run[query][:10]]  # KeyError: one was not judged
+        least += sum(grade / math.log2(rank + 1) for rank, grade in enumerate(grades, 1)) / ideal / len(dataset.qrels)
+    assert least <= 0.4458 <= found
+    pytest.skip(
+        f"0.4458 needs the track's {TRACK_JUDGEMENTS:,} judgements; {judgements:,} are here, making {found:.4f}"
+    )

@@ -164,6 +164,27 @@ def test_two_models_are_compared(mini: Path, model: Reranker, tmp_path: Path) ->
     assert comparisons["tiny"].difference == pytest.approx(means[2] - means[1])
 
 
+def test_queries_that_no_order_changes_may_be_left_out(
+    mini: Path, model: Reranker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(mini / "queries.jsonl", '{"_id": "lost", "text": "sea"}')  # BM25 finds d1 and d4, neither of them judged
+    append(mini / "qrels" / "test.tsv", "lost\td2\t1")
+    measures = ["nDCG@10", "MRR@10", "MAP", "Success@1", "Judged@1", "R@100"]
+    whole = evaluate([str(mini)], [model], out=tmp_path / "whole", measures=measures).results[0].systems[1]
+    asked: list[str] = []
+    score = model.score_detailed
+    monkeypatch.setattr(model, "score_detailed", lambda pairs: asked.append(pairs[0].query) or score(pairs))
+    found = evaluate([str(mini)], [model], out=tmp_path / "part", measures=measures, skip_constant=True).results[0]
+    part = found.systems[1]
+    assert asked == [QUERIES["q1"]]  # q2 has one candidate, q3's two are both relevant
+    assert part.values == whole.values
+    assert part.curve == whole.curve
+    assert part.run["lost"] == found.systems[0].run["lost"]
+    assert part.run["q1"] == whole.run["q1"]
+    assert (part.manifest["queries_scored"], whole.manifest["queries_scored"]) == (1, 4)
+    assert "not scored: 3 queries" in found.remarks[-1]
+
+
 def test_a_sample_is_drawn_by_its_seed_and_said(mini: Path, model: Reranker, tmp_path: Path) -> None:
     found = [evaluate([str(mini)], [model], out=tmp_path / str(n), sample=2, seed=5).results[0] for n in range(2)]
     assert len(found[0].qrels) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import urllib.error
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from turborank.errors import InputError
 from turborank.evaluate.corpus import Step
+from turborank.evaluate.files import file_hash
 from turborank.evaluate.table import Download, Row
 
 BLOCK = 1 << 20
@@ -80,13 +80,13 @@ def _continue(url: str, part: Path, progress: Step | None) -> None:
 
 
 def _verify(file: Download, part: Path) -> None:
-    if file.md5 is None:
-        return
-    with part.open("rb") as data:
-        got = hashlib.file_digest(data, "md5").hexdigest()
-    if got != file.md5:
-        part.unlink()
-        raise InputError(f"expected MD5 {file.md5} of {file.url}, got {got}", hint="try again; the file was deleted")
+    for algorithm, expected in (("md5", file.md5), ("sha256", file.sha256)):
+        if expected is not None and (got := file_hash(part, algorithm)) != expected:
+            part.unlink()
+            raise InputError(
+                f"expected {algorithm.upper()} {expected} of {file.url}, got {got}",
+                hint="try again; the file was deleted",
+            )
 
 
 def _unpack(archive: Path, into: Path) -> None:

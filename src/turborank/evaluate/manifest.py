@@ -99,6 +99,7 @@ def about_scores(model: Reranker, header: Header, scored: Sequence[QueryScores])
         },
         **{key: header[key] for key in ("engine", "precision", "isa", "max_length", "length")},
         "threads": model.engine.threads,
+        "queries_scored": len(scored),
         "pairs": int(tokens.size),
         "tokens": int(tokens.sum()),
         "longest_pair": int(tokens.max(initial=0)),

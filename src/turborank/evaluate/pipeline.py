@@ -31,7 +31,7 @@ from turborank.evaluate.runs import Qrels, Run, Scored, read_run, write_run
 from turborank.reranker import Reranker, order
 from turborank.types import Pair
 
-DEPTHS = (5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
+DEPTHS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
 FIRST_STAGE = "bm25"  # in place of a model: evaluate the first stage only
 
 
@@ -46,6 +46,7 @@ class Plan:
     measures: tuple[str, ...] = ()  # none: MEASURES, comparing the one that the dataset's row names
     sample: int | None = None
     seed: int = SEED
+    skip_constant: bool = False
 
     def measured(self, dataset: Dataset) -> tuple[str, ...]:
         """What to measure; the first is compared."""
@@ -69,6 +70,7 @@ def evaluate(
     offline: bool = False,
     sample: int | None = None,
     seed: int = SEED,
+    skip_constant: bool = False,
     keep_unknown: bool = False,
     progress: Told = _quiet,
 ) -> Evaluation:
@@ -88,13 +90,17 @@ def evaluate(
         offline: download nothing.
         seed: of the sample.
         sample: evaluate this many queries only, drawn with ``seed``; the report says so.
+        skip_constant: leave queries whose candidates are all judged alike, or not at all, in the order of the first
+            stage: no order changes their measures. They still count.
         keep_unknown: keep judgements of documents that are not in the corpus; they count as not found.
         progress: called with what is being done, returns where to report (done, in all).
 
     Raises:
         InputError: anything malformed, with file and line; UnknownKeyError: a name in none of our tables.
     """
-    plan = Plan(depth, Path(run) if run else None, Path(out), shard, tuple(dict.fromkeys(measures)), sample, seed)
+    plan = Plan(
+        depth, Path(run) if run else None, Path(out), shard, tuple(dict.fromkeys(measures)), sample, seed, skip_constant
+    )  # fmt: skip
     names = expand(datasets)
     _check(plan, names)
     rerankers = _load_models(models, offline)
@@ -153,10 +159,15 @@ def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Pla
     facts |= {"depth": plan.depth, "queries_evaluated": len(chosen), "sample_seed": plan.seed if plan.sample else None}
     name = "BM25" if plan.run is None else plan.run.name
     values = per_query(candidates, qrels, plan.measured(dataset), dataset.relevant_from)
-    first = System(name, None, candidates, values, means(values), {**facts, "measures": means(values)}, (), {}, {})
+    first = System(name, None, candidates, values, means(values), {**facts, "measures": means(values)}, {}, {}, {})
     if plan.shard is None:
         _write_system(first, folder / "first-stage", dataset, first)
     systems = [first]
+    skipped = sum(map(bool, candidates.values())) - len(_to_score(candidates, qrels, plan))
+    if skipped and rerankers:
+        notes += (
+            f"not scored: {skipped} queries whose candidates are judged alike, so that no order changes a measure",
+        )
     for model in rerankers:
         systems.append(_rerank(model, dataset, candidates, systems, plan, folder / slug(model.name), facts, progress))
     measure = plan.measured(dataset)[0]
@@ -238,23 +249,24 @@ def _rerank(
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)
     known = scores.read_all(folder, header)
     part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
-    todo = [query_id for query_id, documents in candidates.items() if documents and query_id not in known]
+    qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}
+    wanted = _to_score(candidates, qrels, plan)
+    todo = [query_id for query_id in wanted if query_id not in known]
     step = progress(f"{dataset.name}: {model.name}")
     with scores.appending(folder / f"scores{part}.jsonl", header) as add:
         for done, scored in enumerate(_score(model, dataset, candidates, todo), 1):
             add(scored)
             known[scored.query_id] = scored
-            step(len(candidates) - len(todo) + done, len(candidates))
-    step(len(candidates), len(candidates))
-    everything = [known[query_id] for query_id, documents in candidates.items() if documents]
+            step(len(wanted) - len(todo) + done, len(wanted))
+    step(len(wanted), len(wanted))
+    known = {query_id: known[query_id] for query_id in wanted}
     run = _reordered(candidates, known)
-    qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}
     measured = plan.measured(dataset)
     values = per_query(run, qrels, measured, dataset.relevant_from)
-    manifest = {**facts, **about_scores(model, header, everything), "measures": means(values)}
+    manifest = {**facts, **about_scores(model, header, list(known.values())), "measures": means(values)}
     measure, whole = measured[0], not part and bool(qrels)
     system = System(
-        model.name, model, run, values, means(values), manifest, tuple(one.seconds for one in everything),
+        model.name, model, run, values, means(values), manifest, {q: one.seconds for q, one in known.items()},
         _curve(candidates, run, qrels, measure, dataset.relevant_from, earlier[0], plan.depth) if whole else {},
         {other.name: paired_bootstrap(values[measure], other.values[measure], measure) for other in earlier if whole},
     )  # fmt: skip
@@ -263,6 +275,13 @@ def _rerank(
     else:
         _write_system(system, folder, dataset, earlier[0])
     return system
+
+
+def _to_score(candidates: Run, qrels: Qrels, plan: Plan) -> list[str]:
+    """The queries a model is asked about: those with candidates, and if asked for, only where their order matters."""
+    grades = {q: {qrels[q].get(scored.doc_id) for scored in documents} for q, documents in candidates.items()}
+    enough = 2 if plan.skip_constant else 1  # different judgements, "not judged" being one
+    return [query_id for query_id, found in grades.items() if len(found) >= enough]
 
 
 def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str]) -> Iterator[scores.QueryScores]:
@@ -279,10 +298,10 @@ def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[st
 
 
 def _reordered(candidates: Run, known: Mapping[str, scores.QueryScores]) -> Run:
-    """Candidates by falling logit; equal logits keep the order of the first stage."""
-    run: Run = {}
-    for query_id, documents in candidates.items():
-        logits = np.asarray(known[query_id].logits if documents else [], dtype=np.float32)
+    """Candidates by falling logit; equal logits, and queries not scored, keep the order of the first stage."""
+    run: Run = {query_id: list(documents) for query_id, documents in candidates.items()}
+    for query_id, scored in known.items():
+        documents, logits = candidates[query_id], np.asarray(scored.logits, dtype=np.float32)
         run[query_id] = [Scored(documents[place].doc_id, float(logits[place])) for place in order(logits)]
     return run
 

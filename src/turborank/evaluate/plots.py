@@ -123,9 +123,9 @@ def split_scores(result: Result, system: System) -> tuple[list[float], list[floa
     """Logits of the candidates judged relevant, and of all others."""
     relevant: list[float] = []
     other: list[float] = []
-    for query_id, documents in system.run.items():
+    for query_id in system.seconds:
         judged = result.qrels[query_id]
-        for scored in documents:
+        for scored in system.run[query_id]:
             good = judged.get(scored.doc_id, 0) >= result.dataset.relevant_from
             (relevant if good else other).append(scored.score)
     return relevant, other
@@ -152,7 +152,7 @@ def latency(result: Result) -> str:
     """The share of queries answered within a time."""
     with _figure(1, 3.0, f"{result.dataset.name}-latency") as (_, (axis,), svg):
         for place, system in enumerate(result.systems[1:], 1):
-            seconds = np.sort(np.asarray(system.seconds or (0.0,))) * 1000
+            seconds = np.sort(np.asarray([*system.seconds.values()] or [0.0])) * 1000
             share = np.arange(1, len(seconds) + 1) / len(seconds)
             label = _latency_label(system, seconds)
             axis.step(seconds, share * 100, where="post", linewidth=2, color=colour(place), label=label)

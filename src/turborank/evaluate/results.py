@@ -22,7 +22,7 @@ class System:
     values: PerQuery
     means: Mapping[str, float]
     manifest: Mapping[str, Any]
-    seconds: tuple[float, ...]  # of each query scored
+    seconds: Mapping[str, float]  # query id -> seconds, of every query scored
     curve: Mapping[int, float]  # depth reranked -> the compared measure; depth 0 is the first stage
     comparisons: Mapping[str, Comparison]  # system -> how this one differs from it
 

@@ -1,8 +1,9 @@
 """DATASETS: every collection turborank knows by name, one row each; and the figures others have published on them.
 
 Counts are of the split evaluated and are asserted after loading; None where no exact count is published. Counts and
-judgements: ir_datasets' metadata. Addresses and MD5 sums: BEIR's own table of datasets. A row without files has no
-public download in a layout we read: its note says where it comes from.
+judgements: ir_datasets' metadata. Addresses and checksums: BEIR's own table of datasets; the LFS pointers of SCROLLS at
+the revision named; of QASPER's archive, the SHA-256 that those who use it record. A row without files has no public
+download in a layout we read: its note says where it comes from.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Download(NamedTuple):
     url: str
     path: str
     md5: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Row:
 
 
 BEIR_FILES = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/"
-SCROLLS_FILES = "https://huggingface.co/datasets/tau/scrolls/resolve/main/"
+SCROLLS_FILES = "https://huggingface.co/datasets/tau/scrolls/resolve/"
 COOKBOOK = (
     "https://raw.githubusercontent.com/anthropics/anthropic-cookbook/7129c029ad4b42431c6fc6e3cde85dc4a6274af9/"
     "skills/retrieval_augmented_generation/"
@@ -78,8 +80,8 @@ def _licensed(name: str, queries: int, licence: str) -> Row:
     )
 
 
-def _scrolls(name: str, queries: int) -> Row:
-    files = (Download(f"{SCROLLS_FILES}{name}.zip", f"{name}.zip"),)
+def _scrolls(name: str, queries: int, revision: str, sha256: str) -> Row:
+    files = (Download(f"{SCROLLS_FILES}{revision}/{name}.zip", f"{name}.zip", sha256=sha256),)
     return Row(
         f"loco-{name}", "loco", queries, queries, queries, UNSTATED, files,
         layout="scrolls", folder=name, split="validation",
@@ -89,8 +91,9 @@ def _scrolls(name: str, queries: int) -> Row:
 
 def _qasper(field: str) -> Row:
     url = "https://qasper-dataset.s3.us-west-2.amazonaws.com/qasper-test-and-evaluator-v0.3.tgz"
+    sha256 = "72a52a41193e2838b8074f80ac074b94f956b84886c36a61c58a7df4171bdd72"
     return Row(
-        f"loco-qasper-{field}", "loco", 416, 416, 416, "CC BY 4.0", (Download(url, "qasper-test.tgz"),),
+        f"loco-qasper-{field}", "loco", 416, 416, 416, "CC BY 4.0", (Download(url, "qasper-test.tgz", sha256=sha256),),
         layout=f"qasper-{field}", note=f"LoCoV0: the paper's {field} is the query, its full text the document",
     )  # fmt: skip
 
@@ -139,9 +142,12 @@ _ROWS = (
     _licensed("signal1m", 97, "Signal AI terms"),
     _licensed("trec-news", 57, "NIST agreement (Washington Post)"),
     _licensed("robust04", 249, "NIST agreement (TREC disks 4 and 5)"),
-    _scrolls("summ_screen_fd", 338),
-    _scrolls("gov_report", 972),
-    _scrolls("qmsum", 272),
+    _scrolls("summ_screen_fd", 338, "5d8b930b6c45999f7754a757f10401297adadb23",
+             "e4ea9e80c3e8315441bcdcac9893602ce3cf1746992747740eb82d0abc11a03c"),
+    _scrolls("gov_report", 972, "fd1aa83070c138b7b7f381388d3b59f1f70a0fa7",
+             "b0adf0d2304fa34f89580a36bb0e7871793aa99613224e5b970f554dfb43b1cc"),
+    _scrolls("qmsum", 272, "fd1aa83070c138b7b7f381388d3b59f1f70a0fa7",
+             "6dff4c1ffb7d81cdd909872862f65a2fc9409e6e4b9c15665e281338a48bc61b"),
     _qasper("title"),
     _qasper("abstract"),
     Row(
