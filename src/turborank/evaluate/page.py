@@ -55,7 +55,8 @@ def _dot(place: int) -> str:
     return f'<span class="dot" style="background: var(--series-{place % SERIES})"></span>'
 
 
-def _table(heads: Iterable[str], rows: str) -> str:
+def table(heads: Iterable[str], rows: str) -> str:
+    """A table of these column heads (text) and rows (HTML)."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
@@ -74,7 +75,7 @@ def _summary(lines: Sequence[Line], heads: Sequence[str]) -> str:
             delta = _delta(value - base) if place and value is not None and base is not None else ""
             cells.append(f'<td class="{_best(value, known)}">{_number(value)}{delta}</td>')
         rows.append(f"<tr><td>{_dot(place)}{escape(line.system)}</td>{''.join(cells)}</tr>")
-    return _table(["", *heads], "".join(rows))
+    return table(["", *heads], "".join(rows))
 
 
 def _number(value: float | None) -> str:
@@ -106,7 +107,7 @@ def _published_averages(averages: Sequence[tuple[str, Published]]) -> str:
     )
     return (
         "<details><summary>Averages the models' authors have published for whole groups</summary>"
-        f"{_table(['model', 'group', 'value', 'source'], rows)}</details>"
+        f"{table(['model', 'group', 'value', 'source'], rows)}</details>"
     )
 
 
@@ -124,7 +125,7 @@ def _section(result: Result) -> str:
     figures = "".join(
         f'<figure class="{"wide" if len(result.systems) > 2 and title in ("Gains and losses", "Scores") else ""}">'
         f"<h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>"
-        f"{svg.replace('<svg', _labelled(title), 1)}</figure>"
+        f"{svg.replace('<svg', labelled(title), 1)}</figure>"
         for title, caption, svg in all_plots(result)
     )
     return (
@@ -134,7 +135,8 @@ def _section(result: Result) -> str:
     )
 
 
-def _labelled(title: str) -> str:
+def labelled(title: str) -> str:
+    """The start of an SVG element that says what it shows."""
     return f'<svg role="img" aria-label="{escape(title)}"'
 
 
@@ -156,7 +158,7 @@ def _measures(result: Result) -> str:
         source = next(iter(values.values())).source
         numbers = [_number(values[measure].value if measure in values else None) for measure in names]
         rows.append(_published_row(name, source, [*numbers, "–"]))
-    return _table(["", *names, "tokens/s"], "".join(rows))
+    return table(["", *names, "tokens/s"], "".join(rows))
 
 
 def _comparisons(result: Result) -> str:
@@ -172,7 +174,7 @@ def _comparisons(result: Result) -> str:
         for ours, theirs, c in found
     )
     heads = ["system", "against", f"{result.measure} difference", "95 % interval", "", "p", "better", "worse", "equal"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _sign(found: Comparison) -> str:
@@ -208,7 +210,7 @@ def _extremes(result: Result, system: System) -> str:
     heads = ["query", result.systems[0].name, system.name, "gain"]
     return (
         f"<details><summary>Queries that {escape(system.name)} helped and hurt most</summary>"
-        f"{_table(heads, rows)}</details>"
+        f"{table(heads, rows)}</details>"
     )
 
 

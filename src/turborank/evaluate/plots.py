@@ -17,9 +17,9 @@ import numpy.typing as npt
 from turborank.evaluate.results import Result, System
 
 SERIES = 8  # colours of systems; further ones repeat
-_INK, _GRID, _GOOD, _BAD, _MUTED = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05"
+_INK, _GRID, _GOOD, _BAD, MUTED = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05"
 _VARIABLES = {
-    _INK: "var(--ink-2)", _GRID: "var(--line)", _GOOD: "var(--good)", _BAD: "var(--bad)", _MUTED: "var(--ink-3)",
+    _INK: "var(--ink-2)", _GRID: "var(--line)", _GOOD: "var(--good)", _BAD: "var(--bad)", MUTED: "var(--ink-3)",
     **{f"#0b0b0{n}": f"var(--series-{n})" for n in range(SERIES)},
 }  # fmt: skip
 _STYLE: Any = {
@@ -31,7 +31,7 @@ _STYLE: Any = {
     "legend.frameon": False, "savefig.facecolor": "none", "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
 
-_ABOVE: Any = {
+ABOVE: Any = {
     "loc": "lower left",
     "bbox_to_anchor": (0, 1.0),
     "borderaxespad": 0.3,
@@ -46,13 +46,16 @@ def colour(place: int) -> str:
 
 
 @contextmanager
-def _figure(columns: int, height: float, salt: str) -> Iterator[tuple[Any, list[Any], list[str]]]:
-    """(figure, axes, result): a row of plots; ``result`` holds the SVG afterwards."""
+def figure(columns: int, height: float, salt: str, *, width: float = 4.6) -> Iterator[tuple[Any, list[Any], list[str]]]:
+    """(figure, axes, result): a row of plots of so many inches; ``result`` holds the SVG afterwards.
+
+    ``salt`` names the picture: ids in the SVG start with it, so that several stand in one page.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
+        figure = Figure(figsize=(width * columns, height), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
         result: list[str] = []
         yield figure, list(axes), result
@@ -78,7 +81,7 @@ def _svg(figure: Any, salt: str) -> str:
 
 def depth_curve(result: Result) -> str:
     """The measure when only the first d candidates are reranked."""
-    with _figure(1, 3.0, f"{result.dataset.name}-depth") as (_, (axis,), svg):
+    with figure(1, 3.0, f"{result.dataset.name}-depth") as (_, (axis,), svg):
         first = result.systems[0].means[result.measure]
         axis.axhline(first, color=colour(0), linewidth=1.6, linestyle=(0, (4, 3)), label=result.systems[0].name)
         for place, system in enumerate(result.systems[1:], 1):
@@ -95,7 +98,7 @@ def depth_curve(result: Result) -> str:
             axis.minorticks_off()
         axis.set_xlabel("candidates reranked")
         axis.set_ylabel(result.measure)
-        axis.legend(**_ABOVE, ncols=2)
+        axis.legend(**ABOVE, ncols=2)
     return svg[0]
 
 
@@ -103,14 +106,14 @@ def gains(result: Result) -> str:
     """Every query's gain or loss against the first stage, from best to worst."""
     models = result.systems[1:]
     base = result.systems[0].values[result.measure]
-    with _figure(len(models), 2.6, f"{result.dataset.name}-gains") as (_, axes, svg):
+    with figure(len(models), 2.6, f"{result.dataset.name}-gains") as (_, axes, svg):
         for axis, system in zip(axes, models, strict=True):
             values = system.values[result.measure]
             deltas = np.sort([values[query_id] - base[query_id] for query_id in values])[::-1]
             places = np.arange(1, len(deltas) + 1)
             axis.fill_between(places, np.maximum(deltas, 0), step="mid", color=_GOOD, linewidth=0)
             axis.fill_between(places, np.minimum(deltas, 0), step="mid", color=_BAD, linewidth=0)
-            axis.axhline(0, color=_MUTED, linewidth=0.8)
+            axis.axhline(0, color=MUTED, linewidth=0.8)
             axis.set_title(system.name)
             axis.set_xlabel("queries, best gain first")
             axis.set_ylabel(f"{result.measure} gained")
@@ -134,23 +137,23 @@ def split_scores(result: Result, system: System) -> tuple[list[float], list[floa
 def distributions(result: Result) -> str:
     """Logits of relevant candidates against the others."""
     models = result.systems[1:]
-    with _figure(len(models), 2.6, f"{result.dataset.name}-scores") as (_, axes, svg):
+    with figure(len(models), 2.6, f"{result.dataset.name}-scores") as (_, axes, svg):
         for axis, system in zip(axes, models, strict=True):
             relevant, other = split_scores(result, system)
             bins = np.histogram_bin_edges(np.asarray([*relevant, *other] or [0.0]), bins=40)
-            for values, ink, name in ((other, _MUTED, "not judged relevant"), (relevant, _GOOD, "relevant")):
+            for values, ink, name in ((other, MUTED, "not judged relevant"), (relevant, _GOOD, "relevant")):
                 weights = np.full(len(values), 1 / max(1, len(values)))
                 axis.hist(values, bins=bins, weights=weights, color=ink, alpha=0.55, label=f"{name} ({len(values):,})")
             axis.set_title(system.name, pad=26)
             axis.set_xlabel("logit")
             axis.set_ylabel("share")
-            axis.legend(**_ABOVE, ncols=2, columnspacing=1)
+            axis.legend(**ABOVE, ncols=2, columnspacing=1)
     return svg[0]
 
 
 def latency(result: Result) -> str:
     """The share of queries answered within a time."""
-    with _figure(1, 3.0, f"{result.dataset.name}-latency") as (_, (axis,), svg):
+    with figure(1, 3.0, f"{result.dataset.name}-latency") as (_, (axis,), svg):
         for place, system in enumerate(result.systems[1:], 1):
             seconds = np.sort(np.asarray([*system.seconds.values()] or [0.0])) * 1000
             share = np.arange(1, len(seconds) + 1) / len(seconds)
@@ -160,7 +163,7 @@ def latency(result: Result) -> str:
         axis.set_ylabel("% of queries")
         axis.set_ylim(0, 102)
         axis.set_xlim(left=0)
-        axis.legend(**_ABOVE)
+        axis.legend(**ABOVE)
     return svg[0]
 
 

@@ -1,0 +1,285 @@
+"""A training run as one page: curves of losses, measures, learning rate, speed and scale; nothing fetched.
+
+Read from the run's folder: ``curve.jsonl``, one row a step, and ``manifest.json`` where there is one. Every row has
+``step`` and ``tokens``. Of the rest, BOOKKEEPING is known by name, measures are nDCG and whatever only some rows have
+(there is not an evaluation at every step), and everything else is a loss. The page can be written while a run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from turborank.errors import InputError
+from turborank.evaluate.page import labelled, table
+from turborank.evaluate.plots import ABOVE, SERIES, colour, figure
+
+CURVE, MANIFEST, PAGE = "curve.jsonl", "manifest.json", "report.html"
+BOOKKEEPING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "log_scale")
+POINTS = 200  # of a line; longer runs are averaged into as many
+PLAIN = "{x:,.6g}"  # of the numbers at an axis
+FOOTER = (
+    "Measures at a step are taken by the serving engine on the model as it would be saved then. Lines of losses, "
+    "gradients and speed are means of neighbouring steps, and the bands around them reach from the least to the most."
+)
+Floats = npt.NDArray[np.float64]
+
+
+class Curve(NamedTuple):
+    """The columns of ``curve.jsonl``; NaN where a row says nothing."""
+
+    columns: Mapping[str, Floats]
+    losses: tuple[str, ...]
+    measures: tuple[str, ...]
+
+    @property
+    def steps(self) -> Floats:
+        return self.columns["step"]
+
+    def seconds(self) -> float:
+        """Time spent in steps: tokens over tokens a second."""
+        tokens = np.diff(self.columns["tokens"], prepend=0.0)
+        return float(np.nansum(tokens / self.columns["tokens_per_s"])) if "tokens_per_s" in self.columns else math.nan
+
+
+def read_curve(path: Path) -> Curve:
+    """The curve in a file. Raises InputError, naming the line, for what is no such file."""
+    if not path.is_file():
+        raise InputError(f"expected a training run's {CURVE}, got no such file at {path}")
+    rows = [
+        _row(line, number, path)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.strip()
+    ]
+    if not rows:
+        raise InputError(f"expected rows of a training run, got an empty file at {path}")
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: np.asarray([row.get(name, math.nan) for row in rows]) for name in names}
+    free = [name for name in names if name not in BOOKKEEPING]
+    measures = tuple(name for name in free if any(name not in row for row in rows) or name.lower().startswith("ndcg@"))
+    return Curve(columns, tuple(name for name in free if name not in measures), measures)
+
+
+def _row(line: str, number: int, path: Path) -> dict[str, float]:
+    try:
+        row = json.loads(line)
+        return {"step": float(row["step"]), "tokens": float(row["tokens"])} | {
+            name: float(value) for name, value in row.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"expected a JSON object of numbers with step and tokens, got {line[:60]!r} at {path}:{number}"
+        ) from error
+
+
+def write_report(run: Path, target: Path | None = None) -> Path:
+    """Write a run's report (``report.html`` in its folder unless told otherwise); its path.
+
+    Raises InputError where the folder's curve or manifest cannot be read.
+    """
+    curve = read_curve(run / CURVE)
+    page = target or run / PAGE
+    page.write_text(render(curve, _manifest(run / MANIFEST), run.resolve().name), encoding="utf-8")
+    return page
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"expected JSON, got none ({error}) at {path}") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
+    return manifest
+
+
+# ---------------------------------------------------------------- the page
+
+
+def render(curve: Curve, manifest: Mapping[str, Any], name: str) -> str:
+    """The whole page."""
+    css = files("turborank.evaluate").joinpath("report.css").read_text(encoding="utf-8")
+    figures = "".join(
+        f'<figure class="{"wide" if wide else ""}"><h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>'
+        f"{svg.replace('<svg', labelled(title), 1)}</figure>"
+        for title, caption, svg, wide in _figures(curve, manifest)
+    )
+    about = (
+        f"<details><summary>Manifest</summary><pre>{escape(json.dumps(manifest, indent=2, ensure_ascii=False))}</pre>"
+        "</details>"
+        if manifest
+        else ""
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>training: {escape(name)}</title><style>{css}</style></head>\n"
+        f'<body><header class="top"><h1>Training of {escape(name)}</h1>{_facts(curve)}</header>\n'
+        f'<main>{_evaluations(curve)}<div class="plots">{figures}</div>{about}</main>\n'
+        f"<footer>{FOOTER}</footer></body></html>\n"
+    )
+
+
+def _facts(curve: Curve) -> str:
+    tokens = curve.columns["tokens"][-1]
+    facts = {"steps": f"{curve.steps[-1]:,.0f}", "tokens": f"{tokens:,.0f}"}
+    seconds = curve.seconds()
+    if seconds > 0:
+        facts |= {"time in steps": _duration(seconds), "tokens a second": f"{tokens / seconds:,.0f}"}
+    if "lr" in curve.columns:
+        facts["highest learning rate"] = f"{np.nanmax(curve.columns['lr']):.2g}"
+    items = "".join(f"<li>{escape(fact)} <b>{escape(value)}</b></li>" for fact, value in facts.items())
+    return f'<ul class="facts">{items}</ul>'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _evaluations(curve: Curve) -> str:
+    """First, best and last evaluation; all of them folded away."""
+    if not curve.measures:
+        return '<p class="remark">Not evaluated yet: no row of the curve has a measure.</p>'
+    main = curve.columns[curve.measures[0]]
+    rows = [int(i) for i in np.flatnonzero(~np.isnan(main))]
+    best = max(rows, key=lambda i: (main[i], -i))
+    names = {rows[0]: "first", rows[-1]: "last", best: "best"}
+    short = "".join(_evaluation(curve, i, names[i], best) for i in sorted(names))
+    whole = "".join(_evaluation(curve, i, "", best) for i in rows)
+    heads = ["", "step", "tokens", *curve.measures]
+    after = sum(i > best for i in rows)
+    remark = f'<p class="remark">Evaluations since the best one: {after}.</p>' if after else ""
+    return (
+        f"{table(heads, short)}{remark}<details><summary>All {len(rows)} evaluations</summary>"
+        f"{table(heads, whole)}</details>"
+    )
+
+
+def _evaluation(curve: Curve, row: int, name: str, best: int) -> str:
+    values = "".join(
+        f'<td class="{"best" if row == best and not place else ""}">{_number(curve.columns[measure][row])}</td>'
+        for place, measure in enumerate(curve.measures)
+    )
+    tokens = f"{curve.columns['tokens'][row]:,.0f}"
+    return f"<tr><td>{name}</td><td>{curve.steps[row]:,.0f}</td><td>{tokens}</td>{values}</tr>"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4f}"
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+class Line(NamedTuple):
+    """A column thinned to at most POINTS: means over runs of neighbouring steps, with the least and the most."""
+
+    steps: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+def thin(steps: Floats, values: Floats) -> Line:
+    """A line of at most POINTS points; NaNs and infinities of ``values`` are left out."""
+    known = np.isfinite(values)
+    steps, values = steps[known], values[known]
+    parts = np.array_split(np.arange(len(steps)), min(POINTS, max(1, len(steps))))
+    chosen = [part for part in parts if part.size]
+    return Line(
+        np.asarray([steps[part[-1]] for part in chosen]),
+        np.asarray([values[part].mean() for part in chosen]),
+        np.asarray([values[part].min() for part in chosen]),
+        np.asarray([values[part].max() for part in chosen]),
+    )
+
+
+def _figures(curve: Curve, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
+    """(title, caption, SVG, whether it takes the whole width) of every picture there is something for."""
+    has = curve.columns
+    if curve.measures:
+        caption = "Measured by the serving engine on the held-out queries."
+        yield "Measures", caption, _measures(curve, manifest.get("baselines", {})), True
+    if curve.losses:
+        yield "Losses", "Each part before it is weighted.", _lines(curve, curve.losses, "loss"), False
+    if "loss" in has:
+        yield "Total loss", "The weighted sum that is minimised.", _lines(curve, ["loss"], "total loss"), False
+    if "lr" in has:
+        yield "Learning rate", "After warm-up and decay.", _lines(curve, ["lr"], "learning rate"), False
+    if "grad_norm" in has:
+        yield "Gradient", "Its norm before clipping.", _lines(curve, ["grad_norm"], "gradient norm"), False
+    if "tokens_per_s" in has:
+        yield "Speed", "Of forward, backward and update.", _lines(curve, ["tokens_per_s"], "tokens a second"), False
+    if "log_scale" in has:
+        grown = Curve({**has, "scale": np.exp(has["log_scale"])}, (), ())
+        yield "Logit scale", "Learnt; the factor on all logits.", _lines(grown, ["scale"], "factor"), False
+
+
+def _lines(curve: Curve, names: Sequence[str], what: str) -> str:
+    with figure(1, 2.7, f"training-{what}") as (_, (axis,), svg):
+        lines = {name: thin(curve.steps, curve.columns[name]) for name in names}
+        for place, (name, line) in enumerate(lines.items(), 1):
+            ink = colour(1 + (place - 1) % (SERIES - 1))
+            axis.fill_between(line.steps, line.low, line.high, color=ink, alpha=0.16, linewidth=0)
+            axis.plot(line.steps, line.mean, color=ink, linewidth=1.6, label=name)
+        drawn = np.concatenate([line.mean for line in lines.values()])
+        if len(names) > 1 and drawn.size and drawn.min() > 0 and drawn.max() > 20 * drawn.min():
+            axis.set_yscale("log")
+        axis.xaxis.set_major_formatter(PLAIN)
+        axis.yaxis.set_major_formatter(PLAIN)
+        axis.set_xlabel("step")
+        axis.set_ylabel(what)
+        if len(names) > 1:
+            axis.legend(**ABOVE, ncols=3, columnspacing=1)
+    return svg[0]
+
+
+def _measures(curve: Curve, baselines: Mapping[str, Mapping[str, float]]) -> str:
+    """Measures at evaluations, the best of the first one marked; ``baselines`` {system: {measure: value}} dashed."""
+    tokens = curve.columns["tokens"]
+    with figure(1, 3.0, "training-measures", width=9.6) as (_, (axis,), svg):
+        for place, name in enumerate(curve.measures):
+            values = curve.columns[name]
+            known = np.flatnonzero(~np.isnan(values))
+            ink = colour(1 + place % (SERIES - 1))
+            axis.plot(curve.steps[known], values[known], color=ink, linewidth=2, marker="o", markersize=3.5, label=name)
+            best = known[np.argmax(values[known])]
+            axis.annotate(
+                f"{values[best]:.4f}", (curve.steps[best], values[best]), textcoords="offset points", xytext=(0, 6),
+                ha="center", fontsize=8.5, color=ink,
+            )  # fmt: skip
+        for system, known_values in baselines.items():
+            for place, name in enumerate(curve.measures):
+                if name in known_values:
+                    ink = colour(1 + place % (SERIES - 1))
+                    axis.axhline(known_values[name], color=ink, linewidth=1.3, linestyle=(0, (4, 3)))
+                    axis.annotate(
+                        f"{system} {known_values[name]:.4f}", (1, known_values[name]), va="center", fontsize=8.5,
+                        xycoords=("axes fraction", "data"), textcoords="offset points", xytext=(5, 0), color=ink,
+                    )  # fmt: skip
+        axis.set_xlim(0, curve.steps[-1] * 1.02)
+        axis.xaxis.set_major_formatter(
+            lambda x, _: f"{x:,.0f}\n{_short(np.interp(x, [0, *curve.steps], [0, *tokens]))}"
+        )
+        axis.set_xlabel("step, and tokens read")
+        axis.margins(y=0.18)
+        axis.legend(**ABOVE, ncols=4)
+    return svg[0]
+
+
+def _short(count: float) -> str:
+    """A number of tokens in four characters or so."""
+    power = max(0, min(3, int(math.log10(max(1.0, count)) // 3)))
+    return f"{count / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}"
