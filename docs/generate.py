@@ -5,6 +5,7 @@ A test runs the check, so the two pages cannot differ from what the program does
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator
@@ -25,8 +26,9 @@ def cli() -> str:
     """Every subcommand: what it does, what it takes, examples."""
     lines = [NOTE, "", "# The command", "", "`turborank COMMAND --help` says the same on the terminal.", ""]
     lines += ["Errors are one line on standard error; the exit code is then 2, and nothing has been printed.", ""]
-    commands: dict[str, Any] = vars(typer.main.get_command(build()))["commands"]
-    for name, command in commands.items():
+    application: Any = typer.main.get_command(build())
+    for name in COMMANDS:
+        command = functools.reduce(lambda group, word: group.commands[word], name.split(), application)
         lines += [f"## turborank {name}", "", inspect.cleandoc(command.help), ""]
         lines += ["```console", *_examples(name), "```", ""]
         lines += ["| argument or option | default | |", "|---|---|---|", *_parameters(command), ""]

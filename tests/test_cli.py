@@ -263,7 +263,7 @@ def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypa
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_teaches_by_example(turborank_command, name):
     command = cli.COMMANDS[name]
-    code, out, _ = turborank_command(name, "--help", columns="200")
+    code, out, _ = turborank_command(*name.split(), "--help", columns="200")
     assert code == 0
     assert command.examples
     for purpose, line in command.examples:
@@ -275,8 +275,16 @@ def test_help_teaches_by_example(turborank_command, name):
 def test_help_is_what_no_argument_gives(turborank_command):
     code, out, err = turborank_command()
     assert (code, err) == (0, "")
-    assert all(name in out for name in cli.COMMANDS)
+    assert all(name.split()[0] in out for name in cli.COMMANDS)
     assert out == turborank_command("-h")[1]
+
+
+@pytest.mark.parametrize("group", cli.GROUPS)
+def test_a_group_alone_shows_what_it_holds(turborank_command, group):
+    code, out, err = turborank_command(group)
+    assert (code, err) == (0, "")
+    assert all(name.removeprefix(f"{group} ") in out for name in cli.COMMANDS if name.startswith(f"{group} "))
+    assert out == turborank_command(group, "-h")[1]
 
 
 def test_version(turborank_command):

@@ -1,7 +1,8 @@
 """The command ``turborank``: parses, calls, prints.
 
 COMMANDS is the table of subcommands. A row's function has a typed signature and imports what is heavy inside its body,
-so that one subcommand never pays for another. Errors are one line on standard error and exit code 2.
+so that one subcommand never pays for another. A name of two words is a subcommand of a group, which GROUPS describes.
+Errors are one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import typer
 
 from turborank.cli_bench import EXAMPLES as BENCH_EXAMPLES
 from turborank.cli_bench import bench
+from turborank.cli_distill import LISTS_EXAMPLES, SCORE_EXAMPLES, lists, score
 from turborank.cli_doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli_doctor import doctor
 from turborank.cli_evaluate import EXAMPLES as EVALUATE_EXAMPLES
@@ -40,9 +42,16 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(serve, SERVE_EXAMPLES),
     "keys": Command(keys, KEYS_EXAMPLES),
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
+    "distill lists": Command(lists, LISTS_EXAMPLES),
+    "distill score": Command(score, SCORE_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),
+}
+
+# The first word of names of two words, which has no work of its own.
+GROUPS: dict[str, str] = {
+    "distill": "Make a small reranker of your own: lists, a teacher's scores, and a student that learns from them.",
 }
 
 
@@ -66,8 +75,13 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    groups: dict[str, typer.Typer] = {}
     for name, command in COMMANDS.items():
-        app.command(name, epilog=epilog(command.examples))(command.run)
+        group, _, leaf = name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = typer.Typer(help=GROUPS[group], rich_markup_mode="rich")
+            app.add_typer(groups[group], name=group)
+        (groups[group] if group else app).command(leaf, epilog=epilog(command.examples))(command.run)
     app.callback()(_global)
     return app
 
@@ -91,7 +105,10 @@ def _global(
 def run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code. Everything that goes wrong on purpose ends in one line."""
     try:
-        code = build()(args=list(arguments) or ["--help"], prog_name="turborank", standalone_mode=False)
+        alone = " ".join(arguments) in ("", *GROUPS)
+        code = build()(
+            args=[*arguments, "--help"] if alone else list(arguments), prog_name="turborank", standalone_mode=False
+        )
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except TurborankError as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -100,7 +98,7 @@ def evaluate(
 
     names: list[str | None] = [name.strip() for name in (models or "").split(",") if name.strip()]
     wanted: list[str | Reranker] = [load(name) for name in (names or [None]) if name != FIRST_STAGE]
-    with _progress() as progress:
+    with options.progress() as progress:
         evaluation = evaluate(
             datasets, wanted or [FIRST_STAGE], out=out, depth=depth, run=run, shard=_shard(shard), split=split,
             data_dir=data_dir, measures=[name.strip() for name in (measures or "").split(",") if name.strip()],
@@ -116,28 +114,6 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise typer.BadParameter(f"expected k/n, say 3/16, got {text!r}", param_hint="--shard")
     return int(found[1]), int(found[2])
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """A bar for everything under way, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def start(what: str) -> Callable[[int, int], None]:
-            task = bars.add_task(what, total=None, visible=False)
-
-            def step(done: int, total: int) -> None:
-                bars.update(task, completed=done, total=total, visible=done < total)
-
-            return step
-
-        yield start
 
 
 def _print(evaluation: Evaluation, out: Path, *, partial: bool) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from typing import Annotated
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
 WIDTH = 100  # of tables when standard output is not a terminal
+LOG_EVERY = 30.0  # seconds between two lines about one piece of work when standard error is not a terminal
+
+Step = Callable[[int, int], None]  # (done, in all)
 
 Model = Annotated[
     str | None,
@@ -32,3 +39,43 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 def width() -> int:
     """Columns to fill: COLUMNS, or the terminal's, or WIDTH."""
     return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], Step]]:
+    """A bar for every piece of long work, on standard error; where that is no terminal, a line now and then."""
+    if not sys.stderr.isatty():
+        yield _logged
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def start(what: str) -> Step:
+            task = bars.add_task(what, total=None, visible=False)
+
+            def step(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total, visible=done < total)
+
+            return step
+
+        yield start
+
+
+def _logged(what: str) -> Step:
+    """Lines after the first LOG_EVERY seconds; the last one when the work is done."""
+    started = said = time.monotonic()
+    spoken = False
+
+    def step(done: int, total: int) -> None:
+        nonlocal said, spoken
+        now = time.monotonic()
+        if now - said >= LOG_EVERY or (spoken and done >= total):
+            said, spoken = now, True
+            print(f"turborank: {what}: {done:,} of {total:,} in {now - started:,.0f} s", file=sys.stderr, flush=True)
+
+    return step

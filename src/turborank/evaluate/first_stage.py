@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from turborank.evaluate.corpus import Corpus, Step
 from turborank.evaluate.datasets import Dataset
 from turborank.evaluate.files import file_hash, write_json
 from turborank.evaluate.runs import Run, Scored, read_run, write_run
+from turborank.types import Float32
 
 K1, B = 0.9, 0.4
 STOP_WORDS = frozenset(
@@ -48,6 +50,15 @@ class Analyzer:
         return self._stem.stemWords([word for word in words if word not in STOP_WORDS and len(word) <= _MAX_WORD])  # type: ignore[no-any-return]
 
 
+def best(scores: Float32, depth: int) -> npt.NDArray[np.intp]:
+    """Places of the ``depth`` highest scores above 0, best first; equal ones in their order, also at the edge."""
+    matching = np.flatnonzero(scores > 0)
+    if len(matching) > depth:
+        threshold = np.partition(scores[matching], len(matching) - depth)[len(matching) - depth]
+        matching = matching[scores[matching] >= threshold]
+    return matching[np.argsort(-scores[matching], kind="stable")][:depth]
+
+
 class BM25:
     """An index of one corpus. Holds 4 bytes a word while it is built and 8 bytes a posting after; never the texts."""
 
@@ -69,18 +80,17 @@ class BM25:
         self._index.index(Tokenized(ids=documents, vocab=vocabulary), show_progress=False)
         self._vocabulary = vocabulary
 
-    def search(self, query: str, depth: int, without: str | None = None) -> list[Scored]:
-        """The best ``depth`` documents, best first, leaving out the document with id ``without``."""
+    def scores(self, query: str) -> Float32:
+        """(N,) the score of every document of the corpus, in its order; 0 of those that share no word."""
         words = [self._vocabulary[word] for word in self._analyze(query) if word in self._vocabulary]
         if not words:
-            return []
-        scores = np.asarray(self._index.get_scores_from_ids(words), dtype=np.float32)
-        matching = np.flatnonzero(scores > 0)
-        wanted = depth + (without is not None)
-        if len(matching) > wanted:
-            threshold = np.partition(scores[matching], len(matching) - wanted)[len(matching) - wanted]
-            matching = matching[scores[matching] >= threshold]
-        order = matching[np.argsort(-scores[matching], kind="stable")]
+            return np.zeros(len(self._corpus), dtype=np.float32)
+        return np.asarray(self._index.get_scores_from_ids(words), dtype=np.float32)
+
+    def search(self, query: str, depth: int, without: str | None = None) -> list[Scored]:
+        """The best ``depth`` documents, best first, leaving out the document with id ``without``."""
+        scores = self.scores(query)
+        order = best(scores, depth + (without is not None))
         found = (Scored(self._corpus.id_at(int(place)), float(scores[place])) for place in order)
         return list(itertools.islice((scored for scored in found if scored.doc_id != without), depth))
 

@@ -1,0 +1,174 @@
+"""``turborank distill lists`` and ``score``: training lists from what there is, and teachers' scores of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turborank import cli_options as options
+
+if TYPE_CHECKING:
+    pass
+
+LISTS_EXAMPLES = (
+    ("questions with their passages, one JSON object a line", "turborank distill lists faq=pairs.jsonl.gz --out lists"),
+    (
+        "documents alone: queries are made from them",
+        "turborank distill lists --passages wiki=wiki.jsonl --sentences 5000 --keywords 2000",
+    ),
+    (
+        "candidates of a bi-encoder, too, and 2 % of the queries kept for measuring",
+        "turborank distill lists faq=pairs.jsonl --dense-model all-MiniLM-L6-v2/ --held-out 0.02",
+    ),
+)
+SCORE_EXAMPLES = (
+    (
+        "BM25 and a bi-encoder as teachers",
+        "turborank distill score lists -t bm25 -t minilm=biencoder:all-MiniLM-L6-v2/",
+    ),
+)
+
+Out = Annotated[Path, typer.Option(help="The training folder to make.")]
+Sources = Annotated[
+    list[str] | None, typer.Argument(help="NAME=FILE: examples as JSON lines (.gz too).", show_default=False)
+]
+Long = Annotated[
+    list[str] | None,
+    typer.Option("--passages", help="NAME=FILE: long documents, cut into passages.", show_default=False),
+]
+Caps = Annotated[
+    list[str] | None,
+    typer.Option("--cap", help="NAME=NUMBER: at most so many examples (passages) of a source.", show_default=False),
+]
+Clean = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="RULE,… for all texts or NAME=RULE,… for a source's: treebank, transcript, alternatives, spaces.",
+        show_default=False,
+    ),
+]
+Words = Annotated[int | None, typer.Option(help="Keep this many words of a passage.", show_default="all")]
+MinWords = Annotated[int, typer.Option(help="Leave out shorter passages.")]
+Sentences = Annotated[int, typer.Option(help="Queries to make: a sentence each.")]
+Spans = Annotated[int, typer.Option(help="Queries to make: two or three consecutive sentences each.")]
+Keywords = Annotated[int, typer.Option(help="Queries to make: a sentence's rarest words each.")]
+HeldOut = Annotated[float, typer.Option(help="Share of the labelled queries that is kept for measuring.")]
+Bm25 = Annotated[int, typer.Option(help="Documents of a pool that are drawn from BM25's best.")]
+Bm25Depth = Annotated[int, typer.Option(help="How many those are.")]
+DenseModel = Annotated[
+    Path | None, typer.Option(help="A bi-encoder (sentence-transformers folder) that brings candidates.")
+]
+Dense = Annotated[int, typer.Option(help="Documents of a pool that are drawn from the bi-encoder's best.")]
+DenseDepth = Annotated[int, typer.Option(help="How many those are.")]
+Random = Annotated[int, typer.Option(help="Documents of a pool that are drawn from all.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+
+Folder = Annotated[Path, typer.Argument(help="The training folder.")]
+Teachers = Annotated[
+    list[str],
+    typer.Option("--teacher", "-t", help="NAME=KIND:WHERE; kinds: bm25, biencoder:FOLDER.", show_default=False),
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder where teachers' answers are kept.", show_default="cache/ in the folder")
+]
+
+
+def lists(
+    sources: Sources = None,
+    out: Out = Path("lists"),
+    passages: Long = None,
+    cap: Caps = None,
+    clean: Clean = None,
+    words: Words = None,
+    min_words: MinWords = 1,
+    sentences: Sentences = 0,
+    spans: Spans = 0,
+    keywords: Keywords = 0,
+    held_out: HeldOut = 0.0,
+    bm25: Bm25 = 20,
+    bm25_depth: Bm25Depth = 50,
+    dense_model: DenseModel = None,
+    dense: Dense = 12,
+    dense_depth: DenseDepth = 30,
+    random: Random = 6,
+    seed: Seed = 0,
+) -> None:
+    """Make a training folder: queries, passages, and of each query a pool of candidates.
+
+    Identical texts are merged; labels that came with the data are kept. The folder is in BEIR's layout with a TREC
+    run, so turborank evaluate reads it, too. The same command makes the same bytes.
+    """
+    from turborank.distill.collection import Recipe, Source
+    from turborank.distill.lists import build
+    from turborank.distill.mine import PoolPlan
+
+    recipe = Recipe(
+        sources=(
+            *(Source(name, Path(path)) for name, path in _named(sources, "SOURCES")),
+            *(Source(name, Path(path), long=True) for name, path in _named(passages, "--passages")),
+        ),
+        caps={name: _number(value, "--cap") for name, value in _named(cap, "--cap")},
+        clean=_cleaning(clean or ()),
+        words=words,
+        min_words=min_words,
+        pseudo={"sentence": sentences, "span": spans, "keywords": keywords},
+        held_out=held_out,
+        seed=seed,
+    )
+    plan = PoolPlan(bm25, bm25_depth, dense if dense_model else 0, dense_depth, random)
+    with options.progress() as progress:
+        manifest = build(recipe, out, plan, dense=dense_model, progress=progress)
+    counts = manifest["counts"]
+    print(
+        f"{out}: {counts['queries']:,} queries, {counts['passages']:,} passages, {counts['pool_places']:,} pool places"
+    )
+    for source, count in counts["queries_of_source"].items():
+        print(f"  {count:>7,} queries of {source}")
+    print(f"  {counts['held_out_queries']:>7,} of them held out (qrels/dev.tsv)")
+    for what, count in manifest["left_out"].items():
+        print(f"  left out: {count:,} {what}")
+
+
+def score(folder: Folder, teacher: Teachers, cache: Cache = None) -> None:
+    """Let teachers score the pools of a training folder.
+
+    Writes scores/NAME.trec and scores/NAME.json, which says whose the scores are. What a teacher has said is
+    remembered: a run that was interrupted goes on, and nothing is asked twice.
+    """
+    from turborank.distill import teacher as teachers
+    from turborank.distill.folder import TrainingFolder
+
+    specs = [teachers.parse(text) for text in teacher]
+    with options.progress() as progress:
+        lists = TrainingFolder.load(folder)
+        paths = [teachers.score(lists, spec, cache=cache, progress=progress) for spec in specs]
+    for path in paths:
+        print(path)
+
+
+def _named(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
+    """NAME=VALUE arguments."""
+    pairs = [value.partition("=") for value in values or ()]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"expected NAME=VALUE, got {name + equals + value!r}", param_hint=option)
+    return [(name, value) for name, _, value in pairs]
+
+
+def _number(text: str, option: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"expected a number, got {text!r}", param_hint=option)
+    return int(text)
+
+
+def _cleaning(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Rules by source, those without a source under ""; a source's own rules replace the general ones."""
+    rules: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        name, equals, named = value.partition("=")
+        source, chosen = (name, named) if equals else ("", value)
+        rules[source] = (*rules.get(source, ()), *chosen.split(","))
+    return rules
