@@ -17,7 +17,7 @@ help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
 	@echo "make check      ruff (lint, format) and mypy --strict"
 	@echo "make test       the tests; choose some with  make test ARGS='tests/test_tokens.py -k windows'"
-	@echo "make conformance  the real clients against our server (make conformance-core: five of them); CLIENTS=folder for theirs"
+	@echo "make conformance  the real clients against our server (conformance-core: five of them); CLIENTS=folder for their environments"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
 	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
 	@echo "make sanitize   the native engine under address and undefined-behaviour sanitizers"

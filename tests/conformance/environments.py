@@ -16,11 +16,15 @@ HERE = Path(__file__).parent / "clients"
 
 
 class Environment(NamedTuple):
-    """What to install, the script that drives it, and whether it is one of the core five."""
+    """What to install, the script that drives it, whether it is one of the core five, and what replaces a part of it.
+
+    ``forced`` packages are installed last and without their dependencies.
+    """
 
     packages: tuple[str, ...]
     script: str
     core: bool = False
+    forced: tuple[str, ...] = ()
 
 
 ENVIRONMENTS = {
@@ -28,6 +32,8 @@ ENVIRONMENTS = {
     "cohere": Environment(("cohere==7.3.1",), "cohere_client.py", core=True),
     "cohere5": Environment(("cohere==5.21.1",), "cohere_client.py"),
     "litellm": Environment(("litellm==1.106.2",), "litellm_client.py", core=True),
+    # it asks for a certifi that is newer than the newest one
+    "litellm-newest": Environment(("litellm==1.106.2",), "litellm_client.py", forced=("litellm==1.109.1",)),
     "voyageai": Environment(("voyageai==0.5.0",), "voyageai_client.py", core=True),
     "llamaindex": Environment(
         (
@@ -52,13 +58,16 @@ ENVIRONMENTS = {
 
 def python(name: str) -> Path:
     """The interpreter of an environment, which is made if it is not there."""
+    environment = ENVIRONMENTS[name]
     folder = Path(os.environ[VARIABLE]) / name
     interpreter = folder / "bin" / "python"
-    wanted = "\n".join(ENVIRONMENTS[name].packages)
+    wanted = "\n".join(environment.packages + environment.forced)
     stamp = folder / "installed"
     if not stamp.exists() or stamp.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, *ENVIRONMENTS[name].packages], check=True)
+        install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+        subprocess.run([*install, *environment.packages], check=True)
+        if environment.forced:
+            subprocess.run([*install, "--no-deps", *environment.forced], check=True)
         stamp.write_text(wanted)
     return interpreter

@@ -1,6 +1,6 @@
 import cohere
 from cohere.core.request_options import RequestOptions
-from probe import main
+from probe import main, strings
 
 ONCE = RequestOptions(max_retries=0)
 
@@ -16,26 +16,37 @@ def read(response):
 
 
 def v2(call):
-    return read(cohere.ClientV2(call.key, base_url=call.base).rerank(**given(call), request_options=ONCE))
+    return read(cohere.ClientV2(call.key, base_url=call.base).rerank(**given(strings(call)), request_options=ONCE))
 
 
 def v2_under_v1(call):
-    return read(cohere.ClientV2(call.key, base_url=f"{call.base}/v1").rerank(**given(call), request_options=ONCE))
+    client = cohere.ClientV2(call.key, base_url=f"{call.base}/v1")
+    return read(client.rerank(**given(strings(call)), max_tokens_per_doc=None, request_options=ONCE))
 
 
 def v1(call):
     response = cohere.Client(call.key, base_url=call.base).rerank(
         **given(call), return_documents=True, max_chunks_per_doc=None, request_options=ONCE
     )
-    assert all(one.document.text == call.documents[one.index] for one in response.results)
+    for one in response.results:
+        document = call.documents[one.index]
+        assert one.document.text == (document if isinstance(document, str) else document["text"])
     return read(response)
 
 
-def v1_mappings(call):
-    documents = [{"text": text, "id": str(place)} for place, text in enumerate(call.documents)]
+def v1_fields(call):
+    """Mappings, and which of their fields are read."""
+    documents = [one if isinstance(one, dict) else {"text": one, "id": "7"} for one in call.documents]
     asked = {**given(call), "documents": documents}
-    response = cohere.Client(call.key, base_url=call.base).rerank(**asked, rank_fields=["text"], request_options=ONCE)
-    return read(response)
+    fields = ["title", "text"]
+    return read(cohere.Client(call.key, base_url=call.base).rerank(**asked, rank_fields=fields, request_options=ONCE))
 
 
-main({"v2": v2, "v2_under_v1": v2_under_v1, "v1": v1, "v1_mappings": v1_mappings})
+def patient(call):
+    """Twice, the second time too soon: its own retry waits as long as Retry-After says."""
+    client = cohere.ClientV2(call.key, base_url=call.base)
+    client.rerank(**given(strings(call)), request_options=ONCE)
+    return read(client.rerank(**given(call), request_options=RequestOptions(max_retries=1)))
+
+
+main({"v2": v2, "v2_under_v1": v2_under_v1, "v1": v1, "v1_fields": v1_fields}, patient=patient, page="cohere.md")

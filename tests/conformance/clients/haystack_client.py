@@ -2,7 +2,7 @@ from haystack import Document
 from haystack.utils import Secret
 from haystack_integrations.components.rankers.cohere import CohereRanker
 from haystack_integrations.components.rankers.jina import JinaRanker
-from probe import main
+from probe import Cannot, main, plain
 
 
 def ranked(ranker, call):
@@ -11,14 +11,20 @@ def ranked(ranker, call):
     return [(one.meta["place"], one.score) for one in found]
 
 
+def positive(call):
+    if call.top_n is not None and call.top_n < 1:
+        raise Cannot("it refuses such numbers itself")
+    return plain(call)
+
+
 def jina(call):
     key = Secret.from_token(call.key)
-    return ranked(JinaRanker(call.model, key, top_k=call.top_n, base_url=f"{call.base}/v1/rerank"), call)
+    return ranked(JinaRanker(call.model, key, base_url=f"{call.base}/v1/rerank"), positive(call))
 
 
 def cohere(call):
     key = Secret.from_token(call.key)
-    return ranked(CohereRanker(call.model, top_k=call.top_n, api_key=key, api_base_url=call.base), call)
+    return ranked(CohereRanker(call.model, api_key=key, api_base_url=call.base), positive(call))
 
 
-main({"jina": jina, "cohere": cohere})
+main({"jina": jina, "cohere": cohere}, page="haystack.md")

@@ -2,7 +2,7 @@ from infinity_client import Client
 from infinity_client.api.default import rerank
 from infinity_client.models import HTTPValidationError, RerankInput
 from langchain_community.document_compressors.infinity_rerank import InfinityRerank
-from probe import main
+from probe import main, own_top, plain, strings
 
 
 def server(call):
@@ -11,7 +11,7 @@ def server(call):
 
 
 def client(call):
-    body = RerankInput(call.query, call.documents, model=call.model, top_n=call.top_n, return_documents=True)
+    body = RerankInput(call.query, strings(call).documents, model=call.model, top_n=call.top_n, return_documents=True)
     answer = rerank.sync(client=server(call), body=body)
     if isinstance(answer, HTTPValidationError):
         raise ValueError(answer.detail[0].msg)
@@ -19,8 +19,8 @@ def client(call):
 
 
 def langchain(call):
-    ranker = InfinityRerank(client=server(call), model=call.model, top_n=call.top_n)
+    ranker = InfinityRerank(client=server(own_top(plain(call))), model=call.model, top_n=call.top_n)
     return [(one["index"], one["relevance_score"]) for one in ranker.rerank(call.documents, call.query)]
 
 
-main({"client": client, "langchain": langchain})
+main({"client": client, "langchain": langchain}, page="infinity.md")

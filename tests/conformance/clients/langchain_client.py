@@ -3,7 +3,7 @@ from langchain_cohere import CohereRerank
 from langchain_community.document_compressors import JinaRerank
 from langchain_core.documents import Document
 from langchain_voyageai import VoyageAIRerank
-from probe import main
+from probe import main, strings
 
 
 def cohere(call):
@@ -19,9 +19,10 @@ def jina(call):
 
 def voyage(call):
     ranker = VoyageAIRerank(api_key=call.key, base_url=f"{call.base}/v1", model=call.model, top_k=call.top_n)
-    documents = [Document(page_content=text, metadata={"place": place}) for place, text in enumerate(call.documents)]
+    texts = strings(call).documents
+    documents = [Document(page_content=text, metadata={"place": place}) for place, text in enumerate(texts)]
     found = ranker.compress_documents(documents, call.query)
     return [(one.metadata["place"], one.metadata["relevance_score"]) for one in found]
 
 
-main({"cohere": cohere, "jina": jina, "voyage": voyage})
+main({"cohere": cohere, "jina": jina, "voyage": voyage}, page="langchain.md")

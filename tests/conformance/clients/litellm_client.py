@@ -1,11 +1,11 @@
 import litellm
-from probe import main
+from probe import main, strings
 
 
-def way(provider, path="", **extra):
+def way(provider, path="", own=lambda call: call, **extra):
     def rank(call):
         response = litellm.rerank(
-            model=f"{provider}/{call.model}", query=call.query, documents=call.documents, top_n=call.top_n,
+            model=f"{provider}/{call.model}", query=call.query, documents=own(call).documents, top_n=call.top_n,
             api_base=call.base + path, api_key=call.key, max_retries=0, **extra,
         )  # fmt: skip
         return [(one["index"], one["relevance_score"]) for one in response.results]
@@ -19,7 +19,8 @@ main(
         "cohere": way("cohere"),
         "infinity": way("infinity", "/infinity", return_documents=True),
         "hosted_vllm": way("hosted_vllm"),
-        "huggingface": way("huggingface"),
-        "voyage": way("voyage"),
-    }
+        "huggingface": way("huggingface", own=strings),
+        "voyage": way("voyage", "/voyage", own=strings),
+    },
+    page="litellm.md",
 )

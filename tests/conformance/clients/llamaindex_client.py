@@ -2,7 +2,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.postprocessor.cohere_rerank import CohereRerank
 from llama_index.postprocessor.jinaai_rerank import JinaRerank
 from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
-from probe import main
+from probe import main, own_top, plain
 
 
 def ranked(postprocessor, call):
@@ -11,18 +11,15 @@ def ranked(postprocessor, call):
 
 
 def jina(call):
-    return ranked(JinaRerank(call.top_n, call.model, f"{call.base}/v1", call.key), call)
+    return ranked(JinaRerank(plain(call).top_n, call.model, f"{call.base}/v1", call.key), call)
 
 
 def cohere(call):
-    return ranked(CohereRerank(call.top_n, call.model, call.key, base_url=call.base, max_retries=0), call)
+    return ranked(CohereRerank(plain(call).top_n, call.model, call.key, base_url=call.base, max_retries=0), call)
 
 
 def tei(call):
-    server = TextEmbeddingInference(
-        call.top_n, call.base, auth_token=f"Bearer {call.key}", truncate_text="strict" not in call.model
-    )
-    return ranked(server, call)
+    return ranked(TextEmbeddingInference(own_top(plain(call)).top_n, call.base, auth_token=f"Bearer {call.key}"), call)
 
 
-main({"jina": jina, "cohere": cohere, "tei": tei})
+main({"jina": jina, "cohere": cohere, "tei": tei}, page="llamaindex.md")

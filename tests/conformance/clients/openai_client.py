@@ -3,23 +3,20 @@ import openai
 from probe import main
 
 
-def client(call):
-    return openai.OpenAI(base_url=f"{call.base}/v1", api_key=call.key, max_retries=0)
+def client(call, retries=0):
+    return openai.OpenAI(base_url=f"{call.base}/v1", api_key=call.key, max_retries=retries)
 
 
 def body(call):
     return {"model": call.model, "query": call.query, "documents": call.documents, "top_n": call.top_n}
 
 
+def read(response):
+    return [(one["index"], one["relevance_score"]) for one in response.json()["results"]]
+
+
 def post(call):
-    response = client(call).post("/rerank", cast_to=httpx2.Response, body=body(call))
-    return [(one["index"], one["relevance_score"]) for one in response.json()["results"]]
-
-
-def retried(call):
-    """With its own retries, which honour Retry-After; only the refusals differ from the way above."""
-    response = client(call).with_options(max_retries=1).post("/rerank", cast_to=httpx2.Response, body=body(call))
-    return [(one["index"], one["relevance_score"]) for one in response.json()["results"]]
+    return read(client(call).post("/rerank", cast_to=httpx2.Response, body=body(call)))
 
 
 def models(call):
@@ -30,4 +27,11 @@ def models(call):
     return post(call)
 
 
-main({"post": post, "models": models})
+def patient(call):
+    """Twice, the second time too soon: its own retry waits as long as Retry-After says."""
+    asking = client(call, retries=1)
+    asking.post("/rerank", cast_to=httpx2.Response, body=body(call))
+    return read(asking.post("/rerank", cast_to=httpx2.Response, body=body(call)))
+
+
+main({"post": post, "models": models}, patient=patient, page="openai.md")

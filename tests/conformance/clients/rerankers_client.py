@@ -1,4 +1,4 @@
-from probe import main
+from probe import main, own_top, strings
 from rerankers import Reranker
 
 
@@ -7,8 +7,9 @@ def way(kind, path):
         ranker = Reranker(
             call.model, model_type=kind, api_provider=kind, api_key=call.key, url=call.base + path, verbose=0
         )
-        found = ranker.rank(call.query, call.documents, doc_ids=list(range(len(call.documents))))
-        return [(one.document.doc_id, one.score) for one in found.top_k(call.top_n)]
+        texts = strings(own_top(call)).documents
+        found = ranker.rank(call.query, texts, doc_ids=list(range(len(texts))))
+        return [(one.document.doc_id, one.score) for one in found.top_k(call.top_n or len(texts))]
 
     return rank
 
@@ -19,5 +20,6 @@ main(
         "cohere": way("cohere", "/v2/rerank"),
         "voyage": way("voyage", "/v1/rerank"),
         "tei": way("text-embeddings-inference", "/rerank"),
-    }
+    },
+    page="rerankers.md",
 )
