@@ -17,7 +17,8 @@ help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
 	@echo "make check      ruff (lint, format) and mypy --strict"
 	@echo "make test       the tests; choose some with  make test ARGS='tests/test_tokens.py -k windows'"
-	@echo "make conformance  the real clients against our server (conformance-core: five of them); CLIENTS=folder for their environments"
+	@echo "make conformance  the real clients against our server (conformance-core: five of them), and mteb, LlamaIndex,"
+	@echo "                ir_datasets and sentence-transformers beside our evaluation; CLIENTS=folder for their environments"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
 	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
 	@echo "make sanitize   the native engine under address and undefined-behaviour sanitizers"
@@ -44,7 +45,7 @@ test: $(READY)
 CLIENTS ?= $(HOME)/.cache/turborank-conformance
 
 conformance: $(READY)
-	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py $(ARGS)
+	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py tests/conformance/test_peers.py $(ARGS)
 
 conformance-core: $(READY)
 	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py -m core $(ARGS)

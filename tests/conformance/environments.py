@@ -1,6 +1,8 @@
-"""ENVIRONMENTS: the clients, each in an environment of its own, because they cannot be installed together.
+"""Clients and peers, each in an environment of its own, because they cannot be installed together.
 
-They live in the folder that TURBORANK_CONFORMANCE names, are made when missing, and are never part of this repository.
+ENVIRONMENTS are clients of the service, each driven by a script in ``clients/``. PEERS are libraries that evaluate or
+score; one of our test files runs beside each. The environments live in the folder that TURBORANK_CONFORMANCE names, are
+made when missing, and are never part of this repository.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ HERE = Path(__file__).parent / "clients"
 
 
 class Environment(NamedTuple):
-    """What to install, the script that drives it, whether it is one of the core five, and what replaces a part of it.
+    """What to install, what drives it (a client's script, a peer's tests), if it is one of the core five.
 
     ``forced`` packages are installed last and without their dependencies.
     """
@@ -56,9 +58,27 @@ ENVIRONMENTS = {
 }
 
 
+# What turborank itself needs there. Its sources come from this checkout; the engine is the reference, in numpy.
+_OURS = ("numpy>=2", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich", "tqdm", "pytest>=8.3")
+_EVAL = (*_OURS, "ir-measures", "bm25s", "PyStemmer", "matplotlib")
+_TORCH = "torch==2.13.0"  # the Makefile's: another version may be a build of several gigabytes
+
+PEERS = {
+    "mteb": Environment(("mteb==2.26.24", _TORCH, *_EVAL), "conformance/test_mteb.py"),
+    "llamaindex-evaluation": Environment(
+        ("llama-index-core==0.14.25", *_EVAL), "conformance/test_llamaindex_evaluation.py"
+    ),
+    "llamaindex-evaluation-0.12": Environment(
+        ("llama-index-core==0.12.52.post1", *_EVAL), "conformance/test_llamaindex_evaluation.py"
+    ),
+    "ir-datasets": Environment(("ir-datasets==0.6.3", *_EVAL), "conformance/test_ir_datasets.py"),
+    "sentence-transformers": Environment(("sentence-transformers==6.2.0", _TORCH, *_OURS), "test_compat.py"),
+}
+
+
 def python(name: str) -> Path:
     """The interpreter of an environment, which is made if it is not there."""
-    environment = ENVIRONMENTS[name]
+    environment = {**ENVIRONMENTS, **PEERS}[name]
     folder = Path(os.environ[VARIABLE]) / name
     interpreter = folder / "bin" / "python"
     wanted = "\n".join(environment.packages + environment.forced)

@@ -16,6 +16,7 @@ from turborank.evaluate.convert import cut, holder
 from turborank.evaluate.corpus import JsonlCorpus, MemoryCorpus
 from turborank.evaluate.datasets import expand, load
 from turborank.evaluate.first_stage import bm25_run
+from turborank.evaluate.measures import means, per_query
 from turborank.evaluate.runs import Scored, read_qrels, read_run, write_run
 from turborank.evaluate.table import PUBLISHED
 
@@ -128,6 +129,20 @@ def test_a_llamaindex_file(tmp_path: Path) -> None:
         load(str(path))
 
 
+def test_a_llamaindex_file_with_an_id_twice_and_a_query_without_answers(tmp_path: Path) -> None:
+    path = tmp_path / "questions.json"
+    path.write_text('{"queries": {"a": "why?", "a": "how?"}, "corpus": {}, "relevant_docs": {}}')
+    with pytest.raises(InputError, match=r"each key once in a JSON object, got 'a' again in .*questions\.json"):
+        load(str(path))
+    path.write_text(
+        '{"queries": {"a": "why?", "b": "how?"}, "corpus": {"x": "so"}, "relevant_docs": {"a": ["x"], "b": []}}'
+    )
+    dataset = load(str(path))
+    assert any("queries without a relevant document (grade 1 or more): 1;" in note for note in dataset.notes)
+    run = {"a": [Scored("x", 1.0)], "b": [Scored("x", 1.0)]}
+    assert means(per_query(run, dataset.qrels, ["nDCG@10", "hit_rate@1"])) == {"nDCG@10": 0.5, "hit_rate@1": 0.5}
+
+
 def test_chunks_hold_every_character_once_and_know_their_references() -> None:
     text = "one two three  four five\nsix seven"
     spans = cut(text, words=3)
@@ -201,14 +216,16 @@ BAD_RUNS = [
     ("q1 Q0 d1 1 2.5", r"six columns .*got 5 at .*run\.trec:2"),
     ("q1 Q0 d1 1 nan tag", r"finite score in column five, got 'nan' at .*run\.trec:2"),
     ("q1 Q0 d1 1 high tag", r"got 'high' at .*run\.trec:2"),
+    (b"q1 Q0 \xe9 2 1.5 tag", r"expected UTF-8, got byte 0xe9 at .*run\.trec:2"),
     ("q1 Q0 d2 2 1.5 tag", r"each document once a query, got 'd2' again at .*run\.trec:2"),
 ]
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_RUNS)
-def test_bad_runs_are_named_with_their_line(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_runs_are_named_with_their_line(tmp_path: Path, line: str | bytes, message: str) -> None:
     path = tmp_path / "run.trec"
-    path.write_text(f"q1 Q0 d2 1 3.5 tag\n{line}\n")
+    path.write_text("q1 Q0 d2 1 3.5 tag\n")
+    append(path, line)
     with pytest.raises(InputError, match=message):
         read_run(path)
 

@@ -74,6 +74,16 @@ def test_a_reference_that_is_not_at_its_offsets(tmp_path: Path) -> None:
         load(str(write_chunks(tmp_path / "talks", 3, "w201 w202")))
 
 
+def test_a_quote_without_its_end(tmp_path: Path) -> None:
+    folder = write_chunks(tmp_path / "talks", 0, "w0 w1")
+    with (folder / "questions_df.csv").open("a") as file:
+        file.write('who?,"[{,sea\n')
+    with pytest.raises(
+        InputError, match=r"comma-separated values, got unexpected end of data at .*questions_df\.csv:3"
+    ):
+        load(str(folder))
+
+
 @pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.group in ("rag", "collections")])
 def test_collections_at_hand_are_what_the_table_says(shared: Path, name: str) -> None:
     if not (shared / name).is_dir():

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from turborank.evaluate.corpus import Corpus, JsonlCorpus, MemoryCorpus, Step, d
 from turborank.evaluate.files import decode, open_binary, parse_object, read_lines, string_field
 from turborank.evaluate.runs import Qrels, read_qrels
 
+MAX_FIELD = 1 << 24  # characters of a CSV field: references may quote pages
 CHUNK_WORDS = 200  # words of a chunk, where a collection is whole texts
 
 
@@ -47,8 +48,16 @@ def _whole_text(path: Path) -> str:
 
 def _json_file(path: Path) -> Any:
     text = _whole_text(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise InputError(f"expected each key once in a JSON object, got {twice!r} again in {path}")
+        return value
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise InputError(f"expected JSON, got {error.msg} at {path}:{error.lineno}") from error
 
@@ -154,6 +163,15 @@ def holder(chunks: list[tuple[int, int]], start: int, end: int) -> int:
     return max(range(len(chunks)), key=lambda i: (min(end, chunks[i][1]) - max(start, chunks[i][0]), -i))
 
 
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(io.StringIO(_whole_text(path)), strict=True)
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise InputError(f"expected comma-separated values, got {error} at {path}:{reader.reader.line_num}") from error
+
+
 def chunks(folder: Path, split: str, progress: Step | None) -> Parts:
     """chunking_evaluation: ``questions_df.csv`` with the spans that answer, over ``corpora/*.md``."""
     texts = {path.stem: _whole_text(path) for path in sorted((folder / "corpora").glob("*.md"))}
@@ -162,7 +180,7 @@ def chunks(folder: Path, split: str, progress: Step | None) -> Parts:
     path = folder / "questions_df.csv"
     queries: dict[str, str] = {}
     qrels: Qrels = {}
-    for number, row in enumerate(csv.DictReader(io.StringIO(_whole_text(path))), 1):
+    for number, row in enumerate(_rows(path), 1):
         try:
             name, references = row["corpus_id"], json.loads(row["references"])
             places = [holder(spans[name], int(ref["start_index"]), int(ref["end_index"])) for ref in references]

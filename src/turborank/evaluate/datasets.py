@@ -108,7 +108,7 @@ def _checked(name: str, split: str, parts: Parts, row: Row | None, keep_unknown:
     if empty:
         notes.append(f"empty queries: {len(empty)} ({_examples(empty)}); they retrieve nothing and count as zero")
     relevant_from = row.relevant_from if row else 1
-    hopeless = sum(max(judged.values()) < relevant_from for judged in parts.qrels.values())
+    hopeless = sum(max(judged.values(), default=0) < relevant_from for judged in parts.qrels.values())
     if hopeless:
         notes.append(
             f"queries without a relevant document (grade {relevant_from} or more): {hopeless}; they count as zero"
