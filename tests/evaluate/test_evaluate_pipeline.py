@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import small_config, write_checkpoint
-from mini import QUERIES, append
+from mini import QUERIES, append, write_mini
 
 from turborank import InputError, Reranker
 from turborank.evaluate import Evaluation, evaluate
@@ -91,6 +91,18 @@ def test_reports_stand_alone_and_say_what_was_found(mini: Path, model: Reranker,
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in page
+
+
+def test_several_datasets_stand_in_one_picture(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    other = write_mini(tmp_path / "other")
+    found = evaluate([str(mini), str(other)], [model], out=tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("Difference from the first stage</h3>") == 1
+    assert page.count("<figure") == 1 + 2 * 4
+    ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
+    assert len(ids) == len(set(ids))
+    mean = np.mean([result.systems[1].means["nDCG@10"] for result in found.results])
+    assert f"{mean:.4f}" in page
 
 
 @pytest.mark.parametrize("threads", [1, 2])

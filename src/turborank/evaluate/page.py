@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 
 from turborank.evaluate.measures import RESAMPLES, SEED, Comparison
-from turborank.evaluate.plots import SERIES, all_plots
+from turborank.evaluate.plots import SERIES, all_plots, differences
 from turborank.evaluate.results import Evaluation, Line, Result, System
 from turborank.evaluate.table import PUBLISHED, Published
 
@@ -38,7 +38,8 @@ def page(
         f'<p class="quiet">{escape(system["created"][:16].replace("T", " "))} UTC · {escape(system["cpu"])} '
         f"· {system['cores']} cores · turborank {escape(system['versions']['turborank'])}</p>"
         f"<nav>{links}</nav></header>\n"
-        f"<main><h2>Summary</h2>{_summary(lines, heads)}{_published_averages(averages)}{body}</main>\n"
+        f"<main><h2>Summary</h2>{_summary(lines, heads)}{_overview(evaluation)}{_published_averages(averages)}"
+        f"{body}</main>\n"
         f"<footer>{FOOTER}</footer></body></html>\n"
     )
 
@@ -56,8 +57,11 @@ def _dot(place: int) -> str:
 
 
 def table(heads: Iterable[str], rows: str) -> str:
-    """A table of these column heads (text) and rows (HTML)."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
+    """A table of these column heads (text; < before one puts it to the left) and rows (HTML)."""
+    head = "".join(
+        f'<th class="left">{escape(cell[1:])}</th>' if cell.startswith("<") else f"<th>{escape(cell)}</th>"
+        for cell in heads
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -97,6 +101,21 @@ def _delta(value: float) -> str:
     return f'<small class="{"up" if value > 0 else "down" if value < 0 else ""}">{value:+.4f}</small>'
 
 
+def _overview(evaluation: Evaluation) -> str:
+    """All datasets in one picture, where there are several."""
+    if len(evaluation.results) < 2 or all(len(result.systems) < 2 for result in evaluation.results):
+        return ""
+    title, caption = (
+        "Difference from the first stage",
+        "Point: mean over queries. Line: 95 % interval, paired bootstrap.",
+    )
+    picture = differences(evaluation.results).replace("<svg", labelled(title), 1)
+    return (
+        f'<div class="plots"><figure class="wide"><h3>{title}</h3><figcaption>{caption}</figcaption>{picture}'
+        "</figure></div>"
+    )
+
+
 def _published_averages(averages: Sequence[tuple[str, Published]]) -> str:
     if not averages:
         return ""
@@ -107,7 +126,7 @@ def _published_averages(averages: Sequence[tuple[str, Published]]) -> str:
     )
     return (
         "<details><summary>Averages the models' authors have published for whole groups</summary>"
-        f"{table(['model', 'group', 'value', 'source'], rows)}</details>"
+        f"{table(['model', '<group', 'value', '<source'], rows)}</details>"
     )
 
 
@@ -169,11 +188,11 @@ def _comparisons(result: Result) -> str:
     rows = "".join(
         f'<tr><td>{escape(ours)}</td><td class="left">{escape(theirs)}</td>'
         f'<td class="{_sign(c)}">{c.difference:+.4f}</td>'
-        f"<td>{c.low:+.4f} … {c.high:+.4f}</td><td>{_forest(c, reach)}</td><td>{c.p_value:.4f}</td>"
-        f"<td>{c.better}</td><td>{c.worse}</td><td>{c.equal}</td></tr>"
+        f"<td>{_forest(c, reach)}</td><td>{c.low:+.4f} … {c.high:+.4f}</td><td>{c.p_value:.4f}</td>"
+        f"<td>{c.better} / {c.worse} / {c.equal}</td></tr>"
         for ours, theirs, c in found
     )
-    heads = ["system", "against", f"{result.measure} difference", "95 % interval", "", "p", "better", "worse", "equal"]
+    heads = ["system", "<against", f"{result.measure} gained", "", "95 % interval", "p", "better/worse/equal"]
     return table(heads, rows)
 
 

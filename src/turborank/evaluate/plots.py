@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from turborank.evaluate.results import Result, System
 
@@ -43,6 +42,11 @@ ABOVE: Any = {
 def colour(place: int) -> str:
     """The placeholder of the ``place``-th system."""
     return f"#0b0b0{place % SERIES}"
+
+
+def marker(place: int) -> str:
+    """The shape of the ``place``-th system's points, so that colour is never the only difference."""
+    return "osD^vPX*"[place % SERIES]
 
 
 @contextmanager
@@ -87,13 +91,13 @@ def depth_curve(result: Result) -> str:
         for place, system in enumerate(result.systems[1:], 1):
             depths = [depth for depth in system.curve if depth]
             axis.plot(
-                depths, [system.curve[depth] for depth in depths], marker="o", markersize=3.5, linewidth=2,
+                depths, [system.curve[depth] for depth in depths], marker=marker(place), markersize=4.5, linewidth=1.8,
                 color=colour(place), label=system.name,
             )  # fmt: skip
         deepest = max((depth for system in result.systems for depth in system.curve), default=1)
         if deepest > 20:
             axis.set_xscale("log")
-            ticks = [tick for tick in (5, 10, 20, 50, 100, 200, 500, 1000) if tick <= deepest]
+            ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= deepest]
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
         axis.set_xlabel("candidates reranked")
@@ -106,19 +110,52 @@ def gains(result: Result) -> str:
     """Every query's gain or loss against the first stage, from best to worst."""
     models = result.systems[1:]
     base = result.systems[0].values[result.measure]
+    deltas = [np.sort([s.values[result.measure][q] - base[q] for q in base])[::-1] for s in models]
+    reach = max(0.1, *(float(np.abs(values).max(initial=0)) for values in deltas)) * 1.08
     with figure(len(models), 2.6, f"{result.dataset.name}-gains") as (_, axes, svg):
-        for axis, system in zip(axes, models, strict=True):
-            values = system.values[result.measure]
-            deltas = np.sort([values[query_id] - base[query_id] for query_id in values])[::-1]
-            places = np.arange(1, len(deltas) + 1)
-            axis.fill_between(places, np.maximum(deltas, 0), step="mid", color=_GOOD, linewidth=0)
-            axis.fill_between(places, np.minimum(deltas, 0), step="mid", color=_BAD, linewidth=0)
+        for axis, system, values in zip(axes, models, deltas, strict=True):
+            edges = np.arange(len(values) + 1) + 0.5
+            axis.stairs(np.maximum(values, 0), edges, fill=True, color=_GOOD)
+            axis.stairs(np.minimum(values, 0), edges, fill=True, color=_BAD)
             axis.axhline(0, color=MUTED, linewidth=0.8)
+            counts = f"{int((values > 1e-12).sum())} better, {int((values < -1e-12).sum())} worse"
+            axis.text(0.99, 0.97, counts, transform=axis.transAxes, ha="right", va="top", fontsize=8.5)
             axis.set_title(system.name)
             axis.set_xlabel("queries, best gain first")
             axis.set_ylabel(f"{result.measure} gained")
-            axis.set_ylim(-1.05, 1.05)
-            axis.set_xlim(0.5, len(deltas) + 0.5)
+            axis.set_ylim(-reach, reach)
+            axis.set_xlim(0.5, max(len(values), 1) + 0.5)
+    return svg[0]
+
+
+def differences(results: Sequence[Result]) -> str:
+    """How far every system is from the first stage, dataset by dataset, with the interval."""
+    names = list(dict.fromkeys(system.name for result in results for system in result.systems[1:]))
+    step = 0.8 / max(len(names), 1)
+    with figure(1, 0.9 + 0.36 * len(results) * max(1.0, 0.55 * len(names)), "differences", width=9.2) as (
+        _,
+        (axis,),
+        svg,
+    ):
+        axis.axvline(0, color=MUTED, linewidth=1)
+        for place, name in enumerate(names):
+            rows = [
+                (row + (place - (len(names) - 1) / 2) * step, found)
+                for row, result in enumerate(results)
+                for system in result.systems[1:]
+                if system.name == name and (found := system.comparisons.get(result.systems[0].name)) is not None
+            ]
+            ink, shape = colour(place + 1), marker(place + 1)
+            for height, found in rows:
+                axis.plot([found.low, found.high], [height] * 2, color=ink, linewidth=2.2, solid_capstyle="round")
+            axis.plot(
+                [f.difference for _, f in rows], [h for h, _ in rows], shape, color=ink, markersize=6.5, label=name
+            )
+        axis.set_yticks(range(len(results)), [f"{result.dataset.name}  {result.measure}" for result in results])
+        axis.set_ylim(len(results) - 0.5, -0.5)
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel(f"difference from {results[0].systems[0].name}")
+        axis.legend(**ABOVE, ncols=3)
     return svg[0]
 
 
@@ -143,7 +180,8 @@ def distributions(result: Result) -> str:
             bins = np.histogram_bin_edges(np.asarray([*relevant, *other] or [0.0]), bins=40)
             for values, ink, name in ((other, MUTED, "not judged relevant"), (relevant, _GOOD, "relevant")):
                 weights = np.full(len(values), 1 / max(1, len(values)))
-                axis.hist(values, bins=bins, weights=weights, color=ink, alpha=0.55, label=f"{name} ({len(values):,})")
+                axis.hist(values, bins=bins, weights=weights, color=ink, alpha=0.5, label=f"{name} ({len(values):,})")
+                axis.hist(values, bins=bins, weights=weights, color=ink, histtype="step", linewidth=1.2)
             axis.set_title(system.name, pad=26)
             axis.set_xlabel("logit")
             axis.set_ylabel("share")
@@ -152,23 +190,24 @@ def distributions(result: Result) -> str:
 
 
 def latency(result: Result) -> str:
-    """The share of queries answered within a time."""
+    """The share of queries answered within a time, the median marked."""
+    longest = max((max(system.seconds.values(), default=0.0) for system in result.systems[1:]), default=0.0)
+    unit, scale = ("seconds", 1.0) if longest > 3 else ("milliseconds", 1000.0)
     with figure(1, 3.0, f"{result.dataset.name}-latency") as (_, (axis,), svg):
         for place, system in enumerate(result.systems[1:], 1):
-            seconds = np.sort(np.asarray([*system.seconds.values()] or [0.0])) * 1000
-            share = np.arange(1, len(seconds) + 1) / len(seconds)
-            label = _latency_label(system, seconds)
-            axis.step(seconds, share * 100, where="post", linewidth=2, color=colour(place), label=label)
-        axis.set_xlabel(f"milliseconds to rerank a query's candidates (up to {result.depth})")
+            times = np.sort(np.asarray([*system.seconds.values()] or [0.0])) * scale
+            share = np.arange(1, len(times) + 1) / len(times)
+            median, late = np.percentile(times, [50, 95])
+            digits = ".2f" if unit == "seconds" else ".0f"
+            label = f"{system.name}: median {median:{digits}}, 95 % in {late:{digits}} {unit}"
+            axis.step(times, share * 100, where="post", linewidth=1.8, color=colour(place), label=label)
+            axis.plot([median], [50], marker(place), color=colour(place), markersize=6)
+        axis.set_xlabel(f"{unit} to rerank a query's candidates (up to {result.depth})")
         axis.set_ylabel("% of queries")
         axis.set_ylim(0, 102)
         axis.set_xlim(left=0)
         axis.legend(**ABOVE)
     return svg[0]
-
-
-def _latency_label(system: System, seconds: npt.NDArray[np.float64]) -> str:
-    return f"{system.name}: median {np.median(seconds):.0f} ms, 95 % in {np.percentile(seconds, 95):.0f} ms"
 
 
 def all_plots(result: Result) -> Sequence[tuple[str, str, str]]:
@@ -177,7 +216,7 @@ def all_plots(result: Result) -> Sequence[tuple[str, str, str]]:
         return ()
     measure, first = result.measure, result.systems[0].name
     depth = "Only the first d candidates are reranked; the rest stay below in their order."
-    speed = "Share of queries whose candidates were scored within a time, on the machine named above."
+    speed = "Share of queries whose candidates were scored within a time, on the machine named above; the mark: half."
     shape = "Logits of candidates judged relevant, and of all others; each adds up to one."
     return (
         (f"{measure} against depth", depth, depth_curve(result)),
