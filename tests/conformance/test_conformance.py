@@ -22,7 +22,7 @@ import pytest
 pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
 sys.path.append(str(Path(__file__).parents[1] / "serve"))
 
-from environments import ENVIRONMENTS, HERE, VARIABLE, python
+from environments import CLIENTS, HERE, VARIABLE, python
 from helpers import write_checkpoint
 from serving import running
 
@@ -88,7 +88,7 @@ def cases(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             assert answer.status == 200
         # of these a thousand documents use up a minute's tokens and PATIENCE seconds' worth
         tokens = int(answer.json["usage"]["total_tokens"] * 60 / (60 + PATIENCE))
-        hasty = {name: keys.new(file, f"hasty-{name}", tokens=tokens) for name in ENVIRONMENTS}
+        hasty = {name: keys.new(file, f"hasty-{name}", tokens=tokens) for name in CLIENTS}
         plain = {"base": up.url, "key": good, "model": "bees", "query": QUERY, "documents": DOCUMENTS, "top_n": 4}
         yield {
             "success": plain,
@@ -121,7 +121,7 @@ def expected(case: str, asked: dict[str, Any], library: Reranker, way: str = "")
 def drive(name: str, cases: dict[str, Any]) -> dict[str, Any]:
     """What a client's ways to rank, and the snippets of its page, made of the cases."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    command = [str(python(name)), "-W", "ignore", str(HERE / ENVIRONMENTS[name].script)]
+    command = [str(python(name)), "-W", "ignore", str(HERE / CLIENTS[name].script)]
     given = {**cases, "patience": {**cases["patience"], "key": cases["patience"]["key"][name]}}
     done = subprocess.run(
         command, input=json.dumps(given), capture_output=True, text=True, env=environment, timeout=900
@@ -134,10 +134,10 @@ def drive(name: str, cases: dict[str, Any]) -> dict[str, Any]:
 
 
 def marked(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.core if ENVIRONMENTS[name].core else ())
+    return pytest.param(name, marks=pytest.mark.core if CLIENTS[name].core else ())
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in ENVIRONMENTS])
+@pytest.mark.parametrize("name", [marked(name) for name in CLIENTS])
 def test_client(name: str, cases: dict[str, Any], library: Reranker) -> None:
     report = drive(name, cases)
     assert report["ways"]

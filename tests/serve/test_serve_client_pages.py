@@ -14,7 +14,7 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 
 sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
-from environments import ENVIRONMENTS
+from environments import CLIENTS
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "clients"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -111,7 +111,7 @@ def test_the_index_names_every_page_and_every_version_that_is_driven():
     assert set(re.findall(r"\((\w[\w-]*\.md)\)", index)) == {page.name for page in PAGES.glob("*.md")} - {"README.md"}
     driven = {
         package.partition("==")[2]
-        for environment in ENVIRONMENTS.values()
+        for environment in CLIENTS.values()
         for package in (*environment.packages, *environment.forced)
         if "==" in package
     }

@@ -169,21 +169,3 @@ def test_metrics_count_what_happened(model):
         'turborank_stage_seconds_count{stage="compute"} 1.0',
     ):
         assert line in page.splitlines()
-
-
-def test_spans_go_to_opentelemetry(model):
-    memory = pytest.importorskip(
-        "opentelemetry.sdk.trace.export.in_memory_span_exporter", reason="needs pip install 'turborank[otel]'"
-    )
-    from turborank.serve.tracing import Tracer
-
-    exporter = memory.InMemorySpanExporter()
-    with running(model) as up:
-        up.service.tracer = Tracer(exporter=exporter)
-        parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-        assert up.ask("/v1/rerank", BODY, {"traceparent": parent}).status == 200
-        spans = {span.name: span for span in exporter.get_finished_spans()}
-    assert set(spans) == {"rerank", "tokenise", "queue", "compute"}
-    assert spans["rerank"].attributes["turborank.documents"] == 2
-    assert format(spans["rerank"].context.trace_id, "032x") == "0af7651916cd43dd8448eb211c80319c"
-    assert spans["compute"].parent.span_id == spans["rerank"].context.span_id

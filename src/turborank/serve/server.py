@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+import ssl
 import time
 from types import FrameType
 from typing import Any
@@ -67,6 +68,20 @@ def protocol(header_timeout: float) -> type[H11Protocol]:
     return Protocol
 
 
+def check_certificate(settings: Settings) -> None:
+    """Raises InputError unless the certificate and its key can be read and belong together."""
+    if settings.tls_certificate:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")  # never asks a terminal
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(
+                f"expected a PEM certificate at {settings.tls_certificate} and its key at {settings.tls_key}, "
+                f"got: {error}",
+                hint="tls_certificate and tls_key name the files; the key must have no passphrase",
+            ) from None
+
+
 class Server(uvicorn.Server):
     """uvicorn, which on SIGTERM first says it is not ready, waits ``drain`` seconds, then closes the door.
 
@@ -105,6 +120,7 @@ def make(settings: Settings) -> Server:
     service = Service(settings)
     try:
         doors = check_open_door(settings, service)
+        check_certificate(settings)
         server = Server(uvicorn.Config(lambda scope: None, log_config=None), service)
         server.config = uvicorn.Config(
             app.build(service, on_failure=server.fail),

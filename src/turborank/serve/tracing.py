@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from turborank.errors import InputError
+from turborank.serve.problems import Problem
 
 
 class Tracer:
@@ -41,12 +42,24 @@ class Tracer:
         if self._provider is None:
             yield None
             return
-        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace import SpanKind, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         context = TraceContextTextMapPropagator().extract(headers)
-        with self._tracer.start_as_current_span("rerank", context=context, kind=SpanKind.SERVER) as span:
-            yield span
+        # No exceptions are recorded: their messages may quote what the client sent.
+        quiet = {"record_exception": False, "set_status_on_exception": False}
+        with self._tracer.start_as_current_span("rerank", context=context, kind=SpanKind.SERVER, **quiet) as span:
+            try:
+                yield span
+            except BaseException as error:
+                status = error.status if isinstance(error, Problem) else 500
+                span.set_attribute("error.type", error.code if isinstance(error, Problem) else type(error).__name__)
+                if isinstance(error, Problem):
+                    span.set_attribute("http.response.status_code", status)
+                if status >= 500:  # what the client did wrong is no error of this server
+                    span.set_status(StatusCode.ERROR)
+                raise
+            span.set_attribute("http.response.status_code", 200)
 
     def stage(self, name: str, seconds: float) -> None:
         """A stage that has just ended, as a child of the request's span."""
