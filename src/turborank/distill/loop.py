@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -136,27 +137,23 @@ class Run:
         return True
 
     def save(self) -> None:
-        """A checkpoint that ``Reranker`` loads and :meth:`resume` goes on from. It appears whole or not at all."""
+        """A checkpoint that ``Reranker`` loads and :meth:`resume` goes on from."""
         if not self.accelerator.is_main_process:
             return
-        target = self.out / f"step-{self.at.step:06}"
-        partial = self.out / f".{target.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            self.current().save(partial)
-            save_file(self._state(), partial / STATE)
-            (partial / COUNTERS).write_text(json.dumps(self.at.__dict__), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-            raise TrainingError(
-                f"expected to write a checkpoint, got: {reason} at {target}",
-                hint="the checkpoints before it are whole; make room and run the same command again",
-            ) from error
+
+        def write(folder: Path) -> None:
+            self.current().save(folder)
+            save_file(self._state(), folder / STATE)
+            (folder / COUNTERS).write_text(json.dumps(self.at.__dict__), encoding="utf-8")
+
+        _whole(self.out / f"step-{self.at.step:06}", write)
         for old in checkpoints(self.out)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def finish(self, student: Student) -> None:
+        """The model folder ``final/``, once the schedule has ended."""
+        if self.accelerator.is_main_process:
+            _whole(self.out / "final", student.save)
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
@@ -235,7 +232,7 @@ class Run:
         main = next(iter(measured.values()))
         if main > self.at.best:
             self.at.best, self.at.waited = main, 0
-            student.save(self.out / "best")
+            _whole(self.out / "best", student.save)
         else:
             self.at.waited += 1
         return measured
@@ -250,6 +247,23 @@ class Run:
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     return sorted(path for path in out.glob("step-*") if (path / COUNTERS).is_file())
+
+
+def _whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder so that it appears whole or not at all. Raises TrainingError; the old one then stays."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise TrainingError(
+            f"expected to write a checkpoint, got: {'the disk is full' if full else error} at {target}",
+            hint="the checkpoints before it are whole; make room and run the same command again",
+        ) from error
 
 
 def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:

@@ -1,0 +1,197 @@
+import json
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from turborank import Reranker, TrainingError
+from turborank.distill import runs, students, vocabulary
+from turborank.distill.batches import Drawer, Drawing
+from turborank.distill.folder import TrainingFolder
+from turborank.distill.loop import CURVE, Run, Schedule, checkpoints
+from turborank.errors import InputError
+from turborank.tokens import PairEncoder
+
+DRAWING = Drawing(budget=256, documents=4, hard=2, document_tokens=(8, 16), long_every=4, long_tokens=(40,))
+
+
+@pytest.fixture(scope="module")
+def student(word_folder, tmp_path_factory):
+    folder = TrainingFolder.load(word_folder)
+    tokenizer = vocabulary.train([*folder.texts, *folder.queries], size=300)
+    path = tmp_path_factory.mktemp("student")
+    students.from_scratch(tokenizer, shape="micro", seed=1).save(path)
+    return path
+
+
+def run(word_folder, student, out, **schedule):
+    plan = Schedule(**({"steps": 6, "learning_rate": 1e-3, "warmup": 2, "save_every": 3, "average": 0.9} | schedule))
+    return runs.train(
+        word_folder,
+        student,
+        out,
+        plan,
+        DRAWING,
+        teachers=["t"],
+        dev=[word_folder],
+        bf16=False,
+        train_words=True,
+        threads=1,
+    )
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def curve(out):
+    rows = [json.loads(line) for line in (out / CURVE).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bits(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path / "whole")
+    run(word_folder, student, tmp_path / "parts", stop=3)
+    assert not (tmp_path / "parts" / "final" / "state.json").exists()
+    run(word_folder, student, tmp_path / "parts")
+    assert files(tmp_path / "whole" / "final") == files(tmp_path / "parts" / "final")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+    assert [row["step"] for row in curve(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_trained_after_the_last_checkpoint_is_done_again(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path / "whole")
+    run(word_folder, student, tmp_path / "killed", stop=5)
+    (newest,) = (path for path in checkpoints(tmp_path / "killed") if path.name == "step-000005")
+    (newest / "state.json").unlink()  # as if the process had died while it was being written
+    run(word_folder, student, tmp_path / "killed")
+    assert files(tmp_path / "whole" / "final") == files(tmp_path / "killed" / "final")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "killed")
+
+
+def test_checkpoints_are_models(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path)
+    newest = checkpoints(tmp_path)[-1]
+    for folder in (newest, tmp_path / "final", tmp_path / "best"):
+        assert np.isfinite(Reranker(folder).rank("amber", ["amber heron", "kelp"])[0].logit)
+
+
+def test_training_teaches(word_folder, student, tmp_path):
+    before = runs.train(
+        word_folder, student, tmp_path / "none", Schedule(steps=1, learning_rate=0.0), DRAWING, teachers=["t"],
+        bf16=False, train_words=True,
+    )  # fmt: skip
+    run(word_folder, student, tmp_path / "run", steps=150, learning_rate=3e-3, save_every=150, evaluate_every=50)
+    first, last = curve(tmp_path / "run")[0], curve(tmp_path / "run")[-1]
+    assert last["loss"] < 0.5 * first["loss"]
+    assert before.name == "final"
+    # A held-out word was never a query: what carries over is that equal words match.
+    # By chance the right document of six is at rank r = 1 … 6, where nDCG is 1 / log2(1 + r).
+    chance = np.mean([1 / np.log2(1 + rank) for rank in range(1, 7)])
+    assert last["ndcg@10"] > chance + 0.05
+
+
+def test_another_run_is_not_continued(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path, stop=3)
+    with pytest.raises(InputError, match="another schedule"):
+        run(word_folder, student, tmp_path, learning_rate=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path, stop=3)
+    good = files(checkpoints(tmp_path)[-1])
+    start = students.Student.load(student)
+    broken = Run(start, tmp_path, Schedule(steps=6, average=0.9))
+    broken.resume()
+
+    def not_finite(model, step):
+        loss = model.log_scale.sum() * torch.nan
+        from turborank.distill.loop import Loss
+
+        return Loss(loss, {"kl": float("nan")}, 1)
+
+    with pytest.raises(TrainingError, match=r"finite loss, got nan at step 4.*last good checkpoint"):
+        broken.train(not_finite)
+    assert files(checkpoints(tmp_path)[-1]) == good
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path, stop=3)
+    before = files(tmp_path / "step-000003")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(TrainingError, match="expected to write a checkpoint"):
+            run(word_folder, student, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(tmp_path / "step-000003") == before
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_recomputing_changes_no_gradient(word_folder, student):
+    start = students.Student.load(student)
+    folder = TrainingFolder.load(word_folder)
+    drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING)
+    gradients = []
+    for recompute in (False, True):
+        from turborank.distill.model import Model, tensors
+
+        model = Model(start)
+        model.recompute = recompute
+        model(tensors(drawer.draw(0).batch)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_scale_is_part_of_the_saved_head(word_folder, student):
+    from turborank.distill.model import Model, tensors
+
+    start = students.Student.load(student)
+    folder = TrainingFolder.load(word_folder)
+    batch = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), None, DRAWING).draw(0).batch
+    model = Model(start)
+    plain = model(tensors(batch))
+    with torch.no_grad():
+        model.log_scale.fill_(np.log(3.0))
+    saved = students.Student(model.weights(start.weights), start.raw_config, start.tokenizer)
+    torch.testing.assert_close(Model(saved)(tensors(batch)), 3.0 * plain, rtol=1e-5, atol=1e-6)
+
+
+def test_lists_hold_what_they_should(word_folder, student):
+    start = students.Student.load(student)
+    folder = TrainingFolder.load(word_folder)
+    drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING, seed=7)
+    for step in range(8):
+        lists = drawer.draw(step)
+        assert not folder.held_out[lists.queries].any()
+        targets = lists.targets
+        assert targets.labels[:, 0].tolist() == [1.0] * len(lists.queries)
+        assert (targets.labels[:, 1:] == -1).all()
+        assert (targets.teacher[:, 0] == 3.0).all()
+        assert (targets.teacher[:, 1:] < 0).all()
+        assert targets.real.all()
+        lengths = np.diff(lists.batch.cu_seqlens)
+        long = step % 4 == 3
+        fixed = len(drawer.template.prefix) + len(drawer.template.middle) + len(drawer.template.suffix)
+        limit = (40 if long else 16) + fixed + 4  # a query is a word: at most a few pieces
+        assert lengths.max() <= limit
+        assert (lengths.min() >= 40) is np.bool_(long) or not long
+        again = drawer.draw(step)
+        assert np.array_equal(lists.batch.input_ids, again.batch.input_ids)
+    other = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING, seed=8)
+    assert not np.array_equal(other.draw(0).batch.input_ids, drawer.draw(0).batch.input_ids)
+
+
+def test_a_better_unlabelled_document_is_not_a_negative(word_folder, student):
+    start = students.Student.load(student)
+    folder = TrainingFolder.load(word_folder)
+    scores = folder.scores("t").copy()
+    scores[folder.labels > 0] = -1.25  # below two of the five others
+    drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), scores, Drawing(budget=256, documents=6))
+    targets = drawer.draw(0).targets
+    expected = targets.teacher <= -1.25
+    assert torch.equal(targets.trusted, expected)
+    assert not targets.trusted.all()
