@@ -34,7 +34,7 @@ LADDER = (
     {"distill", "scale", "benchmark"},
     {"__init__", "doctor"},
     {"cli_options"},
-    {"cli_rank", "cli_models", "cli_doctor", "cli_serve", "cli_evaluate", "cli_distill", "cli_bench"},
+    {"cli_rank", "cli_models", "cli_doctor", "cli_serve", "cli_evaluate", "cli_distill", "cli_train", "cli_bench"},
     {"cli"},
     {"__main__"},
 )

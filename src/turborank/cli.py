@@ -27,6 +27,16 @@ from turborank.cli_rank import EXAMPLES as RANK_EXAMPLES
 from turborank.cli_rank import rank
 from turborank.cli_serve import EXAMPLES as SERVE_EXAMPLES
 from turborank.cli_serve import KEYS_EXAMPLES, keys, serve
+from turborank.cli_train import (
+    RECOVER_EXAMPLES,
+    SHIP_EXAMPLES,
+    STUDENT_EXAMPLES,
+    TRAIN_EXAMPLES,
+    recover,
+    ship,
+    student,
+    train,
+)
 from turborank.errors import TurborankError
 
 
@@ -44,6 +54,10 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
     "distill lists": Command(lists, LISTS_EXAMPLES),
     "distill score": Command(score, SCORE_EXAMPLES),
+    "distill student": Command(student, STUDENT_EXAMPLES),
+    "distill recover": Command(recover, RECOVER_EXAMPLES),
+    "distill train": Command(train, TRAIN_EXAMPLES),
+    "distill ship": Command(ship, SHIP_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),

@@ -55,6 +55,38 @@ Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Type of products; the
 Recompute = Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, a third slower.")]
 TrainWords = Annotated[bool, typer.Option("--train-words", help="Train the word embeddings, too.")]
 
+Folder = Annotated[Path, typer.Argument(help="The training folder (turborank distill lists).")]
+StudentModel = Annotated[str, typer.Option(help="The model training begins with: folder or name.")]
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]] of scores in the folder.", show_default=False),
+]
+Losses = Annotated[
+    str | None, typer.Option(help="NAME:WEIGHT,…", show_default="infonce:1,kl:1; without a teacher infonce")
+]
+Dev = Annotated[
+    list[Path] | None, typer.Option(help="Folders with held-out queries.", show_default="the training folder")
+]
+Documents = Annotated[int, typer.Option(help="Documents of a list.")]
+QueryTokens = Annotated[int, typer.Option(help="Tokens read of a query.")]
+DocumentTokens = Annotated[str, typer.Option(help="Tokens read of a document; each step draws one.")]
+LongTokens = Annotated[
+    str, typer.Option(help="Tokens of the long steps, where documents hide among others; empty: none.")
+]
+LongEvery = Annotated[int, typer.Option(help="Steps between long ones.")]
+Shares = Annotated[
+    list[str] | None, typer.Option(help="SOURCE=NUMBER: draws per query, relative.", show_default="1 each")
+]
+EvaluateEvery = Annotated[int, typer.Option(help="Steps between measurements of nDCG@10.")]
+Patience = Annotated[int, typer.Option(help="Measurements without a better one before it ends; 0: never.")]
+DevQueries = Annotated[int, typer.Option(help="Held-out queries that are measured, of each folder.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of a pair when measuring.")]
+Margin = Annotated[float, typer.Option(help="Teacher's margin over the labelled one of a suspected false negative.")]
+Hidden = Annotated[
+    str | None,
+    typer.Option(help="MODEL:WEIGHT: also learn this cross-encoder's hidden states.", show_default=False),
+]
+
 
 def student(
     recipe: Annotated[str, typer.Argument(help="alibi, layers or scratch.")],
@@ -140,49 +172,31 @@ def recover(
 
 
 def train(
-    folder: Annotated[Path, typer.Argument(help="The training folder (turborank distill lists).")],
-    student: Annotated[str, typer.Option(help="The model training begins with: folder or name.")],
+    folder: Folder,
+    student: StudentModel,
     out: Out = Path("run"),
-    teacher: Annotated[
-        list[str] | None,
-        typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]] of scores in the folder.", show_default=False),
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="NAME:WEIGHT,…", show_default="infonce:1,kl:1; without a teacher infonce")
-    ] = None,
-    dev: Annotated[
-        list[Path] | None, typer.Option(help="Folders with held-out queries.", show_default="the training folder")
-    ] = None,
+    teacher: Teachers = None,
+    loss: Losses = None,
+    dev: Dev = None,
     steps: Steps = 1000,
     stop: Stop = None,
     budget: Budget = 6144,
-    documents: Annotated[int, typer.Option(help="Documents of a list.")] = 8,
-    query_tokens: Annotated[int, typer.Option(help="Tokens read of a query.")] = 128,
-    document_tokens: Annotated[
-        str, typer.Option(help="Tokens read of a document; each step draws one.")
-    ] = "96,160,256",
-    long_tokens: Annotated[
-        str, typer.Option(help="Tokens of the long steps, where documents hide among others; empty: none.")
-    ] = "512,1024,2048",
-    long_every: Annotated[int, typer.Option(help="Steps between long ones.")] = 16,
-    share: Annotated[
-        list[str] | None, typer.Option(help="SOURCE=NUMBER: draws per query, relative.", show_default="1 each")
-    ] = None,
+    documents: Documents = 8,
+    query_tokens: QueryTokens = 128,
+    document_tokens: DocumentTokens = "96,160,256",
+    long_tokens: LongTokens = "512,1024,2048",
+    long_every: LongEvery = 16,
+    share: Shares = None,
     learning_rate: Rate = 1e-4,
     warmup: Warmup = 20,
     average: Average = 0.99,
     save_every: Save = 50,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between measurements of nDCG@10.")] = 100,
-    patience: Annotated[int, typer.Option(help="Measurements without a better one before it ends; 0: never.")] = 0,
-    dev_queries: Annotated[int, typer.Option(help="Held-out queries that are measured, of each folder.")] = 200,
-    max_length: Annotated[int, typer.Option(help="Tokens of a pair when measuring.")] = 512,
-    margin: Annotated[
-        float, typer.Option(help="Teacher's margin over the labelled one of a suspected false negative.")
-    ] = 0.0,
-    hidden: Annotated[
-        str | None,
-        typer.Option(help="MODEL:WEIGHT: also learn this cross-encoder's hidden states.", show_default=False),
-    ] = None,
+    evaluate_every: EvaluateEvery = 100,
+    patience: Patience = 0,
+    dev_queries: DevQueries = 200,
+    max_length: MaxLength = 512,
+    margin: Margin = 0.0,
+    hidden: Hidden = None,
     bf16: Bf16 = True,
     recompute: Recompute = False,
     train_words: TrainWords = False,
