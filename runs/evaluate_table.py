@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 KEPT = (
-    "queries_evaluated", "depth", "sample_seed", "engine", "precision", "isa", "threads", "max_length", "length",
-    "pairs", "tokens", "longest_pair", "pairs_truncated", "tokens_truncated", "seconds", "tokens_per_second",
+    "queries_evaluated", "queries_scored", "depth", "sample_seed", "engine", "precision", "isa", "threads",
+    "max_length", "length", "pairs", "tokens", "longest_pair", "pairs_truncated", "tokens_truncated", "seconds",
+    "tokens_per_second",
 )  # fmt: skip
 COLUMNS = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10")
 PARTS = (
     "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag",
-    "meetings-truncated", "meetings-windows",
+    "meetings-512", "meetings-truncated", "meetings-windows",
 )  # fmt: skip
 
 
@@ -47,14 +48,20 @@ def difference(system: dict, first: str) -> str:
     return f"{found['measure']} {found['difference']:+.4f} {interval}, {found['p_value']:.4f}"
 
 
+def read(system: dict) -> str:
+    """How much of a pair the model read, where that is not all of every pair."""
+    if system.get("length") == "windows":
+        return f", windows of {system['max_length']:,}"
+    return f", first {system['max_length']:,} tokens" if system.get("pairs_truncated") else ""
+
+
 def lines_of(row: dict) -> list[str]:
     first = row["systems"][0]
     lines = []
     for system in row["systems"]:
         where = f"{row['name']} ({first['queries_evaluated']} queries, top {first['depth']})" if system is first else ""
-        length = f", {system['length']}" if system.get("length", "truncate") != "truncate" else ""
         values = (f"{system['measures'][name]:.4f}" if name in system["measures"] else "–" for name in COLUMNS)
-        cells = [where, system["name"] + length, *values, difference(system, first["name"])]
+        cells = [where, system["name"] + read(system), *values, difference(system, first["name"])]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -68,12 +75,14 @@ def length_line(row: dict, system: dict) -> str:
 
 
 def table(rows: list[dict], about: dict) -> str:
+    scored = [system for row in rows for system in row["systems"] if "tokens" in system]
+    tokens, minutes = sum(system["tokens"] for system in scored), sum(system["seconds"] for system in scored) / 60
     heads = ["collection", "system", *COLUMNS, "difference from the first stage [95 %], p"]
     lines = [
         "# Results", "",
         "Written by `runs/evaluate.sh`; `evaluation.json` has the summarised manifests. "
         f"{about['created'][:10]}, {about['cpu']}, {about['cores']} cores, turborank {about['versions']['turborank']}. "
-        "The machine was shared by other work: its seconds are no benchmark.", "",
+        f"{tokens / 1e6:,.1f} million tokens took {minutes:,.0f} minutes; other work may have shared the machine.", "",
         "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(COLUMNS) + "---|",
         *(line for row in rows for line in lines_of(row)), "",
         "Differences are paired bootstraps over queries (10,000 resamples); p-values are not adjusted.",

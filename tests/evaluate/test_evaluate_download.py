@@ -2,9 +2,12 @@
 
 import hashlib
 import io
+import json
+import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,18 +15,27 @@ import pytest
 from mini import write_mini
 
 from turborank import InputError
-from turborank.evaluate import datasets
+from turborank.evaluate import DATASETS, datasets
+from turborank.evaluate.convert import LAYOUTS
 from turborank.evaluate.download import fetch, obtain
 from turborank.evaluate.table import Download, Row
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``content`` at /file; may cut connections short and may not know ranges."""
+    """Serves ``contents`` by path, ``content`` being /file.zip; may cut connections short and may not know ranges."""
 
-    content = b""
+    contents: dict[str, bytes]
     cut_at: int | None = None  # close each connection after so many bytes
     ranges = True
     asked: list[str | None]
+
+    @property
+    def content(self) -> bytes:
+        return self.contents["/file.zip"]
+
+    @content.setter
+    def content(self, value: bytes) -> None:
+        self.contents["/file.zip"] = value
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -32,14 +44,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         self.server.asked.append(wanted)
-        if self.path != "/file.zip":
+        content = self.server.contents.get(self.path)
+        if content is None:
             self.send_error(404)
             return
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
-        if start >= len(self.server.content) > 0:
+        if start >= len(content) > 0:
             self.send_error(416)
             return
-        body = self.server.content[start:]
+        body = content[start:]
         self.send_response(206 if wanted and self.server.ranges else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -52,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as running:
-        running.content, running.asked = bytes(range(256)) * 400, []
+        running.contents, running.asked = {"/file.zip": bytes(range(256)) * 400}, []
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield running
@@ -146,6 +159,62 @@ def test_a_row_is_downloaded_unpacked_and_loaded(
     assert (len(dataset.queries), len(dataset.corpus), dataset.row) == (3, 6, row)
     datasets.load("mini", data_dir=tmp_path / "data", offline=True)
     assert server.asked == [None]
+
+
+def packed_zip(files: dict[str, str]) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return data.getvalue()
+
+
+def stand_in(row: Row, folder: Path) -> dict[str, bytes]:
+    """File name -> content: a tiny collection, packed as the row's own is."""
+    if row.layout == "beir":
+        source = write_mini(folder)
+        (source / "qrels" / "test.tsv").rename(source / "qrels" / f"{row.split}.tsv")
+        inside = {f"{row.folder}/{p.relative_to(source)}": p.read_text() for p in source.rglob("*") if p.is_file()}
+        return {row.files[0].path: packed_zip(inside)}
+    if row.layout == "scrolls":
+        line = json.dumps({"input": "a long talk", "output": "talk"})
+        return {row.files[0].path: packed_zip({f"{row.folder}/{row.split}.jsonl": line})}
+    if row.layout.startswith("qasper"):
+        paper = {"title": "talk", "abstract": "talk", "full_text": [{"section_name": "a", "paragraphs": ["long talk"]}]}
+        text, data = json.dumps({"p": paper}).encode(), io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w:gz") as tar:
+            member = tarfile.TarInfo("qasper-test-v0.3.json")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+        return {row.files[0].path: data.getvalue()}
+    if row.layout == "anthropic-docs":
+        chunks = [{"chunk_link": "x", "chunk_heading": "a", "text": "long talk"}]
+        questions = [{"id": "q", "question": "talk", "correct_chunks": ["x"]}]
+        return {"anthropic_docs.json": json.dumps(chunks).encode(),
+                "docs_evaluation_dataset.json": json.dumps(questions).encode()}  # fmt: skip
+    reference = '[{""content"": ""long"", ""start_index"": 2, ""end_index"": 6}]'
+    texts = {file.path: b"a long talk" for file in row.files if file.path.endswith(".md")}
+    return {"questions_df.csv": f'question,references,corpus_id\ntalk,"{reference}",chatlogs\n'.encode(), **texts}
+
+
+DOWNLOADED = [row for row in DATASETS.values() if row.files]
+
+
+@pytest.mark.parametrize("row", DOWNLOADED, ids=lambda row: row.name)
+def test_every_row_is_fetched_unpacked_and_read(server: Server, tmp_path: Path, row: Row) -> None:
+    """By the address's own file name, into the folder where the row's layout looks; only the host is another."""
+    contents = stand_in(row, tmp_path / "source")
+    base = f"http://127.0.0.1:{server.server_address[1]}/"
+    files = []
+    for file in row.files:
+        name, content = file.url.rpartition("/")[2], contents[file.path]
+        server.contents[f"/{name}"] = content
+        files.append(file._replace(url=base + name, md5=None, sha256=hashlib.sha256(content).hexdigest()))
+    folder = obtain(replace(row, files=tuple(files)), tmp_path / "data", offline=False)
+    parts = LAYOUTS[row.layout](folder, row.split, None)
+    assert len(server.asked) == len(row.files)
+    assert {query for query, judged in parts.qrels.items() if any(judged.values())} <= parts.queries.keys()
+    assert all(doc in parts.corpus for judged in parts.qrels.values() for doc in judged)
 
 
 def test_offline_says_what_to_put_where(server: Server, tmp_path: Path) -> None:
