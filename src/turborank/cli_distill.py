@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 LISTS_EXAMPLES = (
     ("questions with their passages, one JSON object a line", "turborank distill lists faq=pairs.jsonl.gz --out lists"),
     (
+        "a collection in BEIR's layout, with the candidates of your own first stage and no others",
+        "turborank distill lists mine=my-data/ --candidates mine=first.trec --bm25 0 --random 0",
+    ),
+    (
         "documents alone: queries are made from them",
         "turborank distill lists --passages wiki=wiki.jsonl --sentences 5000 --keywords 2000",
     ),
@@ -29,12 +33,24 @@ SCORE_EXAMPLES = (
         "BM25 and a bi-encoder as teachers",
         "turborank distill score lists -t bm25 -t minilm=biencoder:all-MiniLM-L6-v2/",
     ),
+    ("a cross-encoder", "turborank distill score lists -t base=checkpoint:BAAI/bge-reranker-base --precision bf16"),
+    (
+        "an endpoint that wants a key, twice a second",
+        "turborank distill score lists -t jina=http:jina:https://api.jina.ai/v1/rerank "
+        "--http-model jina-reranker-v2-base-multilingual --key-env JINA_API_KEY --rate 2",
+    ),
 )
 
 Out = Annotated[Path, typer.Option(help="The training folder to make.")]
 Sources = Annotated[
-    list[str] | None, typer.Argument(help="NAME=FILE: examples as JSON lines (.gz too).", show_default=False)
+    list[str] | None,
+    typer.Argument(help="NAME=PATH: JSON lines (.gz too) or a folder; see docs/distillation.md.", show_default=False),
 ]
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=RUN: a TREC run over the BEIR folder of that name.", show_default=False),
+]
+Depth = Annotated[int | None, typer.Option(help="Candidates read of each query of those runs.", show_default="all")]
 Long = Annotated[
     list[str] | None,
     typer.Option("--passages", help="NAME=FILE: long documents, cut into passages.", show_default=False),
@@ -69,17 +85,33 @@ Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 Folder = Annotated[Path, typer.Argument(help="The training folder.")]
 Teachers = Annotated[
     list[str],
-    typer.Option("--teacher", "-t", help="NAME=KIND:WHERE; kinds: bm25, biencoder:FOLDER.", show_default=False),
+    typer.Option(
+        "--teacher",
+        "-t",
+        help="bm25, or NAME= and one of biencoder:FOLDER, checkpoint:MODEL, http:DIALECT:URL, run:FILE.",
+        show_default=False,
+    ),
 ]
 Cache = Annotated[
     Path | None, typer.Option(help="Folder where teachers' answers are kept.", show_default="cache/ in the folder")
 ]
+
+HttpModel = Annotated[str | None, typer.Option(help="HTTP: the model's name at the endpoint.", show_default="none")]
+KeyEnv = Annotated[str, typer.Option(help="HTTP: the environment variable with the key, if one is needed.")]
+Scale = Annotated[str, typer.Option(help="HTTP: auto, logit (make logits of probabilities) or raw.")]
+Documents = Annotated[int, typer.Option(help="HTTP: documents in a request.")]
+Parallel = Annotated[int, typer.Option(help="HTTP: requests under way at a time.")]
+Rate = Annotated[float | None, typer.Option(help="HTTP: requests a second.", show_default="as fast as it answers")]
+Timeout = Annotated[float, typer.Option(help="HTTP: seconds to wait for an answer.")]
+Attempts = Annotated[int, typer.Option(help="HTTP: how often a request is made before giving up.")]
 
 
 def lists(
     sources: Sources = None,
     out: Out = Path("lists"),
     passages: Long = None,
+    candidates: Candidates = None,
+    depth: Depth = None,
     cap: Caps = None,
     clean: Clean = None,
     words: Words = None,
@@ -105,15 +137,17 @@ def lists(
     from turborank.distill.lists import build
     from turborank.distill.mine import PoolPlan
 
+    runs = {name: Path(path) for name, path in _named(candidates, "--candidates")}
+    read = [Source(name, Path(path), run=runs.pop(name, None)) for name, path in _named(sources, "SOURCES")]
+    if runs:
+        raise typer.BadParameter(f"expected the name of a source, got {', '.join(runs)}", param_hint="--candidates")
     recipe = Recipe(
-        sources=(
-            *(Source(name, Path(path)) for name, path in _named(sources, "SOURCES")),
-            *(Source(name, Path(path), long=True) for name, path in _named(passages, "--passages")),
-        ),
+        sources=(*read, *(Source(name, Path(path), long=True) for name, path in _named(passages, "--passages"))),
         caps={name: _number(value, "--cap") for name, value in _named(cap, "--cap")},
         clean=_cleaning(clean or ()),
         words=words,
         min_words=min_words,
+        depth=depth,
         pseudo={"sentence": sentences, "span": spans, "keywords": keywords},
         held_out=held_out,
         seed=seed,
@@ -132,21 +166,44 @@ def lists(
         print(f"  left out: {count:,} {what}")
 
 
-def score(folder: Folder, teacher: Teachers, cache: Cache = None) -> None:
+def score(
+    folder: Folder,
+    teacher: Teachers,
+    cache: Cache = None,
+    engine: options.Engine = "auto",
+    precision: options.Precision = "auto",
+    length: options.Length = "truncate",
+    max_length: options.MaxLength = None,
+    threads: options.Threads = None,
+    offline: options.Offline = False,
+    http_model: HttpModel = None,
+    key_env: KeyEnv = "TURBORANK_TEACHER_KEY",
+    scale: Scale = "auto",
+    documents: Documents = 32,
+    parallel: Parallel = 4,
+    rate: Rate = None,
+    timeout: Timeout = 60.0,
+    attempts: Attempts = 6,
+) -> None:
     """Let teachers score the pools of a training folder.
 
     Writes scores/NAME.trec and scores/NAME.json, which says whose the scores are. What a teacher has said is
     remembered: a run that was interrupted goes on, and nothing is asked twice.
     """
+    from turborank.distill import http_teacher
     from turborank.distill import teacher as teachers
     from turborank.distill.folder import TrainingFolder
 
     specs = [teachers.parse(text) for text in teacher]
+    reranker = {
+        "engine": engine, "precision": precision, "length": length, "max_length": max_length, "threads": threads,
+        "offline": offline or None,
+    }  # fmt: skip
+    http = http_teacher.Settings(http_model, key_env, scale, documents, parallel, rate, timeout, attempts)
     with options.progress() as progress:
         lists = TrainingFolder.load(folder)
-        paths = [teachers.score(lists, spec, cache=cache, progress=progress) for spec in specs]
-    for path in paths:
-        print(path)
+        for spec in specs:
+            print(teachers.score(lists, spec, teachers.Settings(reranker, http), cache=cache, progress=progress))
 
 
 def _named(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:

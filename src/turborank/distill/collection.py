@@ -20,11 +20,12 @@ LONG_WEIGHT = 0.5  # of passages cut from long documents when queries are made: 
 
 
 class Source(NamedTuple):
-    """A file of training data under the name that queries and caps go by."""
+    """A file or folder of training data under the name that queries and caps go by."""
 
     name: str
     path: Path
     long: bool = False  # its documents are cut into passages, and its queries not read
+    run: Path | None = None  # candidates for a BEIR folder's queries
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Recipe:
     clean: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # source, or "" for all -> rules of CLEANERS
     words: int | None = None  # of a passage; what follows is left out
     min_words: int = 1  # shorter passages are left out
+    depth: int | None = None  # of a source's run
     pseudo: Mapping[str, int] = field(default_factory=dict)  # kind of PSEUDO -> queries
     held_out: float = 0.0  # share of the labelled queries
     seed: int = 0
@@ -48,36 +50,51 @@ class Recipe:
         for name in (*self.caps, *(name for name in self.clean if name)):
             if name not in names:
                 raise InputError(f"expected the name of a source ({', '.join(names)}), got {name!r}")
+        for source in self.sources:
+            if source.run is not None and (source.long or not source.path.is_dir()):
+                raise InputError(f"expected a BEIR folder for the candidates {source.run}, got {source.path}")
         if not 0 <= self.held_out < 1:
             raise InputError(f"expected a share of 0 to 1 to be held out, got {self.held_out}")
 
+    def cleaner(self, source: Source) -> Callable[[str], str]:
+        """What makes a source's texts even: its own rules, or those for all."""
+        return passages.cleaner(self.clean.get(source.name, self.clean.get("", ())))
+
 
 class Collection:
-    """Queries and passages by place, each text once."""
+    """Queries and passages by place. Without ids of their own, equal texts are one."""
 
     def __init__(self) -> None:
-        self.texts: dict[str, int] = {}  # text -> place
+        self.texts: list[str] = []
+        self.doc_ids: list[str | None] = []  # those that came with the data
         self.long: list[bool] = []  # of each text: cut from a long document
-        self.queries: dict[str, int] = {}
+        self.queries: list[str] = []
+        self.query_ids: list[str | None] = []
         self.sources: list[str] = []  # of each query
         self.labels: list[dict[int, int]] = []  # of each query: place of the text -> relevance
         self.known: list[dict[int, None]] = []  # of each query: places of the texts that came with it
         self.made_from: list[int | None] = []  # of each query: place of the text it was made from
-        self.scores: dict[str, dict[tuple[int, int], float]] = {}  # source -> (query, text) -> score that came with it
         self.held_out: list[bool] = []
+        self.scores: dict[tuple[int, int], float] = {}  # (query, text) -> score that came with them
         self.left_out: Counter[str] = Counter()  # why -> passages or queries
+        self._text_places: dict[str, int] = {}  # text, or "\0" and an id -> place
+        self._query_places: dict[str, int] = {}
 
-    def add_text(self, text: str, *, long: bool = False) -> int:
-        """The place of a text."""
-        place = self.texts.setdefault(text, len(self.texts))
-        if place == len(self.long):
+    def add_text(self, text: str, name: str | None = None, *, long: bool = False) -> int:
+        """The place of a text, or of the document of that id."""
+        place = _place(self._text_places, len(self.texts), text, name)
+        if place == len(self.texts):
+            self.texts.append(text)
+            self.doc_ids.append(name)
             self.long.append(long)
         return place
 
-    def add_query(self, text: str, source: str) -> int:
+    def add_query(self, text: str, source: str, name: str | None = None) -> int:
         """The place of a query."""
-        place = self.queries.setdefault(text, len(self.queries))
-        if place == len(self.sources):
+        place = _place(self._query_places, len(self.queries), text, name)
+        if place == len(self.queries):
+            self.queries.append(text)
+            self.query_ids.append(name)
             self.sources.append(source)
             self.labels.append({})
             self.known.append({})
@@ -85,16 +102,29 @@ class Collection:
             self.held_out.append(False)
         return place
 
-    def add_example(self, example: formats.Example, source: str) -> None:
-        """A query with its documents; of two grades of one document the higher one counts."""
-        query = self.add_query(example.query, source)
+    def add_example(self, example: formats.Example, source: str, prefix: str = "") -> None:
+        """A query with its documents; of two grades of one document the higher one counts, of two scores the last."""
+        query = self.add_query(example.query, source, _prefixed(prefix, example.id))
         for document in example.documents:
-            place = self.add_text(document.text)
+            place = self.add_text(document.text, _prefixed(prefix, document.id))
             self.known[query][place] = None
             if document.label is not None:
                 self.labels[query][place] = max(document.label, self.labels[query].get(place, 0))
             if document.score is not None:
-                self.scores.setdefault(source, {})[query, place] = document.score
+                self.scores[query, place] = document.score
+
+
+def _place(places: dict[str, int], end: int, text: str, name: str | None) -> int:
+    if name is None:
+        return places.setdefault(text, end)
+    place = places.setdefault(f"\0{name}", end)
+    if place == end:
+        places.setdefault(text, end)  # for equal texts without an id
+    return place
+
+
+def _prefixed(prefix: str, name: str | None) -> str | None:
+    return None if name is None else prefix + name
 
 
 def fewest(items: Iterable[T], cap: int | None, key: Callable[[T], int]) -> list[T]:
@@ -105,18 +135,25 @@ def fewest(items: Iterable[T], cap: int | None, key: Callable[[T], int]) -> list
     return [item for _, item in sorted(chosen, key=lambda item: item[0])]
 
 
-def collect(recipe: Recipe) -> Collection:
+def collect(recipe: Recipe, *, whole: bool = True) -> Collection:
     """Everything the recipe names, read, cleaned, capped, merged; and the queries made from it.
 
+    ``whole`` reads all documents of BEIR folders, for mining; else only those that come with a query. Ids that came
+    with the data are kept; those of several sources get ``NAME:`` before them.
     Raises InputError, with file and line, for malformed input.
     """
     made = Collection()
     for source in recipe.sources:
-        read = _passages(recipe, source, made) if source.long else _examples(recipe, source, made)
-        read()
+        prefix = f"{source.name}:" if len(recipe.sources) > 1 else ""
+        if source.long:
+            _add_passages(recipe, source, made)
+            continue
+        if source.path.is_dir() and whole and formats.recognise(source.path) == "beir":
+            _add_corpus(recipe, source, made, prefix)
+        _add_examples(recipe, source, made, prefix)
     if not made.texts:
         raise InputError(f"expected passages, got none in {', '.join(str(source.path) for source in recipe.sources)}")
-    for query, place in made.queries.items():
+    for place, query in enumerate(made.queries):
         # a query without a relevant document measures nothing
         judged = any(made.labels[place].values())
         made.held_out[place] = judged and text_hash(query.lower()) < recipe.held_out * 2**64
@@ -126,30 +163,37 @@ def collect(recipe: Recipe) -> Collection:
     return made
 
 
-def _examples(recipe: Recipe, source: Source, made: Collection) -> Callable[[], None]:
-    clean = passages.cleaner(recipe.clean.get(source.name, recipe.clean.get("", ())))
+def _add_corpus(recipe: Recipe, source: Source, made: Collection, prefix: str) -> None:
+    clean = recipe.cleaner(source)
+    for name, raw in formats.passages(source.path):
+        text = _limited(clean(raw), recipe, made)
+        if text is not None:
+            made.add_text(text, _prefixed(prefix, name))
+
+
+def _add_examples(recipe: Recipe, source: Source, made: Collection, prefix: str) -> None:
+    clean = recipe.cleaner(source)
 
     def cleaned() -> Iterator[formats.Example]:
-        for example in formats.examples(source.path):
+        given = formats.beir(source.path, source.run, recipe.depth) if source.run else formats.examples(source.path)
+        for example in given:
             query = clean(example.query)
             documents = tuple(
                 document._replace(text=text)
                 for document in example.documents
                 if (text := _limited(clean(document.text), recipe, made)) is not None
             )
-            if query and documents:
-                yield formats.Example(query, documents)
-            elif not query:
+            if not query:
                 made.left_out["empty queries"] += 1
+            elif documents or not example.documents:
+                yield formats.Example(query, documents, example.id)
 
     def key(example: formats.Example) -> int:
-        return text_hash(f"{example.query}\0{example.documents[0].text}", recipe.seed)
+        first = example.documents[0].text if example.documents else ""
+        return text_hash(f"{example.query}\0{first}", recipe.seed)
 
-    def read() -> None:
-        for example in fewest(cleaned(), recipe.caps.get(source.name), key):
-            made.add_example(example, source.name)
-
-    return read
+    for example in fewest(cleaned(), recipe.caps.get(source.name), key):
+        made.add_example(example, source.name, prefix)
 
 
 def _limited(text: str, recipe: Recipe, made: Collection) -> str | None:
@@ -161,12 +205,12 @@ def _limited(text: str, recipe: Recipe, made: Collection) -> str | None:
     return text if recipe.words is None else " ".join(words[: recipe.words])
 
 
-def _passages(recipe: Recipe, source: Source, made: Collection) -> Callable[[], None]:
-    clean = passages.cleaner(recipe.clean.get(source.name, recipe.clean.get("", ())))
+def _add_passages(recipe: Recipe, source: Source, made: Collection) -> None:
+    clean = recipe.cleaner(source)
 
     def parts() -> Iterator[str]:
         seen: set[int] = set()
-        for document in formats.documents(source.path):
+        for _, document in formats.passages(source.path):
             text = clean(document)
             seed = text_hash(text, recipe.seed)
             if seed in seen:
@@ -176,17 +220,16 @@ def _passages(recipe: Recipe, source: Source, made: Collection) -> Callable[[], 
                 if (limited := _limited(part, recipe, made)) is not None:
                     yield limited
 
-    def read() -> None:
-        for text in fewest(parts(), recipe.caps.get(source.name), lambda text: text_hash(text, recipe.seed)):
-            made.add_text(text, long=True)
-
-    return read
+    for text in fewest(parts(), recipe.caps.get(source.name), lambda text: text_hash(text, recipe.seed)):
+        made.add_text(text, long=True)
 
 
 def _make_queries(recipe: Recipe, made: Collection) -> None:
     weights = np.where(np.array(made.long), LONG_WEIGHT, 1.0)
-    for query in pseudo.make(list(made.texts), weights, recipe.pseudo, recipe.seed):
-        if query.text in made.queries:
+    for query in pseudo.make(made.texts, weights, recipe.pseudo, recipe.seed):
+        count = len(made.queries)
+        place = made.add_query(query.text, query.kind)
+        if place < count:
             made.left_out["made queries that were there already"] += 1
             continue
-        made.made_from[made.add_query(query.text, query.kind)] = query.place
+        made.made_from[place] = query.place

@@ -18,7 +18,7 @@ import functools
 import math
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turborank.distill.records import identity, read_records
 from turborank.errors import InputError
 from turborank.evaluate.corpus import document_text
 from turborank.evaluate.files import (
     file_hash,
     open_binary,
     parse_object,
-    read_lines,
     replacing,
     string_field,
     write_json,
@@ -44,6 +44,7 @@ CORPUS, QUERIES, CANDIDATES, MANIFEST = "corpus.jsonl", "queries.jsonl", "candid
 SCORES, CACHE = "scores", "cache"
 TRAIN, DEV = "train", "dev"
 UNKNOWN = -1  # the label of a document nobody judged
+MAX_LABEL = (1 << 15) - 1
 _NAME = re.compile(r"[\w.+-]+")  # of a teacher: it becomes a file's name
 
 Places = npt.NDArray[np.int32]
@@ -144,12 +145,19 @@ class TrainingFolder:
             made_from = parse_object(about.read_text(encoding="utf-8"), about, 1).get("made_from")
             if made_from != self.fingerprint:
                 raise InputError(f"expected scores of this folder, got those of other texts or pools at {about}")
-        which, places, scores = read_pairs(run, Ids(self.query_ids), Ids(self.doc_ids))
+        return self.align(read_pairs(run, Ids(self.query_ids), Ids(self.doc_ids)), run)
+
+    def align(self, run: tuple[Places, Places, Float32], path: Path) -> Float32:
+        """(N,) the scores of a run, as :func:`read_pairs` reads it, for all pool places; it may hold others, too.
+
+        Raises InputError where a pool place has no score.
+        """
+        which, places, scores = run
         found, at = _find(self.pool_keys, _keys(which, places, len(self.doc_ids)))
         values = np.full(len(self.places), np.nan, dtype=np.float32)
         values[at[found]] = scores[found]
         if absent := int(np.isnan(values).sum()):
-            raise InputError(f"expected scores of all {len(values)} pool places, got {absent} without at {run}")
+            raise InputError(f"expected scores of all {len(values)} pool places, got {absent} without at {path}")
         return values
 
     @functools.cached_property
@@ -208,26 +216,20 @@ def _find(
     return keys[at] == wanted, at
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record) of a file of JSON lines."""
-    for number, line in read_lines(path):
-        yield number, parse_object(line, path, number)
-
-
 def _read_texts(path: Path, what: str) -> tuple[Ids, list[str], list[str]]:
     """Ids, texts and sources of a BEIR file."""
     names: dict[str, None] = {}
     texts: list[str] = []
     sources: list[str] = []
     kept: dict[str, str] = {}  # one string for each source
-    for number, record in read_records(path):
-        name = string_field(record, "_id", path, number)
+    for at, record in read_records(path):
+        name = identity(record.get("_id"), "_id", at)
         if name in names:
-            raise InputError(f"expected each {what} id once, got {name!r} again at {path}:{number}")
+            raise InputError(f"expected each {what} id once, got {name!r} again at {at}")
         names[name] = None
-        title = string_field(record, "title", path, number, default="")
-        texts.append(document_text(title, string_field(record, "text", path, number)))
-        source = string_field(record, "source", path, number, default="")
+        title = string_field(record, "title", path, at.number, default="")
+        texts.append(document_text(title, string_field(record, "text", path, at.number)))
+        source = string_field(record, "source", path, at.number, default="")
         sources.append(kept.setdefault(source, source))
     if not names:
         raise InputError(f"expected at least one {what}, got none at {path}")
@@ -237,17 +239,18 @@ def _read_texts(path: Path, what: str) -> tuple[Ids, list[str], list[str]]:
 def _read_labels(
     folder: Path, split: str, queries: Ids, documents: Ids
 ) -> tuple[Places, Places, npt.NDArray[np.int16]]:
-    """(query places, document places, grades) of a split; empty where there is no such file."""
+    """(query places, document places, grades) of a split, none below 0; empty where there is no such file."""
     path = folder / "qrels" / f"{split}.tsv"
     qrels = read_qrels(path)[0] if path.is_file() else {}
     rows = [
-        (queries.at(query, "query", str(path)), documents.at(document, "document", str(path)), grade)
+        (
+            queries.at(query, "query", str(path)),
+            documents.at(document, "document", str(path)),
+            min(max(grade, 0), MAX_LABEL),
+        )
         for query, judged in qrels.items()
         for document, grade in judged.items()
     ]
-    for *_, grade in rows:
-        if not 0 <= grade < 1 << 15:
-            raise InputError(f"expected relevance of 0 or more, got {grade} at {path}")
     columns = np.array(rows, dtype=np.int32).reshape(-1, 3)
     return columns[:, 0], columns[:, 1], columns[:, 2].astype(np.int16)
 

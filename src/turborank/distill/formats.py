@@ -1,19 +1,35 @@
 """FORMATS: the shapes in which training data comes, each read into examples, one query with its documents.
 
-A format is recognised by the fields of the first record, never by a file's name; files may be ``.gz``.
+Most are files of JSON lines (``.gz`` too), recognised by the fields of the first record; two are folders, recognised by
+the files they hold. A file's name says nothing.
+
+    pairs           query, passage, and maybe label or score       sentence-transformers' pairs, labelled or not
+    triplets        query, positive, negative or negative_1 …       sentence-transformers' triplets and n-tuples
+    lists           query, documents, labels and/or scores          sentence-transformers' labelled lists
+    flagembedding   query, pos, neg, maybe pos_scores, neg_scores   FlagEmbedding's fine-tuning data
+    pylate          train.jsonl (query_id, document_ids, scores), queries.jsonl (query_id, text) and
+                    documents.jsonl (document_id, text)             PyLate's knowledge distillation
+    beir            corpus.jsonl, queries.jsonl, qrels/train.tsv or none; a run may bring the candidates
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turborank.distill.folder import read_records
+from turborank.distill.records import Place, identity, read_records
 from turborank.errors import InputError
+from turborank.evaluate.corpus import JsonlCorpus
 from turborank.evaluate.files import string_field
+from turborank.evaluate.runs import Qrels, Run, read_qrels, read_run
 
+QUERY_FIELDS = ("query", "anchor")
 PASSAGE_FIELDS = ("passage", "positive", "document", "text")
+LIST_FIELDS = ("documents", "docs", "passages")
+TRAIN = "train"  # the split whose labels are read
 
 
 class Judged(NamedTuple):
@@ -22,6 +38,7 @@ class Judged(NamedTuple):
     text: str
     label: int | None = None
     score: float | None = None
+    id: str | None = None  # where the source has ids
 
 
 class Example(NamedTuple):
@@ -29,48 +46,241 @@ class Example(NamedTuple):
 
     query: str
     documents: tuple[Judged, ...]
+    id: str | None = None
+
+
+Record = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """A shape of files of JSON lines."""
+    """A shape of data. Of a folder, ``recognise`` is asked about the names of its files, mapped to nothing."""
 
     fields: str  # as messages show them
-    recognise: Callable[[Mapping[str, Any]], bool]
+    recognise: Callable[[Collection[str]], bool]
     read: Callable[[Path], Iterator[Example]]
+    folder: bool = False
 
 
-def _passage_field(record: Mapping[str, Any]) -> str | None:
-    return next((field for field in PASSAGE_FIELDS if field in record), None)
+def _first(names: Sequence[str], record: Collection[str]) -> str | None:
+    return next((name for name in names if name in record), None)
+
+
+def _text(record: dict[str, Any], names: Sequence[str], at: Place) -> str:
+    return string_field(record, _first(names, record) or names[0], at.path, at.number)
+
+
+def _label(value: Any, at: Place, field: str = "label") -> int:
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    if not (whole or isinstance(value, bool)):
+        raise InputError(
+            f"expected a whole number in the field {field!r}, got {value!r} at {at}",
+            hint="a teacher's judgement belongs in scores",
+        )
+    return max(int(value), 0)
+
+
+def _score(value: Any, at: Place, field: str = "score") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"expected a finite number in the field {field!r}, got {value!r} at {at}")
+    return float(value)
+
+
+def _listed(record: Record, field: str, at: Place, *, size: int | None = None) -> list[Any]:
+    """A list in a field, or a list as JSON in a string (as some tables hold it), of as many values as asked for."""
+    value = record.get(field)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    if not isinstance(value, list):
+        raise InputError(f"expected a list in the field {field!r}, got {type(record.get(field)).__name__} at {at}")
+    if size is not None and len(value) != size:
+        raise InputError(f"expected {size} values in the field {field!r}, got {len(value)} at {at}")
+    return value
+
+
+def _strings(record: Record, field: str, at: Place) -> list[str]:
+    values = _listed(record, field, at)
+    wrong = [type(value).__name__ for value in values if not isinstance(value, str)]
+    if wrong:
+        raise InputError(f"expected strings in the field {field!r}, got {wrong[0]} at {at}")
+    return values
+
+
+def _optional(record: Record, field: str, at: Place, size: int) -> list[Any]:
+    """A list of ``size`` values, or that many times None where the field is missing or null."""
+    return [None] * size if record.get(field) is None else _listed(record, field, at, size=size)
 
 
 def _pairs(path: Path) -> Iterator[Example]:
-    for number, record in read_records(path):
-        query = string_field(record, "query", path, number)
-        passage = string_field(record, _passage_field(record) or PASSAGE_FIELDS[0], path, number)
-        yield Example(query, (Judged(passage, 1),))
+    for at, record in read_records(path):
+        label, score = record.get("label"), record.get("score")
+        relevance = _label(label, at) if label is not None else None if score is not None else 1
+        judged = Judged(
+            _text(record, PASSAGE_FIELDS, at), relevance, None if score is None else _score(score, at), None
+        )
+        yield Example(_text(record, QUERY_FIELDS, at), (judged,))
+
+
+def _negatives(record: Collection[str]) -> list[str]:
+    return sorted((name for name in record if name == "negative" or name.startswith("negative_")), key=_number_in)
+
+
+def _number_in(name: str) -> tuple[int, str]:
+    last = name.rpartition("_")[2]
+    return (int(last) if last.isdecimal() else 0, name)
+
+
+def _triplets(path: Path) -> Iterator[Example]:
+    for at, record in read_records(path):
+        negatives = [string_field(record, name, path, at.number) for name in _negatives(record)]
+        documents = (Judged(_text(record, PASSAGE_FIELDS, at), 1), *(Judged(text, 0) for text in negatives))
+        yield Example(_text(record, QUERY_FIELDS, at), documents)
+
+
+def _lists(path: Path) -> Iterator[Example]:
+    for at, record in read_records(path):
+        texts = _strings(record, _first(LIST_FIELDS, record) or LIST_FIELDS[0], at)
+        labels = [
+            None if one is None else _label(one, at, "labels") for one in _optional(record, "labels", at, len(texts))
+        ]
+        scores = [
+            None if one is None else _score(one, at, "scores") for one in _optional(record, "scores", at, len(texts))
+        ]
+        yield Example(_text(record, QUERY_FIELDS, at), tuple(map(Judged, texts, labels, scores)))  # fmt: skip
+
+
+def _flagembedding(path: Path) -> Iterator[Example]:
+    for at, record in read_records(path):
+        documents: list[Judged] = []
+        for side, label in (("pos", 1), ("neg", 0)):
+            texts = _strings(record, side, at)
+            scores = _optional(record, f"{side}_scores", at, len(texts))
+            documents += [
+                Judged(text, label, None if score is None else _score(score, at, f"{side}_scores"))
+                for text, score in zip(texts, scores, strict=True)
+            ]
+        yield Example(_text(record, QUERY_FIELDS, at), tuple(documents))
+
+
+def _file(folder: Path, stem: str) -> Path:
+    return next((path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.is_file()), folder)
+
+
+def _named(path: Path, field: str) -> dict[str, str]:
+    """Texts by id."""
+    texts: dict[str, str] = {}
+    for at, record in read_records(path):
+        name = identity(record.get(field), field, at)
+        if name in texts:
+            raise InputError(f"expected each {field} once, got {name!r} again at {at}")
+        texts[name] = string_field(record, "text", path, at.number)
+    return texts
+
+
+def _pylate(folder: Path) -> Iterator[Example]:
+    queries, documents = _named(_file(folder, "queries"), "query_id"), _named(_file(folder, "documents"), "document_id")
+    for at, record in read_records(_file(folder, "train")):
+        query = identity(record.get("query_id"), "query_id", at)
+        names = [identity(one, "document_ids", at) for one in _listed(record, "document_ids", at)]
+        scores = [_score(one, at, "scores") for one in _listed(record, "scores", at, size=len(names))]
+        unknown = [name for name in (query,) if name not in queries] + [one for one in names if one not in documents]
+        if unknown:
+            raise InputError(f"expected the text of every id, got {unknown[0]!r} without at {at}")
+        judged = (Judged(documents[name], None, score, name) for name, score in zip(names, scores, strict=True))
+        yield Example(queries[query], tuple(judged), query)
+
+
+def _beir(folder: Path) -> Iterator[Example]:
+    return beir(folder, None)
+
+
+def beir(folder: Path, run: Path | None, depth: int | None = None) -> Iterator[Example]:
+    """The queries of a BEIR folder, with its ``qrels/train.tsv`` and the best ``depth`` of a TREC run.
+
+    A query that is in neither is an example without documents: for mining.
+    """
+    queries = {
+        string_field(record, "_id", at.path, at.number): string_field(record, "text", at.path, at.number)
+        for at, record in read_records(folder / "queries.jsonl")
+    }
+    path = folder / "qrels" / f"{TRAIN}.tsv"
+    qrels: Qrels = read_qrels(path)[0] if path.is_file() else {}
+    candidates: Run = read_run(run) if run is not None else {}
+    for name in (*qrels, *candidates):
+        if name not in queries:
+            where = path if name in qrels else run
+            raise InputError(f"expected every query in {folder / 'queries.jsonl'}, got {name!r} missing at {where}")
+    corpus = JsonlCorpus(folder / "corpus.jsonl")
+    for query, text in queries.items():
+        judged = qrels.get(query, {})
+        names = dict.fromkeys([*judged, *(scored.doc_id for scored in candidates.get(query, [])[:depth])])
+        documents = []
+        for name in names:
+            try:
+                found = corpus.text(name)
+            except KeyError:
+                where = path if name in judged else run
+                raise InputError(f"expected every document in {corpus.path}, got {name!r} missing at {where}") from None
+            label = max(judged[name], 0) if name in judged else None
+            documents.append(Judged(found, label, None, identity(name, "_id", corpus.path)))
+        yield Example(text, tuple(documents), identity(query, "_id", folder / "queries.jsonl"))
+
+
+def _has(*groups: Sequence[str]) -> Callable[[Collection[str]], bool]:
+    """Whether there is a field of every group."""
+    return lambda names: all(_first(group, names) is not None for group in groups)
+
+
+def _has_file(*stems: str) -> Callable[[Collection[str]], bool]:
+    return _has(*((f"{stem}.jsonl", f"{stem}.jsonl.gz") for stem in stems))
 
 
 FORMATS: Mapping[str, Format] = {
-    "pairs": Format("query, passage (or positive)", lambda r: "query" in r and _passage_field(r) is not None, _pairs),
+    "flagembedding": Format("query, pos, neg", _has(("query",), ("pos",), ("neg",)), _flagembedding),
+    "lists": Format("query, documents, labels or scores", _has(QUERY_FIELDS, LIST_FIELDS), _lists),
+    "triplets": Format(
+        "query (or anchor), positive, negative or negative_1 …",
+        lambda names: _has(QUERY_FIELDS, PASSAGE_FIELDS)(names) and bool(_negatives(names)),
+        _triplets,
+    ),
+    "pairs": Format("query, passage (or positive)", _has(QUERY_FIELDS, PASSAGE_FIELDS), _pairs),
+    "pylate": Format("train, queries, documents", _has_file("train", "queries", "documents"), _pylate, folder=True),
+    "beir": Format("corpus, queries", _has(("corpus.jsonl",), ("queries.jsonl",)), _beir, folder=True),
 }
 
 
 def recognise(path: Path) -> str:
-    """The format of a file, by its first record. Raises InputError with the table where it is none of them."""
-    number, record = next(read_records(path), (1, {}))
+    """The format of a file or folder. Raises InputError with the table where it is none of them."""
+    names: list[str]
+    if path.is_dir():
+        names, where = sorted(one.name for one in path.iterdir()), str(path)
+    else:
+        at, record = next(read_records(path), (Place(path, 1), {}))
+        names, where = list(record), str(at)
     for name, row in FORMATS.items():
-        if row.recognise(record):
+        if row.folder == path.is_dir() and row.recognise(names):
             return name
-    known = "; ".join(f"{name}: {row.fields}" for name, row in FORMATS.items())
-    raise InputError(f"expected the fields of a known format ({known}), got {', '.join(record)} at {path}:{number}")
+    what = "files" if path.is_dir() else "fields"
+    known = "; ".join(f"{name}: {row.fields}" for name, row in FORMATS.items() if row.folder == path.is_dir())
+    raise InputError(f"expected the {what} of a known format ({known}), got {', '.join(names) or 'none'} at {where}")
 
 
 def examples(path: Path) -> Iterator[Example]:
-    """The examples of a file in any of FORMATS."""
+    """The examples of a file or folder in any of FORMATS."""
     return FORMATS[recognise(path)].read(path)
 
 
-def documents(path: Path) -> Iterator[str]:
-    """The passages of a file, whatever else stands beside them; a text may come many times."""
-    for number, record in read_records(path):
-        yield string_field(record, _passage_field(record) or PASSAGE_FIELDS[0], path, number)
+def passages(path: Path) -> Iterator[tuple[str | None, str]]:
+    """(id, text) of the documents of a BEIR folder's corpus, or of a file of records with a passage.
+
+    Ids only where the source is a corpus; of a file a text may come many times.
+    """
+    if path.is_dir():
+        corpus = JsonlCorpus(path / "corpus.jsonl")
+        for place, text in enumerate(corpus.texts()):
+            yield identity(corpus.id_at(place), "_id", corpus.path), text
+        return
+    for at, record in read_records(path):
+        yield None, _text(record, PASSAGE_FIELDS, at)

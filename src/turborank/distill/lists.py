@@ -12,7 +12,17 @@ import numpy as np
 
 from turborank.distill import mine, vectors
 from turborank.distill.collection import Collection, Recipe, collect
-from turborank.distill.folder import CACHE, CANDIDATES, CORPUS, DEV, MANIFEST, QUERIES, TRAIN, write_pools
+from turborank.distill.folder import (
+    CACHE,
+    CANDIDATES,
+    CORPUS,
+    DEV,
+    MANIFEST,
+    QUERIES,
+    TRAIN,
+    TrainingFolder,
+    write_pools,
+)
 from turborank.errors import InputError
 from turborank.evaluate.download import Told, _quiet
 from turborank.evaluate.files import file_hash, replacing, write_json
@@ -20,6 +30,7 @@ from turborank.evaluate.first_stage import parameters
 from turborank.types import Float32
 
 FORMAT = 1
+GIVEN = "given"  # the teacher whose scores came with the data
 
 
 def build(
@@ -34,15 +45,15 @@ def build(
     known = _known(out / MANIFEST, about)
     if known is not None:
         return known
-    made = collect(recipe)
-    texts, queries = list(made.texts), list(made.queries)
-    embedded = _embed(dense, queries, texts, out / CACHE / "vectors", progress) if dense and plan.dense else None
+    made = collect(recipe, whole=plan.mines)
+    embedded = _embed(dense, made, out / CACHE / "vectors", progress) if dense and plan.dense else None
     pools = mine.mine(
-        queries, [list(places) for places in made.known], made.held_out,
-        mine.index(texts, progress=progress("index passages")), len(texts), plan,
+        made.queries, [list(places) for places in made.known], made.held_out,
+        mine.index(made.texts, progress=progress("index passages")), len(made.texts), plan,
         vectors=embedded, seed=recipe.seed, progress=progress("choose candidates"),
     )  # fmt: skip
     _write(out, made, pools)
+    _write_given(out, made)
     manifest = {**about, "counts": _counts(made, pools), "left_out": dict(made.left_out)}
     write_json(out / MANIFEST, manifest)
     return manifest
@@ -57,7 +68,8 @@ def _about(recipe: Recipe, plan: mine.PoolPlan, dense: Path | None) -> dict[str,
             {
                 "name": source.name,
                 "file": source.path.name,
-                "sha256": file_hash(source.path),
+                "sha256": _hashes(source.path),
+                "candidates": _hashes(source.run) if source.run else None,
                 "cut_into_passages": source.long,
                 "cap": recipe.caps.get(source.name),
                 "clean": recipe.clean.get(source.name, recipe.clean.get("", ())),
@@ -66,6 +78,7 @@ def _about(recipe: Recipe, plan: mine.PoolPlan, dense: Path | None) -> dict[str,
         ],
         "words": recipe.words,
         "min_words": recipe.min_words,
+        "depth": recipe.depth,
         "made_queries": dict(recipe.pseudo),
         "held_out": recipe.held_out,
         "pools": asdict(plan),
@@ -89,26 +102,42 @@ def _known(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     return known
 
 
-def _embed(dense: Path, queries: list[str], texts: list[str], cache: Path, progress: Told) -> tuple[Float32, Float32]:
+def _hashes(path: Path) -> str | dict[str, str]:
+    """sha256 of a file, or of the data in a folder."""
+    if not path.exists():
+        raise InputError(f"expected a file or folder, got nothing at {path}")
+    if path.is_file():
+        return file_hash(path)
+    files = sorted(one for one in (*path.glob("*.jsonl*"), path / "qrels" / f"{TRAIN}.tsv") if one.is_file())
+    return {str(one.relative_to(path)): file_hash(one) for one in files}
+
+
+def _embed(dense: Path, made: Collection, cache: Path, progress: Told) -> tuple[Float32, Float32]:
     from turborank.distill.biencoder import BiEncoder
 
     model = BiEncoder.load(dense)
     return (
-        vectors.embed(model, queries, cache, progress=progress("embed queries")),
-        vectors.embed(model, texts, cache, progress=progress("embed passages")),
+        vectors.embed(model, made.queries, cache, progress=progress("embed queries")),
+        vectors.embed(model, made.texts, cache, progress=progress("embed passages")),
     )
 
 
+def _names(given: list[str | None], letter: str) -> list[str]:
+    """The ids that came with the data; the others get a letter and their place."""
+    taken = {name for name in given if name is not None}
+    while any(name.startswith(letter) for name in taken):
+        letter += "_"
+    return [f"{letter}{place}" if name is None else name for place, name in enumerate(given)]
+
+
 def _write(out: Path, made: Collection, pools: mine.Pools) -> None:
-    query_ids = [f"q{place}" for place in range(len(made.queries))]
-    doc_ids = [f"d{place}" for place in range(len(made.texts))]
+    query_ids, doc_ids = _names(made.query_ids, "q"), _names(made.doc_ids, "d")
     with replacing(out / CORPUS) as file:
-        for text, place in made.texts.items():
-            file.write(_line({"_id": doc_ids[place], "text": text}))
+        for name, text in zip(doc_ids, made.texts, strict=True):
+            file.write(_line({"_id": name, "text": text}))
     with replacing(out / QUERIES) as file:
-        for text, place in made.queries.items():
-            record = {"_id": query_ids[place], "text": text, "source": made.sources[place]}
-            origin = made.made_from[place]
+        for name, text, source, origin in zip(query_ids, made.queries, made.sources, made.made_from, strict=True):
+            record = {"_id": name, "text": text, "source": source}
             file.write(_line(record if origin is None else {**record, "made_from": doc_ids[origin]}))
     for split, held_out in ((TRAIN, False), (DEV, True)):
         lines = [
@@ -121,6 +150,20 @@ def _write(out: Path, made: Collection, pools: mine.Pools) -> None:
             with replacing(out / "qrels" / f"{split}.tsv") as file:
                 file.write("".join(["query-id\tcorpus-id\tscore\n", *lines]).encode())
     write_pools(out / CANDIDATES, query_ids, doc_ids, pools.bounds, pools.places, pools.scores, "bm25")
+
+
+def _write_given(out: Path, made: Collection) -> None:
+    """The scores that came with the data, as those of a teacher, if they are there for all pool places."""
+    if not made.scores:
+        return
+    folder = TrainingFolder.load(out)
+    asked = zip(folder.query_of.tolist(), folder.places.tolist(), strict=True)
+    values = np.array([made.scores.get(pair, np.nan) for pair in asked], dtype=np.float32)
+    absent = int(np.isnan(values).sum())
+    if absent:
+        made.left_out["scores that came with the data, because other pool places have none"] = len(values) - absent
+    else:
+        folder.write_scores(GIVEN, values, {"kind": "came with the data"})
 
 
 def _line(record: dict[str, str]) -> bytes:

@@ -39,6 +39,11 @@ class PoolPlan:
             if getattr(self, f"{kind}_depth", size) < size:
                 raise InputError(f"expected {kind} depth to be at least {size}, got {getattr(self, kind + '_depth')}")
 
+    @property
+    def mines(self) -> bool:
+        """Whether pools hold more than what came with their queries."""
+        return bool(self.bm25 or self.dense or self.random)
+
 
 class Pools(NamedTuple):
     """``places[bounds[q]:bounds[q + 1]]`` are the documents of query q, with BM25's scores."""
@@ -107,7 +112,8 @@ def mine(
         queries: (Q,) texts.
         known: of each query the places of documents that must be in its pool.
         held_out: of each query whether it is one to measure with. Its pool is what a first stage would bring:
-            BM25's best ``bm25_depth``, in which the labelled document may be missing.
+            BM25's best ``bm25_depth``, in which the labelled document may be missing (what came with the query,
+            where the plan takes none of BM25's).
         bm25: an index of the documents.
         documents: how many there are.
         plan: what a pool is made of.
@@ -124,7 +130,7 @@ def mine(
         all_scores = bm25.scores(query)
         lexical = best(all_scores, plan.bm25_depth)
         if held_out[at]:
-            pool = lexical.tolist()
+            pool = lexical.tolist() if plan.bm25 else list(known[at])
         else:
             rng = np.random.default_rng(text_hash(query, seed))
             pool = draw(rng, known[at], lexical, dense, documents, plan)

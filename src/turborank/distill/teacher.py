@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from turborank.distill import mine, vectors
-from turborank.distill.folder import CACHE, TrainingFolder, check_name
+from turborank import checkpoint as checkpoints
+from turborank.distill import http_teacher, mine, vectors
+from turborank.distill.folder import CACHE, Ids, TrainingFolder, check_name, read_pairs
+from turborank.distill.pairs import PairTeacher, Question, score_pairs
 from turborank.errors import InputError, UnknownKeyError
-from turborank.evaluate.corpus import Step
 from turborank.evaluate.download import Told, _quiet
+from turborank.evaluate.files import file_hash
 from turborank.evaluate.first_stage import parameters
-from turborank.types import Float32
+from turborank.reranker import Reranker
+from turborank.types import Float32, Pair
+
+PAIRS_AT_ONCE = 256  # given to a checkpoint together, to be sorted by length: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of teachers that have any."""
+
+    reranker: Mapping[str, Any] = field(default_factory=dict)  # of turborank.Reranker
+    http: http_teacher.Settings = field(default_factory=http_teacher.Settings)
 
 
 class Teacher(Protocol):
@@ -37,9 +51,9 @@ class Spec(NamedTuple):
 class Row(NamedTuple):
     """A kind of teacher."""
 
-    about: str  # for help and messages
-    needs: str  # what WHERE is; "" where there is none
-    open: Callable[[str], Teacher]
+    note: str
+    where: str  # what WHERE is; "" where there is none
+    open: Callable[[str, Settings], Teacher]
 
 
 class Bm25:
@@ -56,7 +70,8 @@ class Bm25:
         for at, query in enumerate(folder.queries):
             pool = folder.pool(at)
             scores[pool] = index.scores(query)[folder.places[pool]]
-            _tell(step, at + 1, len(folder))
+            if (at + 1) % mine.REPORT_EVERY == 0 or at + 1 == len(folder):
+                step(at + 1, len(folder))
         return scores
 
 
@@ -70,7 +85,7 @@ class BiEncoderTeacher:
 
     def about(self) -> dict[str, Any]:
         model = self.model
-        return {"kind": "bi-encoder", "model": model.name, "sha256": model.revision, "max_tokens": model.max_tokens}
+        return {"kind": "biencoder", "model": model.name, "sha256": model.revision, "max_tokens": model.max_tokens}
 
     def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
         """(N,) cosines."""
@@ -83,37 +98,116 @@ class BiEncoderTeacher:
         return scores
 
 
+class Checkpoint:
+    """A cross-encoder that turborank loads; its logits."""
+
+    at_once = PAIRS_AT_ONCE
+
+    def __init__(self, reranker: Reranker) -> None:
+        self.reranker = reranker
+
+    def about(self) -> dict[str, Any]:
+        """What a logit depends on; threads and batches are not among it."""
+        model, engine = self.reranker, self.reranker.engine
+        return {
+            "kind": "checkpoint",
+            "model": model.name,
+            "sha256": checkpoints.hashes(model.checkpoint),
+            "engine": engine.name,
+            "precision": engine.precision,
+            "isa": engine.isa,
+            "max_length": model.max_length,
+            "length": model.encoder.policy,
+        }
+
+    def answer(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Float32]]:
+        """Questions are gathered until they make PAIRS_AT_ONCE pairs."""
+        waiting: list[Question] = []
+        for question in questions:
+            waiting.append(question)
+            if sum(len(one.documents) for one in waiting) >= PAIRS_AT_ONCE:
+                yield from self._together(waiting)
+                waiting = []
+        yield from self._together(waiting)
+
+    def _together(self, questions: list[Question]) -> Iterator[tuple[Question, Float32]]:
+        pairs = [Pair(question.query, document) for question in questions for document in question.documents]
+        logits = self.reranker.score_detailed(pairs).logits
+        ends = np.cumsum([len(question.documents) for question in questions])
+        yield from zip(questions, np.split(logits, ends[:-1]), strict=True)
+
+
+class Remembered:
+    """A teacher that is asked pair by pair, behind the cache."""
+
+    def __init__(self, teacher: PairTeacher) -> None:
+        self.teacher = teacher
+        self.about = teacher.about
+
+    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
+        """(N,) scores, asked for or remembered."""
+        return score_pairs(self.teacher, folder, cache, told)
+
+
+class RunFile:
+    """Scores that are there already, in a TREC run with the folder's ids."""
+
+    def __init__(self, where: str) -> None:
+        self.path = Path(where).expanduser()
+
+    def about(self) -> dict[str, Any]:
+        return {"kind": "run", "file": self.path.name, "sha256_of_file": file_hash(self.path)}
+
+    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
+        """(N,) the run's scores. Raises InputError where a pool place has none."""
+        run = read_pairs(self.path, Ids(folder.query_ids), Ids(folder.doc_ids))
+        return folder.align(run, self.path)
+
+
 TEACHERS: Mapping[str, Row] = {
-    "bm25": Row("BM25 over the folder's corpus", "", lambda where: Bm25()),
-    "biencoder": Row("a folder in sentence-transformers' layout", "FOLDER", BiEncoderTeacher),
+    "bm25": Row("BM25 over the folder's corpus", "", lambda where, settings: Bm25()),
+    "biencoder": Row("cosines of a bi-encoder", "FOLDER", lambda where, settings: BiEncoderTeacher(where)),
+    "checkpoint": Row(
+        "logits of a cross-encoder",
+        "MODEL",
+        lambda where, settings: Remembered(Checkpoint(Reranker(where, **settings.reranker))),
+    ),
+    "http": Row(
+        "an HTTP endpoint",
+        "DIALECT:URL",
+        lambda where, settings: Remembered(http_teacher.HttpTeacher(where, settings.http)),
+    ),
+    "run": Row("a TREC run", "FILE", lambda where, settings: RunFile(where)),
 }
-
-
-def _tell(step: Step, done: int, total: int) -> None:
-    if done % mine.REPORT_EVERY == 0 or done == total:
-        step(done, total)
 
 
 def parse(text: str) -> Spec:
     """A teacher as the command line gives it. Raises InputError with the table for an unknown kind."""
-    name, equals, rest = text.partition("=") if "=" in text else ("", "", text)
+    name, equals, rest = text.partition("=") if "=" in text.partition(":")[0] else ("", "", text)
     kind, _, where = rest.partition(":")
     if kind not in TEACHERS:
         raise UnknownKeyError("a kind of teacher", kind, TEACHERS, hint="write NAME=KIND:WHERE")
     row = TEACHERS[kind]
-    if bool(where) != bool(row.needs):
-        raise InputError(f"expected {kind}{':' + row.needs if row.needs else ''}, got {rest!r}")
+    if bool(where) != bool(row.where):
+        raise InputError(f"expected {kind}{':' + row.where if row.where else ''}, got {rest!r}")
     if where and not equals:
         raise InputError(f"expected a name for the teacher, as in NAME={text}, got none")
     return Spec(check_name(name or kind), kind, where)
 
 
-def score(folder: TrainingFolder, spec: Spec, *, cache: Path | None = None, progress: Told = _quiet) -> Path:
+def score(
+    folder: TrainingFolder,
+    spec: Spec,
+    settings: Settings | None = None,
+    *,
+    cache: Path | None = None,
+    progress: Told = _quiet,
+) -> Path:
     """A teacher's scores of all pools, written to the folder; the path of the run.
 
     What the teacher has said before is remembered in ``cache`` (by default the folder's own), so that a run that was
     interrupted goes on, to the same bytes.
     """
-    teacher = TEACHERS[spec.kind].open(spec.where)
+    teacher = TEACHERS[spec.kind].open(spec.where, settings or Settings())
     values = teacher.score(folder, cache or folder.path / CACHE, progress)
     return folder.write_scores(spec.name, values, teacher.about())
