@@ -12,11 +12,9 @@ from turborank.errors import UnknownKeyError
 MIN_WORDS, MAX_WORDS = 40, 240  # of a passage cut from a long document
 LONGEST_SENTENCE = MAX_WORDS - MIN_WORDS  # longer ones (speech without full stops) are cut
 
-# The Penn treebank's spellings of brackets and quotation marks.
-_TREEBANK = {
-    "-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}", "``": '"', "''": '"',
-}  # fmt: skip
-_TREEBANK_TOKEN = re.compile("|".join(map(re.escape, _TREEBANK)), flags=re.IGNORECASE)
+# The Penn treebank's spellings of brackets and quotation marks; an opening mark takes the blank after it along.
+_TREEBANK = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
+_TREEBANK_TOKEN = re.compile("|".join(_TREEBANK), flags=re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z\"(])")
 
 
@@ -28,6 +26,7 @@ def spaces(text: str) -> str:
 def treebank(text: str) -> str:
     """Tokens of the Penn treebank as written text: brackets, quotation marks, no blank before a comma or an n't."""
     text = _TREEBANK_TOKEN.sub(lambda found: _TREEBANK[found[0].lower()], spaces(text))
+    text = re.sub(r"`` ?| ?''", '"', text)
     text = re.sub(r" ([.,;:?!%)\]])", r"\1", text)
     text = re.sub(r"([(\[]) ", r"\1", text)
     return re.sub(r" ('s|n't|'re|'ve|'ll|'d|'m)\b", r"\1", text, flags=re.IGNORECASE)

@@ -128,7 +128,8 @@ class Checkpoint:
             if sum(len(one.documents) for one in waiting) >= PAIRS_AT_ONCE:
                 yield from self._together(waiting)
                 waiting = []
-        yield from self._together(waiting)
+        if waiting:
+            yield from self._together(waiting)
 
     def _together(self, questions: list[Question]) -> Iterator[tuple[Question, Float32]]:
         pairs = [Pair(question.query, document) for question in questions for document in question.documents]

@@ -53,7 +53,7 @@ class Analyzer:
 def best(scores: Float32, depth: int) -> npt.NDArray[np.intp]:
     """Places of the ``depth`` highest scores above 0, best first; equal ones in their order, also at the edge."""
     matching = np.flatnonzero(scores > 0)
-    if len(matching) > depth:
+    if 0 < depth < len(matching):
         threshold = np.partition(scores[matching], len(matching) - depth)[len(matching) - depth]
         matching = matching[scores[matching] >= threshold]
     return matching[np.argsort(-scores[matching], kind="stable")][:depth]

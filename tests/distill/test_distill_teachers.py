@@ -1,0 +1,345 @@
+"""Teachers: their scores, against the thing itself; what is remembered, counted; a kill, really done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import small_config, write_checkpoint
+from little import pairs, read_lines, shuffled, tree, write_lines
+
+import turborank
+from turborank import cli
+from turborank.distill import cache as caches
+from turborank.distill import mine, teacher
+from turborank.distill.collection import Recipe, Source
+from turborank.distill.folder import TrainingFolder, read_pairs
+from turborank.distill.lists import build
+from turborank.distill.pairs import Question, score_pairs
+from turborank.errors import EngineError, InputError
+from turborank.evaluate.download import _quiet
+from turborank.evaluate.runs import read_run
+from turborank.types import Float32
+
+PLAN = mine.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_checkpoint(tmp_path_factory.mktemp("teachers") / "slow", small_config(max_length=96)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> TrainingFolder:
+    source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:24]))
+    build(Recipe((source,)), tmp_path / "lists", PLAN)
+    return TrainingFolder.load(tmp_path / "lists")
+
+
+def texts_of(folder: TrainingFolder, values: Float32) -> dict[tuple[str, str], float]:
+    """Scores by the texts they are of."""
+    rows = zip(folder.query_of.tolist(), folder.places.tolist(), values.tolist(), strict=True)
+    return {(folder.queries[query], folder.texts[place]): score for query, place, score in rows}
+
+
+def spec(text: str) -> teacher.Spec:
+    return teacher.parse(text)
+
+
+class Counting:
+    """Scores by lengths; counts every pair it is asked about; may stop answering."""
+
+    at_once = 3
+
+    def __init__(self, last: int | None = None) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.last = last
+
+    def about(self) -> dict[str, object]:
+        return {"kind": "counting"}
+
+    def answer(self, questions: Iterator[Question]) -> Iterator[tuple[Question, Float32]]:
+        for question in questions:
+            if self.last is not None and len(self.asked) >= self.last:
+                raise InputError("expected to go on, got enough")
+            assert len(question.documents) <= self.at_once
+            self.asked += [(question.query, document) for document in question.documents]
+            yield question, np.array([len(question.query) + len(one) / 128 for one in question.documents], np.float32)
+
+
+def test_bm25_is_the_first_stage(folder):
+    teacher.score(folder, spec("bm25"))
+    assert folder.scores("bm25").tolist() == folder.first_stage.tolist()
+
+
+def test_a_checkpoint_says_what_it_says_elsewhere(folder, model):
+    teacher.score(folder, spec(f"slow=checkpoint:{model}"), teacher.Settings({"engine": "reference"}))
+    reranker = turborank.Reranker(model, engine="reference")
+    found = texts_of(folder, folder.scores("slow"))
+    asked = list(found)
+    assert [found[pair] for pair in asked] == reranker.score(asked).tolist()
+    about = json.loads((folder.path / "scores" / "slow.json").read_text())
+    assert about["engine"] == "reference"
+    assert about["sha256"]
+    run = read_run(folder.path / "scores" / "slow.trec")
+    assert {query: len(documents) for query, documents in run.items()} == {
+        query: folder.pool(at).stop - folder.pool(at).start for at, query in enumerate(folder.query_ids)
+    }
+
+
+def test_a_run_file_is_a_teacher_of_what_it_holds(folder, tmp_path):
+    values = np.arange(len(folder.places), dtype=np.float32) / 8
+    folder.write_scores("mine", values, {})
+    moved = tmp_path / "other.trec"
+    (folder.path / "scores" / "mine.trec").rename(moved)
+    moved.write_text("\n".join(shuffled(moved.read_text().splitlines(), 0)) + "\n")
+    teacher.score(folder, spec(f"old=run:{moved}"))
+    assert folder.scores("old").tolist() == values.tolist()
+    moved.write_text("\n".join(moved.read_text().splitlines()[2:]) + "\n")
+    with pytest.raises(InputError, match=f"expected scores of all {len(values)} pool places, got 2 without"):
+        teacher.score(folder, spec(f"old=run:{moved}"))
+
+
+def test_nothing_is_asked_twice(folder):
+    different = len(texts_of(folder, folder.first_stage))
+    cache = folder.path / "cache"
+    first = Counting()
+    values = score_pairs(first, folder, cache, _quiet)
+    assert len(first.asked) == len(set(first.asked)) == different == len(values)
+    again = Counting()
+    assert score_pairs(again, folder, cache, _quiet).tolist() == values.tolist()
+    assert again.asked == []
+
+
+def test_what_was_answered_before_a_fault_is_not_asked_again(folder):
+    whole = score_pairs(Counting(), folder, folder.path / "other", _quiet)
+    asked: list[tuple[str, str]] = []
+    for last in (20, 50):
+        broken = Counting(last)
+        with pytest.raises(InputError, match="got enough"):
+            score_pairs(broken, folder, folder.path / "cache", _quiet)
+        asked += broken.asked
+    rest = Counting()
+    values = score_pairs(rest, folder, folder.path / "cache", _quiet)
+    asked += rest.asked
+    assert len(asked) == len(set(asked)) == len(values)
+    assert values.tobytes() == whole.tobytes()
+
+
+def test_equal_texts_under_other_ids_are_asked_about_once(tmp_path):
+    """Three documents, the first two the same; two queries, the same."""
+    lists = tmp_path / "lists"
+    write_lines(lists / "corpus.jsonl", [{"_id": i, "text": t} for i, t in (("a", "x"), ("b", "x"), ("c", "y z"))])
+    write_lines(lists / "queries.jsonl", [{"_id": i, "text": "why?"} for i in "pq"])
+    write_lines(lists / "candidates.trec", [f"{q} Q0 {d} 1 1.0 t" for q in "qp" for d in "cba"])
+    folder = TrainingFolder.load(lists)
+    counting = Counting()
+    values = score_pairs(counting, folder, lists / "cache", _quiet)
+    assert sorted(counting.asked) == [("why?", "x"), ("why?", "y z")]
+    assert [folder.doc_ids[place] for place in folder.places] == ["c", "b", "a"] * 2
+    assert values.tolist() == [4 + 3 / 128, 4 + 1 / 128, 4 + 1 / 128] * 2
+
+
+def test_another_teacher_shares_no_answer(folder, model):
+    keys = {caches.key(revision, q, d) for revision in ("a", "ab") for q in ("b", "bc") for d in ("c", "d", "bc")}
+    assert len(keys) == 12
+    score_pairs(Counting(), folder, folder.path / "cache", _quiet)
+    other = Counting()
+    other.about = lambda: {"kind": "counting", "revision": 2}
+    score_pairs(other, folder, folder.path / "cache", _quiet)
+    assert len(other.asked) == len(folder.places)
+
+
+def test_the_order_of_documents_and_of_pools_is_irrelevant(folder, model, tmp_path):
+    other = tmp_path / "shuffled"
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        write_lines(other / name, shuffled(read_lines(folder.path / name), 5))
+    lines = shuffled((folder.path / "candidates.trec").read_text().splitlines(), 5)
+    write_lines(other / "candidates.trec", lines)
+    again = TrainingFolder.load(other)
+    settings = teacher.Settings({"engine": "reference"})
+    for one in (folder, again):
+        for text in ("bm25", f"slow=checkpoint:{model}"):
+            teacher.score(one, spec(text), settings)
+    for name in ("bm25", "slow"):
+        assert texts_of(folder, folder.scores(name)) == texts_of(again, again.scores(name))
+
+
+def test_scores_of_other_pools_are_refused(folder):
+    teacher.score(folder, spec("bm25"))
+    lines = (folder.path / "candidates.trec").read_text().splitlines()
+    write_lines(folder.path / "candidates.trec", lines[:-1])
+    with pytest.raises(InputError, match=r"got those of other texts or pools at .*bm25.json"):
+        TrainingFolder.load(folder.path).scores("bm25")
+    with pytest.raises(InputError, match=r"expected the scores of 'nobody' at .*, got those of bm25"):
+        folder.scores("nobody")
+
+
+def test_an_answer_that_is_no_score_ends_the_run(folder):
+    broken = Counting()
+    broken.answer = lambda questions: ((one, np.full(len(one.documents), np.nan, np.float32)) for one in questions)
+    with pytest.raises(EngineError, match="expected 3 finite scores, got"):
+        score_pairs(broken, folder, folder.path / "cache", _quiet)
+
+
+SLOWLY = """
+import sys, time
+from turborank import cli
+from turborank.distill import cache
+put = cache.ScoreCache.put
+def slowly(self, keys, scores):  # time for the test to kill us between two answers
+    put(self, keys, scores)
+    print("kept", len(keys), flush=True)
+    time.sleep(0.05)
+cache.ScoreCache.put = slowly
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, capsys):
+    """The process is killed without warning, twice; every pair that it had kept is not scored again."""
+    monkeypatch.setattr(teacher, "PAIRS_AT_ONCE", 16)
+    arguments = ["distill", "score", str(folder.path), "-t", f"slow=checkpoint:{model}", "--engine", "reference"]
+    kept = 0
+    for _ in range(2):
+        command = [sys.executable, "-c", SLOWLY, *arguments]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+        ) as run:
+            for _ in range(4):
+                line = run.stdout.readline().split()
+                kept += int(line[1])
+            os.kill(run.pid, signal.SIGKILL)
+            rest = run.stdout.read().splitlines()  # what it kept before the signal came
+            kept += sum(int(line.split()[1]) for line in rest)
+        assert run.returncode == -signal.SIGKILL
+        assert not (folder.path / "scores").exists()
+    assert 0 < kept < len(folder.places)
+
+    scored = 0
+    score_detailed = turborank.Reranker.score_detailed
+
+    def counted(self, given, **options):
+        nonlocal scored
+        scored += len(given)
+        return score_detailed(self, given, **options)
+
+    monkeypatch.setattr(turborank.Reranker, "score_detailed", counted)
+    assert cli.run(arguments) == 0
+    assert scored == len(folder.places) - kept
+    resumed = tree(folder.path)
+    assert cli.run([*arguments, "--cache", str(folder.path / "other" / "cache")]) == 0
+    assert scored == 2 * len(folder.places) - kept
+    assert tree(folder.path) == resumed
+    assert capsys.readouterr().out.count("slow.trec") == 2
+
+
+def test_a_full_disk_is_said(folder):
+    with caches.open_cache(folder.path / "cache") as kept:
+        kept._connection.execute("PRAGMA max_page_count = 2")
+        keys = [caches.key("", "", str(n)) for n in range(10_000)]
+        with pytest.raises(InputError, match=r"expected to keep scores at .*sqlite3, got database or disk is full"):
+            kept.put(keys, np.zeros(len(keys), np.float32))
+        assert np.isnan(kept.get(keys)).all()  # all or nothing
+
+
+def test_a_cache_that_is_none_is_said(folder, tmp_path):
+    (tmp_path / "scores.sqlite3").write_text("not a database, but long enough to be taken for one" * 99)
+    with (
+        pytest.raises(InputError, match=r"expected to keep scores at .*, got file is not a database"),
+        caches.open_cache(tmp_path),
+    ):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="expected a folder for the cache"), caches.open_cache(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bm25", ("bm25", "bm25", "")),
+        ("lexical=bm25", ("lexical", "bm25", "")),
+        ("mini=biencoder:a/b=c", ("mini", "biencoder", "a/b=c")),
+        ("x=http:tei:http://localhost:8080/rerank?a=b", ("x", "http", "tei:http://localhost:8080/rerank?a=b")),
+    ],
+)
+def test_a_teacher_on_the_command_line(text, expected):
+    assert tuple(spec(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bm52", "did you mean 'bm25'"),
+        ("a=bm25:x", "expected bm25, got 'bm25:x'"),
+        ("a=checkpoint", "expected checkpoint:MODEL, got 'checkpoint'"),
+        ("checkpoint:there", "expected a name for the teacher, as in NAME=checkpoint:there"),
+        ("../a=bm25", "expected a teacher's name of letters"),
+        (".a=bm25", "expected a teacher's name of letters"),
+        ("a=http:jna:https://x", "did you mean 'jina'"),
+        ("a=http:jina:ftp://x", "expected a URL of http or https after jina:, got 'ftp://x'"),
+        ("a=run:nowhere.trec", "expected a readable file, got No such file or directory at nowhere.trec"),
+        ("a=checkpoint:./nowhere", "expected a model folder"),
+    ],
+)
+def test_a_bad_teacher_is_answered_in_one_line(folder, capsys, text, expected):
+    assert cli.run(["distill", "score", str(folder.path), "--teacher", text]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+BAD_RUNS = [
+    ("q0 Q0 d0 1 1.0", "expected six columns"),
+    ("q0 Q0 d0 1 one t", "expected a finite score in column five"),
+    ("q0 Q0 d0 1 nan t", "expected a finite score in column five"),
+    ("zz Q0 d0 1 1.0 t", "expected a known query, got 'zz'"),
+    ("q0 Q0 zz 1 1.0 t", "expected a known document, got 'zz'"),
+    ("q0 Q0 d1 2 1.0 t", "expected each document once a query, got 'd1' again"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), BAD_RUNS)
+def test_a_malformed_run_is_named(folder, line, expected):
+    path = write_lines(folder.path / "candidates.trec", ["q1 Q0 d0 1 1.0 t", "q0 Q0 d1 1 1.0 t", "", line])
+    with pytest.raises(InputError) as fault:
+        TrainingFolder.load(folder.path)
+    assert expected in str(fault.value)
+    assert str(fault.value).endswith(f"at {path}:4")
+
+
+def test_labels_of_a_training_query_cannot_be_held_out_too(folder):
+    write_lines(folder.path / "qrels" / "dev.tsv", ["q3\td0\t1"])
+    with pytest.raises(InputError, match=r"expected held-out queries in .*dev.tsv only, got 'q3'"):
+        TrainingFolder.load(folder.path)
+
+
+def test_read_pairs_keeps_the_bits(folder):
+    values = np.random.default_rng(0).normal(size=len(folder.places)).astype(np.float32)
+    folder.write_scores("x", values, {})
+    assert folder.scores("x").tobytes() == values.tobytes()
+    assert read_pairs.__doc__
+    with pytest.raises(InputError, match="finite scores of x"):
+        folder.write_scores("x", np.full(len(values), np.inf, np.float32), {})
+
+
+def test_loading_is_quick(tmp_path):
+    """A hundred thousand pool places: arrays, not objects. A bound of ten times what it takes."""
+    lists = tmp_path / "lists"
+    write_lines(lists / "corpus.jsonl", [{"_id": f"d{n}", "text": f"text {n}"} for n in range(5000)])
+    write_lines(lists / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(2500)])
+    lines = [f"q{q} Q0 d{(7 * q + k) % 5000} {k} {40 - k} t" for q in range(2500) for k in range(40)]
+    write_lines(lists / "candidates.trec", lines)
+    start = time.process_time()
+    folder = TrainingFolder.load(lists)
+    assert len(folder.places) == 100_000
+    assert time.process_time() - start < 5
+    assert folder.places.itemsize + folder.first_stage.itemsize + folder.labels.itemsize == 10
