@@ -46,7 +46,7 @@ Case load(const char* path) {
         if (kind == "shape") {
             Shape& s = c.shape;
             s.vocab = std::stoi(name);
-            words >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine;
+            words >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine >> s.passage;
             s.D = s.C / s.H;
         } else if (kind == "slopes") {
             c.slopes = read<float>(in, std::stoul(name));

@@ -56,6 +56,7 @@ struct Shape {
     int C = 0, L = 0, H = 0, D = 0, F = 0;
     float eps = 0;
     bool geglu = false, cosine = false, alibi = false;
+    int passage = 0;  // tokens that the cosine head weighs together; 0: all tokens weigh the same
 };
 
 // y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights.
@@ -102,7 +103,7 @@ struct Weights {
     std::vector<Layer> layers;
     Linear pooler;  // float panels, whatever the precision
     const float* classifier = nullptr;
-    float classifier_bias = 0, cosine_scale = 0, cosine_bias = 0;
+    float classifier_bias = 0, cosine_scale = 0, cosine_bias = 0, cosine_focus = 0;
 };
 
 // Per-thread memory of the kernels. Sizes are for the widest element any kernel uses (4 bytes).

@@ -299,26 +299,48 @@ void classify(const Weights& w, const float* first, int rows, float* logits, Scr
     }
 }
 
-// scale * cos(mean of the rows of type 0, mean of the rows of type 1) + bias; both types are present.
-float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scratch& s) {
-    const int C = w.shape.C;
-    float* sums = s.hidden.as<float>();  // (2, C)
-    for (int c = 0; c < 2 * C; c += W) store(sums + c, set(0.0f));
-    float count[2] = {0, 0};
-    for (int t = 0; t < n; ++t) {
-        const int type = types[t] != 0;
-        float* sum = sums + type * C;
-        count[type] += 1.0f;
-        for (int c = 0; c < C; c += W) store(sum + c, add(load(sum + c), load(x + static_cast<size_t>(t) * C + c)));
-    }
+TR_INLINE void clear(float* row, int C) {
+    for (int c = 0; c < C; c += W) store(row + c, set(0.0f));
+}
+
+// to = keep * to + weight * row
+TR_INLINE void accumulate(float* to, float keep, const float* row, float weight, int C) {
+    for (int c = 0; c < C; c += W) store(to + c, fma(set(weight), load(row + c), mul(set(keep), load(to + c))));
+}
+
+float cosine_of(const float* a, const float* b, int C) {
     F ab = set(0.0f), aa = ab, bb = ab;
-    const F first = set(1.0f / count[0]), second = set(1.0f / count[1]);
     for (int c = 0; c < C; c += W) {
-        const F a = mul(load(sums + c), first), b = mul(load(sums + C + c), second);
-        ab = fma(a, b, ab), aa = fma(a, a, aa), bb = fma(b, b, bb);
+        const F x = load(a + c), y = load(b + c);
+        ab = fma(x, y, ab), aa = fma(x, x, aa), bb = fma(y, y, bb);
     }
-    const float norms = __builtin_sqrtf(hsum(aa) * hsum(bb));
-    return w.cosine_scale * (hsum(ab) / (norms > 1e-12f ? norms : 1e-12f)) + w.cosine_bias;
+    const float norms = __builtin_sqrtf(hsum(aa)) * __builtin_sqrtf(hsum(bb));
+    return hsum(ab) / (norms > 1e-12f ? norms : 1e-12f);
+}
+
+// scale * cos(sum of the rows of type 0, sum of the rows of type 1) + bias; both types are present. With the head
+// "focus", passages of the second sum weigh 2^(focus * log2(e) * their own cosine), kept relative to the largest so far.
+float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scratch& s) {
+    const int C = w.shape.C, size = w.shape.passage > 0 ? w.shape.passage : n;
+    float *query = s.hidden.as<float>(), *document = query + C, *passage = document + C;
+    clear(query, 3 * C);
+    for (int t = 0; t < n; ++t)
+        if (types[t] == 0) accumulate(query, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
+    int last = n - 1, held = 0;
+    while (types[last] == 0) --last;
+    float top = -1e30f;  // not infinity: the power of two is made from its floor and fraction
+    for (int t = 0; t <= last; ++t) {
+        if (types[t] == 0) continue;
+        accumulate(passage, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
+        if (++held < size && t < last) continue;
+        const float score = w.shape.passage > 0 ? w.cosine_focus * kLog2e * cosine_of(query, passage, C) : 0.0f;
+        const float old = top;
+        top = score > top ? score : top;
+        accumulate(document, hmax(exp2<true>(set(old - top))), passage, hmax(exp2<true>(set(score - top))), C);
+        clear(passage, C);
+        held = 0;
+    }
+    return w.cosine_scale * cosine_of(query, document, C) + w.cosine_bias;
 }
 
 // ---------------------------------------------------------------------------------------------- attention

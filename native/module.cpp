@@ -41,9 +41,10 @@ Shape shape_of(const nb::dict& config, const Tensors& tensors) {
     s.eps = entry<float>(config, "layer_norm_eps");
     const auto feed_forward = entry<std::string>(config, "feed_forward"), head = entry<std::string>(config, "head");
     if (feed_forward != "geglu" && feed_forward != "gelu") throw std::invalid_argument("expected feed_forward to be one of geglu, gelu, got '" + feed_forward + "'");
-    if (head != "classifier" && head != "cosine") throw std::invalid_argument("expected head to be one of classifier, cosine, got '" + head + "'");
+    if (head != "classifier" && head != "cosine" && head != "focus") throw std::invalid_argument("expected head to be one of classifier, cosine, focus, got '" + head + "'");
     s.geglu = feed_forward == "geglu";
-    s.cosine = head == "cosine";
+    s.cosine = head != "classifier";
+    s.passage = head == "focus" ? entry<int>(config, "passage") : 0;
     const auto positions = tensors.find("embeddings.position_embeddings.weight");
     if (positions != tensors.end()) s.positions = static_cast<int>(positions->second.rows);
     return s;

@@ -223,6 +223,7 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
     if (s.cosine) {
         w.cosine_scale = *p.vector("head.scale", 1);
         w.cosine_bias = *p.vector("head.bias", 1);
+        if (s.passage > 0) w.cosine_focus = *p.vector("head.focus", 1);
     } else {
         const bool roberta = p.has("classifier.dense.weight");  // XLM-R names for the same head
         w.pooler = p.linear(p.columns(roberta ? "classifier.dense" : "pooler.dense", s.C, s.C), Precision::fp32);

@@ -27,7 +27,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32]:
     for name, shape in ARCHITECTURES[config.architecture].parameters(config).items():
         if len(shape) == 2:
             value = rng.normal(0, 1 / math.sqrt(shape[1]), shape)
-        elif name == "head.scale":
+        elif name in ("head.scale", "head.focus"):
             value = np.full(shape, 10.0)
         elif name.lower().endswith("layernorm.weight"):
             value = rng.normal(1, 0.1, shape)

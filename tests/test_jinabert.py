@@ -136,7 +136,7 @@ def test_equals_bert_where_they_are_the_same_model(length: int) -> None:
 
 
 @pytest.mark.parametrize("feed_forward", ["geglu", "gelu"])
-@pytest.mark.parametrize("head", ["classifier", "cosine"])
+@pytest.mark.parametrize("head", ["classifier", "cosine", "focus"])
 def test_torch_agrees_with_the_law_layer_by_layer(head: str, feed_forward: str) -> None:
     torch = pytest.importorskip("torch")
     from turborank.ops import pytorch
@@ -190,6 +190,21 @@ def test_cosine_head_by_hand() -> None:
     assert query.tolist() == [[2, 0], [1, 1]]
     assert document.tolist() == [[0, 3], [1, 1]]
     assert reference.cosine(query, document) == pytest.approx([0.0, 1.0])
+
+
+def test_focused_means_by_hand() -> None:
+    """Passages of two tokens: (0, 4) at right angles to the query, and the shorter last one (3, 0) along it."""
+    x = np.asarray([[5, 0], [0, 1], [0, 3], [3, 0], [1, 1], [2, 0]], np.float32)
+    types = np.asarray([0, 1, 1, 1, 0, 1], np.int32)
+    cu = np.asarray([0, 4, 6], np.int32)
+    query = np.asarray([[5, 0], [1, 1]], np.float32)
+    plain = reference.focused_means(x, query, np.zeros(1, np.float32), types, cu, 2)
+    np.testing.assert_allclose(plain, [[1, 4 / 3], [2, 0]], rtol=1e-6)  # a focus of 0: the mean
+    focused = reference.focused_means(x, query, np.full(1, math.log(3), np.float32), types, cu, 2)
+    # weights 1 and 3, for two tokens and for one: (1·(0, 4) + 3·(3, 0)) / (1·2 + 3·1)
+    np.testing.assert_allclose(focused, [[9 / 5, 4 / 5], [2, 0]], rtol=1e-6)
+    far = reference.focused_means(x, query, np.full(1, 1e4, np.float32), types, cu, 2)
+    np.testing.assert_allclose(far, [[3, 0], [2, 0]], rtol=1e-6)  # only the best passage
 
 
 def test_attention_memory_is_bounded_at_full_length() -> None:

@@ -90,7 +90,7 @@ class ModelConfig:
     layer_norm_eps: float
     feed_forward: str = "gelu"  # "gelu" (two linears) or "geglu" (gated, JINABERT §2.4)
     slopes: tuple[float, ...] = ()  # (H,) ALiBi constants; empty: the model has no ALiBi
-    head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine": see architectures.jinabert
+    head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine", "focus": see architectures.jinabert
     position_offset: int = 0  # first learned position (XLM-R counts from 2)
     position_buckets: int = 0  # relative positions to one side (DeBERTa); 0: the model has none
     max_relative_positions: int = 0  # distances from here on share the last bucket

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import shapes
 
+from turborank.architectures import jinabert
 from turborank.quantised import SCALE, dense, quantise
 from turborank.types import ModelConfig, PackedBatch
 
@@ -27,7 +28,7 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
         inner=32 * int(rng.integers(1, 7)),
         vocab=int(rng.integers(50, 300)),
         feed_forward=str(rng.choice(["geglu", "gelu"])),
-        head=str(rng.choice(["classifier", "cosine"])),
+        head=str(rng.choice(["classifier", "cosine", "focus"])),
         alibi=bool(rng.random() < 0.8),
     )
     longest = int(rng.choice([10, 70, 400]))
@@ -39,7 +40,8 @@ def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict
     m = model
     numbers = (m.vocab_size, m.hidden_size, m.num_hidden_layers, m.num_attention_heads, m.intermediate_size)
     more = (m.type_vocab_size, 0, m.position_offset, m.max_length, m.layer_norm_eps)
-    flags = (int(m.feed_forward == "geglu"), int(m.head == "cosine"))
+    passage = jinabert.PASSAGE if m.head == "focus" else 0
+    flags = (int(m.feed_forward == "geglu"), int(m.head != "classifier"), passage)
     file.write(("shape " + " ".join(map(str, numbers + more + flags)) + "\n").encode())
     file.write(f"slopes {len(m.slopes)}\n".encode() + np.array(m.slopes, np.float32).tobytes())
     for name, value in tensors.items():
@@ -48,7 +50,7 @@ def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict
     file.write(f"batch {tokens.tokens} {tokens.pairs}\n".encode())
     for array in (tokens.input_ids, tokens.type_ids, tokens.cu_seqlens, expected.astype(np.float32)):
         file.write(array.tobytes())
-    wide = 10.0 if m.head == "cosine" else 1.0  # the cosine head multiplies by 10
+    wide = 1.0 if m.head == "classifier" else 10.0  # the cosine heads multiply by 10
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.02 * wide), ("int8", 0.04 * wide)):
         file.write(f"\ntolerance {precision} {tolerance}".encode())
 

@@ -53,9 +53,11 @@ def weights(model: ModelConfig, seed: int = 0) -> Weights:
         if "norm" in name.lower() and name.endswith("weight"):
             value = 1.0 + value
         tensors[name] = value.astype(np.float32)
-    if model.head == "cosine":
+    if model.head != "classifier":
         tensors["head.scale"] = np.array([10.0], np.float32)
         tensors["head.bias"] = np.array([-1.0], np.float32)
+    if model.head == "focus":
+        tensors["head.focus"] = np.array([15.0], np.float32)
     return tensors
 
 

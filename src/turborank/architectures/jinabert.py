@@ -7,6 +7,8 @@ Two heads are known:
                 is then needed for that token only.
 ``cosine``      the joint-encoding cosine: logit = scale·cos(mean of segment 0, mean of segment 1) + bias,
                 both means over the last layer of the *joint* encoding of query and document.
+``focus``       the same, but passages of the document weigh e^(focus·cos(query, passage)) in its mean, so that one
+                passage that answers does not drown in thousands of tokens that do not.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from turborank.architectures.encoder import Weights, dense, linear_shapes, norm,
 from turborank.errors import CheckpointError
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig, PackedBatch
+
+COSINES = ("cosine", "focus")  # heads that need every token of the last layer
+PASSAGE = 16  # tokens that the head "focus" weighs together
 
 
 def standard_slopes(heads: int) -> tuple[float, ...]:
@@ -78,7 +83,7 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
         layer_norm_eps=float(raw["layer_norm_eps"]),
         feed_forward="geglu" if gated else "gelu",
         slopes=_slopes(raw, heads),
-        head="cosine" if "head.scale" in names else "classifier",
+        head="focus" if "head.focus" in names else "cosine" if "head.scale" in names else "classifier",
     )
 
 
@@ -92,8 +97,9 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes.update(norm_shapes("embeddings.LayerNorm", c))
     for layer in range(config.num_hidden_layers):
         shapes.update(encoder.layer_shapes(config, layer))
-    if config.head == "cosine":
+    if config.head in COSINES:
         shapes.update({"head.scale": (1,), "head.bias": (1,)})
+        shapes.update({"head.focus": (1,)} if config.head == "focus" else {})
     else:
         shapes.update(linear_shapes("pooler.dense", c, c))
         shapes.update(linear_shapes("classifier", 1, c))
@@ -107,10 +113,12 @@ def forward(
     x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # (T, C)
     x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
     x = norm(weights, "embeddings.LayerNorm", x, config, ops)
-    cosine = config.head == "cosine"
+    cosine = config.head in COSINES
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=not cosine, trace=trace)
     if cosine:
         query, document = ops.segment_means(x, batch.type_ids, batch.cu_seqlens)  # 2 × (P, C)
+        if config.head == "focus":
+            document = ops.focused_means(x, query, weights["head.focus"], batch.type_ids, batch.cu_seqlens, PASSAGE)
         return ops.cosine(query, document) * weights["head.scale"] + weights["head.bias"]
     pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))  # (P, C)
     return dense(weights, "classifier", pooled, ops)[:, 0]

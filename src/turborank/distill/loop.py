@@ -30,7 +30,8 @@ from turborank.distill.model import Model
 from turborank.distill.students import Student
 from turborank.errors import TrainingError
 
-SCALE_RATE = 30.0  # the logit scale's learning rate, in those of the weights
+SCALE_RATE = 30.0  # the learning rate of single numbers of the head, in those of the weights
+NUMBERS = ("log_scale", "head/focus")
 CURVE, STATE, COUNTERS = "curve.jsonl", "state.safetensors", "state.json"
 
 
@@ -267,11 +268,12 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:
-    named = [(name, p) for name, p in model.named_parameters() if name != "log_scale"]
+    named = [(name, p) for name, p in model.named_parameters() if name not in NUMBERS]
+    numbers = [p for name, p in model.named_parameters() if name in NUMBERS]
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": schedule.weight_decay, "factor": 1.0},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
-        {"params": [model.log_scale], "weight_decay": 0.0, "factor": SCALE_RATE},
+        {"params": numbers, "weight_decay": 0.0, "factor": SCALE_RATE},
     ]
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True)
 

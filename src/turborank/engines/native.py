@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turborank.architectures.jinabert import PASSAGE
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
 from turborank.quantised import SCALE, quantise
 from turborank.types import Float32, ModelConfig, PackedBatch
@@ -115,7 +116,8 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     """What the C++ side reads of the config."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
              "type_vocab_size", "layer_norm_eps", "feed_forward", "head", "position_offset")  # fmt: skip
-    return {name: getattr(config, name) for name in names} | {"slopes": [float(s) for s in config.slopes]}
+    plain: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return plain | {"slopes": [float(s) for s in config.slopes], "passage": PASSAGE}
 
 
 def _compact(weights: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

@@ -74,5 +74,14 @@ class Ops(Protocol):
     def segment_means(self, x: Array, type_ids: Array, cu_seqlens: Array, /) -> tuple[Array, Array]:
         """Mean over each pair's tokens of type 0 and of type 1: (T, C) -> (P, C), (P, C)."""
 
+    def focused_means(
+        self, x: Array, query: Array, focus: Array, type_ids: Array, cu_seqlens: Array, passage: int, /
+    ) -> Array:
+        """Mean over each pair's tokens of type 1, in which what answers the query weighs more: (T, C) -> (P, C).
+
+        Those tokens, in passages of ``passage`` (the last may be shorter), weigh e^(focus·cos(query, sum of the
+        passage)) each; query is (P, C), focus (1,). A focus of 0 gives the plain mean.
+        """
+
     def cosine(self, a: Array, b: Array, /) -> Array:
         """Row-wise cosine: (P, C), (P, C) -> (P,)."""

@@ -184,5 +184,25 @@ def segment_means(x: Tensor, type_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tens
     return means[:, 0], means[:, 1]
 
 
+def focused_means(
+    x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, cu_seqlens: Tensor, passage: int
+) -> Tensor:
+    rows = torch.nonzero(type_ids == 1)[:, 0]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    pair_of = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)[rows]
+    counts = torch.bincount(pair_of, minlength=len(lengths))  # tokens of each document
+    passages = (counts + passage - 1) // passage
+    place = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[pair_of]
+    slot = (passages.cumsum(0) - passages)[pair_of] + place // passage
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), passages)  # of each passage
+    sums = torch.zeros(len(owner), x.shape[1], device=x.device).index_add(0, slot, x[rows].float())
+    score = focus.float() * cosine(sums, query.float()[owner])
+    top = torch.full((len(lengths),), -torch.inf, device=x.device).scatter_reduce(0, owner, score.detach(), "amax")
+    weight = torch.exp(score - top[owner])
+    total = torch.zeros(len(lengths), x.shape[1], device=x.device).index_add(0, owner, weight[:, None] * sums)
+    mass = torch.zeros(len(lengths), device=x.device).index_add(0, owner, weight * torch.bincount(slot))
+    return total / mass[:, None]
+
+
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a, b, dim=-1, eps=1e-12)

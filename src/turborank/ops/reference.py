@@ -152,6 +152,21 @@ def segment_means(x: Float32, type_ids: Int32, cu_seqlens: Int32) -> tuple[Float
     return means[0], means[1]
 
 
+def focused_means(
+    x: Float32, query: Float32, focus: Float32, type_ids: Int32, cu_seqlens: Int32, passage: int
+) -> Float32:
+    out = np.empty_like(query)
+    for pair, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        document = x[start:end][type_ids[start:end] == 1]
+        firsts = np.arange(0, len(document), passage)
+        sums = np.add.reduceat(document, firsts, axis=0)  # (passages, C)
+        lengths = np.diff([*firsts, len(document)]).astype(np.float32)
+        score = focus * cosine(sums, query[pair])
+        weight = np.exp(score - score.max())
+        out[pair] = (weight[:, None] * sums).sum(axis=0) / (weight * lengths).sum()
+    return out
+
+
 def cosine(a: Float32, b: Float32) -> Float32:
     norms = np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
     return np.asarray((a * b).sum(axis=-1) / np.maximum(norms, np.float32(1e-12)))
