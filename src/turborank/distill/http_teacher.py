@@ -122,6 +122,10 @@ class _AgainError(Exception):
         self.after = after
 
 
+class _StoppedError(Exception):
+    """A request that was not made, because another one ended the run."""
+
+
 class Pacer:
     """When the next request may go: all threads share the rate and the waits an endpoint asks for."""
 
@@ -132,8 +136,9 @@ class Pacer:
         self._stopped = threading.Event()
 
     def turn(self) -> None:
-        """Return when a request may go."""
+        """Return when a request may go. Raises _StoppedError when none is to go any more."""
         while True:
+            self.sleep(0)
             with self._lock:
                 now = time.monotonic()
                 if now >= self._next:
@@ -148,9 +153,9 @@ class Pacer:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def sleep(self, seconds: float) -> None:
-        """Raises _AgainError when everything is to stop."""
+        """Raises _StoppedError when everything is to stop."""
         if self._stopped.wait(seconds):
-            raise _AgainError("stopped")
+            raise _StoppedError
 
     def stop(self) -> None:
         """Wake and end whoever waits."""
@@ -189,11 +194,11 @@ class HttpTeacher:
         pacer = Pacer(self.settings.rate)
         waiting: dict[Future[Float32], Question] = {}
         coming = iter(questions)
-        fault: Exception | None = None
+        faults: list[Exception] = []
         with ThreadPoolExecutor(self.settings.parallel) as threads:
             try:
                 while True:
-                    while fault is None and len(waiting) < 2 * self.settings.parallel:
+                    while not faults and len(waiting) < 2 * self.settings.parallel:
                         question = next(coming, None)
                         if question is None:
                             break
@@ -207,7 +212,7 @@ class HttpTeacher:
                         try:
                             answer = future.result()
                         except Exception as error:  # what is under way is still waited for: it may have been paid for
-                            fault = fault or error
+                            faults.append(error)
                             pacer.stop()
                             for other in waiting:
                                 other.cancel()
@@ -216,8 +221,8 @@ class HttpTeacher:
             finally:
                 pacer.stop()
                 threads.shutdown(wait=False, cancel_futures=True)
-        if fault is not None:
-            raise fault
+        if faults:
+            raise next((fault for fault in faults if not isinstance(fault, _StoppedError)), faults[0])
 
     def _persist(self, question: Question, pacer: Pacer) -> Float32:
         """Ask until there is an answer."""
@@ -227,6 +232,7 @@ class HttpTeacher:
                 return self._ask(question)
             except _AgainError as error:
                 if attempt == self.settings.attempts:
+                    pacer.stop()
                     raise InputError(
                         f"expected {self.url} to answer, got {error} {attempt} times",
                         hint="run the command again to go on: what it answered is kept",
@@ -235,6 +241,9 @@ class HttpTeacher:
                     pacer.hold(error.after)
                 else:  # half of it by chance, so that many do not come back at once
                     pacer.sleep(min(60.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
+            except InputError:
+                pacer.stop()  # before another request can go
+                raise
         raise AssertionError("the last attempt returns or raises")
 
     def _ask(self, question: Question) -> Float32:

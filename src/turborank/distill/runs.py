@@ -15,9 +15,10 @@ from turborank.checkpoint import verify
 from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.ensemble import parse
-from turborank.distill.folder import TrainingFolder, read_records
+from turborank.distill.folder import TrainingFolder
 from turborank.distill.loop import Progress, Run, Schedule
 from turborank.distill.losses import mix
+from turborank.distill.records import read_records
 from turborank.distill.recover import Reading, Recovery, Texts
 from turborank.distill.students import Student
 from turborank.distill.train import Examination, Ranking, Serving, teacher_scores
@@ -134,10 +135,10 @@ def _long_documents(paths: Sequence[Path]) -> list[str]:
     """Each different ``text`` (or ``passage``) of some files of JSON lines."""
     found: dict[str, None] = {}
     for path in paths:
-        for number, record in read_records(path):
+        for at, record in read_records(path):
             text = record.get("text", record.get("passage"))
             if not isinstance(text, str):
-                raise InputError(f"expected a string at text or passage, got {type(text).__name__} at {path}:{number}")
+                raise InputError(f"expected a string at text or passage, got {type(text).__name__} at {at}")
             found[" ".join(text.split())] = None
     return list(found)
 
