@@ -16,7 +16,7 @@ import typer
 
 from turborank.cli_bench import EXAMPLES as BENCH_EXAMPLES
 from turborank.cli_bench import bench
-from turborank.cli_distill import LISTS_EXAMPLES, SCORE_EXAMPLES, lists, score
+from turborank.cli_distill import LISTS_EXAMPLES, SCORE_EXAMPLES, SUSPECTS_EXAMPLES, lists, score, suspects
 from turborank.cli_doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli_doctor import doctor
 from turborank.cli_evaluate import EXAMPLES as EVALUATE_EXAMPLES
@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
     "distill lists": Command(lists, LISTS_EXAMPLES),
     "distill score": Command(score, SCORE_EXAMPLES),
+    "distill suspects": Command(suspects, SUSPECTS_EXAMPLES),
     "distill student": Command(student, STUDENT_EXAMPLES),
     "distill recover": Command(recover, RECOVER_EXAMPLES),
     "distill train": Command(train, TRAIN_EXAMPLES),

@@ -1,4 +1,4 @@
-"""``turborank distill lists`` and ``score``: training lists from what there is, and teachers' scores of them."""
+"""``turborank distill lists``, ``score`` and ``suspects``: training lists, what teachers say, doubtful labels."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ SCORE_EXAMPLES = (
         "turborank distill score lists -t jina=http:jina:https://api.jina.ai/v1/rerank "
         "--http-model jina-reranker-v2-base-multilingual --key-env JINA_API_KEY --rate 2",
     ),
+)
+SUSPECTS_EXAMPLES = (
+    ("what a teacher puts above the labelled passage", "turborank distill suspects lists -t minilm --margin 0.05"),
+    ("what two teachers do together", "turborank distill suspects lists -t minilm:20 -t bm25:0.9:z"),
 )
 
 Out = Annotated[Path, typer.Option(help="The training folder to make.")]
@@ -104,6 +108,12 @@ Parallel = Annotated[int, typer.Option(help="HTTP: requests under way at a time.
 Rate = Annotated[float | None, typer.Option(help="HTTP: requests a second.", show_default="as fast as it answers")]
 Timeout = Annotated[float, typer.Option(help="HTTP: seconds to wait for an answer.")]
 Attempts = Annotated[int, typer.Option(help="HTTP: how often a request is made before giving up.")]
+Ensemble = Annotated[
+    list[str],
+    typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]]; norms: raw, z, minmax.", show_default=False),
+]
+Margin = Annotated[float, typer.Option(help="How far above the labelled document, in the teacher's scores.")]
+Table = Annotated[Path | None, typer.Option("--out", help="The table.", show_default="suspects.tsv in the folder")]
 
 
 def lists(
@@ -204,6 +214,36 @@ def score(
         lists = TrainingFolder.load(folder)
         for spec in specs:
             print(teachers.score(lists, spec, teachers.Settings(reranker, http), cache=cache, progress=progress))
+
+
+def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table = None) -> None:
+    """Find documents without a label that a teacher puts above a labelled one: suspected false negatives.
+
+    Writes a table (TSV) of them, the largest difference first, and prints how many there are. Training leaves them out
+    as negatives.
+    """
+    from rich.console import Console
+    from rich.table import Table as Printed
+
+    from turborank.distill import ensemble
+    from turborank.distill import suspects as doubts
+    from turborank.distill.folder import TrainingFolder
+
+    specs = [ensemble.parse(text) for text in teacher]
+    lists = TrainingFolder.load(folder)
+    scores = ensemble.fuse(specs, {spec.name: lists.scores(spec.name) for spec in specs}, lists.bounds)
+    found = doubts.find(lists, scores, margin)
+    path = out or folder / "suspects.tsv"
+    doubts.write(lists, scores, found, path)
+    table = Printed(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("source", "labelled queries", "with suspects", "suspects", "of unlabelled"):
+        table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
+    for row in doubts.summaries(lists, found):
+        share = row.suspects / row.unlabelled if row.unlabelled else 0.0
+        counts = (f"{row.queries:,}", f"{row.with_suspects / row.queries:.1%}", f"{row.suspects:,}", f"{share:.1%}")
+        table.add_row(row.source or "–", *counts)
+    Console(width=options.width(), highlight=False, markup=False).print(table)
+    print(f"\n{path}")
 
 
 def _named(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:

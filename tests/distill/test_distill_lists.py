@@ -32,7 +32,7 @@ def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
         {"query": "who sleeps?", "passage": "Bees do."},
         {"query": "who  sleeps?", "passage": "Cats do."},
         {"query": "who flies?", "passage": " Bees\ndo."},
-        {"query": "who sleeps?", "passage": "Bees do.", "label": 3},
+        {"query": "Who sleeps?", "passage": "Bees do.", "label": 3},
         {"query": "who sleeps?", "passage": "Cats do.", "label": 0},
     ]
     build(recipe(Source("a", write_lines(tmp_path / "a.jsonl", rows))), tmp_path / "out", PLAN)

@@ -90,8 +90,8 @@ class Collection:
         return place
 
     def add_query(self, text: str, source: str, name: str | None = None) -> int:
-        """The place of a query."""
-        place = _place(self._query_places, len(self.queries), text, name)
+        """The place of a query. Those that differ by capital letters alone are one, spelt as the first."""
+        place = _place(self._query_places, len(self.queries), text.casefold(), name)
         if place == len(self.queries):
             self.queries.append(text)
             self.query_ids.append(name)
@@ -156,7 +156,7 @@ def collect(recipe: Recipe, *, whole: bool = True) -> Collection:
     for place, query in enumerate(made.queries):
         # a query without a relevant document measures nothing
         judged = any(made.labels[place].values())
-        made.held_out[place] = judged and text_hash(query.lower()) < recipe.held_out * 2**64
+        made.held_out[place] = judged and text_hash(query.casefold()) < recipe.held_out * 2**64
     _make_queries(recipe, made)
     if not made.queries:
         raise InputError("expected queries, got none", hint="give pairs, or ask for --sentences, --spans or --keywords")
