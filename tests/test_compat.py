@@ -1,5 +1,6 @@
 """``turborank.compat.CrossEncoder`` against sentence-transformers' own, on the same random checkpoints."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -113,6 +114,37 @@ def test_rank_is_theirs(ours: CrossEncoder, theirs: Any, top_k: int | None, retu
     assert [row["score"] for row in got] == pytest.approx([row["score"] for row in expected], abs=1e-5)
 
 
+# What theirs takes and ours does not: objects of training and of torch, and prompts.
+THEIRS_ALONE = {
+    "modules", "prompts", "default_prompt_name", "processor_kwargs", "config_kwargs", "model_card_data",
+    "keep_in_fp32_modules",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["__init__", "predict", "rank"])
+def test_their_parameters_are_ours(folder: Path, ours: CrossEncoder, method: str) -> None:
+    """By keyword, each with their default, the scores are the same."""
+    parameters = list(inspect.signature(getattr(sentence_transformers.CrossEncoder, method)).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in THEIRS_ALONE}
+    assert len(defaults) > 7
+    if method == "__init__":
+        again = CrossEncoder(**{**defaults, "model_name_or_path": str(folder)}, precision="fp32")
+        np.testing.assert_array_equal(again.predict(PAIRS), ours.predict(PAIRS))
+    elif method == "predict":
+        np.testing.assert_array_equal(ours.predict(PAIRS, **defaults), ours.predict(PAIRS))
+    else:
+        assert ours.rank(QUERY, DOCUMENTS, **defaults) == ours.rank(QUERY, DOCUMENTS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_chooses_the_precision(folder: Path, ours: CrossEncoder, key: str, dtype: Any) -> None:
+    model = CrossEncoder(folder, model_kwargs={key: dtype, "attn_implementation": "sdpa"}, revision="of no effect")
+    assert model.reranker.engine.precision == "fp32"
+    np.testing.assert_array_equal(model.predict(PAIRS), ours.predict(PAIRS))
+    assert CrossEncoder(folder, engine="torch", model_kwargs={key: torch.bfloat16}).reranker.engine.precision == "bf16"
+
+
 def test_the_sigmoid_is_exact_at_both_ends() -> None:
     far = activate(np.asarray([20.0, 30.0, -100.0, 1.0], np.float32), "sigmoid")
     assert far[0] == far[1] == 1.0  # float32 knows no difference
@@ -151,6 +183,10 @@ def test_a_bar_appears_only_when_asked_for(ours: CrossEncoder, capfd: pytest.Cap
     ("call", "said"),
     [
         (lambda m: m.predict(PAIRS, batch_size=0), "batch_size to be a positive integer, got 0"),
+        (lambda m: m.predict(PAIRS, "query prompt"), "batch_size to be a positive integer, got 'query prompt'"),
+        (lambda m: m.predict(PAIRS, prompt="query: "), "expected no prompt, got 'query: '"),
+        (lambda m: m.rank(QUERY, DOCUMENTS, prompt_name="web"), "expected no prompt, got 'web'"),
+        (lambda m: CrossEncoder(None, model_kwargs={"dtype": "int4"}), "one of float32, bfloat16, .*, got 'int4'"),
         (lambda m: m.predict(), "as inputs or as sentences, got both or neither"),
         (lambda m: m.predict("query"), "a list of .query, document. pairs, got str"),
         (lambda m: m.predict([("a", "b"), ("a", 3)]), r"pairs\[1\]: expected .query, document., two strings"),

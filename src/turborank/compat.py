@@ -1,8 +1,8 @@
 """The faces other libraries expect of a cross-encoder, over the same :class:`~turborank.Reranker`.
 
 ``CrossEncoder``      sentence-transformers': ``predict(pairs)`` and ``rank(query, documents)``. Change the import, keep
-                      the code. It knows the parameters of sentence-transformers 4 to 6; what would not change a
-                      score (``batch_size``, ``prompt`` names, pools of processes) is accepted or absent, never guessed.
+                      the code. It knows the parameters of sentence-transformers 4 to 6: what does not change a score
+                      (batch sizes, pools of processes) is accepted, what would and cannot be done (prompts) is refused.
 ``MtebCrossEncoder``  mteb's ``CrossEncoderProtocol``: ``mteb.evaluate(MtebCrossEncoder(Reranker(…)), tasks)``.
 """
 
@@ -67,6 +67,28 @@ def activate(logits: Float32, activation: str | Activation) -> Float32:
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64))).astype(np.float32)
 
 
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": "auto"}
+
+
+def _precision_of(model_kwargs: Mapping[str, Any]) -> str:
+    """Our name of the dtype, given by its name or as torch's own object."""
+    wanted = model_kwargs.get("dtype", model_kwargs.get("torch_dtype"))
+    name = "auto" if wanted is None else str(wanted).removeprefix("torch.")
+    if name not in _PRECISIONS:
+        raise InputError(f"expected dtype in model_kwargs to be one of {', '.join(_PRECISIONS)}, got {wanted!r}")
+    return _PRECISIONS[name]
+
+
+def _check_revision(reranker: Reranker, revision: str | None) -> None:
+    """A revision of the Hub that was asked for must be the one that was loaded; folders have none."""
+    checkpoint = reranker.checkpoint
+    if checkpoint.origin in ("hub", "cache") and revision not in (None, "main", checkpoint.revision):
+        raise InputError(
+            f"expected revision {checkpoint.revision or 'None'} of {checkpoint.name}, got {revision!r}",
+            hint="download that revision and give its folder",
+        )
+
+
 class CrossEncoder:
     """``sentence_transformers.CrossEncoder`` for models with one label, run by turborank.
 
@@ -83,6 +105,10 @@ class CrossEncoder:
         device: "cpu", "cuda" (the torch engine, which must then find one), or None.
         trust_remote_code: of no effect: turborank never runs code from a checkpoint.
         local_files_only: never touch the network.
+        revision: for models of the catalog, the one it names; of no effect on a folder.
+        model_kwargs: ``dtype`` (or ``torch_dtype``) chooses the precision where ``precision`` does not; what else is in
+            it has no influence on a score.
+        cache_folder, token, backend: of no effect: ``HF_HOME`` and ``HF_TOKEN`` say where models are kept and who asks.
         engine: of :class:`~turborank.Reranker`, as are the next two.
         precision: "auto" is the engine's default, int8 on CPUs; "fp32" for the published scores to 1e-4.
         faithful: honour special-token strings in texts.
@@ -105,6 +131,11 @@ class CrossEncoder:
         device: str | None = None,
         trust_remote_code: bool = False,
         local_files_only: bool = False,
+        revision: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        cache_folder: str | None = None,
+        token: bool | str | None = None,
+        backend: str = "torch",
         engine: str = "auto",
         precision: str = "auto",
         faithful: bool = False,
@@ -117,11 +148,12 @@ class CrossEncoder:
         self.reranker = Reranker(
             model_name_or_path,
             engine="torch" if cuda else engine,
-            precision=precision,
+            precision=_precision_of(model_kwargs or {}) if precision == "auto" else precision,
             max_length=max_length,
             offline=True if local_files_only else None,
             faithful=faithful,
         )
+        _check_revision(self.reranker, revision)
         if cuda and getattr(getattr(self.reranker.engine, "device", None), "type", "cpu") != "cuda":
             raise EngineUnavailableError(f"expected a CUDA device for device={device!r}, got none on this machine")
         self.activation_fn = published_activation(self.reranker) if activation_fn is None else activation_fn
@@ -142,6 +174,11 @@ class CrossEncoder:
         convert_to_tensor: bool = False,
         *,
         sentences: Any = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        device: Any = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
     ) -> Any:
         """Scores of (query, document) pairs, in the order given; of one pair, its score.
 
@@ -155,11 +192,17 @@ class CrossEncoder:
             convert_to_numpy: a float32 array; else a list of torch scalars.
             convert_to_tensor: a torch tensor; wins over ``convert_to_numpy``.
             sentences: see ``inputs``.
+            prompt_name: must be None: rerankers of these families have no prompts.
+            prompt: the same.
+            device: of no effect: where to compute is decided once, at construction.
+            pool: of no effect, like ``chunk_size``.
+            chunk_size: of no effect.
 
         Raises:
             InputError: not exactly one of ``inputs`` and ``sentences``, or something in them is no pair of strings.
 
         """
+        _refuse_prompts(prompt_name, prompt)
         if (inputs is None) == (sentences is None):
             raise InputError("expected pairs as inputs or as sentences, got both or neither")
         given = sentences if inputs is None else inputs
@@ -187,11 +230,18 @@ class CrossEncoder:
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         activation_fn: str | Activation | None = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        device: Any = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
         """Documents by relevance, best first: ``corpus_id``, ``score`` and, if asked for, ``text`` of each.
 
         Ties keep the order given. ``top_k`` keeps the best so many. Arguments are those of :meth:`predict`.
         """
+        _refuse_prompts(prompt_name, prompt)
         pairs = [(query, text) for text in documents]
         logits, scores = self._scores(pairs, batch_size, show_progress_bar, activation_fn)
         ordered = scores if callable(activation_fn or self.activation_fn) else logits
@@ -206,10 +256,16 @@ class CrossEncoder:
         self, pairs: Any, batch_size: int, show_progress_bar: bool | None, activation_fn: str | Activation | None
     ) -> tuple[Float32, Float32]:
         """Logits and scores."""
-        if batch_size < 1:
-            raise InputError(f"expected batch_size to be a positive integer, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"expected batch_size to be a positive integer, got {batch_size!r}")
         logits = _with_bar(self.reranker, pairs, bool(show_progress_bar))
         return logits, activate(logits, self.activation_fn if activation_fn is None else activation_fn)
+
+
+def _refuse_prompts(*prompts: str | None) -> None:
+    given = [prompt for prompt in prompts if prompt]
+    if given:
+        raise InputError(f"expected no prompt, got {given[0]!r}: put it before the query yourself if you mean it")
 
 
 def _with_bar(reranker: Reranker, pairs: Iterable[tuple[str, str]], shown: bool) -> Float32:
