@@ -84,22 +84,23 @@ def _svg(figure: Any, salt: str) -> str:
 
 
 def depth_curve(result: Result) -> str:
-    """The measure when only the first d candidates are reranked."""
+    """The measure when only the first d candidates are reranked; reranking one changes nothing."""
     with figure(1, 3.0, f"{result.dataset.name}-depth") as (_, (axis,), svg):
         first = result.systems[0].means[result.measure]
         axis.axhline(first, color=colour(0), linewidth=1.6, linestyle=(0, (4, 3)), label=result.systems[0].name)
         for place, system in enumerate(result.systems[1:], 1):
-            depths = [depth for depth in system.curve if depth]
+            curve = {1: first, **{depth: value for depth, value in system.curve.items() if depth}}
             axis.plot(
-                depths, [system.curve[depth] for depth in depths], marker=marker(place), markersize=4.5, linewidth=1.8,
+                list(curve), list(curve.values()), marker=marker(place), markersize=4.5, linewidth=1.8,
                 color=colour(place), label=system.name,
             )  # fmt: skip
         deepest = max((depth for system in result.systems for depth in system.curve), default=1)
-        if deepest > 20:
-            axis.set_xscale("log")
-            ticks = [tick for tick in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick <= deepest]
-            axis.set_xticks(ticks, [str(tick) for tick in ticks])
-            axis.minorticks_off()
+        axis.set_xscale("log")
+        ticks = sorted(
+            {tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick < 0.8 * deepest} | {deepest}
+        )
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.set_xlabel("candidates reranked")
         axis.set_ylabel(result.measure)
         axis.legend(**ABOVE, ncols=2)
@@ -191,21 +192,27 @@ def distributions(result: Result) -> str:
 
 def latency(result: Result) -> str:
     """The share of queries answered within a time, the median marked."""
-    longest = max((max(system.seconds.values(), default=0.0) for system in result.systems[1:]), default=0.0)
-    unit, scale = ("seconds", 1.0) if longest > 3 else ("milliseconds", 1000.0)
+    everything = [seconds for system in result.systems for seconds in system.seconds.values()] or [0.0]
+    unit, scale = ("seconds", 1.0) if max(everything) > 3 else ("milliseconds", 1000.0)
+    spread = max(everything) > 10 * float(np.median(everything)) > 0
     with figure(1, 3.0, f"{result.dataset.name}-latency") as (_, (axis,), svg):
         for place, system in enumerate(result.systems[1:], 1):
             times = np.sort(np.asarray([*system.seconds.values()] or [0.0])) * scale
             share = np.arange(1, len(times) + 1) / len(times)
             median, late = np.percentile(times, [50, 95])
-            digits = ".2f" if unit == "seconds" else ".0f"
-            label = f"{system.name}: median {median:{digits}}, 95 % in {late:{digits}} {unit}"
+            digits, short = (".2f", "s") if unit == "seconds" else (".0f", "ms")
+            label = f"{system.name}: median {median:{digits}} {short}, 95 % in {late:{digits}} {short}"
             axis.step(times, share * 100, where="post", linewidth=1.8, color=colour(place), label=label)
             axis.plot([median], [50], marker(place), color=colour(place), markersize=6)
         axis.set_xlabel(f"{unit} to rerank a query's candidates (up to {result.depth})")
         axis.set_ylabel("% of queries")
         axis.set_ylim(0, 102)
-        axis.set_xlim(left=0)
+        if spread:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.set_xlim(left=0)
         axis.legend(**ABOVE)
     return svg[0]
 
