@@ -1,10 +1,12 @@
 """Teachers: their scores, against the thing itself; what is remembered, counted; a kill, really done."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import small_config, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from little import pairs, read_lines, shuffled, tree, write_lines
 
 import turborank
@@ -163,10 +167,10 @@ def test_the_order_of_documents_and_of_pools_is_irrelevant(folder, model, tmp_pa
     lines = shuffled((folder.path / "candidates.trec").read_text().splitlines(), 5)
     write_lines(other / "candidates.trec", lines)
     again = TrainingFolder.load(other)
-    settings = teacher.Settings({"engine": "reference"})
+    options = teacher.Settings({"engine": "reference"})
     for one in (folder, again):
         for text in ("bm25", f"slow=checkpoint:{model}"):
-            teacher.score(one, spec(text), settings)
+            teacher.score(one, spec(text), options)
     for name in ("bm25", "slow"):
         assert texts_of(folder, folder.scores(name)) == texts_of(again, again.scores(name))
 
@@ -343,3 +347,20 @@ def test_loading_is_quick(tmp_path):
     assert len(folder.places) == 100_000
     assert time.process_time() - start < 5
     assert folder.places.itemsize + folder.first_stage.itemsize + folder.labels.itemsize == 10
+
+
+@given(stops=st.lists(st.integers(0, 40), max_size=6), at_once=st.integers(1, 9))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_wherever_it_stops_and_however_much_is_asked_at_once_the_bytes_are_the_same(folder, stops, at_once):
+    """Any number of interruptions after any number of answers: every pair once, and the uninterrupted run's bytes."""
+    whole = score_pairs(Counting(), folder, folder.path / "whole", _quiet)
+    with tempfile.TemporaryDirectory() as cache:
+        asked: list[tuple[str, str]] = []
+        for stop in [*stops, None]:
+            counting = Counting(stop)
+            counting.at_once = at_once
+            with contextlib.suppress(InputError):
+                values = score_pairs(counting, folder, Path(cache), _quiet)
+            asked += counting.asked
+        assert len(asked) == len(set(asked)) == len(folder.places)
+    assert values.tobytes() == whole.tobytes()
