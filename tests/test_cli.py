@@ -185,6 +185,18 @@ def test_an_error_is_one_line_and_nothing_else(turborank_command, model, files, 
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("library", "extra"), cli.EXTRAS.items())
+def test_a_library_that_is_not_installed_is_named_with_its_extra(turborank_command, monkeypatch, library, extra):
+    needing = cli.Command(lambda: __import__(library), ())
+    monkeypatch.setitem(cli.COMMANDS, "doctor", needing)
+    monkeypatch.setitem(sys.modules, library, None)  # as import finds it where it is not installed
+    code, out, err = turborank_command("doctor")
+    assert (code, out) == (2, "")
+    assert (
+        err == f"turborank: expected the library {library}, got none of that name; pip install 'turborank[{extra}]'\n"
+    )
+
+
 def test_a_document_cannot_rewrite_the_terminal(turborank_command, model, tmp_path):
     path = tmp_path / "evil.txt"
     path.write_text("\x1b[2J\x1b]0;owned\x07 [bold]bees[/bold] \x9b31m")

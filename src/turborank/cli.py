@@ -69,6 +69,12 @@ GROUPS: dict[str, str] = {
     "distill": "Make a small reranker of your own: lists, a teacher's scores, and a student that learns from them.",
 }
 
+# Libraries that only some subcommands need -> the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
+    **dict.fromkeys(("torch", "accelerate", "scipy"), "train"),
+}
+
 
 def epilog(examples: Sequence[tuple[str, str]]) -> str:
     """Examples in the markup of typer's help; each paragraph becomes a line."""
@@ -130,6 +136,11 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error))
     except typer.Abort:
         return 130
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"expected the library {error.name}, got none of that name; pip install 'turborank[{extra}]'")
     except BrokenPipeError:  # the reader, say head, has seen enough; typer, too, makes this 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
