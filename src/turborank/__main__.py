@@ -1,0 +1,5 @@
+"""``python -m turborank``: the command, for launchers that start modules."""
+
+from turborank.cli import main
+
+main()
