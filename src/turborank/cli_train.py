@@ -82,9 +82,13 @@ Patience = Annotated[int, typer.Option(help="Measurements without a better one b
 DevQueries = Annotated[int, typer.Option(help="Held-out queries that are measured, of each folder.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens of a pair when measuring.")]
 Margin = Annotated[float, typer.Option(help="Teacher's margin over the labelled one of a suspected false negative.")]
-Hidden = Annotated[
-    str | None,
-    typer.Option(help="MODEL:WEIGHT: also learn this cross-encoder's hidden states.", show_default=False),
+InnerTerms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--inner",
+        help="hidden:MODEL[:WEIGHT] or relations:MODEL[:WEIGHT]: also learn from inside a cross-encoder.",
+        show_default=False,
+    ),
 ]
 
 
@@ -196,7 +200,7 @@ def train(
     dev_queries: DevQueries = 200,
     max_length: MaxLength = 512,
     margin: Margin = 0.0,
-    hidden: Hidden = None,
+    inner: InnerTerms = None,
     bf16: Bf16 = True,
     recompute: Recompute = False,
     train_words: TrainWords = False,
@@ -220,7 +224,7 @@ def train(
     with _curve("train") as progress:
         result = runs.train(
             folder, student, out, plan, drawing, teachers=teacher or [], loss=loss, dev=dev or [folder],
-            dev_queries=dev_queries, max_length=max_length, hidden=hidden, bf16=bf16, recompute=recompute,
+            dev_queries=dev_queries, max_length=max_length, inner=inner or [], bf16=bf16, recompute=recompute,
             train_words=train_words, threads=threads, seed=seed, progress=progress,
         )  # fmt: skip
     print(result)

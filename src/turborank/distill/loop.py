@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from turborank.distill.model import Model
 from turborank.distill.students import Student
@@ -105,8 +105,18 @@ class Run:
         self.average: dict[str, Tensor] | None = None
         if schedule.average:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.extra: list[nn.Parameter] = []
         self.at = Counters()
         self.rank = self.accelerator.process_index
+
+    def add(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Train these, too; they are kept in checkpoints and are no part of the student."""
+        self.extra += parameters
+        if parameters:
+            self.adam.add_param_group({"params": list(parameters), "weight_decay": 0.0, "factor": 1.0})
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [*self.model.named_parameters(), *((f"extra/{place}", p) for place, p in enumerate(self.extra))]
 
     def current(self) -> Student:
         """The student as it would be saved now."""
@@ -120,13 +130,12 @@ class Run:
             return False
         counters = json.loads((found[-1] / COUNTERS).read_text(encoding="utf-8"))
         state = load_file(found[-1] / STATE)
-        parameters = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, p in parameters.items():
+            for name, p in self._named():
                 p.copy_(state[f"master/{name}"])
-                if self.average is not None:
-                    self.average[name].copy_(state[f"average/{name}"])
-        for name, p in parameters.items():
+            for name, average in (self.average or {}).items():
+                average.copy_(state[f"average/{name}"])
+        for name, p in self._named():
             if f"first/{name}" in state:
                 self.adam.state[p] = {
                     "step": state[f"step/{name}"],
@@ -157,11 +166,10 @@ class Run:
             _whole(self.out / "final", student.save)
 
     def _state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters():
+        averages = self.average or {}
+        state = {f"average/{name}": average.cpu().contiguous() for name, average in averages.items()}
+        for name, p in self._named():
             state[f"master/{name}"] = p.detach().cpu().contiguous()
-            if self.average is not None:
-                state[f"average/{name}"] = self.average[name].cpu().contiguous()
             moments = self.adam.state.get(p)
             if moments:
                 state[f"first/{name}"] = moments["exp_avg"].cpu().contiguous()
@@ -202,6 +210,8 @@ class Run:
                     hint=f"lower --learning-rate (now {rate:.1e}); the last good checkpoint is in {self.out}",
                 )
             self.accelerator.backward(loss.total)
+            for p in self.extra:  # not the wrapped model's, so nobody else adds up their gradients
+                p.grad = None if p.grad is None else self.accelerator.reduce(p.grad, "mean")
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.schedule.clip)
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)

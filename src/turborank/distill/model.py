@@ -63,9 +63,15 @@ class Model(nn.Module):
             for name, w in ((name, self.master(name)) for name in self.names)
         }
 
-    def forward(self, batch: PackedBatch, trace: list[Tensor] | None = None) -> Tensor:
-        """Logits (P,) in float32; ``trace`` collects embeddings and layer outputs (T, C)."""
-        ops = training.recomputing() if self.recompute else training
+    def forward(
+        self,
+        batch: PackedBatch,
+        trace: list[Tensor] | None = None,
+        record: list[tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:
+        """Logits (P,) in float32. ``trace`` collects embeddings and layer outputs (T, C), ``record`` each layer's
+        queries, keys and values."""
+        ops = training.special(recompute=self.recompute, record=record)
         forward = ARCHITECTURES[self.config.architecture].forward
         logits: Tensor = forward(self.compute_weights(), self.config, batch, ops, trace)
         return logits.float() * self.log_scale.exp()

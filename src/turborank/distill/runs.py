@@ -16,10 +16,13 @@ from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.ensemble import parse
 from turborank.distill.folder import TrainingFolder
+from turborank.distill.inner import Inner
+from turborank.distill.inner import parse as parse_inner
 from turborank.distill.loop import Progress, Run, Schedule
 from turborank.distill.losses import mix
 from turborank.distill.records import read_records
 from turborank.distill.recover import Reading, Recovery, Texts
+from turborank.distill.report import write_report
 from turborank.distill.students import Student
 from turborank.distill.train import Examination, Ranking, Serving, teacher_scores
 from turborank.errors import InputError
@@ -78,7 +81,7 @@ def train(
     dev: Sequence[Path] = (),
     dev_queries: int = 200,
     max_length: int = 512,
-    hidden: str | None = None,
+    inner: Sequence[str] = (),
     bf16: bool = True,
     recompute: bool = False,
     train_words: bool = False,
@@ -95,11 +98,13 @@ def train(
         raise InputError("expected a teacher for these losses, got none", hint="name one with --teacher")
     facts = {
         "kind": "train", "student": _hash(start.weights), "lists": lists.fingerprint, "loss": loss, "bf16": bf16,
-        "teachers": [[*spec] for spec in specs], "drawing": _plain(asdict(drawing)), "hidden": hidden, "seed": seed,
+        "teachers": [[*spec] for spec in specs], "drawing": _plain(asdict(drawing)), "inner": list(inner), "seed": seed,
         "train_words": train_words,
     }  # fmt: skip
     _manifest(out, facts, schedule)
+    terms = [Inner(parse_inner(text), start, _dtype(bf16)) for text in inner]
     run = Run(start, out, schedule, dtype=_dtype(bf16), freeze_words=not train_words, recompute=recompute)
+    run.add([matrix for term in terms for matrix in term.projections if matrix is not None])
     run.resume()
     encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length)
     drawer = Drawer(lists, encoder, teacher_scores(lists, specs), drawing, seed=seed, rank=run.rank)
@@ -108,12 +113,14 @@ def train(
         folders = {path.name: lists if path == folder else TrainingFolder.load(path) for path in dev}
         serving = Serving(threads=threads, max_length=max_length, queries=dev_queries)
         examination = Examination(folders, serving)
-    _finish(run, run.train(Ranking(drawer, losses), examination, progress))
+    _finish(run, run.train(Ranking(drawer, losses, terms), examination, progress))
     return out / ("best" if (out / "best").is_dir() else "final")
 
 
 def _finish(run: Run, student: Student) -> Student:
     run.finish(student)
+    if run.accelerator.is_main_process:
+        write_report(run.out)
     return student
 
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from turborank import engines
-from turborank.distill.batches import Drawer, Lists
+from turborank.distill.batches import Drawer
 from turborank.distill.ensemble import TeacherSpec, fuse
 from turborank.distill.folder import TrainingFolder
+from turborank.distill.inner import Inner
 from turborank.distill.loop import Loss
 from turborank.distill.losses import Mix, Targets
 from turborank.distill.model import Model, tensors
@@ -37,27 +39,28 @@ MEASURE = "nDCG@10"
 class Ranking:
     """A loss for :meth:`turborank.distill.loop.Run.train`: a mix of list losses over drawn lists."""
 
-    def __init__(self, drawer: Drawer, mix: Mix) -> None:
-        self.drawer, self.mix = drawer, mix
+    def __init__(self, drawer: Drawer, mix: Mix, inner: Sequence[Inner] = ()) -> None:
+        self.drawer, self.mix, self.inner = drawer, mix, inner
 
     def __call__(self, model: Model, step: int) -> Loss:
         lists = self.drawer.draw(step)
         device = next(model.parameters()).device
-        logits = list_logits(model, lists, device)
+        batch = tensors(lists.batch, device)
+        trace: list[Tensor] = []
+        record: list[tuple[Tensor, ...]] = []
+        flat = model(batch, trace, record) if self.inner else model(batch)
+        real = lists.targets.real.to(device)
+        logits = torch.zeros(real.shape, dtype=flat.dtype, device=device).masked_scatter(real, flat)
         total, parts = self.mix(logits, _moved(lists.targets, device))
+        for term in self.inner:
+            value = term(batch, trace, record)
+            total, parts = total + value, parts | {term.spec.kind: value.item()}
         return Loss(total, parts, lists.batch.tokens)
 
 
 def _moved(targets: Targets, device: torch.device) -> Targets:
     teacher, labels = (None if t is None else t.to(device) for t in (targets.teacher, targets.labels))
     return Targets(teacher, labels, targets.real.to(device), targets.trusted.to(device))
-
-
-def list_logits(model: Model, lists: Lists, device: torch.device) -> torch.Tensor:
-    """Logits (Q, K) of a step's lists; 0 at places that hold no document."""
-    flat = model(tensors(lists.batch, device))
-    real = lists.targets.real.to(device)
-    return torch.zeros(real.shape, dtype=flat.dtype, device=device).masked_scatter(real, flat)
 
 
 def teacher_scores(folder: TrainingFolder, teachers: Sequence[TeacherSpec]) -> Float32 | None:

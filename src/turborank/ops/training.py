@@ -140,10 +140,22 @@ def attention(
     return _forward(q, k, v, bounds, table, None)
 
 
-def recomputing() -> Ops:
-    """These ops, with layers that keep only their input and are computed again in the backward (arXiv 1604.06174)."""
+def special(*, recompute: bool = False, record: list[tuple[Tensor, ...]] | None = None) -> Ops:
+    """These ops, for a step that wants more of them.
+
+    ``recompute``: layers keep only their input and are computed again in the backward (arXiv 1604.06174). ``record``
+    receives each layer's queries, keys and values.
+    """
     ops: Any = SimpleNamespace(**{name: globals()[name] for name in __all__})
-    ops.layer = _recomputed
+    if recompute:
+        ops.layer = _recomputed
+    if record is not None:
+
+        def recorded(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+            record.append((q, k, v))
+            return attention(q, k, v, *rest)
+
+        ops.attention = recorded
     return cast(Ops, ops)
 
 
