@@ -31,7 +31,7 @@ def raw_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": "bert",
         "position_embedding_type": "alibi",
         "alibi_slopes": list(config.slopes),
-        "feed_forward_type": config.feed_forward,
+        "feed_forward_type": "geglu" if config.feed_forward == "geglu" else "original",
         "hidden_act": "gelu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

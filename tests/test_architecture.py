@@ -34,7 +34,17 @@ LADDER = (
     {"distill", "scale", "benchmark"},
     {"__init__", "doctor"},
     {"cli_options"},
-    {"cli_rank", "cli_models", "cli_doctor", "cli_serve", "cli_evaluate", "cli_distill", "cli_train", "cli_bench"},
+    {
+        "cli_rank",
+        "cli_models",
+        "cli_doctor",
+        "cli_serve",
+        "cli_evaluate",
+        "cli_distill",
+        "cli_train",
+        "cli_export",
+        "cli_bench",
+    },  # fmt: skip
     {"cli"},
     {"__main__"},
 )
@@ -45,7 +55,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 COMMANDS = ("cli", *(unit for unit in LAYER if unit.startswith("cli_")))
 # Libraries that are large, optional, or an idea of one place: library -> the modules that own it.
 OWNERS = {
-    "torch": ("ops.pytorch", "ops.flex", "ops.training", "engines.torch", "compat", "distill"),
+    "torch": ("ops.pytorch", "ops.flex", "ops.training", "ops.padded", "engines.torch", "compat", "distill"),
     "transformers": (),
     "tokenizers": ("tokens", "checkpoint", "distill"),
     "safetensors": ("checkpoint", "distill"),

@@ -21,6 +21,8 @@ from turborank.cli_doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli_doctor import doctor
 from turborank.cli_evaluate import EXAMPLES as EVALUATE_EXAMPLES
 from turborank.cli_evaluate import evaluate
+from turborank.cli_export import EXAMPLES as EXPORT_EXAMPLES
+from turborank.cli_export import export
 from turborank.cli_models import EXAMPLES as MODELS_EXAMPLES
 from turborank.cli_models import models
 from turborank.cli_rank import EXAMPLES as RANK_EXAMPLES
@@ -59,6 +61,7 @@ COMMANDS: dict[str, Command] = {
     "distill recover": Command(recover, RECOVER_EXAMPLES),
     "distill train": Command(train, TRAIN_EXAMPLES),
     "distill ship": Command(ship, SHIP_EXAMPLES),
+    "export": Command(export, EXPORT_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),
