@@ -44,7 +44,7 @@ LADDER = (
         "cli_train",
         "cli_export",
         "cli_bench",
-    },  # fmt: skip
+    },
     {"cli"},
     {"__main__"},
 )

@@ -31,10 +31,12 @@ from turborank.cli_serve import EXAMPLES as SERVE_EXAMPLES
 from turborank.cli_serve import KEYS_EXAMPLES, keys, serve
 from turborank.cli_train import (
     RECOVER_EXAMPLES,
+    REPORT_EXAMPLES,
     SHIP_EXAMPLES,
     STUDENT_EXAMPLES,
     TRAIN_EXAMPLES,
     recover,
+    report,
     ship,
     student,
     train,
@@ -60,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "distill student": Command(student, STUDENT_EXAMPLES),
     "distill recover": Command(recover, RECOVER_EXAMPLES),
     "distill train": Command(train, TRAIN_EXAMPLES),
+    "distill report": Command(report, REPORT_EXAMPLES),
     "distill ship": Command(ship, SHIP_EXAMPLES),
     "export": Command(export, EXPORT_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),

@@ -33,6 +33,7 @@ TRAIN_EXAMPLES = (
     ("labels alone", "turborank distill train lists/ --student student/ --loss infonce"),
     ("four GPUs", "accelerate launch --num_processes 4 -m turborank distill train lists/ --student student/ -t ce"),
 )
+REPORT_EXAMPLES = (("how is it going?", "turborank distill report run"),)
 SHIP_EXAMPLES = (
     (
         "two runs averaged, scores calibrated on held-out queries, int8",
@@ -228,6 +229,13 @@ def train(
             train_words=train_words, threads=threads, seed=seed, progress=progress,
         )  # fmt: skip
     print(result)
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run, under way or finished.")]) -> None:
+    """Write report.html: the curves of a run of recover or train so far, as one page that needs no network."""
+    from turborank.distill.report import write_report
+
+    print(write_report(run))
 
 
 def ship(
