@@ -31,10 +31,10 @@ from turborank.quantised import dense
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
-# Lengths of the pairs of a batch. The models of this test read 512 tokens, the exporter saw 8.
+# Lengths of the pairs of a batch. The models of this test read 512 tokens, the exporter saw 40.
 BATCHES = ([2], [7], [33, 5], [2, 512], [90, 41, 90, 3, 17], [511])
-TOKENIZERS = {"geglu": bpe_tokenizer, "cosine": wordpiece_tokenizer}
-MODELS = ("geglu", "cosine", "bert", "xlm_roberta", "deberta")
+TOKENIZERS = {"geglu": bpe_tokenizer, "cosine": wordpiece_tokenizer, "focus": wordpiece_tokenizer}
+MODELS = ("geglu", "cosine", "focus", "bert", "xlm_roberta", "deberta")
 
 
 def save(folder: Path, name: str) -> Path:
@@ -42,7 +42,7 @@ def save(folder: Path, name: str) -> Path:
     if name in ("bert", "xlm_roberta", "deberta"):
         save_family(folder, name, seed=3)
         return folder
-    changes = {"head": "cosine", "feed_forward": "gelu"} if name == "cosine" else {}
+    changes = {} if name == "geglu" else {"head": name, "feed_forward": "gelu"}
     return write_checkpoint(folder, small_config(**changes), tokenizer=TOKENIZERS[name]())
 
 

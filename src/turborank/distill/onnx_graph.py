@@ -57,8 +57,9 @@ def inputs(config: ModelConfig) -> tuple[str, ...]:
 def write(weights: Mapping[str, Float32], config: ModelConfig, path: Path, about: Mapping[str, str]) -> None:
     """Write the graph of float32 ``weights`` to ``path``; ``about`` becomes its metadata."""
     names = inputs(config)
-    # The sizes are free; these only must not be 0 or 1. One tensor each: the exporter would take one for all for one.
-    example = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in names)
+    # The sizes are free, but the exporter makes a constant of any size that is 0 or 1 here, the number of passages
+    # included. One tensor each: it would take one for all for one input.
+    example = tuple(torch.ones(2, 40, dtype=torch.int64) for _ in names)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _quiet():
         program = torch.onnx.export(

@@ -42,6 +42,18 @@ def segment_means(x: Tensor, type_ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
     return means[0], means[1]
 
 
+def focused_means(x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, mask: Tensor, passage: int) -> Tensor:
+    chosen = (type_ids == 1) & (mask > 0)  # (P, N)
+    slot = (chosen.long().cumsum(dim=1) - 1) // passage  # the passage of each document token
+    slots = torch.arange((x.shape[1] + passage - 1) // passage, device=x.device)  # S of them, the last ones empty
+    members = ((slot[:, None, :] == slots[:, None]) & chosen[:, None, :]).to(x.dtype)  # (P, S, N)
+    sums, lengths = members @ x, members.sum(dim=2)  # (P, S, C), (P, S)
+    score = focus * cosine(sums, query[:, None])
+    score = score.masked_fill(lengths == 0, torch.finfo(score.dtype).min)
+    weight = torch.exp(score - score.amax(dim=1, keepdim=True))
+    return (weight[..., None] * sums).sum(dim=1) / (weight * lengths).sum(dim=1, keepdim=True)
+
+
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(…, n, C) -> (…, H, n, D)."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
