@@ -29,7 +29,7 @@ from turborank.evaluate.download import _quiet
 
 sys.path.append(str(Path(__file__).parents[1] / "serve"))  # its server on loopback
 
-QUICK = {"timeout": 5.0, "documents": 3, "parallel": 2}
+QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 
 
 @pytest.fixture
@@ -104,9 +104,9 @@ class Endpoint:
             misdeed = self.script.pop(0) if self.script else None
         if misdeed is not None and misdeed(handler, body):
             return
-        answer(handler, 200, {"results": results(body)})
-        with self.lock:
+        with self.lock:  # before the answer: afterwards the test may look first
             self.answered += [(body["query"], document) for document in body["documents"]]
+        answer(handler, 200, {"results": results(body)})
 
 
 def probability(document: str) -> float:
@@ -210,7 +210,7 @@ def test_what_may_pass_is_asked_again(folder, misdeed):
     """The first and the third request go wrong; every score comes, and none is asked for once it was answered."""
     good = lambda handler, asked: False  # noqa: E731
     with endpoint(PASSING[misdeed], good, PASSING[misdeed]) as up:
-        found = scores(f"jina:{up.url}", folder, timeout=0.3 if misdeed == "timeout" else 5.0)
+        found = scores(f"jina:{up.url}", folder, timeout=0.3 if misdeed == "timeout" else 300.0)
         np.testing.assert_allclose(found, expected_logits(folder), rtol=1e-6)
         assert len(up.asked) > len(up.answered) / QUICK["documents"]
         if misdeed != "timeout":  # there, the endpoint answers whom nobody hears any more
@@ -230,9 +230,11 @@ def test_retry_after_is_waited_for_by_all(folder):
 
 def test_the_rate_is_kept(folder):
     with endpoint() as up:
+        start = time.monotonic()
         scores(f"jina:{up.url}", folder, rate=20, parallel=4)
         assert len(up.times) >= 12
-        assert (up.times[-1] - up.times[0]) >= (len(up.times) - 1) / 20 - 0.02
+        for place, arrived in enumerate(sorted(up.times)):
+            assert arrived - start >= place / 20
 
 
 @pytest.mark.parametrize(
