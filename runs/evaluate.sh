@@ -2,7 +2,7 @@
 # The table of runs/results/evaluation.md: BM25 and the embedded model over every collection in ../shared/data/eval.
 #
 #   runs/evaluate.sh                     everything, cheapest first
-#   runs/evaluate.sh passages rag        some parts only; the table of what is done so far is OUT/evaluation.md
+#   runs/evaluate.sh passages rag        some parts only; the table keeps its other rows while the weights are the same
 #   MODELS=a,b OUT=folder runs/evaluate.sh
 #
 # What is done is kept in OUT, which is named after the model's weights: the same command continues after a kill, and
@@ -28,7 +28,7 @@ evaluate() { # name of the part, then the command's arguments
   [[ ${#chosen[@]} == 0 || " ${chosen[*]} " == *" $part "* ]] || return 0
   echo "== $part: turborank evaluate $*"
   nice -n "${NICE:-0}" $TURBORANK evaluate "$@" ${MODELS:+--models "$MODELS"} --data-dir "$DATA" --offline --out "$OUT/$part"
-  "$PYTHON" runs/evaluate_table.py "$OUT" "$OUT"
+  "$PYTHON" runs/evaluate_table.py "$OUT" runs/results
 }
 
 evaluate trec-dl21 trec-dl21-pool --run "$DATA/trec-dl21-pool/runs/bm25.txt"
@@ -41,5 +41,3 @@ evaluate articles time
 evaluate science scifact
 evaluate meetings-truncated qmsum --depth "$MEETINGS" --skip-constant
 evaluate meetings-windows qmsum --depth "$MEETINGS" --skip-constant --length windows
-
-[[ ${#chosen[@]} != 0 ]] || "$PYTHON" runs/evaluate_table.py "$OUT" runs/results

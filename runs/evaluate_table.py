@@ -1,6 +1,8 @@
 """The committed table: one row a collection and system, from the results.json files under a folder.
 
-python runs/evaluate_table.py build/evaluation runs/results
+python runs/evaluate_table.py build/evaluation-… runs/results
+
+Rows already in the table stay where the folder has nothing newer for their part, if they are of the same weights.
 """
 
 import json
@@ -24,7 +26,7 @@ def results(folder: Path) -> list[tuple[str, dict]]:
     return [(part, found[part]) for part in (*PARTS, *sorted(set(found) - set(PARTS))) if part in found]
 
 
-def summarised(part: str, dataset: dict) -> dict:
+def summarised(part: str, dataset: dict, machine: dict) -> dict:
     """Everything but runs and per-query values: measures, differences, what they depend on."""
     systems = []
     for system in dataset["systems"]:
@@ -36,8 +38,44 @@ def summarised(part: str, dataset: dict) -> dict:
             row["revision"], row["weights_sha256"] = model["revision"], model["sha256"]["model.safetensors"]
         systems.append(row)
     about = dataset["systems"][0]["manifest"]
-    row = {key: dataset[key] for key in ("name", "measure", "remarks")}
-    return {"part": part, **row, "dataset": about["dataset"], "first_stage": about["first_stage"], "systems": systems}
+    row = {"part": part, **{key: dataset[key] for key in ("name", "measure", "remarks")}, "machine": machine}
+    return {**row, "dataset": about["dataset"], "first_stage": about["first_stage"], "systems": systems}
+
+
+def weights(row: dict) -> set[str]:
+    return {system["weights_sha256"] for system in row["systems"] if "weights_sha256" in system}
+
+
+def kept(path: Path, rows: list[dict]) -> list[dict]:
+    """Rows of an earlier table whose part is not among ``rows``, of the same weights."""
+    earlier = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    parts, known = {row["part"] for row in rows}, set().union(*map(weights, rows))
+    return [
+        {"machine": earlier.get("system"), **row}
+        for row in earlier["rows"]
+        if row["part"] not in parts and weights(row) <= known
+    ]
+
+
+def machines(rows: list[dict]) -> list[str]:
+    """A line for every machine and day, with what was done there."""
+    lines: dict[str, dict] = {}
+    for row in rows:
+        about = row["machine"]
+        for system in row["systems"]:
+            if "tokens" not in system:
+                continue
+            how = f"{system['engine']}, {system['precision']}, {system['isa']}, {system['threads']} threads"
+            when = f"{about['created'][:10]}, {about['cpu']}, {about['cores']} cores ({how})"
+            line = lines.setdefault(when, {"names": {}, "tokens": 0, "seconds": 0.0})
+            line["names"][row["name"]] = None
+            line["tokens"] += system["tokens"]
+            line["seconds"] += system["seconds"]
+    return [
+        f"- {when}: {', '.join(line['names'])}; {line['tokens'] / 1e6:,.1f} million tokens in "
+        f"{line['seconds'] / 60:,.0f} minutes, beside whatever else ran there"
+        for when, line in lines.items()
+    ]
 
 
 def difference(system: dict, first: str) -> str:
@@ -74,23 +112,19 @@ def length_line(row: dict, system: dict) -> str:
     )
 
 
-def table(rows: list[dict], about: dict) -> str:
-    scored = [system for row in rows for system in row["systems"] if "tokens" in system]
-    tokens, minutes = sum(system["tokens"] for system in scored), sum(system["seconds"] for system in scored) / 60
+def table(rows: list[dict]) -> str:
     heads = ["collection", "system", *COLUMNS, "difference from the first stage [95 %], p"]
     lines = [
         "# Results", "",
-        "Written by `runs/evaluate.sh`; `evaluation.json` has the summarised manifests. "
-        f"{about['created'][:10]}, {about['cpu']}, {about['cores']} cores, turborank {about['versions']['turborank']}. "
-        f"{tokens / 1e6:,.1f} million tokens took {minutes:,.0f} minutes; other work may have shared the machine.", "",
+        "Written by `runs/evaluate.sh`; `evaluation.json` has the summarised manifests.", "",
         "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(COLUMNS) + "---|",
         *(line for row in rows for line in lines_of(row)), "",
-        "Differences are paired bootstraps over queries (10,000 resamples); p-values are not adjusted.",
+        "Differences are paired bootstraps over queries (10,000 resamples); p-values are not adjusted.", "",
     ]  # fmt: skip
-    models = {system["weights_sha256"]: system for row in rows for system in row["systems"] if "engine" in system}
-    for digest, system in models.items():
-        how = f"{system['engine']}, {system['precision']}, {system['isa']}, {system['threads']} threads"
-        lines += ["", f"{system['name']}: weights sha256 `{digest}`; engine {how}."]
+    systems = [system for row in rows for system in row["systems"] if "weights_sha256" in system]
+    models = {system["weights_sha256"]: system["name"] for system in systems}
+    lines += [f"{name}: weights sha256 `{digest}`." for digest, name in models.items()]
+    lines += ["", *machines(rows)]
     lines += ["", "## Length, where a pair reached the model's limit", ""]
     reached = (
         (row, s) for row in rows for s in row["systems"] if s.get("longest_pair", 0) >= s.get("max_length", 1 << 40)
@@ -105,13 +139,12 @@ def main(folder: Path, out: Path) -> None:
     parts = results(folder)
     if not parts:
         sys.exit(f"no results.json under {folder}")
-    rows = [summarised(part, dataset) for part, found in parts for dataset in found["datasets"]]
-    system = parts[-1][1]["system"]
+    rows = [summarised(part, dataset, found["system"]) for part, found in parts for dataset in found["datasets"]]
+    rows += kept(out / "evaluation.json", rows)
+    rows.sort(key=lambda row: PARTS.index(row["part"]) if row["part"] in PARTS else len(PARTS))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.md").write_text(table(rows, system), encoding="utf-8")
-    (out / "evaluation.json").write_text(
-        json.dumps({"system": system, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
-    )
+    (out / "evaluation.md").write_text(table(rows), encoding="utf-8")
+    (out / "evaluation.json").write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
     print(out / "evaluation.md")
 
 
