@@ -31,7 +31,7 @@ TRAIN_EXAMPLES = (
         "turborank distill train lists/ --student recovered/final -t minilm:20 -t bm25:0.9:z --loss infonce:1,kl:1",
     ),
     ("labels alone", "turborank distill train lists/ --student student/ --loss infonce"),
-    ("four GPUs", "accelerate launch --num_processes 4 -m turborank distill train lists/ --student student/ -t ce"),
+    ("four GPUs", "torchrun --nproc-per-node 4 -m turborank distill train lists/ --student student/ -t ce"),
 )
 REPORT_EXAMPLES = (("how is it going?", "turborank distill report run"),)
 SHIP_EXAMPLES = (

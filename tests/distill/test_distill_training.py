@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 
 import numpy as np
@@ -195,3 +196,44 @@ def test_a_better_unlabelled_document_is_not_a_negative(word_folder, student):
     expected = targets.teacher <= -1.25
     assert torch.equal(targets.trusted, expected)
     assert not targets.trusted.all()
+
+
+def test_two_processes_train_one_student(word_folder, student, tmp_path):
+    """torchrun, gloo on one CPU: both ranks draw their own lists, and their gradients are averaged."""
+    import subprocess
+    import sys
+
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "turborank",
+    ]
+    command += [
+        "distill",
+        "train",
+        str(word_folder),
+        "--student",
+        str(student),
+        "--out",
+        str(tmp_path / "run"),
+        "-t",
+        "t",
+    ]
+    command += ["--steps", "4", "--budget", "128", "--documents", "4", "--long-tokens", "", "--fp32", "--threads", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = curve(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    drawing = Drawing(budget=128, documents=4, long_every=0)
+    folder, start = TrainingFolder.load(word_folder), students.Student.load(student)
+    encoder = PairEncoder(start.tokenizer, max_length=8192)
+    sizes = [Drawer(folder, encoder, folder.scores("t"), drawing, rank=rank).draw(0).batch.tokens for rank in (0, 1)]
+    assert rows[0]["tokens"] == sum(sizes)
+    assert np.isfinite(Reranker(tmp_path / "run" / "final").rank("amber", ["amber heron"])[0].logit)
