@@ -17,7 +17,7 @@ KEPT = (
 COLUMNS = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10")
 PARTS = (
     "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag",
-    "meetings-512", "meetings-truncated", "meetings-windows",
+    "meetings-512", "meetings-passages", "meetings-truncated", "meetings-windows",
 )  # fmt: skip
 
 
