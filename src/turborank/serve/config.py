@@ -87,7 +87,7 @@ class Settings:
     batch_tokens: int = _setting(4096, "Queue", "Tokens computed at a time, of any requests.", least=16)
     queue_tokens: int = _setting(1_000_000, "Queue", "Tokens that may wait; beyond it the answer is 429.", least=1)
     queue_seconds: float = _setting(
-        10.0, "Queue", "Seconds a request may expect to wait; beyond it the answer is 429 at once.", least=0.01
+        5.0, "Queue", "Seconds a request may expect to wait; beyond it the answer is 429 at once.", least=0.01
     )
     timeout: float = _setting(60.0, "Queue", "Seconds until an unanswered request gets 504.", least=0.01)
     drain: float = _setting(

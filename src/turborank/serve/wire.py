@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from turborank.scheduler import Scores
@@ -283,4 +282,4 @@ class Answer:
 
 def fields_of(kind: type[Struct]) -> frozenset[str]:
     """The field names of a request."""
-    return frozenset(one.encode_name for one in msgspec.structs.fields(kind))
+    return frozenset(kind.__struct_encode_fields__)

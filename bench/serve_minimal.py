@@ -1,6 +1,6 @@
 """The server most people write first: sentence-transformers behind FastAPI. A peer of bench/serve.py.
 
-python bench/serve_peer.py FOLDER PORT
+python bench/serve_minimal.py FOLDER PORT
 """
 
 import sys
