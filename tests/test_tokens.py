@@ -116,6 +116,50 @@ def test_windows_of_a_long_document() -> None:
     assert len(covered) == len(text)
 
 
+class Counting:
+    """A tokenizer, and how many characters it was given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tokenizer, name)
+
+    def encode_batch(self, texts: list[str], **options: bool) -> object:
+        self.characters += sum(map(len, texts))
+        return self.tokenizer.encode_batch(texts, **options)
+
+    def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
+        self.characters += sum(map(len, texts))
+        return self.tokenizer.encode_batch_fast(texts, **options)
+
+    def encode(self, text: str, *rest: str, **options: bool) -> object:
+        self.characters += len(text)
+        return self.tokenizer.encode(text, *rest, **options)
+
+
+@pytest.mark.parametrize("policy", ["truncate", "windows"])
+def test_a_text_that_is_much_too_long_is_tokenised_once_and_its_characters_are_known(policy: str) -> None:
+    document = "🐝 the bees' dance – naïve, café! " * 200
+    counting = Counting(bpe_tokenizer())
+    small = encoder(counting, max_length=32, policy=policy)  # type: ignore[arg-type]
+    before = counting.characters
+    [encodings] = small.encode([Pair("bees", document)])
+    assert counting.characters - before == len("bees") + len(document)
+    whole = counting.tokenizer.encode(document, add_special_tokens=False)
+    query = counting.tokenizer.encode("bees", add_special_tokens=False).ids
+    room = 32 - small.template.size
+    size = longest_first(len(query), len(whole.ids), room)[1]
+    starts = [0] if policy == "truncate" else window_starts(len(whole.ids), room - len(query))
+    assert len(encodings) == len(starts)
+    for window, start in zip(encodings, starts, strict=True):
+        end = start + size
+        assert whole.ids[start:end] == window.input_ids.tolist()[-len(small.template.suffix) - size :][:size]
+        first = 0 if policy == "truncate" else whole.offsets[start][0]
+        assert window.span == (first, whole.offsets[end - 1][1])
+    assert encodings[0].document_cut == (len(whole.ids) - size if policy == "truncate" else 0)
+
+
 def test_a_query_longer_than_the_window_is_cut_to_half_and_counted() -> None:
     [windows] = encoder(wordpiece_tokenizer(), 17, policy="windows").encode(
         [Pair(" ".join(["red"] * 50), " ".join(["blue"] * 50))]

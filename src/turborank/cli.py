@@ -43,6 +43,8 @@ from turborank.cli_train import (
 )
 from turborank.errors import TurborankError
 
+SIGPIPE = 13  # not every system's signal module has it
+
 
 class Command(NamedTuple):
     """One subcommand: what it runs, and examples as (what for, command line)."""
@@ -147,15 +149,24 @@ def run(arguments: Sequence[str]) -> int:
         if extra is None:
             raise
         return _fail(f"expected the library {error.name}, got none of that name; pip install 'turborank[{extra}]'")
-    except BrokenPipeError:  # the reader, say head, has seen enough; typer, too, makes this 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    except BrokenPipeError:
+        return _unread()
+    except SystemExit as leaving:  # what click makes of a broken pipe, before anyone else sees it
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _unread()
+        raise
     except Exception as error:  # click's usage errors, whichever click typer brings along
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "turborank"
         return _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+
+
+def _unread() -> int:
+    """The reader, say head, has seen enough. That is no fault: the code is that of any program whose pipe is closed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + SIGPIPE
 
 
 def _fail(message: str) -> int:

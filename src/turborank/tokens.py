@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer
 
 from turborank.errors import CheckpointError, InputError, TooLongError, UnknownKeyError
@@ -23,6 +24,7 @@ from turborank.types import Encoding, Int32, PackedBatch, Pair
 
 LENGTH_POLICIES = ("truncate", "windows", "error")
 WINDOW_OVERLAP = 0.25  # share of a window that the next one reads again
+CHARACTERS_PER_TOKEN = 12  # a text of more than so many for each token that is read is certainly cut
 MIN_LENGTH = 16  # fewer tokens cannot hold a template, a question and an answer
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -111,6 +113,24 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+class _Text:
+    """A text, its ids once it is tokenised, and the tokenizer's own encoding where its offsets will be needed."""
+
+    __slots__ = ("ids", "offsets", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.ids: Int32 = np.empty(0, np.int32)
+        self.offsets: tokenizers.Encoding | None = None
+
+
+def _characters(offsets: tokenizers.Encoding, token: int) -> tuple[int, int]:
+    """Where a token's characters begin and end in the text."""
+    span = offsets.token_to_chars(token)
+    assert span is not None  # only template tokens have no characters, and there are none
+    return span
+
+
 class PairEncoder:
     """Turns pairs into encodings under one length policy.
 
@@ -141,16 +161,25 @@ class PairEncoder:
         if limits.policy not in (None, *LENGTH_POLICIES):
             raise UnknownKeyError("length", limits.policy, LENGTH_POLICIES)
         queries = list(dict.fromkeys(query for query, _ in pairs))
-        texts = [plain(text) for text in (*queries, *(document for _, document in pairs))]
-        ids = [
-            np.asarray(encoding.ids, dtype=np.int32)
-            for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
-        query_ids = dict(zip(queries, ids, strict=False))
-        documents = zip(pairs, texts[len(queries) :], ids[len(queries) :], strict=True)
-        return [self._fit(query_ids[pair[0]], text, tokens, limits) for pair, text, tokens in documents]
+        texts = [_Text(plain(text)) for text in (*queries, *(document for _, document in pairs))]
+        self._tokenise(texts)
+        query_ids = {query: text.ids for query, text in zip(queries, texts, strict=False)}
+        documents = zip(pairs, texts[len(queries) :], strict=True)
+        return [self._fit(query_ids[pair[0]], text, limits) for pair, text in documents]
 
-    def _fit(self, query: Int32, text: str, document: Int32, limits: Limits) -> list[Encoding]:
+    def _tokenise(self, texts: Sequence[_Text]) -> None:
+        """Ids for all texts. What is certainly too long keeps its offsets, which say where it was cut; others are
+        quicker without, and the few of them that are cut are tokenised again."""
+        edge = CHARACTERS_PER_TOKEN * self.max_length
+        long, short = ([text for text in texts if (len(text.text) > edge) is is_long] for is_long in (True, False))
+        for group, encode in ((long, self.tokenizer.encode_batch), (short, self.tokenizer.encode_batch_fast)):
+            encodings = encode([text.text for text in group], add_special_tokens=False) if group else []
+            for text, encoding in zip(group, encodings, strict=True):
+                text.ids = np.asarray(encoding.ids, dtype=np.int32)
+                text.offsets = encoding if group is long else None
+
+    def _fit(self, query: Int32, source: _Text, limits: Limits) -> list[Encoding]:
+        text, document = source.text, source.ids
         max_length = min(limits.max_length or self.max_length, self.max_length)
         room = max_length - self.template.size
         all_query, all_document = len(query), len(document)
@@ -166,11 +195,11 @@ class PairEncoder:
                 f"({len(query)} of the query, {len(document)} of the document)",
                 hint="shorten it, or choose the length policy 'truncate' or 'windows'",
             )
-        offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        offsets = source.offsets or self.tokenizer.encode(text, add_special_tokens=False)
         if policy == "windows" and not fits:
             return self._windows(query, document, offsets, (all_query, all_document), room, limits.max_windows)
         keep_query, keep_document = longest_first(len(query), len(document), room)
-        span = (0, offsets[keep_document - 1][1] if keep_document else 0)
+        span = (0, _characters(offsets, keep_document - 1)[1] if keep_document else 0)
         if keep_document == all_document:
             span = (0, len(text))
         return [
@@ -187,7 +216,7 @@ class PairEncoder:
         self,
         query: Int32,
         document: Int32,
-        offsets: list[tuple[int, int]],
+        offsets: tokenizers.Encoding,
         full: tuple[int, int],
         room: int,
         max_windows: int | None,
@@ -204,7 +233,7 @@ class PairEncoder:
             self._assemble(
                 kept,
                 document[start:end],
-                (offsets[start][0], offsets[end - 1][1]) if end else (0, 0),
+                (_characters(offsets, start)[0], _characters(offsets, end - 1)[1]) if end else (0, 0),
                 read=len(kept) + ends[-1] + self.template.size,
                 query_cut=full[0] - len(kept),
                 document_cut=full[1] - ends[-1],
