@@ -7,6 +7,7 @@ Stages, each resumable and each short, so that a machine need be kept quiet only
     run       the workloads, all contestants in turns
     long      one pair of 8,192 tokens, one process at a time: speed and peak memory
     peaks     what the processor's instructions can do at most (peak.c)
+    gemms     each matrix product of ours, on one core, beside the peak of its instruction
     text      from text to scores; loading; memory (ours)
     report    JSON, a Markdown table and docs/roofline.svg
 
@@ -35,6 +36,7 @@ from turborank.benchmark import BATCH, LONG, WORKLOADS, Contestant, Process, Tur
 HERE = Path(__file__).resolve().parent
 SHORT = tuple(w for w in WORKLOADS if w != LONG)
 SIZES = (1, 2, 4, 8, 16, 32)
+GEMM_WORKLOAD = "32x128"  # short pairs: no block of attention is skipped
 FASTEST = 3  # tuned peers that take turns with us; the others' best are in the table of tuning
 CAPS = ("none", "avx512vnni", "avx2")
 NEEDED_GB = {
@@ -229,6 +231,36 @@ def peaks(state: State, arguments: argparse.Namespace) -> None:
     print(state.part("peaks"))
 
 
+PEAK_OF = {"tdpbssd": "tdpbssd", "vpdpbusd": "vpdpbusd", "vpmaddwd": "vpmaddwd_ymm"}  # int8 kernel -> peak.c's name
+ATTENTION_PEAK = {"amx": "tdpbf16ps", "avx512vnni": "vdpbf16ps", "avx2": "fma_ymm"}
+
+
+def gemms(state: State, arguments: argparse.Namespace) -> None:
+    """Operations a second of each product, in the engine at work on one core, with what is fused into it."""
+    from turborank import checkpoint
+    from turborank.engines import native
+
+    given = checkpoint.read(state.model)
+    needed = report.product_operations(GEMM_WORKLOAD)
+    for isa in (isa for isa in native.isas() if isa in ATTENTION_PEAK):
+        os.environ[native.ISA_VARIABLE] = isa
+        engine = native.prepare(given.weights, given.config, threads=1)
+        scorer = benchmark.EngineScorer(engine, 1 << 20)
+        pairs = benchmark.encodings(GEMM_WORKLOAD, given.config.vocab_size)
+        least = dict.fromkeys(needed, float("inf"))
+        for _ in range(arguments.rounds):
+            before = engine.spent()
+            scorer(pairs)
+            least = {part: min(least[part], engine.spent()[part] - before[part]) for part in needed}
+        os.environ.pop(native.ISA_VARIABLE)
+        found = state.part("gemms", isa)
+        for part, operations in needed.items():
+            peak = state.part("peaks")[ATTENTION_PEAK[isa] if part == "attention" else PEAK_OF[engine.kernel]]
+            found[part] = {"gops": operations / least[part] * 1e-9, "share": operations / least[part] * 1e-9 / peak}
+            print(f"{isa} {part}: {found[part]['gops']:.0f} Gop/s, {found[part]['share']:.0%}", flush=True)
+    state.save()
+
+
 def text(state: State, arguments: argparse.Namespace) -> None:
     """Ours from text, in fresh processes: what tokenisation adds, and how long the first score takes."""
     rows = []
@@ -252,7 +284,8 @@ def text(state: State, arguments: argparse.Namespace) -> None:
 
 
 STAGES = {
-    "prepare": prepare, "tune": tune, "run": run, "long": long, "peaks": peaks, "text": text, "report": report.write,
+    "prepare": prepare, "tune": tune, "run": run, "long": long, "peaks": peaks, "gemms": gemms, "text": text,
+    "report": report.write,
 }  # fmt: skip
 
 

@@ -58,6 +58,18 @@ def operations(workload: str, *, attention: bool = True) -> float:
     return 2 * total
 
 
+def product_operations(workload: str) -> dict[str, float]:
+    """The operations of each of the engine's products (its names for them) on a workload, and of attention."""
+    config = benchmark.turbo_config()
+    c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = WORKLOADS[workload].lengths
+    rows = (layers - 1) * sum(lengths) + len(lengths)  # the last layer for first tokens alone, but for keys and values
+    products = {"qkv": 3 * c * c * rows + 2 * c * c * (sum(lengths) - len(lengths)), "out": c * c * rows,
+                "up": 2 * c * f * rows, "down": c * f * rows}  # fmt: skip
+    scores = sum((layers - 1) * n * n + n for n in lengths)
+    return {name: 2.0 * n for name, n in products.items()} | {"attention": 4.0 * c * scores}
+
+
 def bytes_moved(workload: str) -> float:
     """Bytes that must come from memory at least once: int8 weights, and each token's embedding row as 16-bit."""
     config = benchmark.turbo_config()
@@ -152,7 +164,7 @@ def every_row(workload: str, rows: Rows, about: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def own(state: dict[str, Any], threads: int) -> list[str]:
+def own(state: dict[str, Any]) -> list[str]:
     """Ours from text, and how near to the processor's limit."""
     lines = []
     if state.get("text"):
@@ -172,18 +184,26 @@ def own(state: dict[str, Any], threads: int) -> list[str]:
         lines += ["## Instruction peaks of one core (bench/peak.c)", "", "| instruction | Gop/s |", "|---|---:|"]
         lines += [f"| `{name}` | {value:,.0f} |" for name, value in peaks.items() if name != "read_gb_s"]
         lines += ["", f"Reading memory: {peaks['read_gb_s']:.1f} GB/s.", ""]
-    return lines + gemms(state, threads)
+    return lines + gemms(state)
 
 
-def gemms(state: dict[str, Any], threads: int) -> list[str]:
+def gemms(state: dict[str, Any]) -> list[str]:
     """Each matrix product of the native engine beside the instruction peak, where it was measured."""
     found = state.get("gemms")
     if not found:
         return []
-    lines = ["## Matrix products of the native engine", "", "| instruction set | product | Gop/s | share of the peak |"]
-    lines += ["|---|---|---:|---:|"]
+    lines = [
+        "## Products inside the native engine, int8, one core", "",
+        "Gop/s and the share of the measured peak of the product's instruction, at work on 32 pairs of 128 tokens,",
+        "with everything that is fused into it: scales and bias; qkv: rounding to the type of attention; out and down:",
+        "the residual; up: GELU and gate. Attention: both products and the softmax, in bf16 or (AVX2) float.", "",
+        "| instruction set | " + " | ".join(next(iter(found.values()))) + " |",
+        "|---|" + "---:|" * len(next(iter(found.values()))),
+    ]  # fmt: skip
     for isa, rows in found.items():
-        lines += [f"| {isa} | {name} | {row['gops']:,.0f} | {row['share']:.0%} |" for name, row in rows.items()]
+        lines.append(
+            f"| {isa} | " + " | ".join(f"{row['gops']:,.0f} ({row['share']:.0%})" for row in rows.values()) + " |"
+        )
     return [*lines, ""]
 
 
@@ -207,7 +227,7 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
     for cap, runs in state.get("runs", {}).items():
         about = state["about"][cap]
         lines += [f"## Ratios, {MACHINES[cap]}", "", *ratios(runs, about, targets=cap != "avx2"), ""]
-    lines += own(state, arguments.threads)
+    lines += own(state)
     for cap, tuned in state.get("tuned", {}).items():
         lines += [f"## Tuning, {MACHINES[cap]}", "", *tuning(tuned), ""]
     for cap, runs in state.get("runs", {}).items():

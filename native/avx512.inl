@@ -1,5 +1,4 @@
-// Vocabulary of kernels.inl for 512-bit vectors: 16 floats, float and bf16 matrix products, bf16 keys and values.
-// Included by isa_avx512.cpp and isa_amx.cpp, which add the int8 product.
+// Vocabulary for 512-bit vectors: 16 floats, float and bf16 products. isa_avx512.cpp and isa_amx.cpp add int8.
 
 constexpr int W = 16;
 using F = __m512;
@@ -15,7 +14,7 @@ TR_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 TR_INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
 TR_INLINE F vabs(F a) { return _mm512_abs_ps(a); }
-TR_INLINE F from_sum(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+TR_INLINE F square_root(F a) { return _mm512_sqrt_ps(a); }
 TR_INLINE F load_int8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -35,7 +34,7 @@ TR_INLINE void store(bf16* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
-// One whole cache line: a tile load that follows finds it in one piece.
+// One whole cache line: a load that follows finds it in one piece.
 TR_INLINE void store2(bf16* p, F a, F b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))); }
 
 // The largest |x| of a row: without its sign, a bf16 is ordered as an integer.
@@ -63,60 +62,39 @@ TR_INLINE F native_exp2(F x) {
     return _mm512_scalef_ps(exact ? polynomial(fraction, fine) : polynomial(fraction, fast), x);
 }
 
-#include "parts.inl"
+#include "common.inl"
 
-// With two columns of accumulators, 12 rows fill 24 of the 32 registers.
-constexpr int kRowsAtOnce = 12;
+// The dot products are written in assembly because gcc 12 copies and spills the sums of these intrinsics.
+TR_INLINE void dot_bf16(F& sum, F a, F b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
-void float_product(const float* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate) {
-    const float* b = reinterpret_cast<const float*>(panel);
-    in_parts<kRowsAtOnce>(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
-        const float* x = a + static_cast<size_t>(from) * lda;
-        float* y = c + from * ldc;
-        F left[sizeof...(r)], right[sizeof...(r)];
-        ((left[r] = accumulate ? load(y + r * ldc) : set(0.0f), right[r] = accumulate ? load(y + r * ldc + 16) : set(0.0f)), ...);
-        for (int k = 0; k < depth; ++k) {
-            const F w0 = load(b + k * kPanel), w1 = load(b + k * kPanel + 16);
-            ((left[r] = fma(set(x[r * lda + k]), w0, left[r]), right[r] = fma(set(x[r * lda + k]), w1, right[r])), ...);
-        }
-        ((store(y + r * ldc, left[r]), store(y + r * ldc + 16, right[r])), ...);
-    });
+TR_INLINE void dot(F& left, F& right, const float* a, F w0, F w1) {
+    const F all = set(*a);
+    left = fma(all, w0, left), right = fma(all, w1, right);
+}
+TR_INLINE void dot(F& left, F& right, const bf16* a, F w0, F w1) {
+    float pair;
+    std::memcpy(&pair, a, 4);
+    dot_bf16(left, set(pair), w0), dot_bf16(right, set(pair), w1);
 }
 
-// The products below are written in assembly because gcc 12 copies and spills accumulators of these intrinsics.
-TR_INLINE void dot_bf16(F& sum, __m512i a, __m512i b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
-
-[[maybe_unused]] void bf16_product(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate) {
-    in_parts<kRowsAtOnce>(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
-        const bf16* x = a + static_cast<size_t>(from) * lda;
-        float* y = c + from * ldc;
-        F left[sizeof...(r)], right[sizeof...(r)];
-        ((left[r] = accumulate ? load(y + r * ldc) : set(0.0f), right[r] = accumulate ? load(y + r * ldc + 16) : set(0.0f)), ...);
-        for (int k = 0; k < depth; k += 2) {
-            const std::byte* w = panel + k / 32 * 2048 + k % 32 * 32;
-            const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 1024);
-            const auto row = [&](int i) __attribute__((always_inline)) {
-                int32_t pair;
-                std::memcpy(&pair, x + i * lda + k, 4);
-                const __m512i both = _mm512_set1_epi32(pair);
-                dot_bf16(left[i], both, w0);
-                dot_bf16(right[i], both, w1);
-            };
-            (row(r), ...);
-        }
-        ((store(y + r * ldc, left[r]), store(y + r * ldc + 16, right[r])), ...);
-    });
+// Words of attention: a float, or two bf16.
+template <class E>
+TR_INLINE F to_word(F even, F odd) {
+    if constexpr (same_type<E, float>) return odd;
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
 }
-
-template <class Between>
-TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
-                    const Between& between) {
-    float_product(a, lda, rows, panel, depth, c, ldc, accumulate);
-    between(0);
+template <class E>
+TR_INLINE F add_squares(F words, F sum) {
+    if constexpr (same_type<E, float>) return fma(words, words, sum);
+    dot_bf16(sum, words, words);
+    return sum;
 }
 
 // 16 rows of 16 words of 32 bits, transposed in place: four rounds of exchanging blocks of 1, 2, 4, 8.
-TR_INLINE void transpose(__m512i (&m)[16]) {
+TR_INLINE void transpose(F (&m)[16]) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const auto round = [&](int bit) __attribute__((always_inline)) {
         const auto upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(bit));
@@ -125,48 +103,10 @@ TR_INLINE void transpose(__m512i (&m)[16]) {
         const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(bit)), upper, lane, _mm512_set1_epi32(16));
         for (int i = 0; i < 16; ++i)
             if (!(i & bit)) {
-                const __m512i a = m[i], b = m[i + bit];
-                m[i] = _mm512_permutex2var_epi32(a, low, b);
-                m[i + bit] = _mm512_permutex2var_epi32(a, high, b);
+                const F a = m[i], b = m[i + bit];
+                m[i] = _mm512_permutex2var_ps(a, low, b);
+                m[i + bit] = _mm512_permutex2var_ps(a, high, b);
             }
     };
     round(1), round(2), round(4), round(8);
-}
-
-TR_INLINE void pack_keys(const bf16* k, int D, int rows, bf16* panel) {
-    for (int c = 0; c < D; c += 32)
-        for (int half = 0; half < 2; ++half) {
-            __m512i m[16];
-#pragma GCC unroll 16
-            for (int j = 0; j < 16; ++j)
-                m[j] = 16 * half + j < rows ? _mm512_loadu_si512(k + (16 * half + j) * D + c) : _mm512_setzero_si512();
-            transpose(m);
-#pragma GCC unroll 16
-            for (int j = 0; j < 16; ++j) _mm512_storeu_si512(panel + c * kPanel + half * 512 + j * 32, m[j]);
-        }
-}
-
-TR_INLINE void pack_values(const bf16* v, int stride, int rows, bf16* panel) {
-    alignas(64) uint16_t order[32];
-    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    const __m512i left = _mm512_load_si512(order), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
-    for (int j = 0; j < kTile; j += 2) {
-        const __m512i even = j < rows ? _mm512_loadu_si512(v + j * stride) : _mm512_setzero_si512();
-        const __m512i odd = j + 1 < rows ? _mm512_loadu_si512(v + (j + 1) * stride) : _mm512_setzero_si512();
-        _mm512_storeu_si512(panel + j * 16, _mm512_permutex2var_epi16(even, left, odd));
-        _mm512_storeu_si512(panel + 512 + j * 16, _mm512_permutex2var_epi16(even, right, odd));
-    }
-}
-
-TR_INLINE F key_squares(const bf16* panel, int D) {
-    F largest = set(0.0f);
-    for (int half = 0; half < 2; ++half) {
-        F sum = set(0.0f);
-        for (int c = 0; c < D; c += 2) {
-            const __m512i pair = _mm512_loadu_si512(panel + c / 32 * 1024 + half * 512 + c % 32 * 16);
-            dot_bf16(sum, pair, pair);
-        }
-        largest = vmax(largest, sum);
-    }
-    return largest;
 }

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kGroupTokens = 512;   // a group that one thread takes through all layers alone
 constexpr int kAloneTokens = 512;   // pairs up to this length may be in such a group
-constexpr int kBlockRows = 512;     // token rows that go through the feed-forward together
 constexpr int kQueriesPerTask = 2048;
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -229,8 +228,8 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
     const Shape& s = w.shape;
     const size_t C = static_cast<size_t>(s.C);
     const int threads = g.team ? run.threads : 1, pairs = static_cast<int>(g.pairs.size());
-    const int step = std::clamp(round_up((g.tokens + threads - 1) / threads, kTile), kTile, kBlockRows);
-    const int blocks = (g.tokens + step - 1) / step;
+    const int least = std::max(threads, (g.tokens + kernels_->block_rows - 1) / kernels_->block_rows);
+    const int step = round_up((g.tokens + least - 1) / least, kernels_->row_tile), blocks = (g.tokens + step - 1) / step;
     const auto each_block = [&](const auto& work) {
         team.phase(blocks, [&](int b) { work(b * step, std::min(step, g.tokens - b * step)); });
     };
@@ -239,7 +238,7 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
     };
 
     each_block([&](int from, int rows) {
-        kernels_->embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C);
+        kernels_->embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C, scratch);
         project(g, m, 0, from, rows, scratch);
     });
     note(m.x, g.tokens);
@@ -295,7 +294,7 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     for (const Group& g : groups)
         if (!g.team) most = std::max(most, g.tokens), pairs = std::max(pairs, static_cast<int>(g.pairs.size()));
     for (int i = 0; i < threads; ++i) {
-        state.scratch[static_cast<size_t>(i)].reserve(shape(), kBlockRows, longest);
+        state.scratch[static_cast<size_t>(i)].reserve(shape(), kernels_->block_rows + kernels_->row_tile, longest);
         if (most) state.memory[static_cast<size_t>(i) + 1]->reserve(shape(), most, pairs, kernels_->exchange_bytes);
     }
     const bool has_team = !groups.empty() && groups[0].team;
@@ -321,6 +320,15 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
         kernels_->leave();
     };
     state.pool.run(threads, work);
+}
+
+std::array<double, kParts> Engine::spent() {
+    const std::lock_guard<std::mutex> lock(calls_);
+    std::array<double, kParts> total{};
+    if (!state_) return total;
+    for (const Scratch& scratch : state_->scratch)
+        for (int part = 0; part < kParts; ++part) total[static_cast<size_t>(part)] += 1e-9 * static_cast<double>(scratch.spent[part]);
+    return total;
 }
 
 }  // namespace turborank

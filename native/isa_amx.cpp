@@ -12,6 +12,17 @@ using Int8 = int8_t;
 
 #include "avx512.inl"
 
+template <class Op> using Sum = F;  // of the float product, which has no tiles
+template <class Op> using Right = F;
+constexpr int kInt8Group = 4, kRowsAtOnce = 14;
+
+template <class Op>
+TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
+template <class Op>
+TR_INLINE void first_sums(const std::byte*, F (&start)[2]) { start[0] = start[1] = set(0.0f); }
+
+#include "blocks.inl"
+
 TR_INLINE void store_int8(Int8* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
@@ -82,6 +93,8 @@ TR_INLINE void tile_gemm(const Left& a, int rows, const std::byte* panel, int st
     }
 }
 
+// c[r][0..31] (+)= sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, rows of c ldc apart. It may read up to row 31 of
+// `a` and write up to row 31 of `c`. between(i) is called after each of the steps of the depth (64 bytes of it).
 template <class Between>
 TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool accumulate,
                     const Between& between) {
@@ -99,11 +112,54 @@ TR_INLINE void gemm(const bf16* a, int lda, int rows, const std::byte* panel, in
 TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64; }
 TR_INLINE int int8_column(int column) { return column / 64 * 1024 + column % 64; }
 
-// The tile products pause after every step of the depth; the float product, from avx512.inl, only at its end.
-template <class Op>
-constexpr int gemm_moments(int depth) { return sizeof(Op) == 4 ? 1 : depth * static_cast<int>(sizeof(Op)) / 64; }
+template <class Op> struct RawOf { using type = float; };
+template <> struct RawOf<Int8> { using type = int32_t; };
 
-#include "attention_f32.inl"
+// multiply() of blocks.inl for int8 and bf16. The vector units turn one 32 x 32 tile's raw sums into values while the
+// next tile is being computed.
+template <class Op, class At>
+    requires(!same_type<Op, float>)
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at) {
+    using Raw = typename RawOf<Op>::type;
+    struct Done { int panel, row, rows; const Raw* sums; } done{from, 0, 0, s.tiles.as<Raw>()};
+    const auto drain = [&](int r0, int r1) TR_LAMBDA {
+        if (r0 >= r1) return;
+        const auto put = at(done.panel * kPanel);
+        const float *scale = w.scale + done.panel * kPanel, *bias = w.bias + done.panel * kPanel;
+        for (int r = r0; r < r1; ++r) {
+            const Raw* sums = done.sums + r * kPanel;
+            if constexpr (same_type<Op, Int8>) {
+                const F row_scale = set(a.scale[done.row + r]);
+                put(done.row + r, fma(mul(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), load(scale)), row_scale, load(bias)),
+                    fma(mul(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + W)), load(scale + W)), row_scale, load(bias + W)));
+            } else {
+                put(done.row + r, add(load(sums), load(bias)), add(load(sums + W), load(bias + W)));
+            }
+        }
+    };
+    const int moments = w.depth * static_cast<int>(sizeof(Op)) / 64, share = (kTile + moments - 1) / moments;
+    const int tiles = (rows + kTile - 1) / kTile;
+    const size_t stride = (w.panel_bytes + static_cast<size_t>(tiles * moments) - 1) / static_cast<size_t>(tiles * moments);
+    int turn = 0;
+    for (int panel = from; panel < to; ++panel) {
+        const std::byte* next = panel + 1 < to ? w.panel(panel + 1) : after;
+        for (int row = 0; row < rows; row += kTile, turn ^= 1) {
+            Raw* sums = s.tiles.as<Raw>() + turn * kTile * kPanel;
+            const int count = at_most(kTile, rows - row);
+            gemm(a.rows + static_cast<size_t>(row) * a.stride, a.stride, count, w.panel(panel), w.depth, sums, kPanel, false, [&](int i) {
+                drain(at_most(i * share, done.rows), at_most((i + 1) * share, done.rows));
+                if (!next) return;
+                for (size_t at = 0; at < stride; at += 64) prefetch(next + at);
+                next += stride;
+            });
+            done = {panel, row, count, sums};
+        }
+    }
+    drain(0, done.rows);
+}
+
+#include "attention.inl"
+#include "attention_tiles.inl"
 #include "kernels.inl"
 
 void configure_tiles() {
@@ -114,10 +170,11 @@ void configure_tiles() {
     } configuration;
     __asm__ volatile("ldtilecfg %0" ::"m"(configuration));
 }
+constexpr int kBlockRows = 512;
 void release_tiles() { _tile_release(); }
 
-constexpr Kernels kInt8Bf16 = table<Int8, bf16>("tdpbssd", configure_tiles, release_tiles);
-constexpr Kernels kBf16Bf16 = table<bf16, bf16>("tdpbf16ps", configure_tiles, release_tiles);
+constexpr Kernels kInt8Bf16 = table<Int8, bf16>("tdpbssd", kTile, kBlockRows, configure_tiles, release_tiles);
+constexpr Kernels kBf16Bf16 = table<bf16, bf16>("tdpbf16ps", kTile, kBlockRows, configure_tiles, release_tiles);
 
 }  // namespace
 

@@ -11,66 +11,69 @@ using Int8 = uint8_t;
 
 #include "avx512.inl"
 
+
 TR_INLINE void store_int8(Int8* p, F x) {
     const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
 
-TR_INLINE void dot_int8(__m512i& sum, __m512i a, __m512i b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+template <class Op> struct SumOf { using type = F; };
+template <> struct SumOf<Int8> { using type = __m512i; };
+template <class Op> using Sum = typename SumOf<Op>::type;
+template <class Op> using Right = F;  // words of whatever type
+constexpr int kInt8Group = 4, kRowsAtOnce = 14;  // 28 sums, two words of weights, one of activations: 31 registers
 
-void int8_product(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc) {
-    const std::byte* sums = panel + static_cast<size_t>(depth) * kPanel;
-    const __m512i start0 = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(sums)), 7);
-    const __m512i start1 = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(sums + 64)), 7);
-    in_parts<kRowsAtOnce>(rows, [&]<int... r>(int from, Indices<r...>) __attribute__((always_inline)) {
-        const Int8* x = a + static_cast<size_t>(from) * lda;
-        int32_t* y = c + from * ldc;
-        __m512i left[sizeof...(r)], right[sizeof...(r)];
-        ((left[r] = start0, right[r] = start1), ...);
-        for (int k = 0; k < depth; k += 4) {
-            const std::byte* w = panel + k / 64 * 2048 + k % 64 * 16;
-            const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 1024);
-            const auto row = [&](int i) __attribute__((always_inline)) {
-                int32_t quad;
-                std::memcpy(&quad, x + i * lda + k, 4);
-                const __m512i all = _mm512_set1_epi32(quad);
-                dot_int8(left[i], all, w0);
-                dot_int8(right[i], all, w1);
-            };
-            (row(r), ...);
-        }
-        ((_mm512_storeu_si512(y + r * ldc, left[r]), _mm512_storeu_si512(y + r * ldc + 16, right[r])), ...);
-    });
+template <class Op>
+TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
+TR_INLINE F to_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
+
+TR_INLINE void dot_int8(__m512i& sum, F a, F b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {
+    float quad;
+    std::memcpy(&quad, a, 4);
+    dot_int8(left, set(quad), w0), dot_int8(right, set(quad), w1);
 }
 
-template <class Between>
-TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool, const Between& between) {
-    int8_product(a, lda, rows, panel, depth, c, ldc);
-    between(0);
-}
-
-template <class Between>
-TR_INLINE void gemm(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
-                    const Between& between) {
-    bf16_product(a, lda, rows, panel, depth, c, ldc, accumulate);
-    between(0);
+template <class Op>
+TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
+    if constexpr (same_type<Op, Int8>)
+        for (int i = 0; i < 2; ++i) start[i] = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(columns + 64 * i)), 7);
+    else
+        start[0] = start[1] = set(0.0f);
 }
 
 // int8 operands are row-major.
 TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row) * depth; }
 TR_INLINE int int8_column(int column) { return column; }
 
-template <class Op>
-constexpr int gemm_moments(int) { return 1; }
+#include "blocks.inl"
 
-#include "attention_f32.inl"
+// [pairs of keys][D] words of two.
+TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    const __m512i left = _mm512_load_si512(order), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
+    for (int j = 0; j < n; j += 2)
+        for (int c = 0; c < D; c += 32) {
+            const __m512i even = _mm512_loadu_si512(v + j * D + c);
+            const __m512i odd = j + 1 < n ? _mm512_loadu_si512(v + (j + 1) * D + c) : _mm512_setzero_si512();
+            _mm512_storeu_si512(to + j * D + 2 * c, _mm512_permutex2var_epi16(even, left, odd));
+            _mm512_storeu_si512(to + j * D + 2 * c + 32, _mm512_permutex2var_epi16(even, right, odd));
+        }
+    return to;
+}
+TR_INLINE const float* pair_values(const float* v, int, int, float*) { return v; }
+
+#include "attention.inl"
+#include "attention_lanes.inl"
 #include "kernels.inl"
 
+constexpr int kBlockRows = 126;
 void nothing() {}
-constexpr Kernels kInt8Bf16 = table<Int8, bf16>("vpdpbusd", nothing, nothing);
-constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd", nothing, nothing);
-constexpr Kernels kBf16Bf16 = table<bf16, bf16>("vdpbf16ps", nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("vfmadd zmm", nothing, nothing);
+constexpr Kernels kInt8Bf16 = table<Int8, bf16>("vpdpbusd", kRowsAtOnce, kBlockRows, nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd", kRowsAtOnce, kBlockRows, nothing, nothing);
+constexpr Kernels kBf16Bf16 = table<bf16, bf16>("vdpbf16ps", kRowsAtOnce, kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("vfmadd zmm", kRowsAtOnce, kBlockRows, nothing, nothing);
 
 }  // namespace
 

@@ -26,7 +26,7 @@ TR_INLINE F fma(F a, F b, F c) { TR_EACH(a.v[i] * b.v[i] + c.v[i]); }
 TR_INLINE F vmax(F a, F b) { TR_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 TR_INLINE F vmin(F a, F b) { TR_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 TR_INLINE F vabs(F a) { TR_EACH(a.v[i] < 0.0f ? -a.v[i] : a.v[i]); }
-TR_INLINE F from_sum(const int32_t* p) { TR_EACH(static_cast<float>(p[i])); }
+TR_INLINE F square_root(F a) { TR_EACH(__builtin_sqrtf(a.v[i])); }
 TR_INLINE F load_int8(const int8_t* p) { TR_EACH(static_cast<float>(p[i])); }
 TR_INLINE F keep_first(F a, int n, float other) { TR_EACH(i < n ? a.v[i] : other); }
 // To the nearest integer, ties to even, for |x| < 2^22; the compiler must not reorder it (no -ffast-math).
@@ -52,6 +52,15 @@ TR_INLINE F scale2(F p, F n) {
     return r;
 }
 
+TR_INLINE F load(const bf16* p) {
+    F r;
+    for (int i = 0; i < W; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(p[i].bits) << 16;
+        std::memcpy(&r.v[i], &bits, 4);
+    }
+    return r;
+}
+
 TR_INLINE F load_half(const uint16_t* p) {
     F r;
     for (int i = 0; i < W; ++i) {
@@ -71,53 +80,60 @@ TR_INLINE void store_int8(Int8* p, F x) {
     for (int i = 0; i < W; ++i) p[i] = static_cast<Int8>(static_cast<int32_t>(n.v[i]));
 }
 
-template <class Between>
-TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool accumulate,
-                    const Between& between) {
-    const int8_t* b = reinterpret_cast<const int8_t*>(panel);
-    for (int r = 0; r < rows; ++r) {
-        int32_t* out = c + r * ldc;
-        for (int j = 0; j < kPanel; ++j) out[j] = accumulate ? out[j] : 0;
-        for (int k = 0; k < depth; k += 4)
-            for (int half = 0; half < 2; ++half) {
-                const int8_t* w = b + k / 64 * 2048 + half * 1024 + k % 64 * 16;
-                for (int j = 0; j < 16; ++j) {
-                    int32_t sum = 0;
-                    for (int i = 0; i < 4; ++i) sum += a[r * lda + k + i] * w[4 * j + i];
-                    out[16 * half + j] += sum;
-                }
-            }
-    }
-    between(0);
-}
+#include "common.inl"
 
-template <class Between>
-TR_INLINE void gemm(const float* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
-                    const Between& between) {
-    const float* b = reinterpret_cast<const float*>(panel);
-    for (int r = 0; r < rows; ++r) {
-        float sum[kPanel];
-        for (int j = 0; j < kPanel; ++j) sum[j] = accumulate ? c[r * ldc + j] : 0.0f;
-        for (int k = 0; k < depth; ++k)
-            for (int j = 0; j < kPanel; ++j) sum[j] += a[r * lda + k] * b[k * kPanel + j];
-        for (int j = 0; j < kPanel; ++j) c[r * ldc + j] = sum[j];
-    }
-    between(0);
+struct Integers {
+    int32_t v[W];
+};
+struct Bytes {
+    const int8_t* p;  // W columns of four
+};
+template <class Op> struct Of { using sum = F; using right = F; };
+template <> struct Of<Int8> { using sum = Integers; using right = Bytes; };
+template <class Op> using Sum = typename Of<Op>::sum;
+template <class Op> using Right = typename Of<Op>::right;
+constexpr int kInt8Group = 4, kRowsAtOnce = 4;
+
+template <class Op>
+TR_INLINE Right<Op> load_right(const std::byte* p) {
+    if constexpr (same_type<Op, Int8>) return {reinterpret_cast<const int8_t*>(p)};
+    else return load(reinterpret_cast<const float*>(p));
+}
+TR_INLINE F to_float(const Integers& sum) { TR_EACH(static_cast<float>(sum.v[i])); }
+
+TR_INLINE void dot(F& left, F& right, const float* a, const F& w0, const F& w1) {
+    for (int i = 0; i < W; ++i) left.v[i] += *a * w0.v[i], right.v[i] += *a * w1.v[i];
+}
+TR_INLINE void dot(Integers& sum, const Int8* a, Bytes w) {
+    for (int i = 0; i < W; ++i) sum.v[i] += a[0] * w.p[4 * i] + a[1] * w.p[4 * i + 1] + a[2] * w.p[4 * i + 2] + a[3] * w.p[4 * i + 3];
+}
+TR_INLINE void dot(Integers& left, Integers& right, const Int8* a, Bytes w0, Bytes w1) { dot(left, a, w0), dot(right, a, w1); }
+
+template <class Op>
+TR_INLINE void first_sums(const std::byte*, Sum<Op> (&start)[2]) { start[0] = start[1] = Sum<Op>{}; }
+
+TR_INLINE void transpose(F (&m)[W]) {
+    for (int i = 0; i < W; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float x = m[i].v[j];
+            m[i].v[j] = m[j].v[i], m[j].v[i] = x;
+        }
 }
 
 // int8 operands are row-major.
 TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row) * depth; }
 TR_INLINE int int8_column(int column) { return column; }
 
-template <class Op>
-constexpr int gemm_moments(int) { return 1; }
-
-#include "attention_f32.inl"
+#include "blocks.inl"
+#include "float_words.inl"
+#include "attention.inl"
+#include "attention_lanes.inl"
 #include "kernels.inl"
 
+constexpr int kBlockRows = 96;
 void nothing() {}
-constexpr Kernels kInt8 = table<Int8, float>("int8 multiply-add", nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("float multiply-add", nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("int8 multiply-add", kRowsAtOnce, kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("float multiply-add", kRowsAtOnce, kBlockRows, nothing, nothing);
 
 }  // namespace
 

@@ -26,9 +26,9 @@ struct bf16 {
 };
 
 constexpr int kPanel = 32;       // output columns that a matrix product computes together
-constexpr int kTile = 32;        // token rows that it computes together, and queries of an attention tile
+constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
-constexpr int kKeyChunk = 256;   // keys whose scores are held at once for one attention tile
+constexpr int kKeyChunk = 256;   // keys whose scores or probabilities an attention tile holds at once, at most
 constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
 
 // Zeroed memory that only grows. Large buffers lie on huge pages where the system has them.
@@ -59,12 +59,11 @@ struct Shape {
     int passage = 0;  // tokens that the cosine head weighs together; 0: all tokens weigh the same
 };
 
-// y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights.
-// One panel holds, by operand type,
-//   int8   [depth/64][2][16 k-quads][16 columns][4]   then 32 int32: the sum of each column's weights
-//   bf16   [depth/32][2][16 k-pairs][16 columns][2]
-//   float  [depth][32 columns]
-// Each [16][16] group of the first two is one 1 KiB matrix tile; a vector unit reads the same bytes in order.
+// y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights. A panel is
+//   [depth / (16 g)][2 halves of the columns][16 words][16 columns][g]
+// where a word of g neighbours along the depth is what an instruction takes at once: 1 float, 2 bf16, and of int8 as
+// many as Kernels::int8_group says. Panels of int8 end with 32 int32: the sum of each column's weights.
+// A group of 16 words x 16 columns of 4 bytes is one 1 KiB matrix tile; a vector unit reads the same bytes in order.
 struct Linear {
     int in = 0, out = 0, depth = 0;
     size_t panel_bytes = 0;
@@ -81,12 +80,12 @@ struct Norm {
 struct Layer {
     Linear qkv;   // columns q, k, v; q carries log2(e)/sqrt(D), so scores are in log2 units
     Linear out;
-    Linear up;    // GEGLU: a panel is 16 gate columns, then the 16 value columns that belong to them
+    Linear up;    // GEGLU: Kernels::lanes gate columns, then as many value columns that belong to them, and so on
     Linear down;
     Norm norm1, norm2;
 };
 
-enum class Stored { f32, f16, i8 };
+enum class Stored { f32, f16, bf16, i8 };
 
 // Word embeddings stay as they were given; rows are widened when they are read.
 struct Table {
@@ -106,8 +105,15 @@ struct Weights {
     float classifier_bias = 0, cosine_scale = 0, cosine_bias = 0, cosine_focus = 0;
 };
 
+// Where a thread's time goes; a matrix product counts with what is fused into it.
+enum Part { kEmbed, kQuantise, kQkv, kAttention, kOut, kUp, kDown, kNorm, kHead, kParts };
+constexpr const char* kPartNames[kParts] = {"embed", "quantise", "qkv", "attention", "out", "up", "down", "norm", "head"};
+
+uint64_t nanoseconds();  // of a steady clock
+
 // Per-thread memory of the kernels. Sizes are for the widest element any kernel uses (4 bytes).
 struct Scratch {
+    uint64_t spent[kParts] = {};  // nanoseconds
     Buffer operand;  // rows of a matrix product's left side: (block + slack, depth)
     Buffer row_scale;
     Buffer hidden;   // (block + slack, F)
@@ -139,9 +145,13 @@ struct Heads {
 struct Kernels {
     const char* gemm;        // the matrix product's instruction, for reports and tests
     size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
+    int int8_group;          // int8 weights of one column that lie side by side (see Linear)
+    int lanes;               // floats of a vector (see Layer::up)
+    int row_tile;            // rows that a product computes together
+    int block_rows;          // rows that go through the feed-forward together, a multiple of row_tile: what the caches hold
     void (*enter)();         // once per thread and call, before the others: tile configuration
     void (*leave)();
-    void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x);
+    void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch&);
     // Panels [from, to) of the qkv product for `rows` rows that stand at row `at` of the heads.
     void (*project_heads)(const Shape&, const Layer&, const float* x, int rows, int from, int to, const Heads&, int at, Scratch&);
     void (*attend)(const AttendJob&, Scratch&);

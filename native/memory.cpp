@@ -1,5 +1,6 @@
 #include <sys/mman.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -8,6 +9,11 @@
 namespace turborank {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+
+uint64_t nanoseconds() {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
+}
 
 void Buffer::reserve(size_t bytes) {
     if (bytes <= size_) return;

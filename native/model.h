@@ -1,6 +1,7 @@
 // A model in packed form, and the engine that runs packed batches through it.
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -31,7 +32,7 @@ struct Packed {
 };
 
 // Throws std::invalid_argument naming the tensor that is missing or misshapen.
-std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision);
+std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision, const Kernels& kernels);
 
 struct AttendTask;
 
@@ -50,6 +51,9 @@ public:
     // Throws std::invalid_argument if the batch cannot be run. `trace`, if given, receives the embeddings and each
     // layer's output, one (rows, C) block after another; the last layer of a classifier has P rows, all others T.
     void logits(const Batch& batch, int threads, float* out, std::vector<std::vector<float>>* trace = nullptr);
+
+    // Thread-seconds by Part of all calls so far.
+    std::array<double, kParts> spent();
 
     const Shape& shape() const { return model_->weights.shape; }
     const Kernels& kernels() const { return *kernels_; }

@@ -57,8 +57,9 @@ Tensor tensor_of(const std::string& name, nb::handle value, std::vector<nb::obje
     Tensor t;
     if (array.dtype() == nb::dtype<float>()) t.stored = Stored::f32;
     else if (array.dtype() == nb::dtype<int8_t>()) t.stored = Stored::i8;
+    else if (array.dtype() == nb::dtype<uint16_t>()) t.stored = Stored::bf16;
     else if (array.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16) t.stored = Stored::f16;
-    else throw std::invalid_argument("expected float32, float16 or int8, got another dtype at " + name);
+    else throw std::invalid_argument("expected float32, float16, int8, or bfloat16 as uint16, got another dtype at " + name);
     t.data = array.data();
     t.rows = array.ndim() == 2 ? static_cast<int64_t>(array.shape(0)) : 1;
     t.columns = static_cast<int64_t>(array.shape(array.ndim() - 1));
@@ -117,7 +118,8 @@ public:
         isa_ = row.name;
         {
             nb::gil_scoped_release release;
-            engine_ = std::make_unique<Engine>(pack(shape, slopes, found, kind), row.kernels(kind, detect_features()));
+            const Kernels* kernels = row.kernels(kind, detect_features());
+            engine_ = std::make_unique<Engine>(pack(shape, slopes, found, kind, *kernels), kernels);
         }
         for (const char* name : {"embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight_scale"})
             if (tensors.contains(name)) alive_.push_back(nb::borrow(tensors[name]));
@@ -150,6 +152,13 @@ public:
             std::copy(layer.begin(), layer.end(), copy.get());
             result.append(array(std::move(copy), {layer.size() / C, C}));
         }
+        return result;
+    }
+
+    nb::dict spent() {
+        const std::array<double, kParts> seconds = engine_->spent();
+        nb::dict result;
+        for (size_t part = 0; part < kParts; ++part) result[kPartNames[part]] = seconds[part];
         return result;
     }
 
@@ -198,6 +207,7 @@ NB_MODULE(_native, m) {
              nb::arg("precision"), nb::arg("isa") = nb::none())
         .def("logits", &Model::logits, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
         .def("layers", &Model::layers, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
+        .def("spent", &Model::spent, "Thread-seconds of all calls so far by part of the work.")
         .def_prop_ro("isa", &Model::isa)
         .def_prop_ro("precision", &Model::precision)
         .def_prop_ro("kernel", &Model::kernel, "The matrix product's instruction.")

@@ -17,6 +17,13 @@ float half_to_float(uint16_t h) {
     return h & 0x8000 ? -size : size;
 }
 
+float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 bf16 to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -39,7 +46,8 @@ constexpr size_t kChunk = size_t{4} << 20;
 
 class Packer {
 public:
-    Packer(const Tensors& tensors, Precision precision, Packed& packed) : tensors_(tensors), precision_(precision), packed_(packed) {}
+    Packer(const Tensors& tensors, Precision precision, const Kernels& kernels, Packed& packed)
+        : tensors_(tensors), precision_(precision), kernels_(kernels), packed_(packed) {}
 
     const Tensor& find(const std::string& name, int64_t rows, int64_t columns) const {
         const auto it = tensors_.find(name);
@@ -90,8 +98,8 @@ public:
         w.in = static_cast<int>(columns[0].weight->columns);
         w.out = static_cast<int>(columns.size());
         const size_t element = precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4;
-        const int step = precision == Precision::int8 ? 64 : precision == Precision::bf16 ? 32 : 1;
-        w.depth = (w.in + step - 1) / step * step;
+        const int group = precision == Precision::int8 ? kernels_.int8_group : precision == Precision::bf16 ? 2 : 1;
+        w.depth = (w.in + 16 * group - 1) / (16 * group) * 16 * group;
         w.panel_bytes = static_cast<size_t>(w.depth) * kPanel * element + (precision == Precision::int8 ? kPanel * sizeof(int32_t) : 0);
         std::byte* panels = bytes(w.panel_bytes * static_cast<size_t>(w.out / kPanel));
         float *scale = floats(columns.size()), *bias = floats(columns.size());
@@ -100,18 +108,23 @@ public:
         for (int c = 0; c < w.out; ++c) {
             const Column& column = columns[static_cast<size_t>(c)];
             std::byte* panel = panels + w.panel_bytes * static_cast<size_t>(c / kPanel);
+            const int j = c % kPanel;
             bias[c] = column.bias;
             if (precision == Precision::int8) {
                 scale[c] = quantise(column, row, small) * column.factor;
-                put_int8(small, c % kPanel, w.depth, reinterpret_cast<int8_t*>(panel));
+                int32_t sum = 0;
+                for (int k = 0; k < w.depth; ++k) {
+                    reinterpret_cast<int8_t*>(panel)[place(k, j, group)] = small[static_cast<size_t>(k)];
+                    sum += small[static_cast<size_t>(k)];
+                }
+                std::memcpy(panel + static_cast<size_t>(w.depth) * kPanel + static_cast<size_t>(j) * 4, &sum, 4);
                 continue;
             }
             widen(*column.weight, column.row, row.data());
             for (int k = 0; k < w.in; ++k) {
                 const float value = row[static_cast<size_t>(k)] * column.factor;
-                const int j = c % kPanel;
-                if (precision == Precision::fp32) reinterpret_cast<float*>(panel)[k * kPanel + j] = value;
-                else reinterpret_cast<bf16*>(panel)[k / 32 * 1024 + j / 16 * 512 + k % 32 / 2 * 32 + j % 16 * 2 + k % 2] = to_bf16(value);
+                if (precision == Precision::fp32) reinterpret_cast<float*>(panel)[place(k, j, group)] = value;
+                else reinterpret_cast<bf16*>(panel)[place(k, j, group)] = to_bf16(value);
             }
         }
         w.panels = panels, w.scale = scale, w.bias = bias;
@@ -126,6 +139,7 @@ private:
             const size_t at = from + static_cast<size_t>(c);
             out[c] = t.stored == Stored::f32   ? static_cast<const float*>(t.data)[at]
                      : t.stored == Stored::f16 ? half_to_float(static_cast<const uint16_t*>(t.data)[at])
+                     : t.stored == Stored::bf16 ? to_float(static_cast<const bf16*>(t.data)[at])
                                                : static_cast<float>(static_cast<const int8_t*>(t.data)[at]) * t.scale[row];
         }
     }
@@ -145,24 +159,22 @@ private:
         return largest / 127.0f;
     }
 
-    static void put_int8(const std::vector<int8_t>& row, int j, int depth, int8_t* panel) {
-        int32_t sum = 0;
-        for (int k = 0; k < depth; k += 4) {
-            std::memcpy(panel + k / 64 * 2048 + j / 16 * 1024 + k % 64 / 4 * 64 + j % 16 * 4, row.data() + k, 4);
-            for (int i = 0; i < 4; ++i) sum += row[static_cast<size_t>(k + i)];
-        }
-        std::memcpy(panel + static_cast<size_t>(depth) * kPanel + static_cast<size_t>(j) * 4, &sum, 4);
+    // Where in a panel, in elements: see Linear.
+    static size_t place(int k, int column, int group) {
+        const int word = k / group;
+        return static_cast<size_t>((((word / 16 * 2 + column / 16) * 16 + word % 16) * 16 + column % 16) * group + k % group);
     }
 
     const Tensors& tensors_;
     Precision precision_;
+    const Kernels& kernels_;
     Packed& packed_;
     size_t used_ = 0;
 };
 
 void append(std::vector<Column>& to, const std::vector<Column>& more) { to.insert(to.end(), more.begin(), more.end()); }
 
-Layer pack_layer(Packer& p, const Shape& s, const std::string& name) {
+Layer pack_layer(Packer& p, const Shape& s, const std::string& name, int lanes) {
     Layer layer;
     auto qkv = p.columns(name + ".attention.self.query", s.C, s.C, kLog2e / std::sqrt(static_cast<float>(s.D)));
     append(qkv, p.columns(name + ".attention.self.key", s.C, s.C));
@@ -173,9 +185,8 @@ Layer pack_layer(Packer& p, const Shape& s, const std::string& name) {
     if (s.geglu) {
         const auto gated = p.columns(name + ".mlp.gated_layers", 2 * s.F, s.C);
         std::vector<Column> mixed;
-        for (int f = 0; f < s.F; f += kPanel / 2)
-            for (const int half : {0, s.F})
-                mixed.insert(mixed.end(), gated.begin() + half + f, gated.begin() + half + f + kPanel / 2);
+        for (int f = 0; f < s.F; f += lanes)
+            for (const int half : {0, s.F}) mixed.insert(mixed.end(), gated.begin() + half + f, gated.begin() + half + f + lanes);
         layer.up = p.linear(mixed);
         layer.down = p.linear(p.columns(name + ".mlp.wo", s.C, s.F));
         layer.norm2 = p.norm(name + ".mlp.layernorm", s.C);
@@ -207,10 +218,11 @@ void check_shape(const Shape& s, size_t slopes) {
 
 }  // namespace
 
-std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision) {
+std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision,
+                             const Kernels& kernels) {
     check_shape(shape, slopes.size());
     auto packed = std::make_unique<Packed>();
-    Packer p(tensors, precision, *packed);
+    Packer p(tensors, precision, kernels, *packed);
     Weights& w = packed->weights;
     w.shape = shape;
     Shape& s = w.shape;
@@ -219,7 +231,7 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
     if (s.types > 0) w.types = p.vector("embeddings.token_type_embeddings.weight", s.C, s.types);
     if (s.positions > 0) w.positions = p.vector("embeddings.position_embeddings.weight", s.C, s.positions);
     w.embedding_norm = p.norm("embeddings.LayerNorm", s.C);
-    for (int l = 0; l < s.L; ++l) w.layers.push_back(pack_layer(p, s, "encoder.layer." + std::to_string(l)));
+    for (int l = 0; l < s.L; ++l) w.layers.push_back(pack_layer(p, s, "encoder.layer." + std::to_string(l), kernels.lanes));
     if (s.cosine) {
         w.cosine_scale = *p.vector("head.scale", 1);
         w.cosine_bias = *p.vector("head.bias", 1);

@@ -62,6 +62,15 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
             return wide.view(np.float32)
         return raw if dtype == "I8" else raw.astype(np.float32)
 
+    def stored(self, name: str) -> npt.NDArray[Any]:
+        """The tensor as it lies in the file, read-only and not copied; bfloat16, which numpy lacks, as uint16."""
+        return self._raw(name)
+
+    def release(self) -> None:
+        """Give the pages that were read back to the system; the next access reads them again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.table)
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.architectures.jinabert import PASSAGE
+from turborank.checkpoint.tensors import TensorFile
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
-from turborank.quantised import SCALE, quantise
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
@@ -100,6 +100,10 @@ class NativeEngine:
         except ValueError as fault:
             raise InputError(str(fault)) from None
 
+    def spent(self) -> dict[str, float]:
+        """Seconds of all threads and calls so far, by part; a matrix product counts with what is fused into it."""
+        return dict(self._model.spent())
+
 
 def _arrays(batch: PackedBatch) -> tuple[npt.NDArray[np.int32], ...]:
     arrays = []
@@ -120,16 +124,10 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     return plain | {"slopes": [float(s) for s in config.slopes], "passage": PASSAGE}
 
 
-def _compact(weights: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """The layers' matrices as int8 rows, made one at a time: float32 copies of all of them never exist together."""
-    tensors: dict[str, npt.NDArray[Any]] = {}
-    for name in weights:
-        value = np.ascontiguousarray(weights[name])
-        if value.ndim == 2 and value.dtype == np.float32 and name.startswith("encoder.layer."):
-            tensors[name], tensors[name + SCALE] = quantise(value)
-        else:
-            tensors[name] = value
-    return tensors
+def _tensors(weights: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays as the C++ side takes them: float32, float16, int8, or uint16 for bfloat16. A file's are not copied."""
+    read = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
+    return {name: np.ascontiguousarray(read(name)) for name in weights}
 
 
 def prepare(
@@ -158,9 +156,10 @@ def prepare(
     if precision not in able:
         known = ", ".join(able)
         raise EngineUnavailableError(f"expected a precision among {known} on this machine, got {precision!r}")
-    tensors = _compact(weights) if precision == "int8" else {n: np.ascontiguousarray(w) for n, w in weights.items()}
     try:
-        model = _native.Model(_plain(config), tensors, precision, isa)
+        model = _native.Model(_plain(config), _tensors(weights), precision, isa)
     except ValueError as fault:
         raise CheckpointError(str(fault)) from None
+    if isinstance(weights, TensorFile):
+        weights.release()  # what is packed; word embeddings stay in the file and are read there
     return NativeEngine(model, threads or default_threads())

@@ -1,0 +1,70 @@
+// Attention, what all instruction sets share: the walk of one tile of queries along the keys, and where it may stop.
+// A Tile (attention_lanes.inl, attention_tiles.inl) has: job, first, rows; per row `top` and `mass`, the log2 offset
+// and the sum of 2^(score - top) so far; score_bound(r), an upper bound of row r's scores before ALiBi;
+// visit(lo, hi, fresh), which adds keys [lo, hi), lo a multiple of 32.
+
+constexpr float kNoMaxBelow = 100.0f;  // log2: scores within +-100 neither overflow nor lose mass without a max
+
+// bias[x] = -slope |x| for |x| < reach; the result points at x = 0.
+TR_INLINE const float* fill_bias(float* table, float slope, int reach) {
+    for (int x = -reach; x < reach; ++x) table[x + reach] = -slope * static_cast<float>(x < 0 ? -x : x);
+    return table + reach;
+}
+
+// Widens [lo, hi) to the keys that can matter to a tile, given the mass its rows have found so far. Row i may skip every
+// key at a distance >= d on one side if  2^bound_i * sum_{k>=d} 2^(-slope k)  <=  1e-6 * mass_i 2^top_i.
+template <class Tile>
+void reach(const Tile& t, int* lo, int* hi) {
+    const float slope = t.job.slope;
+    const float series = -__builtin_log2f(1.0f - __builtin_exp2f(-slope));
+    for (int r = 0; r < t.rows; ++r) {
+        const float gap = t.score_bound(r) + series - kSkipLog2 - __builtin_log2f(t.mass[r]) - t.top[r];
+        const float steps = gap / slope;
+        const int distance = steps < 1.0f ? 1 : steps < static_cast<float>(t.job.n) ? static_cast<int>(steps) + 1 : t.job.n;
+        *lo = at_most(*lo, at_least(0, t.first + r - distance + 1) / kTile * kTile);
+        *hi = at_least(*hi, at_most(t.job.n, round_up(t.first + r + distance, kTile)));
+    }
+}
+
+// All keys that matter, at most `chunk` at a time: those around the tile first, then outward.
+template <class Tile>
+TR_INLINE void walk(Tile& t, int chunk, int queries) {
+    const int n = t.job.n;
+    if (n <= chunk) return t.visit(0, n, true);
+    const int near_lo = at_least(0, t.first - (chunk - queries) / 2 / kTile * kTile), near_hi = at_most(n, near_lo + chunk);
+    t.visit(near_lo, near_hi, true);
+    int lo = 0, hi = n;
+    if (t.job.alibi && t.job.slope > 0.0f) {
+        lo = near_lo, hi = near_hi;
+        reach(t, &lo, &hi);
+    }
+    for (int j = near_lo; j > lo; j -= chunk) t.visit(at_least(lo, j - chunk), j, false);
+    for (int j = near_hi; j < hi; j += chunk) t.visit(j, at_most(hi, j + chunk), false);
+}
+
+// The first query alone: one row of scores, in float.
+template <class E, bool exact>
+void attend_first(const AttendJob& job, Scratch& s) {
+    const Lap lap(s, kAttention);
+    const E *q = static_cast<const E*>(job.q), *k = static_cast<const E*>(job.k), *v = static_cast<const E*>(job.v);
+    float* scores = s.bias.as<float>();
+    float top = -3.0e38f;
+    for (int j = 0; j < job.n; ++j) {
+        F dot = set(0.0f);
+        for (int c = 0; c < job.D; c += W) dot = fma(load(q + c), load(k + static_cast<size_t>(j) * job.D + c), dot);
+        scores[j] = hsum(dot) - job.slope * static_cast<float>(j);
+        top = scores[j] > top ? scores[j] : top;
+    }
+    F sum = set(0.0f);
+    for (int j = 0; j < job.n; j += W) {
+        const F p = keep_first(exp2<exact>(sub(load(scores + j), set(top))), job.n - j, 0.0f);
+        sum = add(sum, p);
+        store(scores + j, p);
+    }
+    const F inverse = set(1.0f / hsum(sum));
+    for (int c = 0; c < job.D; c += W) {
+        F total = set(0.0f);
+        for (int j = 0; j < job.n; ++j) total = fma(set(scores[j]), load(v + static_cast<size_t>(j) * job.D + c), total);
+        store(static_cast<E*>(job.out) + c, mul(total, inverse));
+    }
+}

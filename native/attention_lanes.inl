@@ -1,0 +1,191 @@
+// Attention with one query in each lane: scores, probabilities and sums of 2 W queries are pairs of vectors, so that
+// no sum runs across lanes, and a block of scores becomes probabilities before it leaves the registers. Keys are read
+// where they lie, a word at a time; queries, probabilities (bf16: two keys a word) and context stand transposed:
+//   queries        panel of D / word rows x 2 W columns (blocks.inl)
+//   probabilities  panel of keys / word rows x 2 W columns
+//   context        [D][2 W] floats, the sum of p v
+//   values         [keys / word][D] words
+
+constexpr int kLanes = 2 * W;
+constexpr int kChunk = 128;    // keys whose probabilities and values stay in the first-level cache
+constexpr int kKeysAtOnce = kRowsAtOnce >= 8 ? 8 : 4;
+
+template <class E>
+TR_INLINE float* panel_word(E* panel, int k, int vector) {
+    return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(panel) + right_row<E>(k) + vector * kSecond<E>);
+}
+
+// sqrt of the largest |k|^2: exactly, or by a bound that is cheaper.
+template <class E>
+float longest_key(const AttendJob& job, bool exactly) {
+    const E* k = static_cast<const E*>(job.k);
+    F total = set(0.0f);
+    float longest = 0.0f;
+    if (exactly) {
+        for (int j = 0; j < job.n; ++j) {
+            F sum = set(0.0f);
+            for (int c = 0; c < job.D; c += W) {
+                const F x = load(k + static_cast<size_t>(j) * job.D + c);
+                sum = fma(x, x, sum);
+            }
+            const float size = hsum(sum);
+            longest = size > longest ? size : longest;
+        }
+        return __builtin_sqrtf(longest);
+    }
+    for (int c = 0; c < job.D; c += W) {
+        F largest = set(0.0f);
+        for (int j = 0; j < job.n; ++j) largest = vmax(largest, vabs(load(k + static_cast<size_t>(j) * job.D + c)));
+        total = fma(largest, largest, total);
+    }
+    return __builtin_sqrtf(hsum(total));
+}
+
+template <class E, bool exact>
+struct LaneTile {
+    const AttendJob& job;
+    const E* values;    // see above
+    const float* bias;  // bias[i - j] = -slope |i - j|
+    float longest;      // max |k|, or more
+    E *queries, *probabilities;
+    float* context;
+    int first, rows;
+    bool online;        // subtract a running maximum
+    alignas(64) float size[kLanes], top[kLanes], mass[kLanes];
+
+    float score_bound(int r) const { return size[r] * longest * 1.001f + 0.01f; }
+
+    // Queries [first, first + 2 W) to columns; rows behind the last one are computed and thrown away.
+    TR_INLINE void begin() {
+        const int words = job.D / kWord<E>;
+        const E* q = static_cast<const E*>(job.q) + static_cast<size_t>(first) * job.D;
+        for (int v = 0; v < 2; ++v) {
+            F square = set(0.0f);
+            for (int k = 0; k < words; k += W) {
+                F m[W];
+                for (int i = 0; i < W; ++i) m[i] = load(reinterpret_cast<const float*>(q + (v * W + i) * job.D + k * kWord<E>));
+                transpose(m);
+                for (int i = 0; i < W; ++i) {
+                    store(panel_word(queries, k + i, v), m[i]);
+                    square = add_squares<E>(m[i], square);
+                }
+            }
+            store(size + v * W, square_root(square));
+        }
+        store(top, set(0.0f)), store(top + W, set(0.0f));
+        float largest = 0.0f;
+        for (int r = 0; r < rows; ++r) largest = size[r] > largest ? size[r] : largest;
+        online = !(largest * longest <= kNoMaxBelow);
+    }
+
+    // Scores of keys j .. j + kKeysAtOnce: take(r, left, right), one call for each key.
+    template <class Take>
+    TR_INLINE void scores(int j, bool shifted, const Take& take) const {
+        const F t0 = load(top), t1 = load(top + W);
+        block<E>(typename MakeIndices<kKeysAtOnce>::type{}, static_cast<const E*>(job.k) + static_cast<size_t>(j) * job.D, job.D, kWord<E>,
+            reinterpret_cast<const std::byte*>(queries), job.D / kWord<E>,
+            [&](int r, F& x, F& y) TR_LAMBDA {
+                x = load(bias + (first - j - r)), y = load(bias + (first - j - r) + W);
+                if (shifted) x = sub(x, t0), y = sub(y, t1);
+            }, take);
+    }
+
+    // Raises the lanes' offsets to their largest score so far.
+    void raise(int lo, int hi, bool fresh) {
+        F x0 = set(-3.0e38f), x1 = x0;
+        for (int j = lo; j < hi; j += kKeysAtOnce)
+            scores(j, false, [&](int r, const F& x, const F& y) TR_LAMBDA {
+                if (j + r < hi) x0 = vmax(x0, x), x1 = vmax(x1, y);
+            });
+        const F found[2] = {x0, x1};
+        for (int v = 0; v < 2; ++v) {
+            const F old = load(top + v * W), now = fresh ? found[v] : vmax(old, found[v]);
+            store(top + v * W, now);
+            if (fresh) continue;
+            const F factor = exp2<true>(sub(old, now));
+            store(mass + v * W, mul(load(mass + v * W), factor));
+            for (int d = 0; d < job.D; ++d) {
+                float* c = context + d * kLanes + v * W;
+                store(c, mul(load(c), factor));
+            }
+        }
+    }
+
+    // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero.
+    template <bool shifted, bool tail>
+    TR_INLINE void exponentiate(int j, int lo, int hi, F& s0, F& s1) {
+        F even[2];
+        scores(j, shifted, [&](int r, const F& x, const F& y) TR_LAMBDA {
+            F p0 = exp2<exact>(x), p1 = exp2<exact>(y);
+            if (tail && j + r >= hi) p0 = set(0.0f), p1 = p0;
+            s0 = add(s0, p0), s1 = add(s1, p1);
+            if (kWord<E> == 2 && r % 2 == 0) {
+                even[0] = p0, even[1] = p1;
+            } else {
+                const int k = (j + r - lo) / kWord<E>;
+                store(panel_word(probabilities, k, 0), to_word<E>(even[0], p0));
+                store(panel_word(probabilities, k, 1), to_word<E>(even[1], p1));
+            }
+        });
+    }
+
+    template <bool shifted>
+    void probability(int lo, int hi, bool fresh) {
+        F s0 = set(0.0f), s1 = s0;
+        int j = lo;
+        for (; j + kKeysAtOnce <= hi; j += kKeysAtOnce) exponentiate<shifted, false>(j, lo, hi, s0, s1);
+        if (j < hi) exponentiate<shifted, true>(j, lo, hi, s0, s1);
+        store(mass, fresh ? s0 : add(load(mass), s0));
+        store(mass + W, fresh ? s1 : add(load(mass + W), s1));
+    }
+
+    void visit(int lo, int hi, bool fresh) {
+        if (online) {
+            raise(lo, hi, fresh);
+            probability<true>(lo, hi, fresh);
+        } else {
+            probability<false>(lo, hi, fresh);
+        }
+        in_tiles<kKeysAtOnce>(job.D, [&](int d, auto indices) TR_LAMBDA {
+            float* c = context + d * kLanes;
+            block<E>(indices, values + (static_cast<size_t>(lo / kWord<E>) * job.D + d) * kWord<E>, kWord<E>, job.D * kWord<E>,
+                reinterpret_cast<const std::byte*>(probabilities), (hi - lo + kWord<E> - 1) / kWord<E>,
+                [&](int r, F& x, F& y) TR_LAMBDA {
+                    x = fresh ? set(0.0f) : load(c + r * kLanes), y = fresh ? set(0.0f) : load(c + r * kLanes + W);
+                },
+                [&](int r, const F& x, const F& y) TR_LAMBDA { if (d + r < job.D) store(c + r * kLanes, x), store(c + r * kLanes + W, y); });
+        });
+    }
+
+    TR_INLINE void end() const {
+        E* out = static_cast<E*>(job.out) + static_cast<size_t>(first) * job.out_stride;
+        for (int v = 0; v < 2; ++v) {
+            const F inverse = div(set(1.0f), load(mass + v * W));
+            for (int k = 0; k < job.D / kWord<E>; k += W) {
+                F m[W];
+                for (int i = 0; i < W; ++i) {
+                    const float* c = context + (k + i) * kWord<E> * kLanes + v * W;
+                    m[i] = to_word<E>(mul(load(c), inverse), mul(load(c + (kWord<E> - 1) * kLanes), inverse));
+                }
+                transpose(m);
+                for (int i = 0; i < W && v * W + i < rows; ++i) store(reinterpret_cast<float*>(out + (v * W + i) * job.out_stride + k * kWord<E>), m[i]);
+            }
+        }
+    }
+};
+
+// ALiBi attention of one head, queries [from, to).
+template <class E, bool exact>
+void attend(const AttendJob& job, Scratch& s) {
+    const Lap lap(s, kAttention);
+    const float* bias = fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile);
+    const float longest = longest_key<E>(job, job.n > kChunk);
+    const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
+    for (int first = job.from; first < job.to; first += kLanes) {
+        LaneTile<E, exact> t{job, values, bias, longest, s.keys.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
+                             first, at_most(kLanes, job.to - first), false, {}, {}, {}};
+        t.begin();
+        walk(t, kChunk, kLanes);
+        t.end();
+    }
+}

@@ -1,0 +1,111 @@
+// Matrix products whose sums stay in registers from the first word of the depth to the finished value.
+// Needs of the instruction set's file, for each operand type Op:
+//   Sum<Op>, Right<Op>           W partial sums; W words of the right side
+//   load_right<Op>(bytes)        words of one row of a panel
+//   dot(left, right, a, w0, w1)  adds the product of one word of `a` with W columns each to two sums
+//   first_sums<Op>(columns, start)  where sums begin; `columns`, int8 only: the sums of the weights of 2 W columns
+//   kRowsAtOnce                  rows whose sums fit the registers, two of them a row
+// A word is what the instruction takes at once of one row's depth: 4 int8, 2 bf16 (or widened int8), 1 float.
+
+template <int... i> struct Indices {
+    static constexpr int count = sizeof...(i);
+};
+template <int n, int... i> struct MakeIndices : MakeIndices<n - 1, n - 1, i...> {};
+template <int... i> struct MakeIndices<0, i...> { using type = Indices<i...>; };
+
+// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most a few more. There are three
+// heights, because each is compiled for itself.
+template <int most, class Part>
+TR_INLINE void in_tiles(int rows, const Part& part) {
+    constexpr int half = most / 2, quarter = (most + 3) / 4;
+    for (int from = 0; from < rows;) {
+        const int rest = rows - from;
+        if (rest > half + quarter) part(from, typename MakeIndices<most>::type{}), from += most;
+        else if (rest > quarter) part(from, typename MakeIndices<half>::type{}), from += half;
+        else part(from, typename MakeIndices<quarter>::type{}), from += quarter;
+    }
+}
+
+template <class Op> constexpr int kWord = 4 / static_cast<int>(sizeof(Op));
+
+// Bytes from one word of the depth to the next in a panel of 16 columns, and to its second vector.
+template <class Op> constexpr int kRightRow = same_type<Op, Int8> ? 16 * kInt8Group : 64;
+template <class Op> constexpr int kSecond = W == 16 ? 16 * kRightRow<Op> : kRightRow<Op> / 2;
+
+// The place of word `k` in a panel, columns 0 ..
+template <class Op>
+TR_INLINE size_t right_row(int k) { return static_cast<size_t>(k / 16 * 32 + k % 16) * kRightRow<Op>; }
+
+struct Nothing {
+    TR_INLINE void operator()(int) const {}
+};
+
+// Rows r... of `a` (row and step: elements from one to the next row and word) by 2 W columns. start(r, left, right)
+// sets the sums, finish(r, left, right) takes them; each(k) is called with every word.
+template <class Op, int... r, class Start, class Finish, class Each = Nothing>
+TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, const std::byte* right, int words, const Start& start,
+                     const Finish& finish, const Each& each = {}) {
+    Sum<Op> x[sizeof...(r)], y[sizeof...(r)];
+    (start(r, x[r], y[r]), ...);
+    for (int k = 0; k < words; ++k) {
+        each(k);
+        const std::byte* b = right + right_row<Op>(k);
+        const Right<Op> w0 = load_right<Op>(b), w1 = load_right<Op>(b + kSecond<Op>);
+        (dot(x[r], y[r], a + r * row + k * step, w0, w1), ...);
+    }
+    (finish(r, x[r], y[r]), ...);
+}
+
+// Sums of a tile of a product with weights, and where they belong.
+template <class Op>
+struct Tile {
+    const Sum<Op>* sums;  // (rows, 2)
+    int column, row, rows;
+};
+
+// Panels [from, to) of a W^T + b for `rows` rows. at(column) gives a functor put(row, left, right) that receives values
+// of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end: `after`, the first of the
+// product that follows) is fetched meanwhile, evenly, because weights come from the outer caches. A tile's values are
+// formed behind the next tile's sums, so that they wait for nothing.
+template <class Op, class At>
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at) {
+    const int words = w.depth / kWord<Op>;
+    const size_t steps = static_cast<size_t>(words * (kPanel / (2 * W)) * ((rows + kRowsAtOnce - 1) / kRowsAtOnce));
+    const size_t pace = (w.panel_bytes + steps - 1) / steps;  // bytes to fetch with each word
+    Sum<Op>* const buffer = s.tiles.as<Sum<Op>>();
+    Sum<Op>* sums = buffer;
+    Tile<Op> done{buffer, from * kPanel, 0, 0};
+    const auto values = [&]() TR_LAMBDA {
+        const auto put = at(done.column);
+        const float *scale = w.scale + done.column, *row_scale = a.scale + done.row;
+        const F b0 = load(w.bias + done.column), b1 = load(w.bias + done.column + W);
+        for (int r = 0; r < done.rows; ++r) {
+            const Sum<Op> x = done.sums[2 * r], y = done.sums[2 * r + 1];
+            if constexpr (same_type<Op, Int8>)
+                put(done.row + r, fma(mul(to_float(x), load(scale)), set(row_scale[r]), b0), fma(mul(to_float(y), load(scale + W)), set(row_scale[r]), b1));
+            else
+                put(done.row + r, add(x, b0), add(y, b1));
+        }
+    };
+    for (int panel = from; panel < to; ++panel) {
+        const std::byte* ahead = panel + 1 < to ? w.panel(panel + 1) : after ? after : w.panel(panel);
+        for (int column = 0; column < kPanel; column += 2 * W) {
+            const std::byte* right = w.panel(panel) + (W == 16 ? 0 : column / 16 * 16 * kRightRow<Op>);
+            Sum<Op> start[2];
+            first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * 2 * kRightRow<Op> + column * 4, start);
+            in_tiles<kRowsAtOnce>(rows, [&](int row, auto indices) TR_LAMBDA {
+                sums = buffer + (sums == buffer ? 2 * kRowsAtOnce : 0);
+                block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, right, words,
+                    [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = start[0], y = start[1]; },
+                    [&](int r, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { sums[2 * r] = x, sums[2 * r + 1] = y; },
+                    [&](int) TR_LAMBDA {
+                        prefetch(ahead);
+                        ahead += pace;
+                    });
+                values();
+                done = {sums, panel * kPanel + column, row, at_most(indices.count, rows - row)};
+            });
+        }
+    }
+    values();
+}

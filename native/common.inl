@@ -1,0 +1,93 @@
+// Arithmetic that every instruction set shares, written against its vector F of W floats.
+// Included inside an anonymous namespace. No std:: templates here: see TR_INLINE in kernels.h.
+
+#define TR_LAMBDA __attribute__((always_inline))
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+TR_INLINE int at_most(int a, int b) { return a < b ? a : b; }
+TR_INLINE int at_least(int a, int b) { return a > b ? a : b; }
+TR_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+template <class A, class B> constexpr bool same_type = false;
+template <class A> constexpr bool same_type<A, A> = true;
+
+TR_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// Adds the time from here to the end of the scope to a part's account.
+class Lap {
+public:
+    TR_INLINE Lap(Scratch& s, Part part) : spent_(s.spent[part]), start_(nanoseconds()) {}
+    TR_INLINE ~Lap() { spent_ += nanoseconds() - start_; }
+    Lap(const Lap&) = delete;
+    Lap& operator=(const Lap&) = delete;
+
+private:
+    uint64_t& spent_;
+    const uint64_t start_;
+};
+
+template <int N>
+TR_INLINE F horner(F x, const float (&c)[N]) {
+    F y = set(c[N - 1]);
+    for (int i = N - 2; i >= 0; --i) y = fma(y, x, set(c[i]));
+    return y;
+}
+
+TR_INLINE void store2(float* p, F a, F b) {
+    store(p, a);
+    store(p + W, b);
+}
+
+TR_INLINE float largest_size(const float* row, int n) {
+    F top = set(0.0f);
+    for (int c = 0; c < n; c += W) top = vmax(top, vabs(load(row + c)));
+    return hmax(top);
+}
+
+// 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [-1/2, 1/2].
+template <bool exact>
+TR_INLINE F exp2(F x) {
+#ifdef TR_HAS_EXP2
+    return native_exp2<exact>(x);
+#else
+    static constexpr float fast[] = {0.9999280571937561f, 0.6932609677314758f, 0.2426111400127411f, 0.0551716685295105f};
+    static constexpr float fine[] = {1.0000001192092896f,   0.6931469440460205f,  0.24022120237350464f,
+                                     0.05550713092088699f, 0.009675541892647743f, 0.001327647129073739f};
+    x = vmin(vmax(x, set(-127.0f)), set(127.0f));
+    const F n = round(x);
+    const F p = exact ? horner(sub(x, n), fine) : horner(sub(x, n), fast);
+    return scale2(p, n);
+#endif
+}
+
+// x Phi(x). Exact: erfc by Abramowitz & Stegun 7.1.26 (1.5e-7). Fast: an odd polynomial for Phi on [-4.2, 4.2],
+// 8e-5 inside and 3e-4 at |x| = 8, far below the step of an int8 hidden row or a bf16 one.
+template <bool exact>
+TR_INLINE F gelu(F x) {
+    if constexpr (exact) {
+        static constexpr float c[] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f, 1.061405429f};
+        const F size = vabs(x), z = mul(size, set(0.70710678118654752f));
+        const F t = div(set(1.0f), fma(set(0.3275911f), z, set(1.0f)));
+        const F tail = mul(mul(horner(t, c), t), exp2<true>(mul(mul(z, z), set(-kLog2e))));
+        return sub(vmax(x, set(0.0f)), mul(mul(size, set(0.5f)), tail));
+    } else {
+        static constexpr float c[] = {0.39849400520324707f,    -0.06557483971118927f,   0.009323895908892155f,  -0.0009572598501108587f,
+                                      6.778880924684927e-05f, -3.10446489493188e-06f, 8.194887612944513e-08f, -9.406471157547003e-10f};
+        const F z = vmin(vmax(x, set(-4.2f)), set(4.2f));
+        return mul(x, fma(z, horner(mul(z, z), c), set(0.5f)));
+    }
+}
+
+TR_INLINE F tanh_of(F x) {
+    const F e = exp2<true>(mul(vmin(vmax(x, set(-20.0f)), set(20.0f)), set(2 * kLog2e)));
+    return sub(set(1.0f), div(set(2.0f), add(e, set(1.0f))));
+}
+
+// The left side of a product.
+template <class Op>
+struct Operand {
+    const Op* rows;
+    int stride;
+    const float* scale;  // one a row, int8 only
+};

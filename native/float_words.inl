@@ -1,0 +1,5 @@
+// Attention in float alone: a word is a float, and values are used where they lie.
+
+template <class E> TR_INLINE F to_word(F, F value) { return value; }
+template <class E> TR_INLINE F add_squares(F words, F sum) { return fma(words, words, sum); }
+TR_INLINE const float* pair_values(const float* v, int, int, float*) { return v; }
