@@ -11,7 +11,8 @@
 #
 # Depths are below 100 where documents are long or the collection is saturated; the table says which. QMSum's meetings
 # are 13,451 tokens each: they are read four ways (the first 512 or 8,192 tokens, or all of them in windows of 512 or
-# 8,192), and MEETINGS says how many candidates of each query. At 3, 12 million tokens, which take half of the time.
+# 8,192), and MEETINGS says how many candidates of each query. At 3, 12 million tokens, which take half of the time;
+# WINDOWS_SAMPLE=50 reads the last and longest way for 50 of the 244 queries only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data/eval}
@@ -42,4 +43,4 @@ evaluate articles time
 evaluate science scifact
 evaluate meetings-passages qmsum --depth "$MEETINGS" --skip-constant --length windows --max-length 512
 evaluate meetings-truncated qmsum --depth "$MEETINGS" --skip-constant
-evaluate meetings-windows qmsum --depth "$MEETINGS" --skip-constant --length windows
+evaluate meetings-windows qmsum --depth "$MEETINGS" --skip-constant --length windows ${WINDOWS_SAMPLE:+--sample "$WINDOWS_SAMPLE"}
