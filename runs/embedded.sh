@@ -38,3 +38,15 @@ turborank distill student alibi --from "$MINILM" --texts lists --out student
 both recover student --source "$MINILM" --texts lists --long "$DATA/train/qmsum.jsonl.gz" \
   --long "$DATA/train/squality.jsonl.gz" --out recover-SEED --steps 300 --lr 6e-4 --save-every 25
 turborank distill ship recover-0/final recover-1/final --out recovered
+
+# Two rounds: what both workers learnt is averaged, then they go on from there.
+learn() { # name, student, steps, highest learning rate
+  both train lists --student "$2" --out "$1-SEED" -t minilm:20 -t bm25:0.9:z --loss infonce:0.7,kl:1 --steps "$3" --lr "$4" \
+    --share nq_oracle=3 --share pubmedqa=4 --share medquad=0.8 --share keywords=0.8 --share xquad=0.7 \
+    --dev lists --dev scifact --dev-queries 50 --max-length 320 --evaluate-every 200
+  turborank distill ship "$1-0/final" "$1-1/final" --out "$1"
+}
+learn round-1 recovered 400 1.2e-4
+learn round-2 round-1 400 8e-5
+turborank distill ship round-2 --calibrate lists --int8 --out shipped
+cp shipped/{config.json,model.safetensors,tokenizer.json} "$SHIPPED"
