@@ -30,7 +30,7 @@ install: $(READY)
 $(READY): $(BUILT_FROM)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (minutes the first time)"
-	@$(PIP) --editable '.[test,serve,eval,otel,onnx]' $(TORCH)
+	@$(PIP) --editable '.[test,serve,eval,train,otel,onnx]' $(TORCH)
 	@touch $@
 
 check: $(READY)
