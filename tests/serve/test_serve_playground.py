@@ -47,8 +47,8 @@ def visit(browser):
     """Open the page; afterwards nothing may have gone wrong in it, nor anything been asked of another server."""
     seen = []
 
-    def visit(up, *, viewport=None, scheme="light"):
-        context = browser.new_context(viewport=viewport or DESK, color_scheme=scheme)
+    def visit(up, *, viewport=None, scheme="light", **more):
+        context = browser.new_context(viewport=viewport or DESK, color_scheme=scheme, **more)
         page = context.new_page()
         page.set_default_timeout(90_000)  # for machines that are busy with other things
         faults, asked = [], []
@@ -138,6 +138,24 @@ def test_everything_has_a_name_and_news_is_announced(up, visit):
         assert part in tree
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_axe_finds_nothing(up, visit, scheme, viewport):
+    """axe-core's rules (WCAG 2 A and AA, and good practice) over the page before and after a ranking, options open."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = visit(up, viewport=viewport, scheme=scheme, bypass_csp=True)  # the page's policy lets no script in
+    page.locator("#files").set_input_files([{"name": "bees.txt", "mimeType": "text/plain", "buffer": b"bees dance"}])
+    page.locator("summary").first.click()
+    found = [axe.run(page)]
+    rank(page)
+    page.wait_for_timeout(400)  # bars have grown, nothing is half transparent any more
+    found.append(axe.run(page))
+    faults = [
+        (one["id"], [node["html"] for node in one["nodes"]]) for each in found for one in each.response["violations"]
+    ]
+    assert faults == []
+
+
 CONTRAST = """(theme) => {
   document.documentElement.dataset.theme = theme;
   const style = getComputedStyle(document.documentElement);
@@ -191,15 +209,45 @@ def test_files_and_their_hostile_contents_are_only_text(up, visit):
     page.locator("#files").set_input_files(
         [{"name": name, "mimeType": "text/plain", "buffer": text.encode()} for name, text in files]
     )
-    page.wait_for_function("document.getElementById('count').textContent.includes('2 files')")
+    page.get_by_text("2 files").wait_for()
     assert "1 file left out" in page.locator("#status").inner_text()
-    page.locator("#documents").evaluate("(area) => area.removeAttribute('required')")
     rank(page)
-    facts = " ".join(page.locator("#results .facts").all_inner_texts())
-    assert "bees.txt" in facts
-    assert "tides.md" in facts
+    assert set(page.locator("#results .name").all_inner_texts()) == {"bees.txt", "tides.md"}
     assert hostile in page.locator("#results").inner_text()
     assert page.title() == "turborank · playground"
+
+
+def test_files_are_dropped_anywhere_and_taken_back_one_by_one(up, visit):
+    page = visit(up)
+    dropped = page.evaluate_handle(
+        """() => {
+             const carried = new DataTransfer();
+             for (const name of ["one.txt", "two.txt"]) carried.items.add(new File([`bees of ${name}`], name));
+             return carried;
+           }"""
+    )
+    page.dispatch_event("body", "dragover", {"dataTransfer": dropped})
+    assert page.get_by_text("Drop text files to add them").is_visible()
+    page.dispatch_event("footer", "drop", {"dataTransfer": dropped})
+    page.get_by_text("2 files").wait_for()
+    assert page.get_by_text("Drop text files to add them").is_hidden()
+    page.get_by_role("button", name="Remove one.txt").click()
+    assert page.locator("#chips li").all_inner_texts() == ["two.txt\n×"]
+    assert page.locator("#count").inner_text() == "5 documents and 1 file"
+    assert page.evaluate("document.activeElement.id") == "choose"
+
+
+def test_the_marked_passage_is_in_sight_in_a_long_document(up, visit):
+    page = visit(up)
+    page.locator("#documents").fill("")
+    lines = "\n\n".join(
+        f"Paragraph {number} is about tides, and is about as long as the others are." for number in range(40)
+    )
+    page.locator("#files").set_input_files([{"name": "long.txt", "mimeType": "text/plain", "buffer": lines.encode()}])
+    rank(page)
+    box, mark = page.locator("#results .text").bounding_box(), page.locator("#results mark").bounding_box()
+    assert box["y"] <= mark["y"] < box["y"] + box["height"]
+    assert page.locator("#results .text").evaluate("(text) => text.scrollHeight > 3 * text.clientHeight")
 
 
 def test_errors_and_cut_documents_are_shown(up, visit):

@@ -265,6 +265,13 @@ def test_passages_cover_all_text_once_and_are_not_long(text):
     assert all(end - start <= LONGEST for start, end in places)
 
 
+def test_a_sentence_a_little_too_long_is_halved_instead_of_losing_its_last_word():
+    text = "word " * (LONGEST // 5 + 1) + "it."
+    sizes = [end - start for start, end in passages(text)]
+    assert len(sizes) == 2
+    assert min(sizes) > LONGEST // 3
+
+
 def test_the_openapi_document_describes_every_path(up):
     document = up.ask("/openapi.json").json
     assert document["openapi"] == "3.1.0"

@@ -32,11 +32,13 @@ def passages(text: str) -> list[tuple[int, int]]:
 
 
 def _split(text: str, start: int, end: int, longest: int) -> list[int]:
-    """Where to cut text[start:end] so that no piece is longer than ``longest``, at white space where there is some."""
+    """Where to cut text[start:end] so that no piece is longer than ``longest``: about evenly, at white space if any."""
     cuts = []
     while end - start > longest:
+        size = end - start
+        even = start + -(-size // -(-size // longest))
         spaces = [match.end() for match in _SPACE.finditer(text, start + longest // 2, start + longest)]
-        start = spaces[-1] if spaces else start + longest
+        start = min(spaces, key=lambda place: abs(place - even), default=even)
         cuts.append(start)
     return cuts
 
