@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import JSON, head, running
+from serving import JSON, head, running, until
 
 from turborank.serve.dialects import DIALECTS, by_path
 from turborank.serve.passages import LONGEST, passages
@@ -196,6 +196,29 @@ def test_slow_headers_and_slow_bodies_are_hung_up_on(model):
             time.sleep(0.5)
             assert connection.sock is ours is not None
         connection.close()
+
+
+def test_clients_that_do_not_read_are_hung_up_on_and_slow_readers_are_not(model):
+    document = {"text": "bees", "payload": "a" * 900_000}  # is not read, but comes back
+    content = json.dumps({"query": "a", "documents": [document] * 8, "return_documents": True}).encode()
+    with running(model, answer_timeout=0.5) as up:
+        connections = up.server.server_state.connections
+        for header in ("Connection: keep-alive", "Connection: close"):
+            with socket.socket() as silent:
+                silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                silent.connect(("127.0.0.1", up.port))
+                silent.sendall(head(f"Content-Length: {len(content)}", header) + content)
+                until(lambda: connections)
+                until(lambda: not connections)
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            slow.connect(("127.0.0.1", up.port))
+            slow.sendall(head(f"Content-Length: {len(content)}", "Connection: close") + content)
+            received = 0
+            while part := slow.recv(200_000):
+                received += len(part)
+                time.sleep(0.01)
+        assert received > len(content)
 
 
 def test_an_engine_that_fails_says_nothing_of_its_insides(model):

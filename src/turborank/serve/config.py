@@ -81,6 +81,7 @@ class Settings:
     max_tokens: int = _setting(2_000_000, "Limits", "Tokens computed for a request.", least=1)
     header_timeout: float = _setting(10.0, "Limits", "Seconds a client may take to send its headers.", least=0.1)
     body_timeout: float = _setting(30.0, "Limits", "Seconds a client may take to send its body.", least=0.1)
+    answer_timeout: float = _setting(30.0, "Limits", "Seconds an answer may lie unread by its client.", least=0.1)
     keep_alive: int = _setting(75, "Limits", "Seconds an idle connection is kept.", least=1)
     max_connections: int = _setting(2048, "Limits", "Connections at a time; beyond it the answer is 503.", least=1)
 

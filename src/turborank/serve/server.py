@@ -31,11 +31,16 @@ def check_open_door(settings: Settings, service: Service) -> str:
     )
 
 
-def protocol(header_timeout: float) -> type[H11Protocol]:
-    """HTTP/1.1 as uvicorn speaks it, hanging up on clients that take longer than this to send a request's headers."""
+def protocol(header_timeout: float, answer_timeout: float) -> type[H11Protocol]:
+    """HTTP/1.1 as uvicorn speaks it, hanging up on clients that are too slow.
+
+    A request's headers have to be there within ``header_timeout``, and an answer may not lie unread for longer than
+    ``answer_timeout``: whoever reads, however slowly, is not cut off.
+    """
 
     class Protocol(H11Protocol):
         _patience: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -48,8 +53,16 @@ def protocol(header_timeout: float) -> type[H11Protocol]:
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop()
 
+        def on_response_complete(self) -> None:
+            if self._reading is not None:
+                self._reading.cancel()
+            self._watch(None)
+            super().on_response_complete()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            if self._reading is not None:
+                self._reading.cancel()
             super().connection_lost(exc)
 
         def _wait(self) -> None:
@@ -64,6 +77,14 @@ def protocol(header_timeout: float) -> type[H11Protocol]:
             self._patience = None
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.close()
+
+        def _watch(self, before: int | None) -> None:
+            """Look whether what was unread ``answer_timeout`` ago still is."""
+            unread = self.transport.get_write_buffer_size()
+            if before is not None and unread >= before:
+                self.transport.abort()  # closing would wait for the reader
+            elif unread:
+                self._reading = self.loop.call_later(answer_timeout, self._watch, unread)
 
     return Protocol
 
@@ -126,7 +147,7 @@ def make(settings: Settings) -> Server:
             app.build(service, on_failure=server.fail),
             host=settings.host,
             port=settings.port,
-            http=protocol(settings.header_timeout),
+            http=protocol(settings.header_timeout, settings.answer_timeout),
             ws="none",
             loop="asyncio",
             log_config=None,
