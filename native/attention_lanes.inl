@@ -1,8 +1,8 @@
 // Attention with one query in each lane: scores, probabilities and sums of 2 W queries are pairs of vectors, so that
 // no sum runs across lanes, and a block of scores becomes probabilities before it leaves the registers. Keys are read
 // where they lie, a word at a time; queries, probabilities (bf16: two keys a word) and context stand transposed:
-//   queries        panel of D / word rows x 2 W columns (blocks.inl)
-//   probabilities  panel of keys / word rows x 2 W columns
+//   queries        panel of D / word rows x 2 W of 32 columns (blocks.inl)
+//   probabilities  likewise, keys / word rows
 //   context        [D][2 W] floats, the sum of p v
 //   values         [keys / word][D] words
 
@@ -12,7 +12,7 @@ constexpr int kKeysAtOnce = kRowsAtOnce >= 8 ? 8 : 4;
 
 template <class E>
 TR_INLINE float* panel_word(E* panel, int k, int vector) {
-    return reinterpret_cast<float*>(reinterpret_cast<std::byte*>(panel) + right_row<E>(k) + vector * kSecond<E>);
+    return reinterpret_cast<float*>(panel) + k * kPanel + vector * W;
 }
 
 // sqrt of the largest |k|^2: exactly, or by a bound that is cheaper.

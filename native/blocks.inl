@@ -28,13 +28,9 @@ TR_INLINE void in_tiles(int rows, const Part& part) {
 
 template <class Op> constexpr int kWord = 4 / static_cast<int>(sizeof(Op));
 
-// Bytes from one word of the depth to the next in a panel of 16 columns, and to its second vector.
-template <class Op> constexpr int kRightRow = same_type<Op, Int8> ? 16 * kInt8Group : 64;
-template <class Op> constexpr int kSecond = W == 16 ? 16 * kRightRow<Op> : kRightRow<Op> / 2;
-
-// The place of word `k` in a panel, columns 0 ..
-template <class Op>
-TR_INLINE size_t right_row(int k) { return static_cast<size_t>(k / 16 * 32 + k % 16) * kRightRow<Op>; }
+// Bytes from one word of the depth to the next in a panel of 32 columns, and from one vector of columns to the next.
+template <class Op> constexpr int kRightRow = kPanel * (same_type<Op, Int8> ? kInt8Group : 4);
+template <class Op> constexpr int kRightVector = kRightRow<Op> / kPanel * W;
 
 struct Nothing {
     TR_INLINE void operator()(int) const {}
@@ -49,8 +45,8 @@ TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, 
     (start(r, x[r], y[r]), ...);
     for (int k = 0; k < words; ++k) {
         each(k);
-        const std::byte* b = right + right_row<Op>(k);
-        const Right<Op> w0 = load_right<Op>(b), w1 = load_right<Op>(b + kSecond<Op>);
+        const std::byte* b = right + static_cast<ptrdiff_t>(k) * kRightRow<Op>;
+        const Right<Op> w0 = load_right<Op>(b), w1 = load_right<Op>(b + kRightVector<Op>);
         (dot(x[r], y[r], a + r * row + k * step, w0, w1), ...);
     }
     (finish(r, x[r], y[r]), ...);
@@ -90,9 +86,9 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to,
     for (int panel = from; panel < to; ++panel) {
         const std::byte* ahead = panel + 1 < to ? w.panel(panel + 1) : after ? after : w.panel(panel);
         for (int column = 0; column < kPanel; column += 2 * W) {
-            const std::byte* right = w.panel(panel) + (W == 16 ? 0 : column / 16 * 16 * kRightRow<Op>);
+            const std::byte* right = w.panel(panel) + column / W * kRightVector<Op>;
             Sum<Op> start[2];
-            first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * 2 * kRightRow<Op> + column * 4, start);
+            first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, start);
             in_tiles<kRowsAtOnce>(rows, [&](int row, auto indices) TR_LAMBDA {
                 sums = buffer + (sums == buffer ? 2 * kRowsAtOnce : 0);
                 block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, right, words,

@@ -14,6 +14,7 @@ using Int8 = int8_t;
 
 template <class Op> using Sum = F;  // of the float product, which has no tiles
 template <class Op> using Right = F;
+constexpr bool kTiles = true;
 constexpr int kInt8Group = 4, kRowsAtOnce = 14;
 
 template <class Op>

@@ -60,6 +60,7 @@ template <class Op> struct SumOf { using type = F; };
 template <> struct SumOf<Int8> { using type = __m256i; };
 template <class Op> using Sum = typename SumOf<Op>::type;
 template <class Op> using Right = Sum<Op>;
+constexpr bool kTiles = false;
 constexpr int kInt8Group = 2, kRowsAtOnce = 6;  // 12 sums, two words of weights, two registers to multiply in
 
 template <class Op>

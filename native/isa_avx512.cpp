@@ -21,6 +21,7 @@ template <class Op> struct SumOf { using type = F; };
 template <> struct SumOf<Int8> { using type = __m512i; };
 template <class Op> using Sum = typename SumOf<Op>::type;
 template <class Op> using Right = F;  // words of whatever type
+constexpr bool kTiles = false;
 constexpr int kInt8Group = 4, kRowsAtOnce = 14;  // 28 sums, two words of weights, one of activations: 31 registers
 
 template <class Op>

@@ -92,6 +92,7 @@ template <class Op> struct Of { using sum = F; using right = F; };
 template <> struct Of<Int8> { using sum = Integers; using right = Bytes; };
 template <class Op> using Sum = typename Of<Op>::sum;
 template <class Op> using Right = typename Of<Op>::right;
+constexpr bool kTiles = false;
 constexpr int kInt8Group = 4, kRowsAtOnce = 4;
 
 template <class Op>

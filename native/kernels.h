@@ -60,10 +60,10 @@ struct Shape {
 };
 
 // y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights. A panel is
-//   [depth / (16 g)][2 halves of the columns][16 words][16 columns][g]
+//   [depth / g][32 columns][g]                                       or, for matrix tiles,
+//   [depth / (16 g)][2 halves of the columns][16][16 columns][g]     1 KiB for each tile of 16 words x 16 columns
 // where a word of g neighbours along the depth is what an instruction takes at once: 1 float, 2 bf16, and of int8 as
 // many as Kernels::int8_group says. Panels of int8 end with 32 int32: the sum of each column's weights.
-// A group of 16 words x 16 columns of 4 bytes is one 1 KiB matrix tile; a vector unit reads the same bytes in order.
 struct Linear {
     int in = 0, out = 0, depth = 0;
     size_t panel_bytes = 0;
@@ -145,7 +145,8 @@ struct Heads {
 struct Kernels {
     const char* gemm;        // the matrix product's instruction, for reports and tests
     size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
-    int int8_group;          // int8 weights of one column that lie side by side (see Linear)
+    bool tiles;              // int8 and bf16 weights lie in matrix tiles (see Linear)
+    int int8_group;          // int8 weights of one column that lie side by side
     int lanes;               // floats of a vector (see Layer::up)
     int row_tile;            // rows that a product computes together
     int block_rows;          // rows that go through the feed-forward together, a multiple of row_tile: what the caches hold

@@ -213,6 +213,6 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 template <class Op, class E>
 constexpr Kernels table(const char* name, int row_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {name, sizeof(E), kInt8Group, W, row_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
+    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
             finish_layer<Op, E>, classify, cosine};
 }

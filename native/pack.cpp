@@ -99,6 +99,7 @@ public:
         w.out = static_cast<int>(columns.size());
         const size_t element = precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4;
         const int group = precision == Precision::int8 ? kernels_.int8_group : precision == Precision::bf16 ? 2 : 1;
+        const bool tiles = kernels_.tiles && precision != Precision::fp32;
         w.depth = (w.in + 16 * group - 1) / (16 * group) * 16 * group;
         w.panel_bytes = static_cast<size_t>(w.depth) * kPanel * element + (precision == Precision::int8 ? kPanel * sizeof(int32_t) : 0);
         std::byte* panels = bytes(w.panel_bytes * static_cast<size_t>(w.out / kPanel));
@@ -114,7 +115,7 @@ public:
                 scale[c] = quantise(column, row, small) * column.factor;
                 int32_t sum = 0;
                 for (int k = 0; k < w.depth; ++k) {
-                    reinterpret_cast<int8_t*>(panel)[place(k, j, group)] = small[static_cast<size_t>(k)];
+                    reinterpret_cast<int8_t*>(panel)[place(k, j, group, tiles)] = small[static_cast<size_t>(k)];
                     sum += small[static_cast<size_t>(k)];
                 }
                 std::memcpy(panel + static_cast<size_t>(w.depth) * kPanel + static_cast<size_t>(j) * 4, &sum, 4);
@@ -123,8 +124,8 @@ public:
             widen(*column.weight, column.row, row.data());
             for (int k = 0; k < w.in; ++k) {
                 const float value = row[static_cast<size_t>(k)] * column.factor;
-                if (precision == Precision::fp32) reinterpret_cast<float*>(panel)[place(k, j, group)] = value;
-                else reinterpret_cast<bf16*>(panel)[place(k, j, group)] = to_bf16(value);
+                if (precision == Precision::fp32) reinterpret_cast<float*>(panel)[place(k, j, group, tiles)] = value;
+                else reinterpret_cast<bf16*>(panel)[place(k, j, group, tiles)] = to_bf16(value);
             }
         }
         w.panels = panels, w.scale = scale, w.bias = bias;
@@ -160,9 +161,10 @@ private:
     }
 
     // Where in a panel, in elements: see Linear.
-    static size_t place(int k, int column, int group) {
-        const int word = k / group;
-        return static_cast<size_t>((((word / 16 * 2 + column / 16) * 16 + word % 16) * 16 + column % 16) * group + k % group);
+    static size_t place(int k, int column, int group, bool tiles) {
+        const int word = k / group, tile = word / 16 * 2 + column / 16;
+        const int at = tiles ? (tile * 16 + word % 16) * 16 + column % 16 : word * kPanel + column;
+        return static_cast<size_t>(at * group + k % group);
     }
 
     const Tensors& tensors_;
