@@ -69,6 +69,7 @@ def attempt(rank, call):
         headers = getattr(response, "headers", None) or getattr(error, "headers", None) or {}
         return {
             "error": " <- ".join(texts)[:3000],
+            "seconds": time.monotonic() - started,
             "type": type(error).__name__,
             "status": getattr(error, "status_code", None) or getattr(error, "http_status", None),
             "headers": {str(name).lower(): str(value) for name, value in dict(headers).items()},
