@@ -1,6 +1,6 @@
 """sentence-transformers' own CrossEncoder loads what ``turborank export`` wrote, and gives our scores.
 
-Needs an environment with sentence-transformers beside turborank; skipped elsewhere.
+Needs an environment with sentence-transformers beside turborank (passes with 5.1.0 and 6.2.0); skipped elsewhere.
 """
 
 from pathlib import Path
@@ -48,9 +48,10 @@ def test_cross_encoder_scores_as_we_do(model: Path, tmp_path: Path) -> None:
     ours = Reranker(model, engine="reference", precision="fp32")
     logits = np.asarray(ours.score(PAIRS))
     assert np.ptp(logits) > 1e-2
+    # First as it comes: version 5 goes on with whatever activation it was last given.
+    np.testing.assert_allclose(encoder.predict(PAIRS), 1 / (1 + np.exp(-logits)), atol=1e-4, rtol=0)
     found = encoder.predict(PAIRS, activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(found, logits, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(encoder.predict(PAIRS), 1 / (1 + np.exp(-logits)), atol=1e-4, rtol=0)  # by default
 
 
 def test_every_tensor_finds_its_place(model: Path, tmp_path: Path) -> None:
