@@ -15,15 +15,6 @@ export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=134217728
 cd "$WORK"
 
-both() { # a stage of two workers: its command with SEED in it
-  local pids=()
-  for seed in 0 1; do
-    turborank distill ${@//SEED/$seed} --seed $seed --threads 1 2> "$1-$seed.log" &
-    pids+=($!)
-  done
-  for pid in "${pids[@]}"; do wait "$pid"; done
-}
-
 pairs() { printf "$1=$DATA/train/$1.jsonl.gz "; }
 turborank distill lists --out lists --seed 0 --clean treebank,transcript --clean medquad=treebank,alternatives \
   $(pairs squad_nqg) $(pairs nq_oracle) $(pairs xquad) $(pairs pubmedqa) $(pairs medquad) \
@@ -35,18 +26,23 @@ turborank distill score lists -t bm25 -t minilm=biencoder:"$MINILM"
 turborank distill lists scifact="$DATA/eval/scifact" --out scifact --bm25 20 --bm25-depth 20 --random 0 --held-out 0.99
 
 turborank distill student alibi --from "$MINILM" --texts lists --out student
-both recover student --source "$MINILM" --texts lists --long "$DATA/train/qmsum.jsonl.gz" \
-  --long "$DATA/train/squality.jsonl.gz" --out recover-SEED --steps 300 --lr 6e-4 --save-every 25
+recover() { # seed
+  turborank distill recover student --source "$MINILM" --texts lists --long "$DATA/train/qmsum.jsonl.gz" \
+    --long "$DATA/train/squality.jsonl.gz" --out "recover-$1" --steps 300 --lr 6e-4 --threads 1 --seed "$1" 2> "recover-$1.log"
+}
+recover 0 & other=$!; recover 1; wait $other
 turborank distill ship recover-0/final recover-1/final --out recovered
 
-# Two rounds: what both workers learnt is averaged, then they go on from there.
-learn() { # name, student, steps, highest learning rate
-  both train lists --student "$2" --out "$1-SEED" -t minilm:20 -t bm25:0.9:z --loss infonce:0.7,kl:1 --steps "$3" --lr "$4" \
-    --share nq_oracle=3 --share pubmedqa=4 --share medquad=0.8 --share keywords=0.8 --share xquad=0.7 \
-    --dev lists --dev scifact --dev-queries 50 --max-length 320 --evaluate-every 200
-  turborank distill ship "$1-0/final" "$1-1/final" --out "$1"
+# Two rounds: what both workers of the first learnt is averaged, and one goes on from there. (There were two; the other
+# was killed for memory at step 79 and left out.)
+train() { # name, student, steps, highest learning rate, seed
+  turborank distill train lists --student "$2" --out "$1" -t minilm:20 -t bm25:0.9:z --loss infonce:0.7,kl:1 --steps "$3" \
+    --lr "$4" --share nq_oracle=3 --share pubmedqa=4 --share medquad=0.8 --share keywords=0.8 --share xquad=0.7 \
+    --dev lists --dev scifact --dev-queries 50 --max-length 320 --evaluate-every 200 --threads 1 --seed "$5" 2> "$1.log"
 }
-learn round-1 recovered 400 1.2e-4
-learn round-2 round-1 400 8e-5
-turborank distill ship round-2 --calibrate lists --int8 --out shipped
+train round-1-0 recovered 400 1.2e-4 0 & other=$!; train round-1-1 recovered 400 1.2e-4 1; wait $other
+turborank distill ship round-1-0/final round-1-1/final --out round-1
+train round-2 round-1 300 8e-5 11
+turborank distill ship round-1 round-2/final --out both
+turborank distill ship both --calibrate lists --max-length 320 --int8 --out shipped
 cp shipped/{config.json,model.safetensors,tokenizer.json} "$SHIPPED"

@@ -56,7 +56,7 @@ _ROWS = (
     Model(
         name=DEFAULT,
         architecture="jinabert",
-        parameters=22_368_770,
+        parameters=22_368_771,
         layers=6,
         hidden_size=384,
         max_length=8192,
