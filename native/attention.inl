@@ -11,19 +11,28 @@ TR_INLINE const float* fill_bias(float* table, float slope, int reach) {
     return table + reach;
 }
 
+// At most log2(x), and less than 0.09 below it: log2(1 + f) >= f.
+TR_INLINE float log2_below(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return static_cast<float>(bits) * (1.0f / (1 << 23)) - 127.0f;
+}
+
 // Widens [lo, hi) to the keys that can matter to a tile, given the mass its rows have found so far. Row i may skip every
 // key at a distance >= d on one side if  2^bound_i * sum_{k>=d} 2^(-slope k)  <=  1e-6 * mass_i 2^top_i.
 template <class Tile>
 void reach(const Tile& t, int* lo, int* hi) {
-    const float slope = t.job.slope;
-    const float series = -__builtin_log2f(1.0f - __builtin_exp2f(-slope));
+    const float slope = t.job.slope, n = static_cast<float>(t.job.n);
+    const float offset = -kSkipLog2 - __builtin_log2f(1.0f - __builtin_exp2f(-slope)), steps = 1.0f / slope;
+    int left = t.first, right = t.first;
     for (int r = 0; r < t.rows; ++r) {
-        const float gap = t.score_bound(r) + series - kSkipLog2 - __builtin_log2f(t.mass[r]) - t.top[r];
-        const float steps = gap / slope;
-        const int distance = steps < 1.0f ? 1 : steps < static_cast<float>(t.job.n) ? static_cast<int>(steps) + 1 : t.job.n;
-        *lo = at_most(*lo, at_least(0, t.first + r - distance + 1) / kTile * kTile);
-        *hi = at_least(*hi, at_most(t.job.n, round_up(t.first + r + distance, kTile)));
+        float distance = (t.score_bound(r) + offset - log2_below(t.mass[r]) - t.top[r]) * steps + 1.0f;
+        distance = distance < 1.0f ? 1.0f : distance < n ? distance : n;  // also where it is no number
+        left = at_most(left, t.first + r - static_cast<int>(distance) + 1);
+        right = at_least(right, t.first + r + static_cast<int>(distance));
     }
+    *lo = at_most(*lo, at_least(0, left) / kTile * kTile);
+    *hi = at_least(*hi, at_most(t.job.n, round_up(right, kTile)));
 }
 
 // All keys that matter, at most `chunk` at a time: those around the tile first, then outward.

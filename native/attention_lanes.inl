@@ -15,30 +15,31 @@ TR_INLINE float* panel_word(E* panel, int k, int vector) {
     return reinterpret_cast<float*>(panel) + k * kPanel + vector * W;
 }
 
-// sqrt of the largest |k|^2: exactly, or by a bound that is cheaper.
-template <class E>
-float longest_key(const AttendJob& job, bool exactly) {
-    const E* k = static_cast<const E*>(job.k);
-    F total = set(0.0f);
-    float longest = 0.0f;
-    if (exactly) {
-        for (int j = 0; j < job.n; ++j) {
-            F sum = set(0.0f);
-            for (int c = 0; c < job.D; c += W) {
-                const F x = load(k + static_cast<size_t>(j) * job.D + c);
-                sum = fma(x, x, sum);
-            }
-            const float size = hsum(sum);
-            longest = size > longest ? size : longest;
+// Rows [0, W) of `rows` (D each) to columns: take(k, column) receives word k of all of them. Returns their squared norms.
+template <class E, class Take>
+TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
+    F squares = set(0.0f), others = squares;
+    for (int k = 0; k < D / kWord<E>; k += W) {
+        F m[W];
+        for (int i = 0; i < W; ++i) m[i] = load(reinterpret_cast<const float*>(rows + i * D + k * kWord<E>));
+        transpose(m);
+        for (int i = 0; i < W; i += 2) {
+            take(k + i, m[i]), take(k + i + 1, m[i + 1]);
+            squares = add_squares<E>(m[i], squares), others = add_squares<E>(m[i + 1], others);
         }
-        return __builtin_sqrtf(longest);
     }
-    for (int c = 0; c < job.D; c += W) {
-        F largest = set(0.0f);
-        for (int j = 0; j < job.n; ++j) largest = vmax(largest, vabs(load(k + static_cast<size_t>(j) * job.D + c)));
-        total = fma(largest, largest, total);
+    return add(squares, others);
+}
+
+template <class E>
+float longest_key(const AttendJob& job) {
+    const E* k = static_cast<const E*>(job.k);
+    F longest = set(0.0f);
+    for (int j = 0; j < job.n; j += W) {
+        const F squares = transpose_rows(k + static_cast<size_t>(j) * job.D, job.D, [](int, const F&) {});
+        longest = vmax(longest, keep_first(squares, job.n - j, 0.0f));
     }
-    return __builtin_sqrtf(hsum(total));
+    return __builtin_sqrtf(hmax(longest));
 }
 
 template <class E, bool exact>
@@ -46,7 +47,7 @@ struct LaneTile {
     const AttendJob& job;
     const E* values;    // see above
     const float* bias;  // bias[i - j] = -slope |i - j|
-    float longest;      // max |k|, or more
+    float longest;      // max |k|
     E *queries, *probabilities;
     float* context;
     int first, rows;
@@ -57,20 +58,10 @@ struct LaneTile {
 
     // Queries [first, first + 2 W) to columns; rows behind the last one are computed and thrown away.
     TR_INLINE void begin() {
-        const int words = job.D / kWord<E>;
         const E* q = static_cast<const E*>(job.q) + static_cast<size_t>(first) * job.D;
         for (int v = 0; v < 2; ++v) {
-            F square = set(0.0f);
-            for (int k = 0; k < words; k += W) {
-                F m[W];
-                for (int i = 0; i < W; ++i) m[i] = load(reinterpret_cast<const float*>(q + (v * W + i) * job.D + k * kWord<E>));
-                transpose(m);
-                for (int i = 0; i < W; ++i) {
-                    store(panel_word(queries, k + i, v), m[i]);
-                    square = add_squares<E>(m[i], square);
-                }
-            }
-            store(size + v * W, square_root(square));
+            const auto put = [&](int k, const F& column) TR_LAMBDA { store(panel_word(queries, k, v), column); };
+            store(size + v * W, square_root(transpose_rows(q + v * W * job.D, job.D, put)));
         }
         store(top, set(0.0f)), store(top + W, set(0.0f));
         float largest = 0.0f;
@@ -114,17 +105,18 @@ struct LaneTile {
     // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero.
     template <bool shifted, bool tail>
     TR_INLINE void exponentiate(int j, int lo, int hi, F& s0, F& s1) {
-        F even[2];
+        F p[4];  // of two keys
         scores(j, shifted, [&](int r, const F& x, const F& y) TR_LAMBDA {
-            F p0 = exp2<exact>(x), p1 = exp2<exact>(y);
-            if (tail && j + r >= hi) p0 = set(0.0f), p1 = p0;
-            s0 = add(s0, p0), s1 = add(s1, p1);
-            if (kWord<E> == 2 && r % 2 == 0) {
-                even[0] = p0, even[1] = p1;
-            } else {
-                const int k = (j + r - lo) / kWord<E>;
-                store(panel_word(probabilities, k, 0), to_word<E>(even[0], p0));
-                store(panel_word(probabilities, k, 1), to_word<E>(even[1], p1));
+            p[r % 2 * 2] = x, p[r % 2 * 2 + 1] = y;
+            if (r % 2 == 0) return;
+            exp2<exact>(p);
+            if (tail && j + r - 1 >= hi) p[0] = p[1] = set(0.0f);
+            if (tail && j + r >= hi) p[2] = p[3] = set(0.0f);
+            s0 = add(s0, add(p[0], p[2])), s1 = add(s1, add(p[1], p[3]));
+            const int k = (j + r - 1 - lo) / kWord<E>;
+            for (int v = 0; v < 2; ++v) {
+                if constexpr (kWord<E> == 2) store(panel_word(probabilities, k, v), to_word<E>(p[v], p[v + 2]));
+                else store(panel_word(probabilities, k, v), p[v]), store(panel_word(probabilities, k + 1, v), p[v + 2]);
             }
         });
     }
@@ -179,7 +171,7 @@ template <class E, bool exact>
 void attend(const AttendJob& job, Scratch& s) {
     const Lap lap(s, kAttention);
     const float* bias = fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile);
-    const float longest = longest_key<E>(job, job.n > kChunk);
+    const float longest = longest_key<E>(job);
     const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
     for (int first = job.from; first < job.to; first += kLanes) {
         LaneTile<E, exact> t{job, values, bias, longest, s.keys.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),

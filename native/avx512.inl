@@ -45,21 +45,21 @@ TR_INLINE void store2(bf16* p, F a, F b) { _mm512_storeu_si512(p, reinterpret_ca
     return hmax(vmax(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
 }
 
-// 2^x by its floor and fraction, one instruction each; the polynomials are minimax fits on [0, 1).
+// 2^x by its floor and fraction, one instruction each; the polynomials are minimax fits on [0, 1). Step by step for all
+// of them, because the processor looks ahead less far than one chain of these instructions is long.
 #define TR_HAS_EXP2
-template <int N>
-TR_INLINE F polynomial(F x, const float (&c)[N]) {
-    F y = set(c[N - 1]);
-    for (int i = N - 2; i >= 0; --i) y = fma(y, x, set(c[i]));
-    return y;
-}
-template <bool exact>
-TR_INLINE F native_exp2(F x) {
+template <bool exact, int N>
+TR_INLINE void native_exp2(F (&x)[N]) {
+    static constexpr int degree = exact ? 5 : 3;
     static constexpr float fast[] = {0.9999251961708069f, 0.6958335041999817f, 0.2260671705007553f, 0.07802452147006989f};
     static constexpr float fine[] = {0.9999999403953552f,  0.6931530833244324f,   0.24015361070632935f,
                                      0.05582631751894951f, 0.008989340625703335f, 0.0018775766948238015f};
-    const F fraction = _mm512_reduce_ps(x, 0x09);
-    return _mm512_scalef_ps(exact ? polynomial(fraction, fine) : polynomial(fraction, fast), x);
+    const float* const c = exact ? fine : fast;
+    F fraction[N], y[N];
+    for (int i = 0; i < N; ++i) fraction[i] = _mm512_reduce_ps(x[i], 0x09), y[i] = set(c[degree]);
+    for (int k = degree - 1; k >= 0; --k)
+        for (int i = 0; i < N; ++i) y[i] = fma(y[i], fraction[i], set(c[k]));
+    for (int i = 0; i < N; ++i) x[i] = _mm512_scalef_ps(y[i], x[i]);
 }
 
 #include "common.inl"

@@ -15,6 +15,8 @@ template <int... i> struct MakeIndices<0, i...> { using type = Indices<i...>; };
 
 // Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most a few more. There are three
 // heights, because each is compiled for itself.
+constexpr int kLowestTile = (kRowsAtOnce + 3) / 4;
+
 template <int most, class Part>
 TR_INLINE void in_tiles(int rows, const Part& part) {
     constexpr int half = most / 2, quarter = (most + 3) / 4;

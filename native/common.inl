@@ -46,19 +46,26 @@ TR_INLINE float largest_size(const float* row, int n) {
 }
 
 // 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [-1/2, 1/2].
-template <bool exact>
-TR_INLINE F exp2(F x) {
+template <bool exact, int N>
+TR_INLINE void exp2(F (&x)[N]) {
 #ifdef TR_HAS_EXP2
-    return native_exp2<exact>(x);
+    native_exp2<exact>(x);
 #else
     static constexpr float fast[] = {0.9999280571937561f, 0.6932609677314758f, 0.2426111400127411f, 0.0551716685295105f};
     static constexpr float fine[] = {1.0000001192092896f,   0.6931469440460205f,  0.24022120237350464f,
                                      0.05550713092088699f, 0.009675541892647743f, 0.001327647129073739f};
-    x = vmin(vmax(x, set(-127.0f)), set(127.0f));
-    const F n = round(x);
-    const F p = exact ? horner(sub(x, n), fine) : horner(sub(x, n), fast);
-    return scale2(p, n);
+    for (F& v : x) {
+        v = vmin(vmax(v, set(-127.0f)), set(127.0f));
+        const F n = round(v);
+        v = scale2(exact ? horner(sub(v, n), fine) : horner(sub(v, n), fast), n);
+    }
 #endif
+}
+template <bool exact>
+TR_INLINE F exp2(F x) {
+    F one[1] = {x};
+    exp2<exact>(one);
+    return one[0];
 }
 
 // x Phi(x). Exact: erfc by Abramowitz & Stegun 7.1.26 (1.5e-7). Fast: an odd polynomial for Phi on [-3.7, 3.7], which

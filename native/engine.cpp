@@ -15,6 +15,7 @@ namespace {
 constexpr int kGroupTokens = 512;   // a group that one thread takes through all layers alone
 constexpr int kAloneTokens = 512;   // pairs up to this length may be in such a group
 constexpr int kQueriesPerTask = 2048;
+constexpr int kFewestRows = 8;        // for a thread: fewer are not worth waking it
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -228,10 +229,15 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
     const Shape& s = w.shape;
     const size_t C = static_cast<size_t>(s.C);
     const int threads = g.team ? run.threads : 1, pairs = static_cast<int>(g.pairs.size());
-    const int least = std::max(threads, (g.tokens + kernels_->block_rows - 1) / kernels_->block_rows);
-    const int step = round_up((g.tokens + least - 1) / least, kernels_->row_tile), blocks = (g.tokens + step - 1) / step;
+    // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
+    const int unit = g.tokens >= 32 * threads * kernels_->row_tile ? kernels_->row_tile : kernels_->lowest_tile;
+    const int units = (g.tokens + unit - 1) / unit;
+    const int blocks = std::min(units, round_up((g.tokens + kernels_->block_rows - 1) / kernels_->block_rows, threads));
     const auto each_block = [&](const auto& work) {
-        team.phase(blocks, [&](int b) { work(b * step, std::min(step, g.tokens - b * step)); });
+        team.phase(blocks, [&](int b) {
+            const int from = units * b / blocks * unit, to = std::min(g.tokens, units * (b + 1) / blocks * unit);
+            work(from, to - from);
+        });
     };
     const auto note = [&](const Buffer& rows, int count) {
         if (run.trace) team.phase(1, [&](int) { run.trace->emplace_back(rows.as<float>(), rows.as<float>() + static_cast<size_t>(count) * C); });
@@ -280,7 +286,7 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
 void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std::vector<float>>* trace) {
     check(batch);
     if (threads < 1) throw std::invalid_argument("expected threads of at least 1, got " + std::to_string(threads));
-    threads = std::min(threads, round_up(batch.offsets.back(), kTile) / kTile);
+    threads = std::min(threads, (batch.offsets.back() + kFewestRows - 1) / kFewestRows);
     std::unique_lock<std::mutex> lock(calls_);
     if (state_ && state_->process != getpid()) state_.release();  // see ~Engine
     if (!state_) state_ = std::make_unique<State>();

@@ -174,8 +174,8 @@ void configure_tiles() {
 constexpr int kBlockRows = 512;
 void release_tiles() { _tile_release(); }
 
-constexpr Kernels kInt8Bf16 = table<Int8, bf16>("tdpbssd", kTile, kBlockRows, configure_tiles, release_tiles);
-constexpr Kernels kBf16Bf16 = table<bf16, bf16>("tdpbf16ps", kTile, kBlockRows, configure_tiles, release_tiles);
+constexpr Kernels kInt8Bf16 = table<Int8, bf16>("tdpbssd", kTile, kTile, kBlockRows, configure_tiles, release_tiles);
+constexpr Kernels kBf16Bf16 = table<bf16, bf16>("tdpbf16ps", kTile, kTile, kBlockRows, configure_tiles, release_tiles);
 
 }  // namespace
 

@@ -109,8 +109,8 @@ TR_INLINE int int8_column(int column) { return column; }
 
 constexpr int kBlockRows = 96;
 void nothing() {}
-constexpr Kernels kInt8 = table<Int8, float>("vpmaddwd", kRowsAtOnce, kBlockRows, nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("vfmadd ymm", kRowsAtOnce, kBlockRows, nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("vpmaddwd", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("vfmadd ymm", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
 
 }  // namespace
 

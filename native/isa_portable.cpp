@@ -133,8 +133,8 @@ TR_INLINE int int8_column(int column) { return column; }
 
 constexpr int kBlockRows = 96;
 void nothing() {}
-constexpr Kernels kInt8 = table<Int8, float>("int8 multiply-add", kRowsAtOnce, kBlockRows, nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("float multiply-add", kRowsAtOnce, kBlockRows, nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("int8 multiply-add", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("float multiply-add", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
 
 }  // namespace
 

@@ -148,8 +148,8 @@ struct Kernels {
     bool tiles;              // int8 and bf16 weights lie in matrix tiles (see Linear)
     int int8_group;          // int8 weights of one column that lie side by side
     int lanes;               // floats of a vector (see Layer::up)
-    int row_tile;            // rows that a product computes together
-    int block_rows;          // rows that go through the feed-forward together, a multiple of row_tile: what the caches hold
+    int row_tile, lowest_tile;  // rows that a product computes together: usually, at least
+    int block_rows;          // rows that go through the feed-forward together: what the caches hold
     void (*enter)();         // once per thread and call, before the others: tile configuration
     void (*leave)();
     void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch&);

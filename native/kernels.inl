@@ -131,11 +131,16 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
         const Lap lap(s, kOut);
         add_product<Op>(a, layer.out, x, rows, s, layer.up.panels);
     }
+    Operand<Op> y = operand_of<Op>(layer.up, s);
+    if constexpr (same_type<Op, float>) y = {x, C, nullptr};
     {
         const Lap lap(s, kNorm);
-        for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, C, layer.norm1, shape.eps);
+        for (int r = 0; r < rows; ++r) {
+            float* row = x + static_cast<size_t>(r) * C;
+            normalise(row, C, layer.norm1, shape.eps);
+            if constexpr (!same_type<Op, float>) put_operand<Op>(row, r, layer.up, s);
+        }
     }
-    const auto y = make_operand<Op>(x, C, rows, layer.up, s);
     E* hidden = s.hidden.as<E>();
     {
         const Lap lap(s, kUp);
@@ -211,8 +216,8 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 }
 
 template <class Op, class E>
-constexpr Kernels table(const char* name, int row_tile, int block_rows, void (*enter)(), void (*leave)()) {
+constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
+    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
             finish_layer<Op, E>, classify, cosine};
 }
