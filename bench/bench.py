@@ -8,6 +8,7 @@ Stages, each resumable and each short, so that a machine need be kept quiet only
     long      one pair of 8,192 tokens, one process at a time: speed and peak memory
     peaks     what the processor's instructions can do at most (peak.c)
     gemms     each matrix product of ours, on one core, beside the peak of its instruction
+    families  BERT and XLM-RoBERTa in the shapes of the published rerankers, beside transformers
     text      from text to scores; loading; memory (ours)
     report    JSON, a Markdown table and docs/roofline.svg
 
@@ -21,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +263,56 @@ def gemms(state: State, arguments: argparse.Namespace) -> None:
     state.save()
 
 
+# The rerankers of these architectures in the catalog, as transformers' configuration names them.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ms-marco-MiniLM-L-6-v2": ("BertConfig", "BertForSequenceClassification", {
+        "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "intermediate_size": 1536}),
+    "bge-reranker-base": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", {
+        "vocab_size": 250002, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+}  # fmt: skip
+FAMILY_WORKLOADS = ("32x128", "8x512", "1x64")  # these models have 512 positions
+FAMILY_BATCHES = (BATCH, 4)
+
+
+def random_checkpoint(folder: Path, family: str, tokenizer: Path) -> None:
+    """transformers' own class with its own initial weights, saved by itself. The tokenizer is not used."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config, model, values = FAMILIES[family]
+    getattr(transformers, model)(getattr(transformers, config)(num_labels=1, **values)).save_pretrained(folder)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+def families(state: State, arguments: argparse.Namespace) -> None:
+    """Other architectures: ours beside transformers' class, float32, sorted by length, in two batch sizes."""
+    theirs = Contestant("transformers", "transformers, torch fp32", f"{HERE / 'peers.py'}:load_transformers")
+    for family in FAMILIES:
+        folder = state.path.parent / family
+        if not (folder / "model.safetensors").exists():
+            random_checkpoint(folder, family, tokenizer_file(arguments.tokenizer))
+        found = state.part("families", family)
+        contestants = [*ours("none", {}, arguments.precisions), theirs]
+        turns = [(c.name, BATCH) for c in contestants] + [(theirs.name, size) for size in FAMILY_BATCHES[1:]]
+        with benchmark.processes(contestants, folder, arguments.threads) as running:
+            for workload in FAMILY_WORKLOADS:
+                pairs = len(benchmark.WORKLOADS[workload].lengths)
+                each = [turn for turn in turns if turn[1] == BATCH or turn[1] < pairs]
+                took = benchmark.in_turns(running, {workload: each}, arguments.rounds)[workload]
+                exact = benchmark.exact_logits(folder, workload)
+                found[workload] = {
+                    f"{name} b{batch}": benchmark.speed(workload, seconds)
+                    | benchmark.error(running[name].logits(workload, batch), exact)
+                    | {"label": next(c.label for c in contestants if c.name == name)}
+                    for (name, batch), seconds in took.items()
+                }
+                print(f"{family} {workload}: done", flush=True)
+                state.save()
+
+
 def text(state: State, arguments: argparse.Namespace) -> None:
     """Ours from text, in fresh processes: what tokenisation adds, and how long the first score takes."""
     rows = []
@@ -284,8 +336,8 @@ def text(state: State, arguments: argparse.Namespace) -> None:
 
 
 STAGES = {
-    "prepare": prepare, "tune": tune, "run": run, "long": long, "peaks": peaks, "gemms": gemms, "text": text,
-    "report": report.write,
+    "prepare": prepare, "tune": tune, "run": run, "long": long, "peaks": peaks, "gemms": gemms,
+    "families": families, "text": text, "report": report.write,
 }  # fmt: skip
 
 

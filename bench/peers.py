@@ -177,6 +177,21 @@ def load_torch(model: Path, threads: int, options: dict[str, Any]) -> Callable[.
     return by_batches(run)
 
 
+def load_transformers(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+    """A checkpoint of an architecture that transformers has a class for; otherwise as ``load_torch``."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.set_num_threads(threads)
+    module = AutoModelForSequenceClassification.from_pretrained(model).eval()
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            return module(**{name: torch.from_numpy(value) for name, value in batch.items()}).logits.numpy()
+
+    return by_batches(run)
+
+
 # --- ONNX Runtime --------------------------------------------------------------------------------------------------
 
 

@@ -187,6 +187,28 @@ def own(state: dict[str, Any]) -> list[str]:
     return lines + gemms(state)
 
 
+def families(state: dict[str, Any]) -> list[str]:
+    """Other architectures beside transformers, where they were measured."""
+    lines = []
+    for family, runs in state.get("families", {}).items():
+        lines += [
+            f"## The shape of {family}, random weights", "",
+            "| workload | | tokens/s | × transformers' best | least ms | max error | rms error, share of std |",
+            "|---|---|---:|---:|---:|---:|---:|",
+        ]  # fmt: skip
+        for workload, rows in runs.items():
+            peer = min(row["min_s"] for key, row in rows.items() if key.startswith("transformers"))
+            for key in sorted(rows, key=lambda k: rows[k]["min_s"]):
+                row, mine = rows[key], not key.startswith("transformers")
+                name = f"**{row['label']}**" if mine else f"{row['label']}, batch {key.split(' b')[1]}"
+                lines.append(
+                    f"| {title(workload)} | {name} | {row['tokens_s']:,.0f} | {peer / row['min_s']:.2f} | "
+                    f"{1e3 * row['min_s']:,.2f} | {row['max']:.1e} | {number(row['rms_share'], '.2%')} |"
+                )
+        lines.append("")
+    return lines
+
+
 def gemms(state: dict[str, Any]) -> list[str]:
     """Each matrix product of the native engine beside the instruction peak, where it was measured."""
     found = state.get("gemms")
@@ -227,7 +249,7 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
     for cap, runs in state.get("runs", {}).items():
         about = state["about"][cap]
         lines += [f"## Ratios, {MACHINES[cap]}", "", *ratios(runs, about, targets=cap != "avx2"), ""]
-    lines += own(state)
+    lines += own(state) + families(state)
     for cap, tuned in state.get("tuned", {}).items():
         lines += [f"## Tuning, {MACHINES[cap]}", "", *tuning(tuned), ""]
     for cap, runs in state.get("runs", {}).items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from turborank.benchmark.processes import BATCH, Contestant, function, in_turns, load_engine, processes
-from turborank.benchmark.workloads import TURBO, WORKLOADS, encodings, write_model
+from turborank.benchmark.workloads import WORKLOADS, encodings, sizes, write_model
 from turborank.errors import InputError, UnknownKeyError
 
 
@@ -37,7 +37,7 @@ def error(logits: Sequence[float], exact: Sequence[float]) -> dict[str, float | 
 def exact_logits(model: Path, workload: str) -> list[float]:
     """The reference engine's logits (P,); slow."""
     scorer = load_engine(model, 1, {"engine": "reference"})
-    return [float(x) for x in scorer(encodings(workload, TURBO["vocab_size"]))]
+    return [float(x) for x in scorer(encodings(workload, *sizes(model)))]
 
 
 def engines_here() -> list[Contestant]:

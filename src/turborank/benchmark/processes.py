@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from turborank.benchmark.workloads import TURBO, encodings
+from turborank.benchmark.workloads import encodings, sizes
 from turborank.errors import EngineError, InputError
 from turborank.tokens import pack
 from turborank.types import Encoding, Float32
@@ -106,7 +106,7 @@ class _Work:
         load = function(order["loader"])
         imported = time.perf_counter()
         self.scorer: Scorer = load(Path(order["model"]), order["threads"], order["options"])
-        self.vocabulary = int(order["vocabulary"])
+        self.sizes = sizes(Path(order["model"]))
         loaded = time.perf_counter()
         self.scorer(self._pairs("1x64"), BATCH)
         scored = time.perf_counter()
@@ -117,7 +117,7 @@ class _Work:
         }  # fmt: skip
 
     def _pairs(self, workload: str) -> list[Encoding]:
-        return encodings(workload, self.vocabulary)
+        return encodings(workload, *self.sizes)
 
     def time(self, workload: str, batch: int, seconds: float) -> list[float]:
         """Wall seconds of each call until ``seconds`` are used up, one at least."""
@@ -163,7 +163,7 @@ class Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True,
         )  # fmt: skip
         order = {"loader": contestant.loader, "options": dict(contestant.options), "model": str(model)}
-        self.about = self._ask(order | {"threads": threads, "vocabulary": TURBO["vocab_size"]})
+        self.about = self._ask(order | {"threads": threads})
 
     def _ask(self, order: Mapping[str, Any]) -> Any:
         assert self._child.stdin is not None

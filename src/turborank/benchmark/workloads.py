@@ -44,14 +44,21 @@ def title(workload: str) -> str:
     return WORKLOADS[workload].title.format(mean=sum(lengths) / len(lengths))
 
 
-def encodings(workload: str, vocabulary: int) -> list[Encoding]:
+def encodings(workload: str, vocabulary: int, types: int = 2) -> list[Encoding]:
     """The workload's random tokens, the same in every process; two thirds of a pair are its document."""
     rng = np.random.default_rng(5)
     out = []
     for n in WORKLOADS[workload].lengths:
         ids = rng.integers(5, vocabulary, n).astype(np.int32)
-        out.append(Encoding(ids, (np.arange(n) >= n // 3).astype(np.int32), read=n))
+        second = (np.arange(n) >= n // 3) if types > 1 else np.zeros(n)
+        out.append(Encoding(ids, second.astype(np.int32), read=n))
     return out
+
+
+def sizes(model: Path) -> tuple[int, int]:
+    """A checkpoint's vocabulary and number of token types: what ``encodings`` may draw from."""
+    config = json.loads((model / "config.json").read_text())
+    return int(config["vocab_size"]), int(config["type_vocab_size"])
 
 
 TURBO: dict[str, Any] = {
