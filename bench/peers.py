@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,13 +263,14 @@ def export_openvino(model: Path, options: dict[str, Any]) -> None:
 
 
 def load_openvino(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
-    """``streams`` batches at once, the threads shared between them; bf16 where the processor has it."""
+    """``streams`` batches at once, the threads shared between them; bf16 where the processor has (or may use) it."""
     import openvino
 
     core = openvino.Core()
     streams = options.get("streams", 1)
+    hint = "f32" if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" else "bf16"  # it takes bf16 for granted otherwise
     settings: dict[str, Any] = {
-        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": hint,
     }  # fmt: skip
     compiled = core.compile_model(core.read_model(openvino_path(model, options)), "CPU", settings)
     if streams == 1:

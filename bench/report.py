@@ -240,8 +240,8 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
         "against the numpy engine; Spearman and the share of their standard deviation only where there are more",
         "than two pairs. *As users run it*: sorted by length, batches of 32. *Tuned*: the best of batch sizes 1",
         "to 32 and of 1 or 2 streams, also for graphs re-exported with the last layer cut to token 0, which no",
-        "library offers. Older processors are imitated by trapping CPUID (bench/cap.c), for ours and the peers",
-        "alike; there fewer batch sizes were tried (see Tuning).",
+        "library offers. Older processors are imitated by trapping CPUID (bench/cap.c) or by the libraries' own",
+        "switches; there fewer batch sizes were tried (see Tuning).",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
     ]  # fmt: skip

@@ -15,9 +15,10 @@ inline void spin_pause() {
 #endif
 }
 
-// Waits until `value` differs from `old`: a short spin, because the next phase is usually microseconds away, then sleep.
+// Waits until `value` differs from `old`: a spin of some 0.1 ms, because the next phase is usually microseconds away and the
+// next call of a busy caller little more, then sleep.
 inline void wait_change(const std::atomic<unsigned>& value, unsigned old) {
-    for (int i = 0; i < 2000; ++i) {
+    for (int i = 0; i < 8000; ++i) {
         if (value.load(std::memory_order_acquire) != old) return;
         spin_pause();
     }
