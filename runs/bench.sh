@@ -16,8 +16,8 @@ bench tune
 bench run --rounds 3
 bench long --precisions int8 --peers ov ov-cls torch ort-int8
 bench text --rounds 3
-bench tune --cap avx512vnni --peers ov-cls ov ort-int8-cls --sizes 1 4 8
-bench run --cap avx512vnni --precisions int8 --peers ov ov-cls torch --rounds 2
-bench tune --cap avx2 --peers ov-cls --sizes 4 --workloads 32x128 8x512
-bench run --cap avx2 --precisions int8 --peers ov ov-cls torch --rounds 2 --workloads 32x128 8x512 1x64
+bench families --rounds 3
+bench gemms
+bench tune --cap avx2 --peers ov-cls ov --sizes 1 4 --workloads 32x128 8x512 1x64 ragged
+bench run --cap avx2 --precisions int8 --peers ov ov-cls torch --rounds 2 --workloads 32x128 8x512 1x64 ragged
 python bench/bench.py report
