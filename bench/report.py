@@ -278,32 +278,40 @@ def plot(state: dict[str, Any], threads: int, path: Path) -> None:
         if name in peaks:
             roof = [min(threads * peaks[name], x * peaks["read_gb_s"] * threads) for x in xs]
             axes.plot(xs, roof, color="0.6", linewidth=0.9)
-            axes.text(xs[-1], roof[-1] * 1.05, f"{text}, {threads} cores", ha="right", color="0.4", fontsize=8)
+            axes.text(250, roof[-1] * 1.05, f"{text}, {threads} cores", color="0.4", fontsize=8)
     marks = {
         OURS: ("turborank int8", "o", "#c0392b"), f"turborank-fp32 b{BATCH}": ("turborank fp32", "o", "#e6b0aa"),
         f"ov b{BATCH}": ("OpenVINO NNCF int8 + bf16", "s", "#2471a3"),
         f"ort-int8 b{BATCH}": ("ONNX Runtime int8", "^", "#1e8449"),
         f"ort b{BATCH}": ("ONNX Runtime fp32", "^", "#a9dfbf"), DEFAULTS: ("torch fp32", "D", "#7d3c98"),
     }  # fmt: skip
+    points_at = []
     for key, (text, marker, colour) in marks.items():
         points = [
             (operations(w) / bytes_moved(w), operations(w) / runs[w][key]["min_s"] * 1e-9, w)
             for w in WORKLOADS if w in runs and key in runs[w]
         ]  # fmt: skip
         if points:
+            points_at += [p[1] for p in points]
             axes.scatter(
                 [p[0] for p in points], [p[1] for p in points], marker=marker, color=colour, label=text, s=28, zorder=3
             )
         if key == OURS:
             for x, y, w in points:
                 axes.annotate(
-                    w.replace("x", "×"), (x, y), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7
+                    w.replace("x", "×"), (x, y), textcoords="offset points", xytext=(1, 5), rotation=50, fontsize=7
                 )
     axes.set(
-        xscale="log", yscale="log", ylim=(10, None), xlabel="operations per byte that must be read", ylabel="Gop/s"
+        xscale="log",
+        yscale="log",
+        ylim=(10, 2.5 * max(points_at)),
+        xlabel="operations per byte that must be read",
+        ylabel="Gop/s",
     )
-    axes.set_title(f"The operations the logits need, over time: {processor()}", fontsize=9)
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    axes.set_title(
+        f"Operations the logits need, over time: {processor()}. Above a roof: blocks were skipped", fontsize=9
+    )
+    axes.legend(loc="lower left", fontsize=8, frameon=False)
     axes.grid(True, which="major", linewidth=0.3)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
