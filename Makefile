@@ -11,7 +11,7 @@ READY  := $(VENV)/.turborank-ready
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: conformance conformance-core help install check test bench docs sanitize clean
+.PHONY: conformance conformance-core help install check test bench docs sanitize emulate clean
 
 help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
@@ -21,7 +21,8 @@ help:
 	@echo "                ir_datasets and sentence-transformers beside our evaluation; CLIENTS=folder for their environments"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
 	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
-	@echo "make sanitize   the native engine under address and undefined-behaviour sanitizers"
+	@echo "make sanitize   the native engine under address, undefined-behaviour and thread sanitizers"
+	@echo "make emulate    the native engine on 64-bit Arm, by qemu"
 	@echo "make clean      remove builds and caches, not $(VENV)"
 
 install: $(READY)
@@ -59,6 +60,9 @@ docs: $(READY)
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" native/sanitize.sh
+
+emulate: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" native/emulate.sh
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
