@@ -1,0 +1,78 @@
+"""What int8 costs in nDCG@10: the embedded model in int8 and in fp32 over the same queries and candidates of every set.
+
+python runs/precision.py OUT [DATA]      DATA: ../shared/data/eval; what is done in OUT is kept
+
+Writes runs/results/precision.md. Large collections by a sample of their queries and a shorter list (the table says
+which), because fp32 reads about 8,000 tokens a second on two cores; half an hour in all.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+MEASURE, LIMIT = "nDCG@10", 0.002
+PRECISIONS = ("fp32", "int8")
+
+
+class Row(NamedTuple):
+    """A set, how many of its queries (None: all) and how many candidates of each."""
+
+    name: str
+    sample: int | None = None
+    depth: int = 100
+    options: tuple[str, ...] = ()
+
+
+ROWS = (
+    Row("trec-dl21-pool", options=("--run", "{data}/trec-dl21-pool/runs/bm25.txt")),
+    Row("npl"),
+    Row("med"),
+    Row("wikiqa"),
+    Row("cisi", depth=50),
+    Row("cranfield", 100, 50),
+    Row("scifact", 100, 50),
+    Row("time", 30, 30),
+    Row("chunking_evaluation", depth=10),
+    Row("anthropic-docs-rag", depth=10),
+    Row("pubmedqa-l", 200, 10),
+    Row("qmsum", 20, 3, ("--skip-constant",)),
+)
+
+
+def evaluate(row: Row, precision: str, out: Path, data: Path) -> dict:
+    """The systems of ``turborank evaluate``'s results.json: the first stage and the model."""
+    folder = out / precision / row.name
+    if not (folder / "results.json").exists():
+        command = ["turborank", "evaluate", row.name, "--precision", precision, "--depth", str(row.depth)]
+        command += ["--sample", str(row.sample)] if row.sample else []
+        command += [option.format(data=data) for option in row.options]
+        command += ["--data-dir", str(data), "--offline", "--out", str(folder)]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+    return json.loads((folder / "results.json").read_text())["datasets"][0]["systems"][-1]
+
+
+def main(out: Path, data: Path) -> None:
+    lines = [
+        "# int8 beside fp32", "",
+        f"{MEASURE} of the embedded model in the native engine, the same queries and candidates (BM25's best, or the",
+        f"run that comes with the set). Expected: at most {LIMIT} apart. `python runs/precision.py OUT` writes this.", "",
+        "| set | queries | depth | fp32 | int8 | difference | |", "|---|--:|--:|--:|--:|--:|---|",
+    ]  # fmt: skip
+    for row in ROWS:
+        found = {precision: evaluate(row, precision, out, data) for precision in PRECISIONS}
+        values = [found[precision]["measures"][MEASURE] for precision in PRECISIONS]
+        queries = found["int8"]["manifest"]["queries_evaluated"]
+        apart = values[1] - values[0]
+        lines.append(
+            f"| {row.name} | {queries}{' of the set' if row.sample else ''} | {row.depth} | {values[0]:.4f} | "
+            f"{values[1]:.4f} | {apart:+.4f} | {'' if abs(apart) <= LIMIT else '**further apart**'} |"
+        )
+        (HERE / "results" / "precision.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else HERE.parent.parent / "shared" / "data" / "eval"))
