@@ -59,7 +59,7 @@ def main(out: Path, data: Path) -> None:
     lines = [
         "# int8 beside fp32", "",
         f"{MEASURE} of the embedded model in the native engine, the same queries and candidates (BM25's best, or the",
-        f"run that comes with the set). Expected: at most {LIMIT} apart. `python runs/precision.py OUT` writes this.", "",
+        f"run that comes with the set). Expected: at most {LIMIT} apart. `python runs/precision.py OUT` writes it.", "",
         "| set | queries | depth | fp32 | int8 | difference | |", "|---|--:|--:|--:|--:|--:|---|",
     ]  # fmt: skip
     for row in ROWS:
