@@ -11,7 +11,7 @@ from turborank.distill import runs, students, vocabulary
 from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.loop import CURVE, Run, Schedule, checkpoints
-from turborank.errors import InputError
+from turborank.errors import InputError, ModelNotFoundError
 from turborank.tokens import PairEncoder
 
 DRAWING = Drawing(budget=256, documents=4, hard=2, document_tokens=(8, 16), long_every=4, long_tokens=(40,))
@@ -237,3 +237,56 @@ def test_two_processes_train_one_student(word_folder, student, tmp_path):
     sizes = [Drawer(folder, encoder, folder.scores("t"), drawing, rank=rank).draw(0).batch.tokens for rank in (0, 1)]
     assert rows[0]["tokens"] == sum(sizes)
     assert np.isfinite(Reranker(tmp_path / "run" / "final").rank("amber", ["amber heron"])[0].logit)
+
+
+def losing(model, step):
+    from turborank.distill.loop import Loss
+
+    return Loss(model.log_scale.square().sum() + 1.0, {}, 1)
+
+
+def test_a_run_that_no_longer_gets_better_ends(word_folder, student, tmp_path):
+    """Measures 1, 3, 2, 2.5, …: the best is the second, and two worse ones after it end the run at the fourth."""
+    values = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    schedule = Schedule(steps=50, save_every=50, evaluate_every=5, patience=2)
+    patient = Run(students.Student.load(student), tmp_path, schedule)
+    patient.train(losing, lambda student: {"ndcg@10": next(values)})
+    rows = curve(tmp_path)
+    assert [row["ndcg@10"] for row in rows if "ndcg@10" in row] == [1.0, 3.0, 2.0, 2.5]
+    assert rows[-1]["step"] == 20
+    assert checkpoints(tmp_path)[-1].name == "step-000020"
+    assert (tmp_path / "best" / "model.safetensors").is_file()
+
+
+def test_a_step_that_does_not_fit_the_memory_is_said_so(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path, stop=3)
+    short = Run(students.Student.load(student), tmp_path, Schedule(steps=6, average=0.9))
+    short.resume()
+
+    def too_large(model, step):
+        return torch.empty(1 << 60)  # an exbibyte of floats
+
+    with pytest.raises(TrainingError, match=r"fit the memory.*at step 4.*lower --budget"):
+        short.train(too_large)
+    assert checkpoints(tmp_path)[-1].name == "step-000003"
+
+
+def test_a_fault_of_the_loss_is_not_taken_for_memory(student, tmp_path):
+    broken = Run(students.Student.load(student), tmp_path, Schedule(steps=6))
+
+    def misshapen(model, step):
+        return torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        broken.train(misshapen)
+
+
+def test_a_missing_student_or_folder_is_named(word_folder, student, tmp_path):
+    with pytest.raises(InputError, match="expected a training folder"):
+        runs.train(tmp_path, student, tmp_path / "run", Schedule(steps=1), DRAWING)
+    with pytest.raises(ModelNotFoundError, match="expected a model folder"):
+        runs.train(word_folder, tmp_path / "none", tmp_path / "run", Schedule(steps=1), DRAWING)
+    with pytest.raises(InputError, match="expected the scores of 'absent'"):
+        runs.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, teachers=["absent"])
+    with pytest.raises(InputError, match="expected a teacher for these losses"):
+        runs.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, loss="kl:1")
