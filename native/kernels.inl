@@ -218,6 +218,7 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 template <class Op, class E>
 constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
+    // Products of float read x itself, and a tile that is higher than what is left would read another thread's rows.
+    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, exact ? row_tile : lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
             finish_layer<Op, E>, classify, cosine};
 }
