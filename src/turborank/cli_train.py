@@ -305,6 +305,10 @@ def _schedule(
     )  # fmt: skip
 
 
+def _told(name: str, value: float) -> str:
+    return f"{value:,.0f} tokens/s" if name == "tokens_per_s" else f"{name} {value:.4f}"
+
+
 @contextmanager
 def _curve(what: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
     """Live loss, nDCG, speed and time left, on standard error; without a terminal a line now and then."""
@@ -312,7 +316,7 @@ def _curve(what: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns: tuple[Any, ...] = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns: tuple[Any, ...] = (TextColumn(what), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, TextColumn("{task.fields[told]}"), console=console, disable=not console.is_terminal
     ) as bars:
@@ -322,7 +326,7 @@ def _curve(what: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
         def step(row: dict[str, Any], steps: int) -> None:
             measured.update({k: v for k, v in row.items() if k.startswith("ndcg")})
             parts = {k: v for k, v in row.items() if k in ("loss", "ndcg@10", "tokens_per_s")} | measured
-            told = " · ".join(f"{k} {v:.4g}" for k, v in parts.items())
+            told = " · ".join(_told(name, value) for name, value in parts.items())
             bars.update(task, completed=row["step"], total=steps, told=told)
             if not console.is_terminal and (row["step"] % 20 == 0 or "ndcg@10" in row):
                 console.print(f"{what} {row['step']}/{steps} · {told}", highlight=False)
