@@ -28,16 +28,20 @@ TR_INLINE Operand<Op> operand_of(const Linear& w, Scratch& s) {
     return {s.operand.as<Op>(), w.depth, s.row_scale.as<float>()};
 }
 
-// The whole left side; rows that already have the operand's type are used where they lie.
+// The whole left side.
+template <class Op, class E>
+Operand<Op> put_operands(const E* rows, int stride, int count, const Linear& w, Scratch& s) {
+    const Lap lap(s, kQuantise);
+    for (int r = 0; r < count; ++r) put_operand<Op>(rows + static_cast<size_t>(r) * stride, r, w, s);
+    return operand_of<Op>(w, s);
+}
+
+// Likewise, but rows that already have the operand's type are used where they lie. A tile may be higher than what is
+// left, so nobody may be writing the rows behind them.
 template <class Op, class E>
 Operand<Op> make_operand(const E* rows, int stride, int count, const Linear& w, Scratch& s) {
-    if constexpr (same_type<Op, E>) {
-        return {rows, stride, nullptr};
-    } else {
-        const Lap lap(s, kQuantise);
-        for (int r = 0; r < count; ++r) put_operand<Op>(rows + static_cast<size_t>(r) * stride, r, w, s);
-        return operand_of<Op>(w, s);
-    }
+    if constexpr (same_type<Op, E>) return {rows, stride, nullptr};
+    else return put_operands<Op>(rows, stride, count, w, s);
 }
 
 void normalise(float* row, int C, const Norm& norm, float eps) {
@@ -82,7 +86,7 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
 template <class Op, class E>
 void project_heads(const Shape& shape, const Layer& layer, const float* x, int rows, int from, int to, const Heads& heads, int at,
                    Scratch& s) {
-    const auto a = make_operand<Op>(x, shape.C, rows, layer.qkv, s);
+    const auto a = put_operands<Op>(x, shape.C, rows, layer.qkv, s);
     const Lap lap(s, kQkv);
     const int C = shape.C, D = shape.D;
     multiply<Op>(a, layer.qkv, from, to, rows, s, nullptr, [&](int column) {
@@ -131,20 +135,18 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
         const Lap lap(s, kOut);
         add_product<Op>(a, layer.out, x, rows, s, layer.up.panels);
     }
-    Operand<Op> y = operand_of<Op>(layer.up, s);
-    if constexpr (same_type<Op, float>) y = {x, C, nullptr};
     {
         const Lap lap(s, kNorm);
         for (int r = 0; r < rows; ++r) {
             float* row = x + static_cast<size_t>(r) * C;
             normalise(row, C, layer.norm1, shape.eps);
-            if constexpr (!same_type<Op, float>) put_operand<Op>(row, r, layer.up, s);
+            put_operand<Op>(row, r, layer.up, s);
         }
     }
     E* hidden = s.hidden.as<E>();
     {
         const Lap lap(s, kUp);
-        activate<Op, E>(y, layer.up, shape.geglu, hidden, shape.F, rows, s, layer.down.panels);
+        activate<Op, E>(operand_of<Op>(layer.up, s), layer.up, shape.geglu, hidden, shape.F, rows, s, layer.down.panels);
     }
     const auto h = make_operand<Op>(hidden, shape.F, rows, layer.down, s);
     {
@@ -218,7 +220,6 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 template <class Op, class E>
 constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    // Products of float read x itself, and a tile that is higher than what is left would read another thread's rows.
-    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, exact ? row_tile : lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
+    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
             finish_layer<Op, E>, classify, cosine};
 }
