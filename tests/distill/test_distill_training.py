@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,6 +244,18 @@ def losing(model, step):
     from turborank.distill.loop import Loss
 
     return Loss(model.log_scale.square().sum() + 1.0, {}, 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_curve_that_does_not_fit_the_disk_is_said_so(word_folder, student, tmp_path):
+    run(word_folder, student, tmp_path, stop=3)
+    (tmp_path / CURVE).unlink()
+    (tmp_path / CURVE).symlink_to("/dev/full")
+    full = Run(students.Student.load(student), tmp_path, Schedule(steps=6, average=0.9))
+    full.at.step = 3
+    with pytest.raises(TrainingError, match=r"expected to write the curve, got: the disk is full"):
+        full.train(losing)
+    assert checkpoints(tmp_path)[-1].name == "step-000003"
 
 
 def test_a_run_that_no_longer_gets_better_ends(word_folder, student, tmp_path):

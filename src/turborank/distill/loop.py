@@ -251,8 +251,11 @@ class Run:
     def _note(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             kept = {name: round(v, 6) if isinstance(v, float) and name != "lr" else v for name, v in row.items()}
-            with (self.out / CURVE).open("a", encoding="utf-8") as curve:
-                curve.write(json.dumps(kept) + "\n")
+            try:
+                with (self.out / CURVE).open("a", encoding="utf-8") as curve:
+                    curve.write(json.dumps(kept) + "\n")
+            except OSError as error:
+                raise _unwritten("the curve", self.out / CURVE, error) from error
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -270,11 +273,15 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
         partial.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        raise TrainingError(
-            f"expected to write a checkpoint, got: {'the disk is full' if full else error} at {target}",
-            hint="the checkpoints before it are whole; make room and run the same command again",
-        ) from error
+        raise _unwritten("a checkpoint", target, error) from error
+
+
+def _unwritten(what: str, target: Path, error: Exception) -> TrainingError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return TrainingError(
+        f"expected to write {what}, got: {'the disk is full' if full else error} at {target}",
+        hint="the checkpoints that are there are whole; make room and run the same command again",
+    )
 
 
 def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:
