@@ -3,7 +3,7 @@
 python runs/precision.py OUT [DATA]      DATA: ../shared/data/eval; what is done in OUT is kept
 
 Writes runs/results/precision.md. Large collections by a sample of their queries and a shorter list (the table says
-which), because fp32 reads about 8,000 tokens a second on two cores; half an hour in all.
+which), because fp32 reads about 8,000 tokens a second on two cores; an hour in all.
 """
 
 import json
@@ -32,13 +32,13 @@ ROWS = (
     Row("med"),
     Row("wikiqa"),
     Row("cisi", depth=50),
-    Row("cranfield", 100, 50),
-    Row("scifact", 100, 50),
-    Row("time", 30, 30),
-    Row("chunking_evaluation", depth=10),
-    Row("anthropic-docs-rag", depth=10),
-    Row("pubmedqa-l", 200, 10),
-    Row("qmsum", 20, 3, ("--skip-constant",)),
+    Row("cranfield", 60, 50),
+    Row("scifact", 60, 50),
+    Row("time", 20, 30),
+    Row("chunking_evaluation", 150, 10),
+    Row("anthropic-docs-rag", 25, 10),
+    Row("pubmedqa-l", 100, 10),
+    Row("qmsum", 12, 3, ("--skip-constant",)),
 )
 
 
