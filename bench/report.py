@@ -125,7 +125,7 @@ def ratios(runs: dict[str, Rows], about: dict[str, Any], *, targets: bool) -> li
         who = "; ".join(dict.fromkeys(label(key, about) for key in (as_run, tuned, cut) if key))
         lines.append(
             f"| {title(workload)} | {rows[OURS]['tokens_s']:,.0f} | {ratio(rows, as_run, asked[0])} | "
-            f"{ratio(rows, tuned, asked[1])} | {ratio(rows, cut, None)} | {ratio(rows, DEFAULTS, asked[2])} | {who} |"
+            f"{ratio(rows, tuned, None)} | {ratio(rows, cut, asked[1])} | {ratio(rows, DEFAULTS, asked[2])} | {who} |"
         )
     return lines
 
