@@ -12,7 +12,7 @@ Stages, each resumable and each short, so that a machine need be kept quiet only
     text      from text to scores; loading; memory (ours)
     report    JSON, a Markdown table and docs/roofline.svg
 
-``--cap`` makes tune, run and long believe in an older processor (see cap.c, SWITCHES): ``avx512vnni`` or ``avx2``.
+``--cap`` makes tune, run and long believe in an older processor (see caps.py): ``avx512vnni`` or ``avx2``.
 runs/bench.sh holds the exact commands behind the results that are committed.
 """
 
@@ -25,9 +25,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import caps
 import peers
 import report
 from peers import PEERS
@@ -40,7 +42,6 @@ SHORT = tuple(w for w in WORKLOADS if w != LONG)
 SIZES = (1, 2, 4, 8, 16, 32)
 GEMM_WORKLOAD = "32x128"  # short pairs: no block of attention is skipped
 FASTEST = 3  # tuned peers that take turns with us; the others' best are in the table of tuning
-CAPS = ("none", "avx512vnni", "avx2")
 NEEDED_GB = {
     "ort": 23,
     "ort-int8": 23,
@@ -71,32 +72,13 @@ class State:
         self.path.write_text(json.dumps(self.found, indent=1))
 
 
-# The libraries' own switches, for processors that cannot trap CPUID (AMD's).
-SWITCHES = {
-    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-}
-SWITCHED = ("ov", "torch")  # peers that have switches, by the beginning of their names
-SWITCHES_NOTE = (
-    "This processor cannot trap CPUID: for *as if it had AVX2* OpenVINO (in float32 where int8 is not asked for) and "
-    "torch were held back by their own switches (`ONEDNN_MAX_CPU_ISA`, `ATEN_CPU_CAPABILITY`, "
-    "`MKL_ENABLE_INSTRUCTIONS`). ONNX Runtime has none and is left out there; its rows above use AVX-512 VNNI."
-)
-
-
-def cap_env(state: State, arguments: argparse.Namespace) -> dict[str, str]:
-    """Environment under which a process uses no newer instructions than ``--cap``; unbound peers are dropped."""
-    cap, library = arguments.cap, state.path.parent / "cap.so"
-    if cap == "none":
-        return {}
-    if not library.exists():
-        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, HERE / "cap.c"], check=True)
-    trapped = {"LD_PRELOAD": str(library), "CPU_CAP": cap}
-    if subprocess.run(["true"], env=os.environ | trapped, check=False, stderr=subprocess.DEVNULL).returncode == 0:
-        return trapped
-    arguments.peers = [name for name in arguments.peers if name.startswith(SWITCHED)]
-    state.found["notes"] = [SWITCHES_NOTE]
-    return SWITCHES[cap]
+def environments(state: State, arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Under which contestants use no newer instructions than ``--cap``; peers that cannot be held back are dropped."""
+    held = caps.held(arguments.cap, state.path.parent, arguments.peers)
+    arguments.peers = [name for name in arguments.peers if name in held.environments]
+    notes = state.found.setdefault("notes", [])
+    notes += [note for note in held.notes if note not in notes]
+    return held.environments
 
 
 def ours(cap: str, env: dict[str, str], wanted: list[str]) -> list[Contestant]:
@@ -116,7 +98,7 @@ def ours(cap: str, env: dict[str, str], wanted: list[str]) -> list[Contestant]:
     ]
 
 
-def theirs(names: list[str], env: dict[str, str]) -> list[Contestant]:
+def theirs(names: list[str], envs: Mapping[str, dict[str, str]]) -> list[Contestant]:
     """The peers, once for every number of streams: "ov" and "ov/2"."""
     return [
         Contestant(
@@ -124,7 +106,7 @@ def theirs(names: list[str], env: dict[str, str]) -> list[Contestant]:
             PEERS[name].label,
             f"{HERE / 'peers.py'}:{PEERS[name].load.__name__}",
             PEERS[name].options | {"streams": streams},
-            env,
+            envs.get(name, {}),
         )
         for name in names
         for streams in PEERS[name].streams
@@ -160,8 +142,8 @@ def tune(state: State, arguments: argparse.Namespace) -> None:
 
     The first call of a shape counts only if it is the fastest: some libraries make a kernel for it.
     """
-    env = cap_env(state, arguments)
-    for contestant in theirs(arguments.peers, env):
+    envs = environments(state, arguments)
+    for contestant in theirs(arguments.peers, envs):
         with benchmark.processes([contestant], state.model, arguments.threads) as running:
             for workload in arguments.workloads:
                 sizes = [b for b in arguments.sizes if b <= len(WORKLOADS[workload].lengths)]
@@ -188,15 +170,15 @@ def best(state: State, cap: str, workload: str, name: str) -> tuple[float, Turn]
 
 def run(state: State, arguments: argparse.Namespace) -> None:
     """In turns: every contestant as users run it (batch 32, one stream), and the fastest as tuned."""
-    env = cap_env(state, arguments)
-    us = ours(arguments.cap, env, arguments.precisions)
+    envs = environments(state, arguments)
+    us = ours(arguments.cap, envs[caps.OURS], arguments.precisions)
     turns: dict[str, list[Turn]] = {}
     for workload in arguments.workloads:
         turns[workload] = [(c.name, BATCH) for c in us] + [(name, BATCH) for name in arguments.peers]
         tuned = sorted(best(state, arguments.cap, workload, name) for name in arguments.peers)
         turns[workload] += [turn for _, turn in tuned[:FASTEST] if turn not in turns[workload]]
     wanted = {name for each in turns.values() for name, _ in each}
-    contestants = [c for c in us + theirs(arguments.peers, env) if c.name in wanted]
+    contestants = [c for c in us + theirs(arguments.peers, envs) if c.name in wanted]
     with benchmark.processes(contestants, state.model, arguments.threads) as running:
         about = {c.name: running[c.name].about | {"label": c.label} for c in contestants}
         state.part("about", arguments.cap).update(about)
@@ -220,11 +202,11 @@ def free_gb() -> float:
 
 def long(state: State, arguments: argparse.Namespace) -> None:
     """8,192 tokens: each in its own process, alone; three calls, or one where a call takes over ten seconds."""
-    env = cap_env(state, arguments)
+    envs = environments(state, arguments)
     found = state.part("runs", arguments.cap, LONG)
     for contestant in [
-        *ours(arguments.cap, env, arguments.precisions),
-        *(c for c in theirs(arguments.peers, env) if "/" not in c.name),
+        *ours(arguments.cap, envs[caps.OURS], arguments.precisions),
+        *(c for c in theirs(arguments.peers, envs) if "/" not in c.name),
     ]:
         key = f"{contestant.name} b{BATCH}"
         needed = NEEDED_GB.get(contestant.name, 1)
@@ -366,7 +348,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="exports and interim results")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cap", choices=CAPS, default="none")
+    parser.add_argument("--cap", choices=caps.CAPS, default="none")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--precisions", nargs="*", default=["int8", "bf16", "fp32"], help="of ours, for run and long")
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES), help="batch sizes that tune tries")

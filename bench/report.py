@@ -242,8 +242,8 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
         "than two pairs. *As users run it*: sorted by length, batches of 32. *Tuned*: the best of batch sizes 1",
         "to 32 and of 1 or 2 streams. *Last layer cut*: the same of graphs re-exported by hand so that the last",
         "layer computes token 0 alone, as ours does and no library offers. Older processors are imitated by",
-        "trapping CPUID (bench/cap.c) or by the libraries' own switches; there fewer batch sizes were tried",
-        "(see Tuning).",
+        "trapping CPUID (bench/cap.c) or by the libraries' own switches (bench/caps.py); there fewer batch sizes",
+        "were tried (see Tuning).",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
     ]  # fmt: skip

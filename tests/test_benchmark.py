@@ -3,8 +3,13 @@
 import importlib.util
 import json
 import math
+import os
+import platform
+import shutil
 import statistics
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +160,63 @@ def test_the_report_keeps_losing_rows_and_says_when_a_target_is_missed(monkeypat
     assert "9.00 (9.00; target 8: yes)" in text
     every = "\n".join(report.every_row("1x64", rows, {}))
     assert all(name.split()[0] in every for name in rows)
+
+
+ASKS_CPUID = """
+#include <cpuid.h>
+unsigned decoy(void) { return 0x1234a20f; } /* the bytes of CPUID inside another instruction */
+unsigned leaf7(void) { unsigned a, b, c, d; __cpuid_count(7, 0, a, b, c, d); return b; }
+"""
+ASK = "import ctypes, sys; asked = ctypes.CDLL(sys.argv[1]); print(asked.decoy(), asked.leaf7() % 2**32)"
+AVX512F = 1 << 16
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64") or not (shutil.which("gcc") and shutil.which("objdump")),
+    reason="needs gcc and objdump on x86-64 Linux",
+)
+def test_a_library_with_planted_traps_believes_in_an_older_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    caps = pytest.importorskip("caps")
+    (tmp_path / "asks.c").write_text(ASKS_CPUID)
+    real, planted = tmp_path / "asks.so", tmp_path / "planted.so"
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", real, tmp_path / "asks.c"], check=True)
+    assert caps.plant(real, planted) == 1  # not the decoy
+    env = os.environ | caps.preload("avx2", tmp_path) | {"CPU_CAP_PLANTED": "1", "CPU_CAP_COUNT": "1"}
+
+    def ask(library: Path, env: Mapping[str, str]) -> tuple[int, int, str]:
+        done = subprocess.run([sys.executable, "-c", ASK, library], env=env, check=True, capture_output=True, text=True)
+        decoy, features = map(int, done.stdout.split())
+        return decoy, features, done.stderr
+
+    decoy, features, _ = ask(real, os.environ)
+    same, fewer, said = ask(planted, env)
+    assert same == decoy == 0x1234A20F
+    assert not fewer & AVX512F
+    assert fewer & 0xFFFF == features & 0xFFFF  # AVX2 and what is older is as it was
+    assert "CPUIDs answered" in said
+
+
+def test_peers_that_cannot_be_held_back_are_dropped_and_it_is_said_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    caps = pytest.importorskip("caps")
+    failed = subprocess.CompletedProcess(["true"], 77)
+    monkeypatch.setattr(caps, "preload", lambda cap, work: {})
+    monkeypatch.setattr(caps, "package_folder", lambda package: tmp_path / "package")
+    monkeypatch.setattr(caps.importlib.metadata, "version", lambda package: "1.0")
+    monkeypatch.setattr(caps.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(caps.shutil, "which", lambda program: None)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "library.so").write_bytes(b"..\x0f\xa2..")
+    held = caps.held("avx2", tmp_path, ["ov", "ort", "ort-int8"])
+    assert set(held.environments) == {"turborank", "ov"}
+    assert held.environments["ov"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert held.notes == [caps.SWITCHES_NOTE]
+    assert "left out ort, ort-int8: objdump (binutils)" in capsys.readouterr().err
 
 
 def test_operations_of_one_layer_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
