@@ -44,6 +44,7 @@ float longest_key(const AttendJob& job) {
 
 template <class E, bool exact>
 struct LaneTile {
+    static constexpr int kStep = kKeysAtOnce;
     const AttendJob& job;
     const E* values;    // see above
     const float* bias;  // bias[i - j] = -slope |i - j|
@@ -142,10 +143,13 @@ struct LaneTile {
             float* c = context + d * kLanes;
             block<E>(indices, values + (static_cast<size_t>(lo / kWord<E>) * job.D + d) * kWord<E>, kWord<E>, job.D * kWord<E>,
                 reinterpret_cast<const std::byte*>(probabilities), (hi - lo + kWord<E> - 1) / kWord<E>,
-                [&](int r, F& x, F& y) TR_LAMBDA {
-                    x = fresh ? set(0.0f) : load(c + r * kLanes), y = fresh ? set(0.0f) : load(c + r * kLanes + W);
-                },
-                [&](int r, const F& x, const F& y) TR_LAMBDA { if (d + r < job.D) store(c + r * kLanes, x), store(c + r * kLanes + W, y); });
+                [&](int, F& x, F& y) TR_LAMBDA { x = y = set(0.0f); },
+                [&](int r, const F& x, const F& y) TR_LAMBDA {
+                    float* to = c + r * kLanes;
+                    if (d + r >= job.D) return;
+                    if (fresh) store(to, x), store(to + W, y);
+                    else store(to, add(x, load(to))), store(to + W, add(y, load(to + W)));
+                });
         });
     }
 

@@ -68,6 +68,7 @@ Memory pack_memory(const AttendJob& job, Scratch& s) {
 
 // Scores, probabilities, and the running sums of one tile of up to 32 queries.
 struct QueryTile {
+    static constexpr int kStep = kTile;
     const AttendJob& job;
     const Memory& memory;
     const bf16* q;
