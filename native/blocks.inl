@@ -35,7 +35,8 @@ template <class Op> constexpr int kRightRow = kPanel * (same_type<Op, Int8> ? kI
 template <class Op> constexpr int kRightVector = kRightRow<Op> / kPanel * W;
 
 struct Nothing {
-    TR_INLINE void operator()(int) const {}
+    template <class... A>
+    TR_INLINE void operator()(A...) const {}
 };
 
 // Rows r... of `a` (row and step: elements from one to the next row and word) by 2 W columns. start(r, left, right)
@@ -64,9 +65,10 @@ struct Tile {
 // Panels [from, to) of a W^T + b for `rows` rows. at(column) gives a functor put(row, left, right) that receives values
 // of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end: `after`, the first of the
 // product that follows) is fetched meanwhile, evenly, because weights come from the outer caches. A tile's values are
-// formed behind the next tile's sums, so that they wait for nothing.
-template <class Op, class At>
-TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at) {
+// formed behind the next tile's sums, so that they wait for nothing; expect(column, row, rows) is called before those.
+template <class Op, class At, class Expect = Nothing>
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at,
+                        const Expect& expect = {}) {
     const int words = w.depth / kWord<Op>;
     const size_t steps = static_cast<size_t>(words * (kPanel / (2 * W)) * ((rows + kRowsAtOnce - 1) / kRowsAtOnce));
     const size_t pace = (w.panel_bytes + steps - 1) / steps;  // bytes to fetch with each word
@@ -93,6 +95,7 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to,
             first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, start);
             in_tiles<kRowsAtOnce>(rows, [&](int row, auto indices) TR_LAMBDA {
                 sums = buffer + (sums == buffer ? 2 * kRowsAtOnce : 0);
+                expect(panel * kPanel + column, row, at_most(indices.count, rows - row));
                 block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, right, words,
                     [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = start[0], y = start[1]; },
                     [&](int r, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { sums[2 * r] = x, sums[2 * r + 1] = y; },

@@ -118,9 +118,10 @@ template <> struct RawOf<Int8> { using type = int32_t; };
 
 // multiply() of blocks.inl for int8 and bf16. The vector units turn one 32 x 32 tile's raw sums into values while the
 // next tile is being computed.
-template <class Op, class At>
+template <class Op, class At, class Expect = Nothing>
     requires(!same_type<Op, float>)
-TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at) {
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at,
+                        const Expect& expect = {}) {
     using Raw = typename RawOf<Op>::type;
     struct Done { int panel, row, rows; const Raw* sums; } done{from, 0, 0, s.tiles.as<Raw>()};
     const auto drain = [&](int r0, int r1) TR_LAMBDA {
@@ -147,6 +148,7 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to,
         for (int row = 0; row < rows; row += kTile, turn ^= 1) {
             Raw* sums = s.tiles.as<Raw>() + turn * kTile * kPanel;
             const int count = at_most(kTile, rows - row);
+            expect(panel * kPanel, row, count);
             gemm(a.rows + static_cast<size_t>(row) * a.stride, a.stride, count, w.panel(panel), w.depth, sums, kPanel, false, [&](int i) {
                 drain(at_most(i * share, done.rows), at_most((i + 1) * share, done.rows));
                 if (!next) return;

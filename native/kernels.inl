@@ -97,7 +97,7 @@ void project_heads(const Shape& shape, const Layer& layer, const float* x, int r
     });
 }
 
-// x += a W^T + b
+// x += a W^T + b. What is added to was last touched a phase ago: it is fetched while the sums are formed.
 template <class Op>
 void add_product(const Operand<Op>& a, const Linear& w, float* x, int rows, Scratch& s, const std::byte* after) {
     multiply<Op>(a, w, 0, w.out / kPanel, rows, s, after, [&](int column) {
@@ -107,6 +107,9 @@ void add_product(const Operand<Op>& a, const Linear& w, float* x, int rows, Scra
             float* y = out + static_cast<size_t>(r) * stride;
             store2(y, add(load(y), left), add(load(y + W), right));
         };
+    }, [&](int column, int row, int count) TR_LAMBDA {
+        for (int r = row; r < row + count; ++r)
+            for (int c = column; c < column + 2 * W; c += 16) prefetch(x + static_cast<size_t>(r) * w.out + c);
     });
 }
 
