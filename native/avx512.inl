@@ -37,13 +37,19 @@ TR_INLINE void store(bf16* p, F x) {
 // One whole cache line: a load that follows finds it in one piece.
 TR_INLINE void store2(bf16* p, F a, F b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))); }
 
-// The largest |x| of a row: without its sign, a bf16 is ordered as an integer.
-[[maybe_unused]] float largest_size(const bf16* row, int n) {
+// Without its sign, a bf16 is ordered as an integer; those with one count as negative.
+template <bool signs>
+float largest_bf16(const bf16* row, int n) {
     __m512i top = _mm512_setzero_si512();
-    for (int c = 0; c < n; c += 32) top = _mm512_max_epu16(top, _mm512_and_si512(_mm512_loadu_si512(row + c), _mm512_set1_epi16(0x7fff)));
+    for (int c = 0; c < n; c += 32) {
+        const __m512i x = _mm512_loadu_si512(row + c);
+        top = _mm512_max_epi16(top, signs ? x : _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
+    }
     const __m512i high = _mm512_and_si512(top, _mm512_set1_epi32(static_cast<int>(0xffff0000))), low = _mm512_slli_epi32(top, 16);
     return hmax(vmax(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
 }
+[[maybe_unused]] float largest_size(const bf16* row, int n) { return largest_bf16<false>(row, n); }
+[[maybe_unused]] float largest_value(const bf16* row, int n) { return largest_bf16<true>(row, n); }
 
 // 2^x by its floor and fraction, one instruction each; the polynomials are minimax fits on [0, 1). Step by step for all
 // of them, because the processor looks ahead less far than one chain of these instructions is long.

@@ -3,7 +3,7 @@
 //   Sum<Op>, Right<Op>           W partial sums; W words of the right side
 //   load_right<Op>(bytes)        words of one row of a panel
 //   dot(left, right, a, w0, w1)  adds the product of one word of `a` with W columns each to two sums
-//   first_sums<Op>(columns, start)  where sums begin; `columns`, int8 only: the sums of the weights of 2 W columns
+//   first_sums<Op>(columns, start)  where sums begin; `columns`, int8 only: see Linear
 //   kRowsAtOnce                  rows whose sums fit the registers, two of them a row
 // A word is what the instruction takes at once of one row's depth: 4 int8, 2 bf16 (or widened int8), 1 float.
 

@@ -39,11 +39,21 @@ TR_INLINE void store2(float* p, F a, F b) {
     store(p + W, b);
 }
 
-TR_INLINE float largest_size(const float* row, int n) {
+// The largest |x| of a row; the largest x, or 0 if all are below.
+template <class E>
+float largest_size(const E* row, int n) {
     F top = set(0.0f);
     for (int c = 0; c < n; c += W) top = vmax(top, vabs(load(row + c)));
     return hmax(top);
 }
+template <class E>
+float largest_value(const E* row, int n) {
+    F top = set(0.0f);
+    for (int c = 0; c < n; c += W) top = vmax(top, load(row + c));
+    return hmax(top);
+}
+
+#include "mix.inl"
 
 // 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [-1/2, 1/2].
 template <bool exact, int N>

@@ -43,6 +43,7 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     const size_t depth = static_cast<size_t>(round_up(std::max(s.C, s.F), 64)), keys = static_cast<size_t>(round_up(longest, kTile));
     operand.reserve(rows * depth * 4);
     row_scale.reserve(rows * 4);
+    mixed.reserve(depth * 4);
     hidden.reserve(rows * static_cast<size_t>(std::max(s.F, 2 * s.C)) * 4);
     tiles.reserve(2 * kTile * kPanel * 4);
     this->keys.reserve(keys * D * 4);

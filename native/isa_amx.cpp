@@ -15,7 +15,7 @@ using Int8 = int8_t;
 template <class Op> using Sum = F;  // of the float product, which has no tiles
 template <class Op> using Right = F;
 constexpr bool kTiles = true;
-constexpr int kInt8Group = 4, kRowsAtOnce = 14;
+constexpr int kInt8Group = 4, kInt8Offset = 0, kRowsAtOnce = 14;
 
 template <class Op>
 TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
@@ -128,12 +128,16 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to,
         if (r0 >= r1) return;
         const auto put = at(done.panel * kPanel);
         const float *scale = w.scale + done.panel * kPanel, *bias = w.bias + done.panel * kPanel;
+        const std::byte* start = w.panel(done.panel) + w.panel_bytes - kPanel * 4;  // int8 only
         for (int r = r0; r < r1; ++r) {
             const Raw* sums = done.sums + r * kPanel;
             if constexpr (same_type<Op, Int8>) {
                 const F row_scale = set(a.scale[done.row + r]);
-                put(done.row + r, fma(mul(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), load(scale)), row_scale, load(bias)),
-                    fma(mul(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + W)), load(scale + W)), row_scale, load(bias + W)));
+                const auto scaled = [&](int c) TR_LAMBDA {
+                    const F sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(sums + c), _mm512_loadu_si512(start + 4 * c)));
+                    return fma(mul(sum, load(scale + c)), row_scale, load(bias + c));
+                };
+                put(done.row + r, scaled(0), scaled(W));
             } else {
                 put(done.row + r, add(load(sums), load(bias)), add(load(sums + W), load(bias + W)));
             }

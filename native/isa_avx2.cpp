@@ -61,7 +61,7 @@ template <> struct SumOf<Int8> { using type = __m256i; };
 template <class Op> using Sum = typename SumOf<Op>::type;
 template <class Op> using Right = Sum<Op>;
 constexpr bool kTiles = false;
-constexpr int kInt8Group = 2, kRowsAtOnce = 6;  // 12 sums, two words of weights, two registers to multiply in
+constexpr int kInt8Group = 2, kInt8Offset = 0, kRowsAtOnce = 6;  // 12 sums, two words of weights, two registers to multiply in
 
 template <class Op>
 TR_INLINE Right<Op> load_right(const std::byte* p) {
@@ -83,7 +83,11 @@ TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m
 }
 
 template <class Op>
-TR_INLINE void first_sums(const std::byte*, Sum<Op> (&start)[2]) { start[0] = start[1] = Sum<Op>{}; }
+TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
+    for (int i = 0; i < 2; ++i)
+        if constexpr (same_type<Op, Int8>) start[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + 32 * i));
+        else start[i] = set(0.0f);
+}
 
 // Eight rows of eight floats, transposed in place.
 TR_INLINE void transpose(F (&m)[8]) {

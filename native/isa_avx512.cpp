@@ -1,5 +1,5 @@
-// AVX-512 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so activations are stored plus 128 and the sum of
-// each column's weights (behind every panel) takes 128 times itself back: the same integers as everywhere.
+// AVX-512 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so activations are stored plus 128, and where the
+// sums begin takes that back: the same integers as everywhere.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -22,7 +22,7 @@ template <> struct SumOf<Int8> { using type = __m512i; };
 template <class Op> using Sum = typename SumOf<Op>::type;
 template <class Op> using Right = F;  // words of whatever type
 constexpr bool kTiles = false;
-constexpr int kInt8Group = 4, kRowsAtOnce = 14;  // 28 sums, two words of weights, one of activations: 31 registers
+constexpr int kInt8Group = 4, kInt8Offset = 128, kRowsAtOnce = 14;  // 28 sums, two words of weights, one of activations: 31 registers
 
 template <class Op>
 TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
@@ -38,7 +38,7 @@ TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {
 template <class Op>
 TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
     if constexpr (same_type<Op, Int8>)
-        for (int i = 0; i < 2; ++i) start[i] = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(columns + 64 * i)), 7);
+        for (int i = 0; i < 2; ++i) start[i] = _mm512_loadu_si512(columns + 64 * i);
     else
         start[0] = start[1] = set(0.0f);
 }

@@ -93,7 +93,7 @@ template <> struct Of<Int8> { using sum = Integers; using right = Bytes; };
 template <class Op> using Sum = typename Of<Op>::sum;
 template <class Op> using Right = typename Of<Op>::right;
 constexpr bool kTiles = false;
-constexpr int kInt8Group = 4, kRowsAtOnce = 4;
+constexpr int kInt8Group = 4, kInt8Offset = 0, kRowsAtOnce = 4;
 
 template <class Op>
 TR_INLINE Right<Op> load_right(const std::byte* p) {
@@ -111,7 +111,10 @@ TR_INLINE void dot(Integers& sum, const Int8* a, Bytes w) {
 TR_INLINE void dot(Integers& left, Integers& right, const Int8* a, Bytes w0, Bytes w1) { dot(left, a, w0), dot(right, a, w1); }
 
 template <class Op>
-TR_INLINE void first_sums(const std::byte*, Sum<Op> (&start)[2]) { start[0] = start[1] = Sum<Op>{}; }
+TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
+    if constexpr (same_type<Op, Int8>) std::memcpy(start, columns, sizeof start);
+    else start[0] = start[1] = set(0.0f);
+}
 
 TR_INLINE void transpose(F (&m)[W]) {
     for (int i = 0; i < W; ++i)

@@ -63,13 +63,17 @@ struct Shape {
 //   [depth / g][32 columns][g]                                       or, for matrix tiles,
 //   [depth / (16 g)][2 halves of the columns][16][16 columns][g]     1 KiB for each tile of 16 words x 16 columns
 // where a word of g neighbours along the depth is what an instruction takes at once: 1 float, 2 bf16, and of int8 as
-// many as Kernels::int8_group says. Panels of int8 end with 32 int32: the sum of each column's weights.
+// many as Kernels::int8_group says. Panels of int8 end with 32 int32: where each column's sum of products begins.
 struct Linear {
     int in = 0, out = 0, depth = 0;
     size_t panel_bytes = 0;
     const std::byte* panels = nullptr;
     const float* scale = nullptr;  // (out,) int8 only: W[c] = scale[c] * int8 row
     const float* bias = nullptr;   // (out,) in packed column order
+    // How rows of the left side become int8. `mixed`: by mix.inl, as W's have been. `least`: they lie above it, and from
+    // there to their largest value all 256 steps are used; 0: to both sides of zero alike.
+    bool mixed = false;
+    float least = 0.0f;
     TR_INLINE const std::byte* panel(int p) const { return panels + panel_bytes * static_cast<size_t>(p); }
 };
 
@@ -116,6 +120,7 @@ struct Scratch {
     uint64_t spent[kParts] = {};  // nanoseconds
     Buffer operand;  // rows of a matrix product's left side: (block + slack, depth)
     Buffer row_scale;
+    Buffer mixed;    // (depth,)
     Buffer hidden;   // (block + slack, F)
     Buffer tiles;    // two raw 32 x 32 results
     Buffer keys, values, bias, scores, probabilities, context;  // attention, see attend()
@@ -147,6 +152,7 @@ struct Kernels {
     size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
     bool tiles;              // int8 and bf16 weights lie in matrix tiles (see Linear)
     int int8_group;          // int8 weights of one column that lie side by side
+    int int8_offset;         // what is added to int8 activations where they are stored
     int lanes;               // floats of a vector (see Layer::up)
     int row_tile, lowest_tile;  // rows that a product computes together: usually, at least
     int block_rows;          // rows that go through the feed-forward together: what the caches hold

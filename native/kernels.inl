@@ -1,22 +1,32 @@
 // The kernels of the table in kernels.h, written once against the vocabulary that each isa_*.cpp defines first: the
 // vector F with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
 
-// Quantised to int8: value = scale * int8, scale = max|row| / 127. Padding columns are zero. `to` is the row's place
-// in the operand, whose order is the instruction set's own (int8_row, int8_column).
+// Quantised to int8: value = scale * int8, scale = max|row| / 127; or, of rows that lie above `least`, value = least +
+// scale * (int8 + 128), where the sums of products begin with the 128 and the bias has the rest (pack.cpp). Padding
+// columns meet weights of zero. `to` is the row's place in the operand, whose order is the instruction set's own.
 template <class E>
-void quantise(const E* row, int in, int depth, Int8* to, float* scale) {
-    const float largest = largest_size(row, in);
-    const F inverse = set(largest > 0.0f ? 127.0f / largest : 0.0f);
-    *scale = largest * (1.0f / 127.0f);
-    for (int c = 0; c < in; c += W) store_int8(to + int8_column(c), mul(load(row + c), inverse));
-    for (int c = in; c < depth; c += W) store_int8(to + int8_column(c), set(0.0f));
+void quantise(const E* row, const Linear& w, Int8* to, float* scale) {
+    const bool centred = w.least == 0.0f;
+    const float range = centred ? largest_size(row, w.in) : largest_value(row, w.in) - w.least, steps = centred ? 127.0f : 255.0f;
+    const F inverse = set(range > 0.0f ? steps / range : 0.0f), start = set(centred ? 0.0f : -w.least * steps / range - 128.0f);
+    *scale = range / steps;
+    for (int c = 0; c < w.in; c += W) store_int8(to + int8_column(c), fma(load(row + c), inverse, start));
+    for (int c = w.in; c < w.depth; c += W) store_int8(to + int8_column(c), set(0.0f));
 }
 
 // Row `r` of a product's left side made from a row of floats or bf16.
 template <class Op, class E>
 TR_INLINE void put_operand(const E* row, int r, const Linear& w, Scratch& s) {
     if constexpr (same_type<Op, Int8>) {
-        quantise(row, w.in, w.depth, s.operand.as<Op>() + int8_row(r, w.depth), s.row_scale.as<float>() + r);
+        Op* to = s.operand.as<Op>() + int8_row(r, w.depth);
+        float* scale = s.row_scale.as<float>() + r;
+        if constexpr (same_type<E, float>) {
+            if (w.mixed) {
+                mix(row, w.in, s.mixed.as<float>());
+                return quantise(s.mixed.as<float>(), w, to, scale);
+            }
+        }
+        quantise(row, w, to, scale);
     } else {
         Op* to = s.operand.as<Op>() + static_cast<size_t>(r) * w.depth;
         for (int c = 0; c < w.in; c += W) store(to + c, load(row + c));
@@ -223,6 +233,6 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 template <class Op, class E>
 constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {name, sizeof(E), kTiles, kInt8Group, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
+    return {name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
             finish_layer<Op, E>, classify, cosine};
 }

@@ -35,6 +35,19 @@ std::string dimensions(int64_t rows, int64_t columns) {
     return rows == 1 ? "(" + std::to_string(columns) + ",)" : "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
 }
 
+// mix.inl in single floats.
+using F = float;
+constexpr int W = 1;
+float set(float x) { return x; }
+float load(const float* p) { return *p; }
+void store(float* p, float x) { *p = x; }
+float add(float a, float b) { return a + b; }
+float sub(float a, float b) { return a - b; }
+float mul(float a, float b) { return a * b; }
+#include "mix.inl"
+
+constexpr float kLeastGelu = -0.171875f;  // gelu(-0.75) is -0.16997; the fast one may be 5e-4 below
+
 // One output column of a product: a row of a weight matrix, what to multiply it by, and its bias.
 struct Column {
     const Tensor* weight;
@@ -93,8 +106,10 @@ public:
         return result;
     }
 
-    Linear linear(const std::vector<Column>& columns, Precision precision) {
+    // `mixed` and `least`: see Linear; of int8 only.
+    Linear linear(const std::vector<Column>& columns, Precision precision, bool mixed = false, float least = 0.0f) {
         Linear w;
+        w.mixed = mixed && precision == Precision::int8, w.least = precision == Precision::int8 ? least : 0.0f;
         w.in = static_cast<int>(columns[0].weight->columns);
         w.out = static_cast<int>(columns.size());
         const size_t element = precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4;
@@ -112,13 +127,15 @@ public:
             const int j = c % kPanel;
             bias[c] = column.bias;
             if (precision == Precision::int8) {
-                scale[c] = quantise(column, row, small) * column.factor;
+                scale[c] = quantise(column, w.mixed, row, small) * column.factor;
                 int32_t sum = 0;
                 for (int k = 0; k < w.depth; ++k) {
                     reinterpret_cast<int8_t*>(panel)[place(k, j, group, tiles)] = small[static_cast<size_t>(k)];
                     sum += small[static_cast<size_t>(k)];
                 }
-                std::memcpy(panel + static_cast<size_t>(w.depth) * kPanel + static_cast<size_t>(j) * 4, &sum, 4);
+                bias[c] += w.least * scale[c] * static_cast<float>(sum);
+                const int32_t start = (w.least != 0.0f ? 128 - kernels_.int8_offset : -kernels_.int8_offset) * sum;
+                std::memcpy(panel + static_cast<size_t>(w.depth) * kPanel + static_cast<size_t>(j) * 4, &start, 4);
                 continue;
             }
             widen(*column.weight, column.row, row.data());
@@ -131,7 +148,7 @@ public:
         w.panels = panels, w.scale = scale, w.bias = bias;
         return w;
     }
-    Linear linear(const std::vector<Column>& columns) { return linear(columns, precision_); }
+    Linear linear(const std::vector<Column>& columns, bool mixed, float least = 0.0f) { return linear(columns, precision_, mixed, least); }
 
 private:
     static void widen(const Tensor& t, int64_t row, float* out) {
@@ -145,19 +162,22 @@ private:
         }
     }
 
-    // One weight row as int8, symmetric; rows that are int8 already are taken as they are. Returns the scale.
-    static float quantise(const Column& column, std::vector<float>& row, std::vector<int8_t>& out) {
+    // One weight row as int8, symmetric; rows that are int8 already and not to be mixed are taken as they are. Returns the
+    // scale.
+    static float quantise(const Column& column, bool mixed, std::vector<float>& row, std::vector<int8_t>& out) {
         const Tensor& t = *column.weight;
-        if (t.stored == Stored::i8) {
+        if (t.stored == Stored::i8 && !mixed) {
             std::memcpy(out.data(), static_cast<const int8_t*>(t.data) + column.row * t.columns, static_cast<size_t>(t.columns));
             return t.scale[column.row];
         }
         widen(t, column.row, row.data());
+        const int n = static_cast<int>(row.size());
+        if (mixed) mix(row.data(), n, row.data());
         float largest = 0.0f;
         for (const float v : row) largest = std::fabs(v) > largest ? std::fabs(v) : largest;
         const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
         for (size_t k = 0; k < row.size(); ++k) out[k] = static_cast<int8_t>(std::nearbyint(row[k] * inverse));
-        return largest / 127.0f;
+        return largest / 127.0f / static_cast<float>(mixed ? mixed_groups(n) : 1);
     }
 
     // Where in a panel, in elements: see Linear.
@@ -181,20 +201,20 @@ Layer pack_layer(Packer& p, const Shape& s, const std::string& name, int lanes) 
     auto qkv = p.columns(name + ".attention.self.query", s.C, s.C, kLog2e / std::sqrt(static_cast<float>(s.D)));
     append(qkv, p.columns(name + ".attention.self.key", s.C, s.C));
     append(qkv, p.columns(name + ".attention.self.value", s.C, s.C));
-    layer.qkv = p.linear(qkv);
-    layer.out = p.linear(p.columns(name + ".attention.output.dense", s.C, s.C));
+    layer.qkv = p.linear(qkv, true);
+    layer.out = p.linear(p.columns(name + ".attention.output.dense", s.C, s.C), false);
     layer.norm1 = p.norm(name + ".attention.output.LayerNorm", s.C);
     if (s.geglu) {
         const auto gated = p.columns(name + ".mlp.gated_layers", 2 * s.F, s.C);
-        std::vector<Column> mixed;
+        std::vector<Column> turns;
         for (int f = 0; f < s.F; f += lanes)
-            for (const int half : {0, s.F}) mixed.insert(mixed.end(), gated.begin() + half + f, gated.begin() + half + f + lanes);
-        layer.up = p.linear(mixed);
-        layer.down = p.linear(p.columns(name + ".mlp.wo", s.C, s.F));
+            for (const int half : {0, s.F}) turns.insert(turns.end(), gated.begin() + half + f, gated.begin() + half + f + lanes);
+        layer.up = p.linear(turns, true);
+        layer.down = p.linear(p.columns(name + ".mlp.wo", s.C, s.F), false);
         layer.norm2 = p.norm(name + ".mlp.layernorm", s.C);
     } else {
-        layer.up = p.linear(p.columns(name + ".intermediate.dense", s.F, s.C));
-        layer.down = p.linear(p.columns(name + ".output.dense", s.C, s.F));
+        layer.up = p.linear(p.columns(name + ".intermediate.dense", s.F, s.C), true);
+        layer.down = p.linear(p.columns(name + ".output.dense", s.C, s.F), false, kLeastGelu);
         layer.norm2 = p.norm(name + ".output.LayerNorm", s.C);
     }
     return layer;
