@@ -103,41 +103,49 @@ struct LaneTile {
         }
     }
 
-    // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero.
-    template <bool shifted, bool tail>
+    // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero. `deep`: see exp2_words.
+    template <bool shifted, bool deep, bool tail>
     TR_INLINE void exponentiate(int j, int lo, int hi, F& s0, F& s1) {
-        F p[4];  // of two keys
+        F even[2], odd[2];  // of two keys
         scores(j, shifted, [&](int r, const F& x, const F& y) TR_LAMBDA {
-            p[r % 2 * 2] = x, p[r % 2 * 2 + 1] = y;
+            F (&p)[2] = r % 2 ? odd : even;
+            p[0] = x, p[1] = y;
+            if (tail && j + r >= hi) p[0] = p[1] = set(-200.0f);
             if (r % 2 == 0) return;
-            exp2<exact>(p);
-            if (tail && j + r - 1 >= hi) p[0] = p[1] = set(0.0f);
-            if (tail && j + r >= hi) p[2] = p[3] = set(0.0f);
-            s0 = add(s0, add(p[0], p[2])), s1 = add(s1, add(p[1], p[3]));
             const int k = (j + r - 1 - lo) / kWord<E>;
-            for (int v = 0; v < 2; ++v) {
-                if constexpr (kWord<E> == 2) store(panel_word(probabilities, k, v), to_word<E>(p[v], p[v + 2]));
-                else store(panel_word(probabilities, k, v), p[v]), store(panel_word(probabilities, k + 1, v), p[v + 2]);
+            if constexpr (kWord<E> == 2) {
+                F words[2];
+                exp2_words<deep>(even, odd, words);
+                add_words(words[0], s0), add_words(words[1], s1);
+                for (int v = 0; v < 2; ++v) store(panel_word(probabilities, k, v), words[v]);
+            } else {
+                F all[4] = {even[0], even[1], odd[0], odd[1]};
+                exp2<exact>(all);
+                s0 = add(s0, add(all[0], all[2])), s1 = add(s1, add(all[1], all[3]));
+                for (int i = 0; i < 4; ++i) store(panel_word(probabilities, k + i / 2, i % 2), all[i]);
             }
         });
     }
 
-    template <bool shifted>
+    template <bool shifted, bool deep>
     void probability(int lo, int hi, bool fresh) {
         F s0 = set(0.0f), s1 = s0;
         int j = lo;
-        for (; j + kKeysAtOnce <= hi; j += kKeysAtOnce) exponentiate<shifted, false>(j, lo, hi, s0, s1);
-        if (j < hi) exponentiate<shifted, true>(j, lo, hi, s0, s1);
+        for (; j + kKeysAtOnce <= hi; j += kKeysAtOnce) exponentiate<shifted, deep, false>(j, lo, hi, s0, s1);
+        if (j < hi) exponentiate<shifted, deep, true>(j, lo, hi, s0, s1);
         store(mass, fresh ? s0 : add(load(mass), s0));
         store(mass + W, fresh ? s1 : add(load(mass + W), s1));
     }
 
     void visit(int lo, int hi, bool fresh) {
+        const float furthest = static_cast<float>(at_least(first + kLanes - lo, hi - first));
         if (online) {
             raise(lo, hi, fresh);
-            probability<true>(lo, hi, fresh);
+            probability<true, true>(lo, hi, fresh);
+        } else if (kNoMaxBelow + job.slope * furthest < kDeep) {
+            probability<false, false>(lo, hi, fresh);
         } else {
-            probability<false>(lo, hi, fresh);
+            probability<false, true>(lo, hi, fresh);
         }
         in_tiles<kKeysAtOnce>(job.D, [&](int d, auto indices) TR_LAMBDA {
             float* c = context + d * kLanes;
