@@ -55,15 +55,17 @@ Operand<Op> make_operand(const E* rows, int stride, int count, const Linear& w, 
 }
 
 void normalise(float* row, int C, const Norm& norm, float eps) {
-    F sum = set(0.0f);
-    for (int c = 0; c < C; c += W) sum = add(sum, load(row + c));
-    const F mean = set(hsum(sum) / static_cast<float>(C));
-    F squares = set(0.0f);
-    for (int c = 0; c < C; c += W) {
-        const F d = sub(load(row + c), mean);
-        squares = fma(d, d, squares);
-    }
-    const F inverse = set(1.0f / __builtin_sqrtf(hsum(squares) / static_cast<float>(C) + eps));
+    const auto total = [&](const auto& term) TR_LAMBDA {  // two sums, which do not wait for each other
+        F even = set(0.0f), odd = even;
+        for (int c = 0; c < C; c += 2 * W) even = term(load(row + c), even), odd = term(load(row + c + W), odd);
+        return hsum(add(even, odd)) / static_cast<float>(C);
+    };
+    const F mean = set(total([](const F& x, const F& sum) TR_LAMBDA { return add(sum, x); }));
+    const float variance = total([&](const F& x, const F& sum) TR_LAMBDA {
+        const F d = sub(x, mean);
+        return fma(d, d, sum);
+    });
+    const F inverse = set(1.0f / __builtin_sqrtf(variance + eps));
     for (int c = 0; c < C; c += W)
         store(row + c, fma(mul(sub(load(row + c), mean), inverse), load(norm.weight + c), load(norm.bias + c)));
 }
@@ -79,7 +81,11 @@ TR_INLINE F load_word(const Table& t, int id, int C, int c) {
 void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch& s) {
     const Lap lap(s, kEmbed);
     const int C = w.shape.C;
+    const size_t row_bytes = (w.words.stored == Stored::i8 ? 1 : w.words.stored == Stored::f32 ? 4 : 2) * static_cast<size_t>(C);
+    const std::byte* words = static_cast<const std::byte*>(w.words.data);
     for (int r = 0; r < rows; ++r) {
+        // Rows of the table are anywhere in memory: the one after the next is fetched meanwhile.
+        for (size_t at = 0; r + 2 < rows && at < row_bytes; at += 64) prefetch(words + static_cast<size_t>(ids[r + 2]) * row_bytes + at);
         float* row = x + static_cast<size_t>(r) * C;
         const float* type = w.types ? w.types + static_cast<size_t>(types[r]) * C : nullptr;
         const float* place = w.positions ? w.positions + static_cast<size_t>(positions[r]) * C : nullptr;
