@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -96,3 +97,20 @@ def test_every_length_follows_the_law(isa, length):
     model, tensors, tokens, expected = long_case(length)
     assert np.abs(native.prepare(tensors, model, precision="fp32").logits(tokens) - expected).max() <= 1e-4
     assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
+
+
+@functools.cache
+def steep_case():
+    """Heads that fade within a key, within a few, and never; some scores are below what a float's exponent can hold."""
+    model = dataclasses.replace(shapes.config(hidden=128, heads=4, inner=64, layers=2), slopes=(60.0, 8.0, 0.5, 0.0))
+    tensors, tokens = shapes.weights(model), shapes.batch([100, 128, 129, 300])
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_steep_heads(isa, precision):
+    if precision not in native.precisions(isa):
+        pytest.skip(f"the row {isa} has no {precision}")
+    model, tensors, tokens, expected = steep_case()
+    error = native.prepare(tensors, model, precision=precision).logits(tokens) - expected
+    assert np.abs(error).max() <= (1e-4 if precision == "fp32" else 0.01)
