@@ -14,13 +14,14 @@ python bench/bench.py prepare
 bench peaks
 bench tune
 bench run --rounds 3
-bench long --precisions int8 --peers ov ov-cls torch ort-int8
+bench long --precisions int8 --peers ov ov-cls torch
 bench text --rounds 3
-bench families --rounds 3
+bench families --rounds 2
 bench gemms
 # ONNX Runtime as if it had AVX2: where the processor cannot trap CPUID, this needs objdump (binutils).
 bench tune --cap avx2 --peers ov-cls ov --sizes 1 4 --workloads 32x128 8x512 1x64 ragged
-bench tune --cap avx2 --peers ort ort-int8 ort-int8-cls --sizes 1 4 8 --workloads 32x128 8x512 1x64 ragged
+bench tune --cap avx2 --peers ort-int8 ort-int8-cls --sizes 1 4 8 --workloads 32x128 8x512 1x64 ragged
+bench tune --cap avx2 --peers ort --sizes 1 4 8 --workloads 32x128 8x512 1x64
 bench run --cap avx2 --precisions int8 --peers ov ov-cls torch ort ort-int8 ort-int8-cls --rounds 2 \
   --workloads 32x128 8x512 1x64 ragged
 python bench/bench.py report
