@@ -46,28 +46,28 @@ def processor() -> str:
 
 
 def operations(workload: str, *, attention: bool = True) -> float:
-    """Operations (a multiply and an add are two) that the logits need: the last layer for token 0 only, nothing for
-    padding, every score of the attention although ALiBi skipping leaves many out."""
+    """Operations (a multiply and an add are two) that the logits need: the last layer for token 0 only and without its
+    keys and values, nothing for padding, every score of the attention although ALiBi skipping leaves many out."""
     config = benchmark.turbo_config()
-    c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    token = (layers - 1) * (4 * c * c + 3 * c * f) + 2 * c * c
+    c, f, layers, heads = config.hidden_size, config.intermediate_size, config.num_hidden_layers, len(config.slopes)
+    token = (layers - 1) * (4 * c * c + 3 * c * f) + 2 * heads * c
     total = 0.0
     for n in WORKLOADS[workload].lengths:
-        total += n * token + 2 * c * c + 3 * c * f + c * c
-        total += attention * ((layers - 1) * 2 * n * n * c + 2 * n * c)
+        total += n * token + 4 * c * c + 3 * c * f + c * c
+        total += attention * (layers - 1) * 2 * n * n * c
     return 2 * total
 
 
 def product_operations(workload: str) -> dict[str, float]:
     """The operations of each of the engine's products (its names for them) on a workload, and of attention."""
     config = benchmark.turbo_config()
-    c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    c, f, layers, heads = config.hidden_size, config.intermediate_size, config.num_hidden_layers, len(config.slopes)
     lengths = WORKLOADS[workload].lengths
-    rows = (layers - 1) * sum(lengths) + len(lengths)  # the last layer for first tokens alone, but for keys and values
-    products = {"qkv": 3 * c * c * rows + 2 * c * c * (sum(lengths) - len(lengths)), "out": c * c * rows,
-                "up": 2 * c * f * rows, "down": c * f * rows}  # fmt: skip
-    scores = sum((layers - 1) * n * n + n for n in lengths)
-    return {name: 2.0 * n for name, n in products.items()} | {"attention": 4.0 * c * scores}
+    tokens = (layers - 1) * sum(lengths)
+    rows = tokens + len(lengths)  # the last layer for first tokens alone
+    products = {"qkv": 3 * c * c * tokens, "out": c * c * rows, "up": 2 * c * f * rows, "down": c * f * rows}
+    attention = sum((layers - 1) * 2 * n * n * c + 2 * heads * c * n + 3 * c * c for n in lengths)
+    return {name: 2.0 * n for name, n in (products | {"attention": attention}).items()}
 
 
 def bytes_moved(workload: str) -> float:

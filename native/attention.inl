@@ -64,30 +64,3 @@ TR_INLINE void walk(Tile& t, int chunk, int queries) {
     for (int j = near_lo; j > lo; j -= chunk) t.visit(at_least(lo, j - chunk), j, false);
     for (int j = near_hi; j < hi; j += chunk) t.visit(j, at_most(hi, j + chunk), false);
 }
-
-// The first query alone: one row of scores, in float.
-template <class E, bool exact>
-void attend_first(const AttendJob& job, Scratch& s) {
-    const Lap lap(s, kAttention);
-    const E *q = static_cast<const E*>(job.q), *k = static_cast<const E*>(job.k), *v = static_cast<const E*>(job.v);
-    float* scores = s.bias.as<float>();
-    float top = -3.0e38f;
-    for (int j = 0; j < job.n; ++j) {
-        F dot = set(0.0f);
-        for (int c = 0; c < job.D; c += W) dot = fma(load(q + c), load(k + static_cast<size_t>(j) * job.D + c), dot);
-        scores[j] = hsum(dot) - job.slope * static_cast<float>(j);
-        top = scores[j] > top ? scores[j] : top;
-    }
-    F sum = set(0.0f);
-    for (int j = 0; j < job.n; j += W) {
-        const F p = keep_first(exp2<exact>(sub(load(scores + j), set(top))), job.n - j, 0.0f);
-        sum = add(sum, p);
-        store(scores + j, p);
-    }
-    const F inverse = set(1.0f / hsum(sum));
-    for (int c = 0; c < job.D; c += W) {
-        F total = set(0.0f);
-        for (int j = 0; j < job.n; ++j) total = fma(set(scores[j]), load(v + static_cast<size_t>(j) * job.D + c), total);
-        store(static_cast<E*>(job.out) + c, mul(total, inverse));
-    }
-}

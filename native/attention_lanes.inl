@@ -147,18 +147,17 @@ struct LaneTile {
         } else {
             probability<false, true>(lo, hi, fresh);
         }
-        in_tiles<kKeysAtOnce>(job.D, [&](int d, auto indices) TR_LAMBDA {
+        for (int d = 0; d < job.D; d += kKeysAtOnce) {
             float* c = context + d * kLanes;
-            block<E>(indices, values + (static_cast<size_t>(lo / kWord<E>) * job.D + d) * kWord<E>, kWord<E>, job.D * kWord<E>,
+            block<E>(typename MakeIndices<kKeysAtOnce>::type{}, values + (static_cast<size_t>(lo / kWord<E>) * job.D + d) * kWord<E>, kWord<E>, job.D * kWord<E>,
                 reinterpret_cast<const std::byte*>(probabilities), (hi - lo + kWord<E> - 1) / kWord<E>,
                 [&](int, F& x, F& y) TR_LAMBDA { x = y = set(0.0f); },
                 [&](int r, const F& x, const F& y) TR_LAMBDA {
                     float* to = c + r * kLanes;
-                    if (d + r >= job.D) return;
                     if (fresh) store(to, x), store(to + W, y);
                     else store(to, add(x, load(to))), store(to + W, add(y, load(to + W)));
                 });
-        });
+        }
     }
 
     TR_INLINE void end() const {

@@ -13,18 +13,19 @@ template <int... i> struct Indices {
 template <int n, int... i> struct MakeIndices : MakeIndices<n - 1, n - 1, i...> {};
 template <int... i> struct MakeIndices<0, i...> { using type = Indices<i...>; };
 
-// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most a few more. There are three
+// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most two more. There are four
 // heights, because each is compiled for itself.
 constexpr int kLowestTile = (kRowsAtOnce + 3) / 4;
 
-template <int most, class Part>
+template <class Part>
 TR_INLINE void in_tiles(int rows, const Part& part) {
-    constexpr int half = most / 2, quarter = (most + 3) / 4;
+    constexpr int most = kRowsAtOnce, half = most / 2, quarter = kLowestTile;
     for (int from = 0; from < rows;) {
         const int rest = rows - from;
         if (rest > half + quarter) part(from, typename MakeIndices<most>::type{}), from += most;
-        else if (rest > quarter) part(from, typename MakeIndices<half>::type{}), from += half;
-        else part(from, typename MakeIndices<quarter>::type{}), from += quarter;
+        else if (rest > quarter && rest != 2 * quarter) part(from, typename MakeIndices<half>::type{}), from += half;
+        else if (rest > 1) part(from, typename MakeIndices<quarter>::type{}), from += quarter;
+        else part(from, typename MakeIndices<1>::type{}), from += 1;
     }
 }
 
@@ -93,7 +94,7 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to,
             const std::byte* right = w.panel(panel) + column / W * kRightVector<Op>;
             Sum<Op> start[2];
             first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, start);
-            in_tiles<kRowsAtOnce>(rows, [&](int row, auto indices) TR_LAMBDA {
+            in_tiles(rows, [&](int row, auto indices) TR_LAMBDA {
                 sums = buffer + (sums == buffer ? 2 * kRowsAtOnce : 0);
                 expect(panel * kPanel + column, row, at_most(indices.count, rows - row));
                 block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, right, words,

@@ -69,18 +69,17 @@ struct Engine::Group {
 
 struct Engine::Memory {
     Buffer x, q, k, v, attention;             // (T, C)
-    Buffer first_x, first_q, first_attention;  // (P, C), the last layer of a classifier
+    Buffer first_x, first_attention;          // (P, C), the last layer of a classifier
     Buffer ids, types, positions;
-    int capacity = 0, first_capacity = 0;
+    int capacity = 0;
 
     void reserve(const Shape& s, int tokens, int pairs, size_t element) {
         capacity = std::max(capacity, tokens + kSlackRows);
-        first_capacity = std::max(first_capacity, pairs + kSlackRows);
-        const size_t wide = static_cast<size_t>(capacity) * static_cast<size_t>(s.C), few = static_cast<size_t>(first_capacity) * static_cast<size_t>(s.C);
+        const size_t wide = static_cast<size_t>(capacity) * static_cast<size_t>(s.C), few = static_cast<size_t>(pairs + kSlackRows) * static_cast<size_t>(s.C);
         x.reserve(wide * 4);
         for (Buffer* b : {&q, &k, &v, &attention}) b->reserve(wide * element);
         first_x.reserve(few * 4);
-        for (Buffer* b : {&first_q, &first_attention}) b->reserve(few * element);
+        first_attention.reserve(few * element);
         for (Buffer* b : {&ids, &types, &positions}) b->reserve(static_cast<size_t>(capacity) * 4);
     }
 };
@@ -166,7 +165,6 @@ std::vector<Engine::Group> Engine::plan(const Batch& batch, int threads, bool to
 // Tasks of whole (pair, head)s, or of ranges of queries where that would leave threads idle.
 void Engine::plan_attention(const Batch& batch, Group& g, int threads) const {
     const int H = shape().H;
-    const auto slope = [&](int h) { return model_->slopes.empty() ? 0.0f : model_->slopes[static_cast<size_t>(h)]; };
     for (int i = 0; i < static_cast<int>(g.pairs.size()); ++i) {
         const int n = batch.length(g.pairs[static_cast<size_t>(i)]);
         const int share = round_up((g.tokens * H + 4 * threads - 1) / (4 * threads), kTile);
@@ -177,7 +175,7 @@ void Engine::plan_attention(const Batch& batch, Group& g, int threads) const {
     if (threads == 1) return;
     std::stable_sort(g.attention.begin(), g.attention.end(), [&](const AttendTask& a, const AttendTask& b) {
         const int n = batch.length(g.pairs[static_cast<size_t>(a.pair)]), m = batch.length(g.pairs[static_cast<size_t>(b.pair)]);
-        return n != m ? n > m : slope(a.head) < slope(b.head);
+        return n != m ? n > m : model_->weights.slopes[a.head] < model_->weights.slopes[b.head];
     });
 }
 
@@ -191,38 +189,22 @@ void Engine::gather(const Batch& batch, const Group& g, Memory& m) const {
     }
 }
 
-AttendJob Engine::job(const Batch& batch, const Group& g, const AttendTask& task, const Memory& m, bool first) const {
+AttendJob Engine::job(const Batch& batch, const Group& g, const AttendTask& task, const Memory& m) const {
     const Shape& s = shape();
     const size_t i = static_cast<size_t>(task.pair), h = static_cast<size_t>(task.head), element = kernels_->exchange_bytes;
     const size_t D = static_cast<size_t>(s.D), capacity = static_cast<size_t>(m.capacity), start = static_cast<size_t>(g.starts[i]);
     const size_t row = (h * capacity + start) * D * element;
-    const size_t first_row = (h * static_cast<size_t>(m.first_capacity) + i) * D * element;
-    const size_t out = ((first ? i : start) * static_cast<size_t>(s.C) + h * D) * element;
-    return {first ? m.first_q.as<std::byte>() + first_row : m.q.as<std::byte>() + row,
-            m.k.as<std::byte>() + row,
-            m.v.as<std::byte>() + row,
-            (first ? m.first_attention : m.attention).as<std::byte>() + out,
-            s.C, batch.length(g.pairs[i]), task.from, task.to, s.D, s.alibi, s.alibi ? model_->slopes[h] : 0.0f};
+    const size_t out = (start * static_cast<size_t>(s.C) + h * D) * element;
+    return {m.q.as<std::byte>() + row, m.k.as<std::byte>() + row, m.v.as<std::byte>() + row, m.attention.as<std::byte>() + out,
+            s.C, batch.length(g.pairs[i]), task.from, task.to, s.D, s.alibi, model_->weights.slopes[h]};
 }
 
-// q, k and v of layer l for rows [from, from + rows); of the last layer of a classifier k and v, and q of the
-// first tokens alone.
-void Engine::project(const Group& g, Memory& m, int l, int from, int rows, Scratch& scratch) const {
+// q, k and v of layer l for rows [from, from + rows).
+void Engine::project(Memory& m, int l, int from, int rows, Scratch& scratch) const {
     const Shape& s = shape();
-    const Layer& layer = model_->weights.layers[static_cast<size_t>(l)];
-    const int panels = s.C / kPanel;
-    const bool first = !s.cosine && l == s.L - 1;
-    const float* x = m.x.as<float>();
+    const float* x = m.x.as<float>() + static_cast<size_t>(from) * static_cast<size_t>(s.C);
     const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
-    kernels_->project_heads(s, layer, x + static_cast<size_t>(from) * static_cast<size_t>(s.C), rows, first ? panels : 0, 3 * panels, heads, from, scratch);
-    if (!first) return;
-    const auto begin = std::lower_bound(g.starts.begin(), g.starts.end(), from), end = std::lower_bound(begin, g.starts.end(), from + rows);
-    if (begin == end) return;
-    const int at = static_cast<int>(begin - g.starts.begin()), count = static_cast<int>(end - begin);
-    float* to = m.first_x.as<float>() + static_cast<size_t>(at) * static_cast<size_t>(s.C);
-    for (int i = 0; i < count; ++i)
-        std::copy_n(x + static_cast<size_t>(begin[i]) * static_cast<size_t>(s.C), s.C, to + static_cast<size_t>(i) * static_cast<size_t>(s.C));
-    kernels_->project_heads(s, layer, to, count, 0, panels, {m.first_q.as<void>(), nullptr, nullptr, m.first_capacity}, at, scratch);
+    kernels_->project_heads(s, model_->weights.layers[static_cast<size_t>(l)], x, rows, heads, from, scratch);
 }
 
 void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch& scratch) const {
@@ -244,20 +226,20 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
         if (run.trace) team.phase(1, [&](int) { run.trace->emplace_back(rows.as<float>(), rows.as<float>() + static_cast<size_t>(count) * C); });
     };
 
+    const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
     each_block([&](int from, int rows) {
         kernels_->embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C, scratch);
-        project(g, m, 0, from, rows, scratch);
+        if (whole) project(m, 0, from, rows, scratch);
     });
     note(m.x, g.tokens);
-    const int whole = s.cosine ? s.L : s.L - 1;
     for (int l = 0; l < whole; ++l) {
         team.phase(static_cast<int>(g.attention.size()), [&](int i) {
-            kernels_->attend(job(run.batch, g, g.attention[static_cast<size_t>(i)], m, false), scratch);
+            kernels_->attend(job(run.batch, g, g.attention[static_cast<size_t>(i)], m), scratch);
         });
         each_block([&](int from, int rows) {
             const size_t at = static_cast<size_t>(from) * C;
             kernels_->finish_layer(s, w.layers[static_cast<size_t>(l)], m.attention.as<std::byte>() + at * kernels_->exchange_bytes, m.x.as<float>() + at, rows, scratch);
-            if (l + 1 < s.L) project(g, m, l + 1, from, rows, scratch);
+            if (l + 1 < whole) project(m, l + 1, from, rows, scratch);
         });
         note(m.x, g.tokens);
     }
@@ -269,8 +251,11 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
         });
         return;
     }
-    team.phase(pairs * s.H, [&](int i) {
-        kernels_->attend_first(job(run.batch, g, {i / s.H, i % s.H, 0, 1}, m, true), scratch);
+    team.phase(pairs, [&](int i) {
+        const float* x = m.x.as<float>() + static_cast<size_t>(g.starts[static_cast<size_t>(i)]) * C;
+        const size_t to = static_cast<size_t>(i) * C;
+        std::copy_n(x, s.C, m.first_x.as<float>() + to);
+        kernels_->attend_first(w, x, run.batch.length(g.pairs[static_cast<size_t>(i)]), m.first_attention.as<std::byte>() + to * kernels_->exchange_bytes, scratch);
     });
     team.phase((pairs + kTile - 1) / kTile, [&](int b) {
         const int count = std::min(kTile, pairs - b * kTile);

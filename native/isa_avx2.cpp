@@ -23,7 +23,7 @@ TR_INLINE F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm256_min_ps(a, b); }
 TR_INLINE F vabs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }
 TR_INLINE F square_root(F a) { return _mm256_sqrt_ps(a); }
-TR_INLINE F load_int8(const int8_t* p) {
+TR_INLINE F load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 TR_INLINE F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }

@@ -27,7 +27,7 @@ TR_INLINE F vmax(F a, F b) { TR_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 TR_INLINE F vmin(F a, F b) { TR_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 TR_INLINE F vabs(F a) { TR_EACH(a.v[i] < 0.0f ? -a.v[i] : a.v[i]); }
 TR_INLINE F square_root(F a) { TR_EACH(__builtin_sqrtf(a.v[i])); }
-TR_INLINE F load_int8(const int8_t* p) { TR_EACH(static_cast<float>(p[i])); }
+TR_INLINE F load(const int8_t* p) { TR_EACH(static_cast<float>(p[i])); }
 TR_INLINE F keep_first(F a, int n, float other) { TR_EACH(i < n ? a.v[i] : other); }
 // To the nearest integer, ties to even, for |x| < 2^22; the compiler must not reorder it (no -ffast-math).
 TR_INLINE F round(F a) { TR_EACH((a.v[i] + 12582912.0f) - 12582912.0f); }

@@ -28,6 +28,7 @@ struct bf16 {
 constexpr int kPanel = 32;       // output columns that a matrix product computes together
 constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
+constexpr int kHeadLanes = 16;   // heads that HeadWeights hold side by side
 constexpr int kKeyChunk = 256;   // keys whose scores or probabilities an attention tile holds at once, at most
 constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
 
@@ -81,8 +82,17 @@ struct Norm {
     const float *weight = nullptr, *bias = nullptr;
 };
 
+// The projection to keys or values with a head in each lane: scale and bias [H / 16][D][16], weights [H / 16][C][D][16]
+// of keys, [H / 16][D / 8][C][8][16] of values, which is how attention_first.inl reads them. 16 is kHeadLanes; lanes behind
+// the last head are zero. Weights are int8, bf16 or float as the precision is.
+struct HeadWeights {
+    const void* weights = nullptr;
+    const float *scale = nullptr, *bias = nullptr;
+};
+
 struct Layer {
     Linear qkv;   // columns q, k, v; q carries log2(e)/sqrt(D), so scores are in log2 units
+    HeadWeights keys, values;  // of a classifier's last layer, whose qkv has the columns of q alone
     Linear out;
     Linear up;    // GEGLU: Kernels::lanes gate columns, then as many value columns that belong to them, and so on
     Linear down;
@@ -102,6 +112,7 @@ struct Weights {
     Shape shape;
     Table words;
     const float *types = nullptr, *positions = nullptr;
+    const float* slopes = nullptr;  // (H up to whole kHeadLanes,) in log2 units; zero without ALiBi
     Norm embedding_norm;
     std::vector<Layer> layers;
     Linear pooler;  // float panels, whatever the precision
@@ -159,10 +170,11 @@ struct Kernels {
     void (*enter)();         // once per thread and call, before the others: tile configuration
     void (*leave)();
     void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch&);
-    // Panels [from, to) of the qkv product for `rows` rows that stand at row `at` of the heads.
-    void (*project_heads)(const Shape&, const Layer&, const float* x, int rows, int from, int to, const Heads&, int at, Scratch&);
+    // The qkv product for `rows` rows that stand at row `at` of the heads.
+    void (*project_heads)(const Shape&, const Layer&, const float* x, int rows, const Heads&, int at, Scratch&);
     void (*attend)(const AttendJob&, Scratch&);
-    void (*attend_first)(const AttendJob&, Scratch&);  // query 0 only
+    // A classifier's last layer: the attention output (C,) of the first of a pair's n rows, which is all that is needed.
+    void (*attend_first)(const Weights&, const float* x, int n, void* out, Scratch&);
     // Attention output to the layer's output, in place on x: out + residual + norm, feed-forward + residual + norm.
     void (*finish_layer)(const Shape&, const Layer&, const void* attention, float* x, int rows, Scratch&);
     void (*classify)(const Weights&, const float* first, int rows, float* logits, Scratch&);

@@ -72,7 +72,7 @@ void normalise(float* row, int C, const Norm& norm, float eps) {
 
 TR_INLINE F load_word(const Table& t, int id, int C, int c) {
     const size_t at = static_cast<size_t>(id) * C + c;
-    if (t.stored == Stored::i8) return mul(load_int8(static_cast<const int8_t*>(t.data) + at), set(t.scale[id]));
+    if (t.stored == Stored::i8) return mul(load(static_cast<const int8_t*>(t.data) + at), set(t.scale[id]));
     if (t.stored == Stored::f16) return load_half(static_cast<const uint16_t*>(t.data) + at);
     if (t.stored == Stored::bf16) return load(static_cast<const bf16*>(t.data) + at);
     return load(static_cast<const float*>(t.data) + at);
@@ -100,12 +100,11 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
 }
 
 template <class Op, class E>
-void project_heads(const Shape& shape, const Layer& layer, const float* x, int rows, int from, int to, const Heads& heads, int at,
-                   Scratch& s) {
+void project_heads(const Shape& shape, const Layer& layer, const float* x, int rows, const Heads& heads, int at, Scratch& s) {
     const auto a = put_operands<Op>(x, shape.C, rows, layer.qkv, s);
     const Lap lap(s, kQkv);
     const int C = shape.C, D = shape.D;
-    multiply<Op>(a, layer.qkv, from, to, rows, s, nullptr, [&](int column) {
+    multiply<Op>(a, layer.qkv, 0, 3 * C / kPanel, rows, s, nullptr, [&](int column) {
         void* base = column < C ? heads.q : column < 2 * C ? heads.k : heads.v;
         const int c = column % C;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(c / D) * heads.capacity + at) * D + c % D;
@@ -236,9 +235,11 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
     return w.cosine_scale * cosine_of(query, document, C) + w.cosine_bias;
 }
 
+#include "attention_first.inl"
+
 template <class Op, class E>
 constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<E, exact>,
+    return {name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>,
             finish_layer<Op, E>, classify, cosine};
 }

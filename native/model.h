@@ -27,7 +27,6 @@ using Tensors = std::map<std::string, Tensor>;
 // Owns the packed weights.
 struct Packed {
     Weights weights;
-    std::vector<float> slopes;  // (H,) in log2 units; empty without ALiBi
     std::vector<Buffer> memory;
 };
 
@@ -66,9 +65,9 @@ private:
     void check(const Batch& batch) const;
     std::vector<Group> plan(const Batch& batch, int threads, bool together) const;
     void plan_attention(const Batch& batch, Group& group, int threads) const;
-    AttendJob job(const Batch& batch, const Group& group, const AttendTask& task, const Memory& memory, bool first) const;
+    AttendJob job(const Batch& batch, const Group& group, const AttendTask& task, const Memory& memory) const;
     void gather(const Batch& batch, const Group& group, Memory& memory) const;
-    void project(const Group& group, Memory& memory, int layer, int from, int rows, Scratch& scratch) const;
+    void project(Memory& memory, int layer, int from, int rows, Scratch& scratch) const;
     void run_group(Run& run, const Group& group, Memory& memory, Team& team, Scratch& scratch) const;
 
     std::unique_ptr<Packed> model_;

@@ -150,6 +150,31 @@ public:
     }
     Linear linear(const std::vector<Column>& columns, bool mixed, float least = 0.0f) { return linear(columns, precision_, mixed, least); }
 
+    HeadWeights head_lanes(const std::vector<Column>& columns, int D, bool values) {
+        const int C = static_cast<int>(columns.size()), lanes = (C / D + kHeadLanes - 1) / kHeadLanes * kHeadLanes;
+        const size_t element = precision_ == Precision::int8 ? 1 : precision_ == Precision::bf16 ? 2 : 4;
+        std::byte* weights = bytes(static_cast<size_t>(C) * static_cast<size_t>(D * lanes) * element);
+        float *scale = floats(static_cast<size_t>(D * lanes)), *bias = floats(static_cast<size_t>(D * lanes));
+        std::vector<float> row(static_cast<size_t>(C));
+        std::vector<int8_t> small(row.size());
+        for (int h = 0, r = 0; r < C; ++r, h = r / D) {
+            const Column& column = columns[static_cast<size_t>(r)];
+            const int group = h / kHeadLanes, lane = h % kHeadLanes, d = r % D, at = (group * D + d) * kHeadLanes + lane;
+            bias[at] = column.bias, scale[at] = 1.0f;
+            if (precision_ == Precision::int8) scale[at] = quantise(column, false, row, small);
+            else widen(*column.weight, column.row, row.data());
+            for (int c = 0; c < C; ++c) {
+                const int block = values ? (group * D / 8 + d / 8) * C * 8 + c * 8 + d % 8 : (group * C + c) * D + d;
+                const size_t to = static_cast<size_t>(block) * kHeadLanes + static_cast<size_t>(lane);
+                const float value = row[static_cast<size_t>(c)];
+                if (precision_ == Precision::int8) reinterpret_cast<int8_t*>(weights)[to] = small[static_cast<size_t>(c)];
+                else if (precision_ == Precision::fp32) reinterpret_cast<float*>(weights)[to] = value;
+                else reinterpret_cast<bf16*>(weights)[to] = to_bf16(value);
+            }
+        }
+        return {weights, scale, bias};
+    }
+
 private:
     static void widen(const Tensor& t, int64_t row, float* out) {
         const size_t from = static_cast<size_t>(row * t.columns);
@@ -196,11 +221,13 @@ private:
 
 void append(std::vector<Column>& to, const std::vector<Column>& more) { to.insert(to.end(), more.begin(), more.end()); }
 
-Layer pack_layer(Packer& p, const Shape& s, const std::string& name, int lanes) {
+// `first`: only the first row of this layer's output is needed.
+Layer pack_layer(Packer& p, const Shape& s, const std::string& name, int lanes, bool first) {
     Layer layer;
     auto qkv = p.columns(name + ".attention.self.query", s.C, s.C, kLog2e / std::sqrt(static_cast<float>(s.D)));
-    append(qkv, p.columns(name + ".attention.self.key", s.C, s.C));
-    append(qkv, p.columns(name + ".attention.self.value", s.C, s.C));
+    const auto keys = p.columns(name + ".attention.self.key", s.C, s.C), values = p.columns(name + ".attention.self.value", s.C, s.C);
+    if (first) layer.keys = p.head_lanes(keys, s.D, false), layer.values = p.head_lanes(values, s.D, true);
+    else append(qkv, keys), append(qkv, values);
     layer.qkv = p.linear(qkv, true);
     layer.out = p.linear(p.columns(name + ".attention.output.dense", s.C, s.C), false);
     layer.norm1 = p.norm(name + ".attention.output.LayerNorm", s.C);
@@ -253,7 +280,7 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
     if (s.types > 0) w.types = p.vector("embeddings.token_type_embeddings.weight", s.C, s.types);
     if (s.positions > 0) w.positions = p.vector("embeddings.position_embeddings.weight", s.C, s.positions);
     w.embedding_norm = p.norm("embeddings.LayerNorm", s.C);
-    for (int l = 0; l < s.L; ++l) w.layers.push_back(pack_layer(p, s, "encoder.layer." + std::to_string(l), kernels.lanes));
+    for (int l = 0; l < s.L; ++l) w.layers.push_back(pack_layer(p, s, "encoder.layer." + std::to_string(l), kernels.lanes, !s.cosine && l == s.L - 1));
     if (s.cosine) {
         w.cosine_scale = *p.vector("head.scale", 1);
         w.cosine_bias = *p.vector("head.bias", 1);
@@ -266,9 +293,11 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
         w.classifier_bias = *p.vector(last + ".bias", 1);
     }
     s.alibi = !slopes.empty();
+    float* log2_slopes = p.floats(static_cast<size_t>((s.H + kHeadLanes - 1) / kHeadLanes * kHeadLanes));
+    w.slopes = log2_slopes;
     for (const float slope : slopes) {
         if (!(slope >= 0.0f) || !std::isfinite(slope)) throw std::invalid_argument("expected finite slopes of at least 0, got " + std::to_string(slope) + " in the model's config");
-        packed->slopes.push_back(slope * kLog2e);
+        *log2_slopes++ = slope * kLog2e;
     }
     return packed;
 }

@@ -22,6 +22,7 @@ MODELS = {
     "base": {"hidden": 768, "inner": 1024, "layers": 2},
     "small": {"hidden": 96, "heads": 3, "inner": 160, "layers": 3, "feed_forward": "gelu"},
     "one layer": {"hidden": 128, "heads": 2, "inner": 64, "layers": 1},
+    "many heads": {"hidden": 576, "heads": 18, "inner": 64, "layers": 2},
     "no bias": {"layers": 2, "alibi": False},
 }
 # Largest difference from the law: of a logit relative to the logits' spread, of a layer's output (rms) relative to
