@@ -34,6 +34,13 @@ private:
 #endif
 };
 
+// Row t becomes row from[t] <= t as it was, for all t < n; rows are whole cache lines.
+void spread(std::byte* rows, size_t bytes, const int32_t* from, int n) {
+    for (int t = n - 1; t >= 0; --t)
+        for (size_t i = 0; from[t] != t && i < bytes; i += 64)
+            std::memcpy(rows + static_cast<size_t>(t) * bytes + i, rows + static_cast<size_t>(from[t]) * bytes + i, 64);
+}
+
 std::string at_pair(int p) { return " at pair " + std::to_string(p); }
 
 }  // namespace
@@ -70,8 +77,12 @@ struct Engine::Group {
 struct Engine::Memory {
     Buffer x, q, k, v, attention;             // (T, C)
     Buffer first_x, first_attention;          // (P, C), the last layer of a classifier
-    Buffer ids, types, positions;
-    int capacity = 0;
+    Buffer types;                             // (T,)
+    // What the embedding and the first q, k and v are made of: each (id, type) once, if a row does not depend on its
+    // place; `row` (T,) says which of those rows is token t's, never one behind it.
+    Buffer ids, kinds, positions, row;
+    int distinct = 0, capacity = 0;
+    std::vector<int32_t> seen;                // by id and type
 
     void reserve(const Shape& s, int tokens, int pairs, size_t element) {
         capacity = std::max(capacity, tokens + kSlackRows);
@@ -80,7 +91,7 @@ struct Engine::Memory {
         for (Buffer* b : {&q, &k, &v, &attention}) b->reserve(wide * element);
         first_x.reserve(few * 4);
         first_attention.reserve(few * element);
-        for (Buffer* b : {&ids, &types, &positions}) b->reserve(static_cast<size_t>(capacity) * 4);
+        for (Buffer* b : {&ids, &types, &kinds, &positions, &row}) b->reserve(static_cast<size_t>(capacity) * 4);
     }
 };
 
@@ -180,13 +191,28 @@ void Engine::plan_attention(const Batch& batch, Group& g, int threads) const {
 }
 
 void Engine::gather(const Batch& batch, const Group& g, Memory& m) const {
-    for (size_t i = 0; i < g.pairs.size(); ++i) {
-        const int from = batch.offsets[static_cast<size_t>(g.pairs[i])], n = batch.length(g.pairs[i]), at = g.starts[i];
-        std::copy_n(batch.ids.begin() + from, n, m.ids.as<int32_t>() + at);
-        if (shape().types > 1 || shape().cosine) std::copy_n(batch.types.begin() + from, n, m.types.as<int32_t>() + at);
-        else std::fill_n(m.types.as<int32_t>() + at, n, 0);
-        for (int t = 0; t < n; ++t) m.positions.as<int32_t>()[at + t] = t + shape().position_offset;
-    }
+    const Shape& s = shape();
+    const size_t kinds = static_cast<size_t>(std::max(s.types, 2));
+    int32_t *ids = m.ids.as<int32_t>(), *kind = m.kinds.as<int32_t>();
+    m.seen.resize(s.positions ? 1 : static_cast<size_t>(s.vocab) * kinds);
+    const auto place = [&](int32_t id, int32_t type) -> int32_t& { return m.seen[static_cast<size_t>(id) * kinds + static_cast<size_t>(type)]; };
+    const auto list = [&](bool once) {
+        m.distinct = 0;
+        for (size_t i = 0; i < g.pairs.size(); ++i)
+            for (int t = 0; t < batch.length(g.pairs[i]); ++t) {
+                const size_t from = static_cast<size_t>(batch.offsets[static_cast<size_t>(g.pairs[i])] + t);
+                const int32_t at = g.starts[i] + t, id = batch.ids[from], type = s.types > 1 || s.cosine ? batch.types[from] : 0;
+                int32_t fresh = 0, &seen = once ? place(id, type) : fresh;
+                if (seen == 0) {
+                    ids[m.distinct] = id, kind[m.distinct] = type, m.positions.as<int32_t>()[m.distinct] = t + s.position_offset;
+                    seen = ++m.distinct;
+                }
+                m.types.as<int32_t>()[at] = type, m.row.as<int32_t>()[at] = seen - 1;
+            }
+        for (int i = 0; once && i < m.distinct; ++i) place(ids[i], kind[i]) = 0;
+    };
+    list(!s.positions);
+    if (!s.positions && m.distinct > g.tokens / 8 * 7) list(false);  // moving the rows would cost what it saves
 }
 
 AttendJob Engine::job(const Batch& batch, const Group& g, const AttendTask& task, const Memory& m) const {
@@ -213,12 +239,12 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
     const size_t C = static_cast<size_t>(s.C);
     const int threads = g.team ? run.threads : 1, pairs = static_cast<int>(g.pairs.size());
     // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
-    const int unit = g.tokens >= 32 * threads * kernels_->row_tile ? kernels_->row_tile : kernels_->lowest_tile;
-    const int units = (g.tokens + unit - 1) / unit;
-    const int blocks = std::min(units, round_up((g.tokens + kernels_->block_rows - 1) / kernels_->block_rows, threads));
-    const auto each_block = [&](const auto& work) {
+    const auto each_block = [&](int count, const auto& work) {
+        const int unit = count >= 32 * threads * kernels_->row_tile ? kernels_->row_tile : kernels_->lowest_tile;
+        const int units = (count + unit - 1) / unit;
+        const int blocks = std::min(units, round_up((count + kernels_->block_rows - 1) / kernels_->block_rows, threads));
         team.phase(blocks, [&](int b) {
-            const int from = units * b / blocks * unit, to = std::min(g.tokens, units * (b + 1) / blocks * unit);
+            const int from = units * b / blocks * unit, to = std::min(count, units * (b + 1) / blocks * unit);
             work(from, to - from);
         });
     };
@@ -227,16 +253,23 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
     };
 
     const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
-    each_block([&](int from, int rows) {
-        kernels_->embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C, scratch);
+    each_block(m.distinct, [&](int from, int rows) {
+        kernels_->embed(w, m.ids.as<int32_t>() + from, m.kinds.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C, scratch);
         if (whole) project(m, 0, from, rows, scratch);
     });
+    if (m.distinct < g.tokens)
+        team.phase(3 * s.H + 1, [&](int i) {
+            const Buffer* const heads[] = {&m.q, &m.k, &m.v};
+            const size_t bytes = static_cast<size_t>(s.D) * kernels_->exchange_bytes, head = static_cast<size_t>(i % s.H) * static_cast<size_t>(m.capacity) * bytes;
+            if (i < 3 * s.H) spread(heads[i / s.H]->as<std::byte>() + head, bytes, m.row.as<int32_t>(), g.tokens);
+            else spread(m.x.as<std::byte>(), C * sizeof(float), m.row.as<int32_t>(), g.tokens);
+        });
     note(m.x, g.tokens);
     for (int l = 0; l < whole; ++l) {
         team.phase(static_cast<int>(g.attention.size()), [&](int i) {
             kernels_->attend(job(run.batch, g, g.attention[static_cast<size_t>(i)], m), scratch);
         });
-        each_block([&](int from, int rows) {
+        each_block(g.tokens, [&](int from, int rows) {
             const size_t at = static_cast<size_t>(from) * C;
             kernels_->finish_layer(s, w.layers[static_cast<size_t>(l)], m.attention.as<std::byte>() + at * kernels_->exchange_bytes, m.x.as<float>() + at, rows, scratch);
             if (l + 1 < whole) project(m, l + 1, from, rows, scratch);
