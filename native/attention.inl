@@ -59,8 +59,16 @@ TR_INLINE void walk(Tile& t, int chunk, int queries) {
     const int side = needed < static_cast<float>(most) ? round_up(static_cast<int>(needed), Tile::kStep) : most;
     const int near_lo = at_least(0, t.first - side), near_hi = at_most(n, t.first + queries + side);
     t.visit(near_lo, near_hi, true);
-    int lo = near_lo, hi = near_hi;
-    reach(t, fade, &lo, &hi);
-    for (int j = near_lo; j > lo; j -= chunk) t.visit(at_least(lo, j - chunk), j, false);
-    for (int j = near_hi; j < hi; j += chunk) t.visit(j, at_most(hi, j + chunk), false);
+    int lo = near_lo, hi = near_hi, far_lo = lo, far_hi = hi;  // seen so far, and what must be seen
+    const auto widen = [&](int to_lo, int to_hi) TR_LAMBDA {
+        for (; lo > to_lo; lo = at_least(to_lo, lo - chunk)) t.visit(at_least(to_lo, lo - chunk), lo, false);
+        for (; hi < to_hi; hi = at_most(to_hi, hi + chunk)) t.visit(hi, at_most(to_hi, hi + chunk), false);
+    };
+    reach(t, fade, &far_lo, &far_hi);
+    if (far_hi - far_lo > hi - lo + 4 * chunk) {  // half of it may show that the rest matters less
+        widen(lo - (lo - far_lo) / (2 * chunk) * chunk, hi + (far_hi - hi) / (2 * chunk) * chunk);
+        far_lo = lo, far_hi = hi;
+        reach(t, fade, &far_lo, &far_hi);
+    }
+    widen(far_lo, far_hi);
 }
