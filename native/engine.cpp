@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kGroupTokens = 512;   // a group that one thread takes through all layers alone
 constexpr int kAloneTokens = 512;   // pairs up to this length may be in such a group
+constexpr int kLikeLength = 64;     // pairs of like length differ by less than this part of it
 constexpr int kQueriesPerTask = 2048;
 constexpr int kFewestRows = 8;        // for a thread: fewer are not worth waking it
 
@@ -148,20 +149,33 @@ void Engine::check(const Batch& b) const {
 }
 
 // Short pairs are gathered into groups for one thread each, so that their activations stay in its cache and no
-// thread waits for another; long pairs, and what does not divide evenly, form one group for the whole team.
+// thread waits for another. Long pairs of like length go to one thread each, where there is one for every thread; other
+// long ones, and what does not divide evenly, form one group for the whole team.
 std::vector<Engine::Group> Engine::plan(const Batch& batch, int threads, bool together) const {
     std::vector<Group> alone, result(1);
     const auto add = [&](Group& g, int p) {
         g.pairs.push_back(p), g.starts.push_back(g.tokens), g.tokens += batch.length(p);
     };
+    std::vector<int> longs;
     for (int p = 0; p < batch.pairs(); ++p) {
         const int n = batch.length(p);
         if (together || (threads > 1 && n > kAloneTokens)) {
-            add(result[0], p);
+            longs.push_back(p);
             continue;
         }
         if (alone.empty() || alone.back().tokens + n > std::max(kGroupTokens, n) || alone.back().tokens >= kGroupTokens) alone.emplace_back();
         add(alone.back(), p);
+    }
+    if (!together) std::stable_sort(longs.begin(), longs.end(), [&](int p, int q) { return batch.length(p) > batch.length(q); });
+    for (size_t i = 0; i < longs.size(); ++i) {
+        const size_t last = i + static_cast<size_t>(threads) - 1;
+        const int n = batch.length(longs[i]);
+        if (together || last >= longs.size() || n - batch.length(longs[last]) > n / kLikeLength) {
+            add(result[0], longs[i]);
+            continue;
+        }
+        for (; i <= last; ++i) add(alone.emplace_back(), longs[i]);
+        --i;
     }
     std::stable_sort(alone.begin(), alone.end(), [](const Group& a, const Group& b) { return a.tokens > b.tokens; });
     for (; threads > 1 && alone.size() % static_cast<size_t>(threads); alone.pop_back())

@@ -43,9 +43,10 @@ def test_neighbours_order_and_threads_change_no_bit(row, lengths, threads, seed)
     assert np.array_equal(engine(row, threads).logits(tokens), alone)
 
 
+@pytest.mark.parametrize("lengths", [[1500, 40, 700], [600, 1500, 603, 30, 597]], ids=["unlike", "like"])
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
-def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row):
-    tokens = shapes.batch([1500, 40, 700])
+def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row, lengths):
+    tokens = shapes.batch(lengths)
     one = engine(row, 1).logits(tokens)
     assert np.array_equal(engine(row, 2).logits(tokens), one)
     assert np.array_equal(engine(row, 3).logits(tokens), one)
