@@ -83,7 +83,10 @@ struct Engine::Memory {
     // place; `row` (T,) says which of those rows is token t's, never one behind it.
     Buffer ids, kinds, positions, row;
     int distinct = 0, capacity = 0;
-    std::vector<int32_t> seen;                // by id and type
+    std::vector<int32_t> seen;                // by id and type; zero between calls
+
+    static size_t types_of(const Shape& s) { return static_cast<size_t>(std::max(s.types, 2)); }
+    int32_t& place(const Shape& s, int32_t id, int32_t type) { return seen[static_cast<size_t>(id) * types_of(s) + static_cast<size_t>(type)]; }
 
     void reserve(const Shape& s, int tokens, int pairs, size_t element) {
         capacity = std::max(capacity, tokens + kSlackRows);
@@ -93,6 +96,7 @@ struct Engine::Memory {
         first_x.reserve(few * 4);
         first_attention.reserve(few * element);
         for (Buffer* b : {&ids, &types, &kinds, &positions, &row}) b->reserve(static_cast<size_t>(capacity) * 4);
+        if (!s.positions) seen.resize(static_cast<size_t>(s.vocab) * types_of(s));
     }
 };
 
@@ -167,15 +171,12 @@ std::vector<Engine::Group> Engine::plan(const Batch& batch, int threads, bool to
         add(alone.back(), p);
     }
     if (!together) std::stable_sort(longs.begin(), longs.end(), [&](int p, int q) { return batch.length(p) > batch.length(q); });
-    for (size_t i = 0; i < longs.size(); ++i) {
-        const size_t last = i + static_cast<size_t>(threads) - 1;
+    for (size_t i = 0; i < longs.size();) {
+        const size_t end = i + static_cast<size_t>(threads);
         const int n = batch.length(longs[i]);
-        if (together || last >= longs.size() || n - batch.length(longs[last]) > n / kLikeLength) {
-            add(result[0], longs[i]);
-            continue;
-        }
-        for (; i <= last; ++i) add(alone.emplace_back(), longs[i]);
-        --i;
+        const bool alike = !together && end <= longs.size() && n - batch.length(longs[end - 1]) <= n / kLikeLength;
+        if (alike) for (; i < end; ++i) add(alone.emplace_back(), longs[i]);
+        else add(result[0], longs[i++]);
     }
     std::stable_sort(alone.begin(), alone.end(), [](const Group& a, const Group& b) { return a.tokens > b.tokens; });
     for (; threads > 1 && alone.size() % static_cast<size_t>(threads); alone.pop_back())
@@ -206,24 +207,21 @@ void Engine::plan_attention(const Batch& batch, Group& g, int threads) const {
 
 void Engine::gather(const Batch& batch, const Group& g, Memory& m) const {
     const Shape& s = shape();
-    const size_t kinds = static_cast<size_t>(std::max(s.types, 2));
-    int32_t *ids = m.ids.as<int32_t>(), *kind = m.kinds.as<int32_t>();
-    m.seen.resize(s.positions ? 1 : static_cast<size_t>(s.vocab) * kinds);
-    const auto place = [&](int32_t id, int32_t type) -> int32_t& { return m.seen[static_cast<size_t>(id) * kinds + static_cast<size_t>(type)]; };
+    int32_t *ids = m.ids.as<int32_t>(), *kinds = m.kinds.as<int32_t>();
     const auto list = [&](bool once) {
         m.distinct = 0;
         for (size_t i = 0; i < g.pairs.size(); ++i)
             for (int t = 0; t < batch.length(g.pairs[i]); ++t) {
                 const size_t from = static_cast<size_t>(batch.offsets[static_cast<size_t>(g.pairs[i])] + t);
                 const int32_t at = g.starts[i] + t, id = batch.ids[from], type = s.types > 1 || s.cosine ? batch.types[from] : 0;
-                int32_t fresh = 0, &seen = once ? place(id, type) : fresh;
+                int32_t fresh = 0, &seen = once ? m.place(s, id, type) : fresh;
                 if (seen == 0) {
-                    ids[m.distinct] = id, kind[m.distinct] = type, m.positions.as<int32_t>()[m.distinct] = t + s.position_offset;
+                    ids[m.distinct] = id, kinds[m.distinct] = type, m.positions.as<int32_t>()[m.distinct] = t + s.position_offset;
                     seen = ++m.distinct;
                 }
                 m.types.as<int32_t>()[at] = type, m.row.as<int32_t>()[at] = seen - 1;
             }
-        for (int i = 0; once && i < m.distinct; ++i) place(ids[i], kind[i]) = 0;
+        for (int i = 0; once && i < m.distinct; ++i) m.place(s, ids[i], kinds[i]) = 0;
     };
     list(!s.positions);
     if (!s.positions && m.distinct > g.tokens / 8 * 7) list(false);  // moving the rows would cost what it saves
