@@ -117,12 +117,12 @@ struct FirstHeads {
 template <class Op, class E>
 void attend_first(const Weights& w, const float* x, int n, void* out, Scratch& s) {
     const Layer& layer = w.layers.back();
-    const auto a = put_operands<Op>(x, w.shape.C, 1, layer.qkv, s);
+    const auto a = put_operands<Op>(x, w.shape.C, 1, nullptr, layer.qkv, s);
     const Lap lap(s, kAttention);
     using Held = typename HeldAs<Op>::type;
     const int C = w.shape.C, D = w.shape.D, H = w.shape.H;
     float *q = s.hidden.as<float>(), *query = q + C, *asked = query + D * W, *seen = asked + C * W, *weights = seen + C * W;
-    multiply<Op>(a, layer.qkv, 0, C / kPanel, 1, s, nullptr, [&](int column) {
+    multiply<Op>(a, layer.qkv, 1, s, nullptr, [&](int column) {
         return [=](int, F left, F right) TR_LAMBDA { store2(q + column, left, right); };
     });
     const auto each = [&](int first, const auto& move) {  // of the lanes' elements

@@ -14,6 +14,7 @@ TR_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 TR_INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
 TR_INLINE F vabs(F a) { return _mm512_abs_ps(a); }
+TR_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 TR_INLINE F square_root(F a) { return _mm512_sqrt_ps(a); }
 TR_INLINE F load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

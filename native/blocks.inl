@@ -63,33 +63,32 @@ struct Tile {
     int column, row, rows;
 };
 
-// Panels [from, to) of a W^T + b for `rows` rows. at(column) gives a functor put(row, left, right) that receives values
+// a W^T + b for `rows` rows, with `fine` a.starts in place of b. at(column) gives a functor put(row, left, right) that receives values
 // of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end: `after`, the first of the
 // product that follows) is fetched meanwhile, evenly, because weights come from the outer caches. A tile's values are
 // formed behind the next tile's sums, so that they wait for nothing; expect(column, row, rows) is called before those.
-template <class Op, class At, class Expect = Nothing>
-TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at,
-                        const Expect& expect = {}) {
-    const int words = w.depth / kWord<Op>;
+template <class Op, bool fine = false, class At, class Expect = Nothing>
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
+    const int words = w.depth / kWord<Op>, panels = w.out / kPanel;
     const size_t steps = static_cast<size_t>(words * (kPanel / (2 * W)) * ((rows + kRowsAtOnce - 1) / kRowsAtOnce));
     const size_t pace = (w.panel_bytes + steps - 1) / steps;  // bytes to fetch with each word
     Sum<Op>* const buffer = s.tiles.as<Sum<Op>>();
     Sum<Op>* sums = buffer;
-    Tile<Op> done{buffer, from * kPanel, 0, 0};
+    Tile<Op> done{buffer, 0, 0, 0};
     const auto values = [&]() TR_LAMBDA {
         const auto put = at(done.column);
-        const float *scale = w.scale + done.column, *row_scale = a.scale + done.row;
-        const F b0 = load(w.bias + done.column), b1 = load(w.bias + done.column + W);
+        const float *scale = w.scale + done.column, *row_scale = a.scale + done.row, *b = w.bias + done.column;
         for (int r = 0; r < done.rows; ++r) {
+            if constexpr (fine) b = a.starts[done.row + r] + done.column;
             const Sum<Op> x = done.sums[2 * r], y = done.sums[2 * r + 1];
             if constexpr (same_type<Op, Int8>)
-                put(done.row + r, fma(mul(to_float(x), load(scale)), set(row_scale[r]), b0), fma(mul(to_float(y), load(scale + W)), set(row_scale[r]), b1));
+                put(done.row + r, fma(mul(to_float(x), load(scale)), set(row_scale[r]), load(b)), fma(mul(to_float(y), load(scale + W)), set(row_scale[r]), load(b + W)));
             else
-                put(done.row + r, add(x, b0), add(y, b1));
+                put(done.row + r, add(x, load(b)), add(y, load(b + W)));
         }
     };
-    for (int panel = from; panel < to; ++panel) {
-        const std::byte* ahead = panel + 1 < to ? w.panel(panel + 1) : after ? after : w.panel(panel);
+    for (int panel = 0; panel < panels; ++panel) {
+        const std::byte* ahead = panel + 1 < panels ? w.panel(panel + 1) : after ? after : w.panel(panel);
         for (int column = 0; column < kPanel; column += 2 * W) {
             const std::byte* right = w.panel(panel) + column / W * kRightVector<Op>;
             Sum<Op> start[2];

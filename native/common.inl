@@ -101,10 +101,13 @@ TR_INLINE F tanh_of(F x) {
     return sub(set(1.0f), div(set(2.0f), add(e, set(1.0f))));
 }
 
-// The left side of a product.
+// The left side of a product; the last four are of int8 only. A row of the product begins at `starts` [row] (columns,), the
+// bias where there are none; what rounding left of the `fine` rows lies from row `rest` on (LeftSide).
 template <class Op>
 struct Operand {
     const Op* rows;
     int stride;
-    const float* scale;  // one a row, int8 only
+    const float* scale;  // one a row
+    const float* const* starts = nullptr;
+    int fine = 0, rest = 0;
 };

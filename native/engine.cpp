@@ -50,8 +50,9 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     const size_t rows = static_cast<size_t>(block_rows + kSlackRows), D = static_cast<size_t>(s.D);
     const size_t depth = static_cast<size_t>(round_up(std::max(s.C, s.F), 64)), keys = static_cast<size_t>(round_up(longest, kTile));
     operand.reserve(rows * depth * 4);
-    row_scale.reserve(rows * 4);
+    row_scale.reserve(2 * rows * 4);
     mixed.reserve(depth * 4);
+    if (s.cosine) low.reserve(rows * static_cast<size_t>(std::max(3 * s.C, s.geglu ? 2 * s.F : s.F)) * 4), starts.reserve(rows * sizeof(float*));
     hidden.reserve(rows * static_cast<size_t>(std::max(s.F, 2 * s.C)) * 4);
     tiles.reserve(2 * kTile * kPanel * 4);
     this->keys.reserve(keys * D * 4);
@@ -237,12 +238,17 @@ AttendJob Engine::job(const Batch& batch, const Group& g, const AttendTask& task
             s.C, batch.length(g.pairs[i]), task.from, task.to, s.D, s.alibi, model_->weights.slopes[h]};
 }
 
-// q, k and v of layer l for rows [from, from + rows).
-void Engine::project(Memory& m, int l, int from, int rows, Scratch& scratch) const {
+// What tells the kernels which rows are to be rounded more finely: those that the head's first mean is of.
+const int32_t* Engine::fine_types(const Buffer& types, int from) const {
+    return shape().cosine ? types.as<int32_t>() + from : nullptr;
+}
+
+// q, k and v of layer l for rows [from, from + rows), which have these types.
+void Engine::project(Memory& m, const Buffer& types, int l, int from, int rows, Scratch& scratch) const {
     const Shape& s = shape();
     const float* x = m.x.as<float>() + static_cast<size_t>(from) * static_cast<size_t>(s.C);
     const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
-    kernels_->project_heads(s, model_->weights.layers[static_cast<size_t>(l)], x, rows, heads, from, scratch);
+    kernels_->project_heads(s, model_->weights.layers[static_cast<size_t>(l)], x, fine_types(types, from), rows, heads, from, scratch);
 }
 
 void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch& scratch) const {
@@ -267,7 +273,7 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
     const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
     each_block(m.distinct, [&](int from, int rows) {
         kernels_->embed(w, m.ids.as<int32_t>() + from, m.kinds.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C, scratch);
-        if (whole) project(m, 0, from, rows, scratch);
+        if (whole) project(m, m.kinds, 0, from, rows, scratch);
     });
     if (m.distinct < g.tokens)
         team.phase(3 * s.H + 1, [&](int i) {
@@ -283,8 +289,8 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
         });
         each_block(g.tokens, [&](int from, int rows) {
             const size_t at = static_cast<size_t>(from) * C;
-            kernels_->finish_layer(s, w.layers[static_cast<size_t>(l)], m.attention.as<std::byte>() + at * kernels_->exchange_bytes, m.x.as<float>() + at, rows, scratch);
-            if (l + 1 < whole) project(m, l + 1, from, rows, scratch);
+            kernels_->finish_layer(s, w.layers[static_cast<size_t>(l)], m.attention.as<std::byte>() + at * kernels_->exchange_bytes, m.x.as<float>() + at, fine_types(m.types, from), rows, scratch);
+            if (l + 1 < whole) project(m, m.types, l + 1, from, rows, scratch);
         });
         note(m.x, g.tokens);
     }
@@ -307,7 +313,7 @@ void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch&
         const size_t at = static_cast<size_t>(b * kTile) * C;
         float* x = m.first_x.as<float>() + at;
         float logits[kTile];
-        kernels_->finish_layer(s, w.layers.back(), m.first_attention.as<std::byte>() + at * kernels_->exchange_bytes, x, count, scratch);
+        kernels_->finish_layer(s, w.layers.back(), m.first_attention.as<std::byte>() + at * kernels_->exchange_bytes, x, nullptr, count, scratch);
         kernels_->classify(w, x, count, logits, scratch);
         for (int i = 0; i < count; ++i) run.logits[g.pairs[static_cast<size_t>(b * kTile + i)]] = logits[i];
     });

@@ -118,37 +118,37 @@ template <> struct RawOf<Int8> { using type = int32_t; };
 
 // multiply() of blocks.inl for int8 and bf16. The vector units turn one 32 x 32 tile's raw sums into values while the
 // next tile is being computed.
-template <class Op, class At, class Expect = Nothing>
+template <class Op, bool fine = false, class At, class Expect = Nothing>
     requires(!same_type<Op, float>)
-TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int from, int to, int rows, Scratch& s, const std::byte* after, const At& at,
-                        const Expect& expect = {}) {
+TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
     using Raw = typename RawOf<Op>::type;
-    struct Done { int panel, row, rows; const Raw* sums; } done{from, 0, 0, s.tiles.as<Raw>()};
+    struct Done { int panel, row, rows; const Raw* sums; } done{0, 0, 0, s.tiles.as<Raw>()};
     const auto drain = [&](int r0, int r1) TR_LAMBDA {
         if (r0 >= r1) return;
         const auto put = at(done.panel * kPanel);
-        const float *scale = w.scale + done.panel * kPanel, *bias = w.bias + done.panel * kPanel;
+        const float *scale = w.scale + done.panel * kPanel, *b = w.bias + done.panel * kPanel;
         const std::byte* start = w.panel(done.panel) + w.panel_bytes - kPanel * 4;  // int8 only
         for (int r = r0; r < r1; ++r) {
             const Raw* sums = done.sums + r * kPanel;
+            if constexpr (fine) b = a.starts[done.row + r] + done.panel * kPanel;
             if constexpr (same_type<Op, Int8>) {
                 const F row_scale = set(a.scale[done.row + r]);
                 const auto scaled = [&](int c) TR_LAMBDA {
                     const F sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(sums + c), _mm512_loadu_si512(start + 4 * c)));
-                    return fma(mul(sum, load(scale + c)), row_scale, load(bias + c));
+                    return fma(mul(sum, load(scale + c)), row_scale, load(b + c));
                 };
                 put(done.row + r, scaled(0), scaled(W));
             } else {
-                put(done.row + r, add(load(sums), load(bias)), add(load(sums + W), load(bias + W)));
+                put(done.row + r, add(load(sums), load(b)), add(load(sums + W), load(b + W)));
             }
         }
     };
     const int moments = w.depth * static_cast<int>(sizeof(Op)) / 64, share = (kTile + moments - 1) / moments;
-    const int tiles = (rows + kTile - 1) / kTile;
+    const int tiles = (rows + kTile - 1) / kTile, panels = w.out / kPanel;
     const size_t stride = (w.panel_bytes + static_cast<size_t>(tiles * moments) - 1) / static_cast<size_t>(tiles * moments);
     int turn = 0;
-    for (int panel = from; panel < to; ++panel) {
-        const std::byte* next = panel + 1 < to ? w.panel(panel + 1) : after;
+    for (int panel = 0; panel < panels; ++panel) {
+        const std::byte* next = panel + 1 < panels ? w.panel(panel + 1) : after;
         for (int row = 0; row < rows; row += kTile, turn ^= 1) {
             Raw* sums = s.tiles.as<Raw>() + turn * kTile * kPanel;
             const int count = at_most(kTile, rows - row);

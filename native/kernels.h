@@ -132,6 +132,7 @@ struct Scratch {
     Buffer operand;  // rows of a matrix product's left side: (block + slack, depth)
     Buffer row_scale;
     Buffer mixed;    // (depth,)
+    Buffer low, starts;  // of fine rows: (block, out) products; (block,) pointers, see Operand
     Buffer hidden;   // (block + slack, F)
     Buffer tiles;    // two raw 32 x 32 results
     Buffer keys, values, bias, scores, probabilities, context;  // attention, see attend()
@@ -156,8 +157,9 @@ struct Heads {
     int capacity;
 };
 
-// All functions are re-entrant. `x` is (rows, C) float; q, k, v and the attention output are float or bf16,
-// whichever the table says. A row's result depends on that row (and, in attention, its pair) alone.
+// All functions are re-entrant. `x` is (rows, C) float; q, k, v and the attention output are float or bf16, whichever the
+// table says. A row's result depends on that row (and, in attention, its pair) alone. `types` (rows,) may be null; where
+// they are given, rows of type 0 become int8 more finely (kernels.inl, LeftSide).
 struct Kernels {
     const char* gemm;        // the matrix product's instruction, for reports and tests
     size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
@@ -171,12 +173,12 @@ struct Kernels {
     void (*leave)();
     void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch&);
     // The qkv product for `rows` rows that stand at row `at` of the heads.
-    void (*project_heads)(const Shape&, const Layer&, const float* x, int rows, const Heads&, int at, Scratch&);
+    void (*project_heads)(const Shape&, const Layer&, const float* x, const int32_t* types, int rows, Heads, int at, Scratch&);
     void (*attend)(const AttendJob&, Scratch&);
     // A classifier's last layer: the attention output (C,) of the first of a pair's n rows, which is all that is needed.
     void (*attend_first)(const Weights&, const float* x, int n, void* out, Scratch&);
     // Attention output to the layer's output, in place on x: out + residual + norm, feed-forward + residual + norm.
-    void (*finish_layer)(const Shape&, const Layer&, const void* attention, float* x, int rows, Scratch&);
+    void (*finish_layer)(const Shape&, const Layer&, const void* attention, float* x, const int32_t* types, int rows, Scratch&);
     void (*classify)(const Weights&, const float* first, int rows, float* logits, Scratch&);
     float (*cosine)(const Weights&, const float* x, const int32_t* types, int n, Scratch&);
 };

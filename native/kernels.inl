@@ -1,57 +1,108 @@
 // The kernels of the table in kernels.h, written once against the vocabulary that each isa_*.cpp defines first: the
 // vector F with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
 
-// Quantised to int8: value = scale * int8, scale = max|row| / 127; or, of rows that lie above `least`, value = least +
-// scale * (int8 + 128), where the sums of products begin with the 128 and the bias has the rest (pack.cpp). Padding
-// columns meet weights of zero. `to` is the row's place in the operand, whose order is the instruction set's own.
-template <class E>
-void quantise(const E* row, const Linear& w, Int8* to, float* scale) {
-    const bool centred = w.least == 0.0f;
-    const float range = centred ? largest_size(row, w.in) : largest_value(row, w.in) - w.least, steps = centred ? 127.0f : 255.0f;
-    const F inverse = set(range > 0.0f ? steps / range : 0.0f), start = set(centred ? 0.0f : -w.least * steps / range - 128.0f);
+// Rounded to int8: value = scale * int8, scale = max|row| / 127; or, of a row that is not `centred` but lies above `least`,
+// value = least + scale * (int8 + 128), where the sums of products begin with the 128 and the bias has `least` (pack.cpp).
+// Padding columns meet weights of zero. `to` is the row's place in the operand, whose order is the instruction set's own.
+// `rest`, with `keep`, receives what rounding left; of a row that is not centred that is never negative.
+template <bool keep, class E>
+void quantise(const E* row, const Linear& w, bool centred, float least, Int8* to, float* scale, float* rest) {
+    const float range = centred ? largest_size(row, w.in) : largest_value(row, w.in) - least, steps = centred ? 127.0f : 255.0f;
+    const F inverse = set(range > 0.0f ? steps / range : 0.0f);
+    const F start = set(centred ? 0.0f : -least * steps / range - (keep ? 128.5f : 128.0f));
     *scale = range / steps;
-    for (int c = 0; c < w.in; c += W) store_int8(to + int8_column(c), fma(load(row + c), inverse, start));
+    const F step = set(*scale), zero = set(centred ? 0.0f : least + 128.0f * *scale);  // with `keep` only
+    for (int c = 0; c < w.in; c += W) {
+        const F x = load(row + c), n = fma(x, inverse, start);
+        store_int8(to + int8_column(c), n);
+        if constexpr (keep) store(rest + c, sub(sub(x, zero), mul(round(n), step)));
+    }
     for (int c = w.in; c < w.depth; c += W) store_int8(to + int8_column(c), set(0.0f));
 }
 
-// Row `r` of a product's left side made from a row of floats or bf16.
-template <class Op, class E>
-TR_INLINE void put_operand(const E* row, int r, const Linear& w, Scratch& s) {
-    if constexpr (same_type<Op, Int8>) {
-        Op* to = s.operand.as<Op>() + int8_row(r, w.depth);
-        float* scale = s.row_scale.as<float>() + r;
-        if constexpr (same_type<E, float>) {
-            if (w.mixed) {
-                mix(row, w.in, s.mixed.as<float>());
-                return quantise(s.mixed.as<float>(), w, to, scale);
-            }
-        }
-        quantise(row, w, to, scale);
-    } else {
-        Op* to = s.operand.as<Op>() + static_cast<size_t>(r) * w.depth;
-        for (int c = 0; c < w.in; c += W) store(to + c, load(row + c));
-    }
+// multiply() where some rows are fine. Compiled apart, because the others are not to wait for what these need.
+template <class Op, class At, class Expect>
+__attribute__((noinline)) void multiply_fine(Operand<Op> a, const Linear& w, int rows, Scratch& s, const std::byte* after, At at, Expect expect) {
+    const Operand<Op> rest{a.rows + static_cast<size_t>(a.rest) * a.stride, a.stride, a.scale + a.rest};
+    multiply<Op>(rest, w, a.fine, s, w.panels, [low = s.low.as<float>(), stride = static_cast<size_t>(w.out)](int column) TR_LAMBDA {
+        return [=, out = low + column](int r, F left, F right) TR_LAMBDA { store2(out + r * stride, left, right); };
+    });
+    multiply<Op, true>(a, w, rows, s, after, at, expect);
 }
 
-template <class Op>
-TR_INLINE Operand<Op> operand_of(const Linear& w, Scratch& s) {
-    return {s.operand.as<Op>(), w.depth, s.row_scale.as<float>()};
+template <class Op, class At, class Expect = Nothing>
+TR_INLINE void multiply_all(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
+    if (same_type<Op, Int8> && a.fine) [[unlikely]] multiply_fine(a, w, rows, s, after, at, expect);
+    else multiply<Op>(a, w, rows, s, after, at, expect);
 }
+
+// The left side of a product, made row by row from floats or bf16. Rows of type 0, where `types` are given, are fine: the
+// head reads those few by themselves, and nothing averages their errors. What rounding left of one is rounded again, as
+// a row behind all others, whose product is where the row's own begins.
+template <class Op>
+class LeftSide {
+public:
+    TR_INLINE LeftSide(const Linear& w, int rows, const int32_t* types, Scratch& s) : w_(w), s_(s), types_(types), rest_(round_up(rows, kTile)) {}
+
+    template <class E>
+    TR_INLINE void put(const E* row, int r) {
+        if constexpr (same_type<Op, Int8>) {
+            if (const float* mixed = mixed_row(row)) round_row(mixed, r);
+            else round_row(row, r);
+        } else {
+            Op* to = s_.operand.as<Op>() + static_cast<size_t>(r) * w_.depth;
+            for (int c = 0; c < w_.in; c += W) store(to + c, load(row + c));
+        }
+    }
+
+    TR_INLINE Operand<Op> operand() const {
+        Operand<Op> a{s_.operand.as<Op>(), w_.depth, s_.row_scale.as<float>()};
+        if (fine_) a.starts = s_.starts.as<const float*>(), a.fine = fine_, a.rest = rest_;
+        return a;
+    }
+
+private:
+    TR_INLINE const float* mixed_row(const bf16*) const { return nullptr; }
+    TR_INLINE const float* mixed_row(const float* row) const {
+        if (w_.mixed) mix(row, w_.in, s_.mixed.as<float>());
+        return w_.mixed ? s_.mixed.as<float>() : nullptr;
+    }
+
+    template <class E>
+    TR_INLINE void round_row(const E* row, int r) {
+        if (types_) s_.starts.as<const float*>()[r] = w_.bias;
+        if (!types_ || types_[r] != 0) return round_to<false>(row, w_.least, r);
+        s_.starts.as<const float*>()[r] = s_.low.as<float>() + static_cast<size_t>(fine_) * w_.out;
+        round_to<true>(row, w_.least, r);
+        round_to<false>(s_.mixed.as<float>(), 0.0f, rest_ + fine_++);
+    }
+    template <bool keep, class E>
+    TR_INLINE void round_to(const E* row, float least, int r) {
+        quantise<keep>(row, w_, w_.least == 0.0f, least, s_.operand.as<Op>() + int8_row(r, w_.depth), s_.row_scale.as<float>() + r, s_.mixed.as<float>());
+    }
+
+    const Linear& w_;
+    Scratch& s_;
+    const int32_t* const types_;
+    const int rest_;
+    int fine_ = 0;
+};
 
 // The whole left side.
 template <class Op, class E>
-Operand<Op> put_operands(const E* rows, int stride, int count, const Linear& w, Scratch& s) {
+Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s) {
     const Lap lap(s, kQuantise);
-    for (int r = 0; r < count; ++r) put_operand<Op>(rows + static_cast<size_t>(r) * stride, r, w, s);
-    return operand_of<Op>(w, s);
+    LeftSide<Op> left(w, count, types, s);
+    for (int r = 0; r < count; ++r) left.put(rows + static_cast<size_t>(r) * stride, r);
+    return left.operand();
 }
 
 // Likewise, but rows that already have the operand's type are used where they lie. A tile may be higher than what is
 // left, so nobody may be writing the rows behind them.
 template <class Op, class E>
-Operand<Op> make_operand(const E* rows, int stride, int count, const Linear& w, Scratch& s) {
+Operand<Op> make_operand(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s) {
     if constexpr (same_type<Op, E>) return {rows, stride, nullptr};
-    else return put_operands<Op>(rows, stride, count, w, s);
+    else return put_operands<Op>(rows, stride, count, types, w, s);
 }
 
 void normalise(float* row, int C, const Norm& norm, float eps) {
@@ -100,11 +151,11 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
 }
 
 template <class Op, class E>
-void project_heads(const Shape& shape, const Layer& layer, const float* x, int rows, const Heads& heads, int at, Scratch& s) {
-    const auto a = put_operands<Op>(x, shape.C, rows, layer.qkv, s);
+void project_heads(const Shape& shape, const Layer& layer, const float* x, const int32_t* types, int rows, Heads heads, int at, Scratch& s) {
+    const auto a = put_operands<Op>(x, shape.C, rows, types, layer.qkv, s);
     const Lap lap(s, kQkv);
     const int C = shape.C, D = shape.D;
-    multiply<Op>(a, layer.qkv, 0, 3 * C / kPanel, rows, s, nullptr, [&](int column) {
+    multiply_all<Op>(a, layer.qkv, rows, s, nullptr, [=](int column) TR_LAMBDA {
         void* base = column < C ? heads.q : column < 2 * C ? heads.k : heads.v;
         const int c = column % C;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(c / D) * heads.capacity + at) * D + c % D;
@@ -115,16 +166,16 @@ void project_heads(const Shape& shape, const Layer& layer, const float* x, int r
 // x += a W^T + b. What is added to was last touched a phase ago: it is fetched while the sums are formed.
 template <class Op>
 void add_product(const Operand<Op>& a, const Linear& w, float* x, int rows, Scratch& s, const std::byte* after) {
-    multiply<Op>(a, w, 0, w.out / kPanel, rows, s, after, [&](int column) {
+    const int stride = w.out;
+    multiply_all<Op>(a, w, rows, s, after, [=](int column) TR_LAMBDA {
         float* out = x + column;
-        const int stride = w.out;
         return [=](int r, F left, F right) TR_LAMBDA {
             float* y = out + static_cast<size_t>(r) * stride;
             store2(y, add(load(y), left), add(load(y + W), right));
         };
-    }, [&](int column, int row, int count) TR_LAMBDA {
+    }, [=](int column, int row, int count) TR_LAMBDA {
         for (int r = row; r < row + count; ++r)
-            for (int c = column; c < column + 2 * W; c += 16) prefetch(x + static_cast<size_t>(r) * w.out + c);
+            for (int c = column; c < column + 2 * W; c += 16) prefetch(x + static_cast<size_t>(r) * stride + c);
     });
 }
 
@@ -133,40 +184,41 @@ template <class Op, class E>
 void activate(const Operand<Op>& y, const Linear& w, bool geglu, E* hidden, int F_size, int rows, Scratch& s, const std::byte* after) {
     constexpr bool exact = same_type<Op, float>;
     if (geglu) {
-        multiply<Op>(y, w, 0, w.out / kPanel, rows, s, after, [&](int column) {
+        multiply_all<Op>(y, w, rows, s, after, [=](int column) TR_LAMBDA {
             E* out = hidden + column / 2;
             return [=](int r, F left, F right) TR_LAMBDA { store(out + static_cast<size_t>(r) * F_size, mul(gelu<exact>(left), right)); };
         });
         return;
     }
-    multiply<Op>(y, w, 0, w.out / kPanel, rows, s, after, [&](int column) {
+    multiply_all<Op>(y, w, rows, s, after, [=](int column) TR_LAMBDA {
         E* out = hidden + column;
         return [=](int r, F left, F right) TR_LAMBDA { store2(out + static_cast<size_t>(r) * F_size, gelu<exact>(left), gelu<exact>(right)); };
     });
 }
 
 template <class Op, class E>
-void finish_layer(const Shape& shape, const Layer& layer, const void* attention, float* x, int rows, Scratch& s) {
+void finish_layer(const Shape& shape, const Layer& layer, const void* attention, float* x, const int32_t* types, int rows, Scratch& s) {
     const int C = shape.C;
-    const auto a = make_operand<Op>(static_cast<const E*>(attention), C, rows, layer.out, s);
+    const auto a = make_operand<Op>(static_cast<const E*>(attention), C, rows, types, layer.out, s);
     {
         const Lap lap(s, kOut);
         add_product<Op>(a, layer.out, x, rows, s, layer.up.panels);
     }
+    LeftSide<Op> normed(layer.up, rows, types, s);
     {
         const Lap lap(s, kNorm);
         for (int r = 0; r < rows; ++r) {
             float* row = x + static_cast<size_t>(r) * C;
             normalise(row, C, layer.norm1, shape.eps);
-            put_operand<Op>(row, r, layer.up, s);
+            normed.put(row, r);
         }
     }
     E* hidden = s.hidden.as<E>();
     {
         const Lap lap(s, kUp);
-        activate<Op, E>(operand_of<Op>(layer.up, s), layer.up, shape.geglu, hidden, shape.F, rows, s, layer.down.panels);
+        activate<Op, E>(normed.operand(), layer.up, shape.geglu, hidden, shape.F, rows, s, layer.down.panels);
     }
-    const auto h = make_operand<Op>(hidden, shape.F, rows, layer.down, s);
+    const auto h = make_operand<Op>(hidden, shape.F, rows, types, layer.down, s);
     {
         const Lap lap(s, kDown);
         add_product<Op>(h, layer.down, x, rows, s, nullptr);
@@ -179,7 +231,7 @@ void classify(const Weights& w, const float* first, int rows, float* logits, Scr
     const Lap lap(s, kHead);
     const int C = w.shape.C;
     float* pooled = s.hidden.as<float>();  // (rows, C)
-    multiply<float>(Operand<float>{first, C, nullptr}, w.pooler, 0, C / kPanel, rows, s, nullptr, [&](int column) {
+    multiply<float>(Operand<float>{first, C, nullptr}, w.pooler, rows, s, nullptr, [&](int column) {
         float* out = pooled + column;
         return [=](int r, F left, F right) TR_LAMBDA { store2(out + static_cast<size_t>(r) * C, tanh_of(left), tanh_of(right)); };
     });

@@ -67,7 +67,8 @@ private:
     void plan_attention(const Batch& batch, Group& group, int threads) const;
     AttendJob job(const Batch& batch, const Group& group, const AttendTask& task, const Memory& memory) const;
     void gather(const Batch& batch, const Group& group, Memory& memory) const;
-    void project(Memory& memory, int layer, int from, int rows, Scratch& scratch) const;
+    const int32_t* fine_types(const Buffer& types, int from) const;
+    void project(Memory& memory, const Buffer& types, int layer, int from, int rows, Scratch& scratch) const;
     void run_group(Run& run, const Group& group, Memory& memory, Team& team, Scratch& scratch) const;
 
     std::unique_ptr<Packed> model_;

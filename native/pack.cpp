@@ -1,4 +1,5 @@
 // Weights as the checkpoint has them -> panels as the kernels read them (kernels.h, Linear).
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -59,8 +60,8 @@ constexpr size_t kChunk = size_t{4} << 20;
 
 class Packer {
 public:
-    Packer(const Tensors& tensors, Precision precision, const Kernels& kernels, Packed& packed)
-        : tensors_(tensors), precision_(precision), kernels_(kernels), packed_(packed) {}
+    Packer(const Tensors& tensors, Precision precision, const Kernels& kernels, bool fine, Packed& packed)
+        : tensors_(tensors), precision_(precision), kernels_(kernels), fine_(fine), packed_(packed) {}
 
     const Tensor& find(const std::string& name, int64_t rows, int64_t columns) const {
         const auto it = tensors_.find(name);
@@ -106,10 +107,12 @@ public:
         return result;
     }
 
-    // `mixed` and `least`: see Linear; of int8 only.
+    // `mixed` and `least`: see Linear; of int8 only. Where fine rows need it less, weights that are int8 already are not
+    // rounded a second time to be mixed.
     Linear linear(const std::vector<Column>& columns, Precision precision, bool mixed = false, float least = 0.0f) {
         Linear w;
-        w.mixed = mixed && precision == Precision::int8, w.least = precision == Precision::int8 ? least : 0.0f;
+        const bool as_given = fine_ && std::all_of(columns.begin(), columns.end(), [](const Column& c) { return c.weight->stored == Stored::i8; });
+        w.mixed = mixed && !as_given && precision == Precision::int8, w.least = precision == Precision::int8 ? least : 0.0f;
         w.in = static_cast<int>(columns[0].weight->columns);
         w.out = static_cast<int>(columns.size());
         const size_t element = precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4;
@@ -215,6 +218,7 @@ private:
     const Tensors& tensors_;
     Precision precision_;
     const Kernels& kernels_;
+    const bool fine_;  // some rows are rounded to int8 more finely, see LeftSide
     Packed& packed_;
     size_t used_ = 0;
 };
@@ -271,7 +275,7 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
                              const Kernels& kernels) {
     check_shape(shape, slopes.size());
     auto packed = std::make_unique<Packed>();
-    Packer p(tensors, precision, kernels, *packed);
+    Packer p(tensors, precision, kernels, shape.cosine, *packed);
     Weights& w = packed->weights;
     w.shape = shape;
     Shape& s = w.shape;

@@ -16,31 +16,31 @@ if native.available() is not None:
     pytest.skip(str(native.available()), allow_module_level=True)
 
 ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
-MODEL = shapes.config(hidden=128, heads=4, inner=256, layers=2)
-TENSORS = shapes.weights(MODEL)
-ENGINES: dict[tuple[str, str], native.NativeEngine] = {}
+ENGINES: dict[tuple[tuple[str, str], str], native.NativeEngine] = {}
 
 
-def engine(row, threads):
-    if row not in ENGINES:
+def engine(row, threads, head="classifier"):
+    if (row, head) not in ENGINES:
+        model = shapes.config(hidden=128, heads=4, inner=256, layers=2, head=head)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(native.ISA_VARIABLE, row[0])
-            ENGINES[row] = native.prepare(TENSORS, MODEL, precision=row[1], threads=1)
-    ENGINES[row].threads = threads
-    return ENGINES[row]
+            ENGINES[row, head] = native.prepare(shapes.weights(model), model, precision=row[1], threads=1)
+    ENGINES[row, head].threads = threads
+    return ENGINES[row, head]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     row=st.sampled_from(ROWS),
+    head=st.sampled_from(["classifier", "focus"]),
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
     threads=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_neighbours_order_and_threads_change_no_bit(row, lengths, threads, seed):
-    tokens = shapes.batch(lengths, seed=seed)
-    alone = np.array([engine(row, 1).logits(shapes.single(tokens, p))[0] for p in range(len(lengths))])
-    assert np.array_equal(engine(row, threads).logits(tokens), alone)
+def test_neighbours_order_and_threads_change_no_bit(row, head, lengths, threads, seed):
+    tokens = shapes.batch([n if head == "classifier" else n + 1 for n in lengths], seed=seed)  # tokens of both types
+    alone = np.array([engine(row, 1, head).logits(shapes.single(tokens, p))[0] for p in range(len(lengths))])
+    assert np.array_equal(engine(row, threads, head).logits(tokens), alone)
 
 
 @pytest.mark.parametrize("lengths", [[1500, 40, 700], [600, 1500, 603, 30, 597]], ids=["unlike", "like"])
