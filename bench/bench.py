@@ -235,7 +235,11 @@ def peaks(state: State, arguments: argparse.Namespace) -> None:
 
 
 PEAK_OF = {"tdpbssd": "tdpbssd", "vpdpbusd": "vpdpbusd", "vpmaddwd": "vpmaddwd_ymm"}  # int8 kernel -> peak.c's name
-ATTENTION_PEAK = {"amx": "tdpbf16ps", "avx512vnni": "vdpbf16ps", "avx2": "fma_ymm"}
+# Instruction set and type of attention -> peak.c's name.
+ATTENTION_PEAK = {
+    ("amx", "bf16"): "tdpbf16ps", ("avx512vnni", "bf16"): "vdpbf16ps", ("avx512vnni", "fp32"): "fma_zmm",
+    ("avx2", "fp32"): "fma_ymm",
+}  # fmt: skip
 
 
 def gemms(state: State, arguments: argparse.Namespace) -> None:
@@ -245,7 +249,7 @@ def gemms(state: State, arguments: argparse.Namespace) -> None:
 
     given = checkpoint.read(state.model)
     needed = report.product_operations(GEMM_WORKLOAD)
-    for isa in (isa for isa in native.isas() if isa in ATTENTION_PEAK):
+    for isa in (isa for isa in native.isas() if isa != "portable"):
         os.environ[native.ISA_VARIABLE] = isa
         engine = native.prepare(given.weights, given.config, threads=1)
         scorer = benchmark.EngineScorer(engine, 1 << 20)
@@ -258,7 +262,8 @@ def gemms(state: State, arguments: argparse.Namespace) -> None:
         os.environ.pop(native.ISA_VARIABLE)
         found = state.part("gemms", isa)
         for part, operations in needed.items():
-            peak = state.part("peaks")[ATTENTION_PEAK[isa] if part == "attention" else PEAK_OF[engine.kernel]]
+            instruction = ATTENTION_PEAK[isa, engine.attention] if part == "attention" else PEAK_OF[engine.kernel]
+            peak = state.part("peaks")[instruction]
             found[part] = {"gops": operations / least[part] * 1e-9, "share": operations / least[part] * 1e-9 / peak}
             print(f"{isa} {part}: {found[part]['gops']:.0f} Gop/s, {found[part]['share']:.0%}", flush=True)
     state.save()

@@ -79,9 +79,8 @@ constexpr Kernels kFloat = table<float, float>("vfmadd zmm", kRowsAtOnce, kLowes
 }  // namespace
 
 const Kernels* avx512_kernels(Precision precision, unsigned features) {
-    const bool has_bf16 = features & kBf16;
-    if (precision == Precision::int8) return has_bf16 ? &kInt8Bf16 : &kInt8;
-    if (precision == Precision::bf16) return has_bf16 ? &kBf16Bf16 : nullptr;
+    if (precision == Precision::int8) return features & kFastBf16 ? &kInt8Bf16 : &kInt8;
+    if (precision == Precision::bf16) return features & kBf16 ? &kBf16Bf16 : nullptr;
     return &kFloat;
 }
 

@@ -185,7 +185,7 @@ struct Kernels {
 
 enum class Precision { fp32, bf16, int8 };
 
-enum Feature : unsigned { kAvx2 = 1, kAvx512 = 2, kVnni = 4, kBf16 = 8, kAmx = 16 };
+enum Feature : unsigned { kAvx2 = 1, kAvx512 = 2, kVnni = 4, kBf16 = 8, kAmx = 16, kFastBf16 = 32 };
 
 // One row of the instruction-set table. `kernels` gives null where the row has no such precision.
 struct IsaRow {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,4 +70,7 @@ def test_the_forced_row_is_the_one_that_runs(prepare, isa):
     engine = prepare(isa, "int8", shapes.weights(shapes.config(layers=1)), shapes.config(layers=1))
     instruction = {"amx": "tdpbssd", "avx512vnni": "vpdpbusd", "avx2": "vpmaddwd", "portable": "int8 multiply-add"}
     assert engine.kernel == instruction[isa]
+    amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+    fast_bf16 = isa == "amx" or (isa == "avx512vnni" and amd and "bf16" in native.precisions(isa))
+    assert engine.attention == ("bf16" if fast_bf16 else "fp32")
     assert os.environ["TURBORANK_ISA"] == engine.isa
