@@ -36,7 +36,7 @@ ROWS = (
     Row("cranfield", depth=30),
     Row("scifact", depth=30),
     Row("chunking_evaluation", 150, 10),
-    Row("anthropic-docs-rag", 25, 10),
+    Row("anthropic-docs-rag", depth=10),
     Row("time", depth=30),
     Row("pubmedqa-l", 100, 10),
     Row("qmsum", 12, 3, ("--skip-constant",)),
