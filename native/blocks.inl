@@ -63,10 +63,11 @@ struct Tile {
     int column, row, rows;
 };
 
-// a W^T + b for `rows` rows, with `fine` a.starts in place of b. at(column) gives a functor put(row, left, right) that receives values
-// of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end: `after`, the first of the
-// product that follows) is fetched meanwhile, evenly, because weights come from the outer caches. A tile's values are
-// formed behind the next tile's sums, so that they wait for nothing; expect(column, row, rows) is called before those.
+// All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b. at(column) gives a functor put(row,
+// left, right) that receives values of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end:
+// `after`, the first of the product that follows) is fetched meanwhile, evenly, because weights come from the outer
+// caches. A tile's values are formed behind the next tile's sums, so that they wait for nothing; expect(column, row, rows)
+// is called before those.
 template <class Op, bool fine = false, class At, class Expect = Nothing>
 TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
     const int words = w.depth / kWord<Op>, panels = w.out / kPanel;

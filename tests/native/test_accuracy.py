@@ -107,6 +107,23 @@ def test_rows_that_the_head_reads_are_rounded_more_finely(isa, feed_forward):
     assert query <= 0.3 * document
 
 
+@functools.cache
+def long_queries_case():
+    """All tokens but the last are the query's: every row of every block is rounded twice."""
+    model = shapes.config(hidden=128, heads=4, inner=256, layers=2, head="focus")
+    tensors, tokens = shapes.weights(model), shapes.batch([1300, 700, 90])
+    types = np.zeros_like(tokens.type_ids)
+    types[tokens.cu_seqlens[1:] - 1] = 1
+    tokens = dataclasses.replace(tokens, type_ids=types)
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+def test_queries_of_any_length(isa):
+    model, tensors, tokens, expected = long_queries_case()
+    error = native.prepare(tensors, model, precision="int8", threads=2).logits(tokens) - expected
+    assert np.abs(error).max() <= 0.02
+
+
 @pytest.mark.parametrize("factor", [1, 8, 40])
 def test_wide_logits_stay_exact_with_skipping(isa, factor):
     """Query and key weights times `factor`: scores beyond the range of a fixed offset, blocks still skipped rightly."""
