@@ -7,12 +7,12 @@
 //   values         [keys / word][D] words
 
 constexpr int kLanes = 2 * W;
-constexpr int kChunk = 128;    // keys whose probabilities and values stay in the first-level cache
-constexpr int kKeysAtOnce = kRowsAtOnce >= 8 ? 8 : 4;
+constexpr int kKeysAtOnce = kTiles ? kTile : kRowsAtOnce >= 8 ? 8 : 4;
+template <class E> constexpr int kValueRow = kTiles ? kTile : kWord<E>;  // elements from one column of the values to the next
 
 template <class E>
 TR_INLINE float* panel_word(E* panel, int k, int vector) {
-    return reinterpret_cast<float*>(panel) + k * kPanel + vector * W;
+    return reinterpret_cast<float*>(panel) + (kTiles ? (k / 16 * 2 + vector) * 256 + k % 16 * 16 : k * kPanel + vector * W);
 }
 
 // Rows [0, W) of `rows` (D each) to columns: take(k, column) receives word k of all of them. Returns their squared norms.
@@ -149,7 +149,7 @@ struct LaneTile {
         }
         for (int d = 0; d < job.D; d += kKeysAtOnce) {
             float* c = context + d * kLanes;
-            block<E>(typename MakeIndices<kKeysAtOnce>::type{}, values + (static_cast<size_t>(lo / kWord<E>) * job.D + d) * kWord<E>, kWord<E>, job.D * kWord<E>,
+            block<E>(typename MakeIndices<kKeysAtOnce>::type{}, values + static_cast<size_t>(lo) * job.D + d * kValueRow<E>, kValueRow<E>, job.D * kWord<E>,
                 reinterpret_cast<const std::byte*>(probabilities), (hi - lo + kWord<E> - 1) / kWord<E>,
                 [&](int, F& x, F& y) TR_LAMBDA { x = y = set(0.0f); },
                 [&](int r, const F& x, const F& y) TR_LAMBDA {
@@ -185,10 +185,10 @@ void attend(const AttendJob& job, Scratch& s) {
     const float longest = longest_key<E>(job);
     const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
     for (int first = job.from; first < job.to; first += kLanes) {
-        LaneTile<E, exact> t{job, values, bias, longest, s.keys.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
+        LaneTile<E, exact> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
                              first, at_most(kLanes, job.to - first), false, {}, {}, {}};
         t.begin();
-        walk(t, kChunk, kLanes);
+        walk(t, kKeyChunk, kLanes);
         t.end();
     }
 }

@@ -140,3 +140,12 @@ TR_INLINE void transpose(F (&m)[16]) {
     };
     round(1), round(2), round(4), round(8);
 }
+
+// 32 columns of two rows (the second may be null: zeros) as words of two, columns 0 to 15 and 16 to 31.
+TR_INLINE void pair_rows(const bf16* even, const bf16* odd, F& left, F& right) {
+    alignas(64) uint16_t order[32];
+    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    const __m512i low = _mm512_load_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i a = even ? _mm512_loadu_si512(even) : _mm512_setzero_si512(), b = odd ? _mm512_loadu_si512(odd) : _mm512_setzero_si512();
+    left = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b)), right = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
+}

@@ -55,11 +55,10 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     if (s.cosine) low.reserve(rows * static_cast<size_t>(std::max(3 * s.C, s.geglu ? 2 * s.F : s.F)) * 4), starts.reserve(rows * sizeof(float*));
     hidden.reserve(rows * static_cast<size_t>(std::max(s.F, 2 * s.C)) * 4);
     tiles.reserve(2 * kTile * kPanel * 4);
-    this->keys.reserve(keys * D * 4);
+    queries.reserve(kTile * D * 4);
     values.reserve(keys * D * 4);
     bias.reserve((2 * keys + 4 * kTile) * 4);
-    scores.reserve(kTile * (kKeyChunk + 64) * 4);
-    probabilities.reserve(kTile * (kKeyChunk + 64) * 4);
+    probabilities.reserve(kTile * kKeyChunk * 4);
     context.reserve(kTile * D * 4);
 }
 

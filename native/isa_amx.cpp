@@ -39,10 +39,7 @@ TR_INLINE void store_tile(void* to, size_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
 }
 template <int tile>
-TR_INLINE void start_tile(bool accumulate, const void* from, size_t stride) {
-    if (accumulate) load_tile<tile>(from, stride);
-    else __asm__ volatile("tilezero %%tmm%c0" ::"i"(tile));
-}
+TR_INLINE void zero_tile() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(tile)); }
 struct Integer {
     template <int sum, int a, int b>
     static TR_INLINE void multiply() { __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b)); }
@@ -59,20 +56,14 @@ struct Left {
     size_t row, step, below;
 };
 
-// `steps` of 64 bytes of depth; ldc in bytes.
-template <class Kind, class Between>
-TR_INLINE void tile_gemm(const Left& a, int rows, const std::byte* panel, int steps, void* c, size_t ldc, bool accumulate,
-                         const Between& between) {
+// sums[r][0..31] = sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, over `steps` of 64 bytes of depth; between(i) is
+// called after each. It may read up to row 31 of `a` and write up to row 31 of `sums`.
+template <class Kind, class Sum, class Between>
+TR_INLINE void gemm(const Left& a, int rows, const std::byte* panel, int steps, Sum* sums, const Between& between) {
     const std::byte* x = static_cast<const std::byte*>(a.first);
-    std::byte* y = static_cast<std::byte*>(c);
     const bool tall = rows > 16;
     __asm__ volatile("" ::: "memory");
-    start_tile<0>(accumulate, y, ldc);
-    start_tile<1>(accumulate, y + 64, ldc);
-    if (tall) {
-        start_tile<2>(accumulate, y + 16 * ldc, ldc);
-        start_tile<3>(accumulate, y + 16 * ldc + 64, ldc);
-    }
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
     for (size_t s = 0; s < static_cast<size_t>(steps); ++s) {
         load_tile<6>(panel + s * 2048, 64);
         load_tile<4>(x + s * a.step, a.row);
@@ -86,50 +77,65 @@ TR_INLINE void tile_gemm(const Left& a, int rows, const std::byte* panel, int st
         }
         between(static_cast<int>(s));
     }
-    store_tile<0>(y, ldc);
-    store_tile<1>(y + 64, ldc);
-    if (tall) {
-        store_tile<2>(y + 16 * ldc, ldc);
-        store_tile<3>(y + 16 * ldc + 64, ldc);
+    store_tile<0>(sums, 128), store_tile<1>(sums + 16, 128);
+    if (tall) store_tile<2>(sums + 512, 128), store_tile<3>(sums + 528, 128);
+}
+TR_INLINE Left left_side(const Int8* a, int stride) { return {a, 64, 1024, 16 * static_cast<size_t>(stride)}; }
+TR_INLINE Left left_side(const bf16* a, int stride) { return {a, 2 * static_cast<size_t>(stride), 64, 32 * static_cast<size_t>(stride)}; }
+
+// block() of blocks.inl for attention, where `step` counts from 16 words to the next 16.
+template <class Op, int... r, class Start, class Finish>
+    requires(same_type<Op, bf16>)
+TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step, const std::byte* right, int words, const Start& start, const Finish& finish) {
+    constexpr int rows = sizeof...(r);
+    alignas(64) float sums[rows * kPanel];
+    const size_t bytes = 2 * static_cast<size_t>(row);
+    gemm<Brain>({a, bytes, 32 * static_cast<size_t>(step), 16 * bytes}, rows, right, (words + 15) / 16, sums, Nothing{});
+#pragma GCC unroll 2
+    for (int i = 0; i < rows; ++i) {
+        F x, y;
+        start(i, x, y);
+        finish(i, add(x, load(sums + i * kPanel)), add(y, load(sums + i * kPanel + W)));
     }
 }
 
-// c[r][0..31] (+)= sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, rows of c ldc apart. It may read up to row 31 of
-// `a` and write up to row 31 of `c`. between(i) is called after each of the steps of the depth (64 bytes of it).
-template <class Between>
-TR_INLINE void gemm(const Int8* a, int lda, int rows, const std::byte* panel, int depth, int32_t* c, int ldc, bool accumulate,
-                    const Between& between) {
-    tile_gemm<Integer>({a, 64, 1024, 16 * static_cast<size_t>(lda)}, rows, panel, depth / 64, c, static_cast<size_t>(ldc) * 4, accumulate, between);
-}
-
-template <class Between>
-TR_INLINE void gemm(const bf16* a, int lda, int rows, const std::byte* panel, int depth, float* c, int ldc, bool accumulate,
-                    const Between& between) {
-    const size_t row = static_cast<size_t>(lda) * 2;
-    tile_gemm<Brain>({a, row, 64, 16 * row}, rows, panel, depth / 32, c, static_cast<size_t>(ldc) * 4, accumulate, between);
+// The values' transpose, [keys / 32][D][32]; keys behind the last one are zero.
+TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
+    const auto row = [=](int j) { return j < n ? v + static_cast<size_t>(j) * D : nullptr; };
+    for (int j = 0; j < n; j += kTile)
+        for (int c = 0; c < D; c += 32) {
+            F left[16], right[16];
+            for (int i = 0; i < 16; ++i) pair_rows(row(j + 2 * i) ? row(j + 2 * i) + c : nullptr, row(j + 2 * i + 1) ? row(j + 2 * i + 1) + c : nullptr, left[i], right[i]);
+            transpose(left), transpose(right);
+            for (int i = 0; i < 16; ++i) {
+                float* column = reinterpret_cast<float*>(to + static_cast<size_t>(j) * D + (c + i) * kTile);
+                store(column, left[i]), store(column + 16 * 16, right[i]);
+            }
+        }
+    return to;
 }
 
 // int8 operands lie tile by tile, 16 rows x 64 bytes each: neighbouring cache lines load faster than distant ones.
 TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64; }
 TR_INLINE int int8_column(int column) { return column / 64 * 1024 + column % 64; }
 
-template <class Op> struct RawOf { using type = float; };
-template <> struct RawOf<Int8> { using type = int32_t; };
+template <class Op> struct Raw { using type = float; using kind = Brain; };
+template <> struct Raw<Int8> { using type = int32_t; using kind = Integer; };
 
 // multiply() of blocks.inl for int8 and bf16. The vector units turn one 32 x 32 tile's raw sums into values while the
 // next tile is being computed.
 template <class Op, bool fine = false, class At, class Expect = Nothing>
     requires(!same_type<Op, float>)
 TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
-    using Raw = typename RawOf<Op>::type;
-    struct Done { int panel, row, rows; const Raw* sums; } done{0, 0, 0, s.tiles.as<Raw>()};
+    using Sums = typename Raw<Op>::type;
+    struct Done { int panel, row, rows; const Sums* sums; } done{0, 0, 0, s.tiles.as<Sums>()};
     const auto drain = [&](int r0, int r1) TR_LAMBDA {
         if (r0 >= r1) return;
         const auto put = at(done.panel * kPanel);
         const float *scale = w.scale + done.panel * kPanel, *b = w.bias + done.panel * kPanel;
         const std::byte* start = w.panel(done.panel) + w.panel_bytes - kPanel * 4;  // int8 only
         for (int r = r0; r < r1; ++r) {
-            const Raw* sums = done.sums + r * kPanel;
+            const Sums* sums = done.sums + r * kPanel;
             if constexpr (fine) b = a.starts[done.row + r] + done.panel * kPanel;
             if constexpr (same_type<Op, Int8>) {
                 const F row_scale = set(a.scale[done.row + r]);
@@ -150,10 +156,10 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch
     for (int panel = 0; panel < panels; ++panel) {
         const std::byte* next = panel + 1 < panels ? w.panel(panel + 1) : after;
         for (int row = 0; row < rows; row += kTile, turn ^= 1) {
-            Raw* sums = s.tiles.as<Raw>() + turn * kTile * kPanel;
+            Sums* sums = s.tiles.as<Sums>() + turn * kTile * kPanel;
             const int count = at_most(kTile, rows - row);
             expect(panel * kPanel, row, count);
-            gemm(a.rows + static_cast<size_t>(row) * a.stride, a.stride, count, w.panel(panel), w.depth, sums, kPanel, false, [&](int i) {
+            gemm<typename Raw<Op>::kind>(left_side(a.rows + static_cast<size_t>(row) * a.stride, a.stride), count, w.panel(panel), moments, sums, [&](int i) {
                 drain(at_most(i * share, done.rows), at_most((i + 1) * share, done.rows));
                 if (!next) return;
                 for (size_t at = 0; at < stride; at += 64) prefetch(next + at);
@@ -166,7 +172,7 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch
 }
 
 #include "attention.inl"
-#include "attention_tiles.inl"
+#include "attention_lanes.inl"
 #include "kernels.inl"
 
 void configure_tiles() {

@@ -11,7 +11,6 @@ using Int8 = uint8_t;
 
 #include "avx512.inl"
 
-
 TR_INLINE void store_int8(Int8* p, F x) {
     const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
@@ -51,15 +50,11 @@ TR_INLINE int int8_column(int column) { return column; }
 
 // [pairs of keys][D] words of two.
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
-    alignas(64) uint16_t order[32];
-    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    const __m512i left = _mm512_load_si512(order), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
     for (int j = 0; j < n; j += 2)
         for (int c = 0; c < D; c += 32) {
-            const __m512i even = _mm512_loadu_si512(v + j * D + c);
-            const __m512i odd = j + 1 < n ? _mm512_loadu_si512(v + (j + 1) * D + c) : _mm512_setzero_si512();
-            _mm512_storeu_si512(to + j * D + 2 * c, _mm512_permutex2var_epi16(even, left, odd));
-            _mm512_storeu_si512(to + j * D + 2 * c + 32, _mm512_permutex2var_epi16(even, right, odd));
+            F left, right;
+            pair_rows(v + j * D + c, j + 1 < n ? v + (j + 1) * D + c : nullptr, left, right);
+            store2(reinterpret_cast<float*>(to + j * D + 2 * c), left, right);
         }
     return to;
 }

@@ -29,7 +29,7 @@ constexpr int kPanel = 32;       // output columns that a matrix product compute
 constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
 constexpr int kHeadLanes = 16;   // heads that HeadWeights hold side by side
-constexpr int kKeyChunk = 256;   // keys whose scores or probabilities an attention tile holds at once, at most
+constexpr int kKeyChunk = 128;   // keys whose probabilities and values stay in the first-level cache
 constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
 
 // Zeroed memory that only grows. Large buffers lie on huge pages where the system has them.
@@ -135,7 +135,7 @@ struct Scratch {
     Buffer low, starts;  // of fine rows: (block, out) products; (block,) pointers, see Operand
     Buffer hidden;   // (block + slack, F)
     Buffer tiles;    // two raw 32 x 32 results
-    Buffer keys, values, bias, scores, probabilities, context;  // attention, see attend()
+    Buffer queries, values, bias, probabilities, context;  // attention, see attend()
 
     void reserve(const Shape& s, int block_rows, int longest);
 };
