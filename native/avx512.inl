@@ -19,6 +19,7 @@ TR_INLINE F square_root(F a) { return _mm512_sqrt_ps(a); }
 TR_INLINE F load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+TR_INLINE F load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 TR_INLINE F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 TR_INLINE F keep_first(F a, int n, float other) {
     const auto mask = static_cast<__mmask16>(n >= W ? 0xffff : (1u << n) - 1);

@@ -4,6 +4,7 @@
 //   load_right<Op>(bytes)        words of one row of a panel
 //   dot(left, right, a, w0, w1)  adds the product of one word of `a` with W columns each to two sums
 //   first_sums<Op>(columns, start)  where sums begin; `columns`, int8 only: see Linear
+//   load(sums), store(sums, x)   W of a tile's sums in memory, read as floats
 //   kRowsAtOnce                  rows whose sums fit the registers, two of them a row
 // A word is what the instruction takes at once of one row's depth: 4 int8, 2 bf16 (or widened int8), 1 float.
 
@@ -13,16 +14,18 @@ template <int... i> struct Indices {
 template <int n, int... i> struct MakeIndices : MakeIndices<n - 1, n - 1, i...> {};
 template <int... i> struct MakeIndices<0, i...> { using type = Indices<i...>; };
 
-// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most two more. There are four
-// heights, because each is compiled for itself.
+template <class Op> constexpr bool kTiled = kTiles && !same_type<Op, float>;  // by matrix tiles: isa_amx.cpp
+
+// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most two more (matrix tiles: 31). There
+// are four heights, because each is compiled for itself.
 constexpr int kLowestTile = (kRowsAtOnce + 3) / 4;
 
-template <class Part>
+template <class Op, class Part>
 TR_INLINE void in_tiles(int rows, const Part& part) {
-    constexpr int most = kRowsAtOnce, half = most / 2, quarter = kLowestTile;
+    constexpr int most = kTiled<Op> ? kTile : kRowsAtOnce, half = most / 2, quarter = kLowestTile;
     for (int from = 0; from < rows;) {
         const int rest = rows - from;
-        if (rest > half + quarter) part(from, typename MakeIndices<most>::type{}), from += most;
+        if (kTiled<Op> || rest > half + quarter) part(from, typename MakeIndices<most>::type{}), from += most;
         else if (rest > quarter && rest != 2 * quarter) part(from, typename MakeIndices<half>::type{}), from += half;
         else if (rest > 1) part(from, typename MakeIndices<quarter>::type{}), from += quarter;
         else part(from, typename MakeIndices<1>::type{}), from += 1;
@@ -56,58 +59,63 @@ TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, 
     (finish(r, x[r], y[r]), ...);
 }
 
-// Sums of a tile of a product with weights, and where they belong.
-template <class Op>
-struct Tile {
-    const Sum<Op>* sums;  // (rows, 2)
-    int column, row, rows;
-};
+template <class Op> struct NumberOf { using type = float; };
+template <> struct NumberOf<Int8> { using type = int32_t; };
+template <class Op> using Number = typename NumberOf<Op>::type;  // of a sum in memory
+
+// The sums of one tile to `sums` (rows, 2 W). With every step of the depth `pace` bytes are fetched from `ahead` on.
+// values(from, to) is to be called for the last tile's rows, in any pieces.
+template <class Op, int... r, class Values>
+TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, int, const Linear& w, int panel, int column, Number<Op>* sums, const std::byte*& ahead,
+                        size_t pace, int last, const Values& values) {
+    const int words = w.depth / kWord<Op>;
+    Sum<Op> begin[2];
+    first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, begin);
+    block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, w.panel(panel) + column / W * kRightVector<Op>, words,
+        [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = begin[0], y = begin[1]; },
+        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { store(sums + 2 * W * i, x), store(sums + 2 * W * i + W, y); },
+        [&](int) TR_LAMBDA {
+            prefetch(ahead);
+            ahead += pace;
+        });
+    values(0, last);
+}
 
 // All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b. at(column) gives a functor put(row,
 // left, right) that receives values of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end:
 // `after`, the first of the product that follows) is fetched meanwhile, evenly, because weights come from the outer
-// caches. A tile's values are formed behind the next tile's sums, so that they wait for nothing; expect(column, row, rows)
-// is called before those.
+// caches. A tile's values are formed behind or (matrix tiles) between the next tile's sums, so that they wait for nothing;
+// expect(column, row, rows) is called before those.
 template <class Op, bool fine = false, class At, class Expect = Nothing>
 TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
-    const int words = w.depth / kWord<Op>, panels = w.out / kPanel;
-    const size_t steps = static_cast<size_t>(words * (kPanel / (2 * W)) * ((rows + kRowsAtOnce - 1) / kRowsAtOnce));
-    const size_t pace = (w.panel_bytes + steps - 1) / steps;  // bytes to fetch with each word
-    Sum<Op>* const buffer = s.tiles.as<Sum<Op>>();
-    Sum<Op>* sums = buffer;
-    Tile<Op> done{buffer, 0, 0, 0};
-    const auto values = [&]() TR_LAMBDA {
+    Number<Op>* const buffer = s.tiles.as<Number<Op>>();
+    struct { const Number<Op>* sums; int column, row, rows; } done{buffer, 0, 0, 0};
+    const auto values = [&](int from, int to) TR_LAMBDA {
+        if (from >= to) return;
         const auto put = at(done.column);
         const float *scale = w.scale + done.column, *row_scale = a.scale + done.row, *b = w.bias + done.column;
-        for (int r = 0; r < done.rows; ++r) {
+        for (int r = from; r < to; ++r) {
             if constexpr (fine) b = a.starts[done.row + r] + done.column;
-            const Sum<Op> x = done.sums[2 * r], y = done.sums[2 * r + 1];
+            const F x = load(done.sums + 2 * W * r), y = load(done.sums + 2 * W * r + W);
             if constexpr (same_type<Op, Int8>)
-                put(done.row + r, fma(mul(to_float(x), load(scale)), set(row_scale[r]), load(b)), fma(mul(to_float(y), load(scale + W)), set(row_scale[r]), load(b + W)));
+                put(done.row + r, fma(mul(x, load(scale)), set(row_scale[r]), load(b)), fma(mul(y, load(scale + W)), set(row_scale[r]), load(b + W)));
             else
                 put(done.row + r, add(x, load(b)), add(y, load(b + W)));
         }
     };
+    constexpr int height = kTiled<Op> ? kTile : kRowsAtOnce, words = kTiled<Op> ? 16 : 1;  // of a tile, of a step
+    const int panels = w.out / kPanel;
+    const size_t steps = static_cast<size_t>(w.depth / kWord<Op> / words * (kPanel / (2 * W)) * ((rows + height - 1) / height)), pace = (w.panel_bytes + steps - 1) / steps;
     for (int panel = 0; panel < panels; ++panel) {
         const std::byte* ahead = panel + 1 < panels ? w.panel(panel + 1) : after ? after : w.panel(panel);
-        for (int column = 0; column < kPanel; column += 2 * W) {
-            const std::byte* right = w.panel(panel) + column / W * kRightVector<Op>;
-            Sum<Op> start[2];
-            first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, start);
-            in_tiles(rows, [&](int row, auto indices) TR_LAMBDA {
-                sums = buffer + (sums == buffer ? 2 * kRowsAtOnce : 0);
-                expect(panel * kPanel + column, row, at_most(indices.count, rows - row));
-                block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, right, words,
-                    [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = start[0], y = start[1]; },
-                    [&](int r, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { sums[2 * r] = x, sums[2 * r + 1] = y; },
-                    [&](int) TR_LAMBDA {
-                        prefetch(ahead);
-                        ahead += pace;
-                    });
-                values();
-                done = {sums, panel * kPanel + column, row, at_most(indices.count, rows - row)};
+        for (int column = 0; column < kPanel; column += 2 * W)
+            in_tiles<Op>(rows, [&](int row, auto indices) TR_LAMBDA {
+                Number<Op>* const sums = buffer + (done.sums == buffer ? height * 2 * W : 0);
+                const int count = at_most(indices.count, rows - row);
+                expect(panel * kPanel + column, row, count);
+                sum_tile(indices, a, row, count, w, panel, column, sums, ahead, pace, done.rows, values);
+                done = {sums, panel * kPanel + column, row, count};
             });
-        }
     }
-    values();
+    values(0, done.rows);
 }

@@ -40,14 +40,11 @@ TR_INLINE void store_tile(void* to, size_t stride) {
 }
 template <int tile>
 TR_INLINE void zero_tile() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(tile)); }
-struct Integer {
-    template <int sum, int a, int b>
-    static TR_INLINE void multiply() { __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b)); }
-};
-struct Brain {
-    template <int sum, int a, int b>
-    static TR_INLINE void multiply() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b)); }
-};
+template <class Sum, int sum, int a, int b>
+TR_INLINE void multiply_tiles() {
+    if constexpr (same_type<Sum, float>) __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+    else __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+}
 
 // The left side: its first tile, the bytes between a tile's rows, from a tile to the next of the depth, and to the
 // tile 16 rows below.
@@ -56,24 +53,25 @@ struct Left {
     size_t row, step, below;
 };
 
-// sums[r][0..31] = sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, over `steps` of 64 bytes of depth; between(i) is
-// called after each. It may read up to row 31 of `a` and write up to row 31 of `sums`.
-template <class Kind, class Sum, class Between>
-TR_INLINE void gemm(const Left& a, int rows, const std::byte* panel, int steps, Sum* sums, const Between& between) {
+// sums[r][0..31] = begin[0..31] (null: 0) + sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, over `steps` of 64 bytes of
+// depth; between(i) is called after each. It may read up to row 31 of `a` and write up to row 31 of `sums`.
+template <class Sum, class Between>
+TR_INLINE void gemm(const Left& a, int rows, const std::byte* panel, int steps, const std::byte* begin, Sum* sums, const Between& between) {
     const std::byte* x = static_cast<const std::byte*>(a.first);
     const bool tall = rows > 16;
     __asm__ volatile("" ::: "memory");
-    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    if (begin) load_tile<0>(begin, 0), load_tile<1>(begin + 64, 0), load_tile<2>(begin, 0), load_tile<3>(begin + 64, 0);
+    else zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
     for (size_t s = 0; s < static_cast<size_t>(steps); ++s) {
         load_tile<6>(panel + s * 2048, 64);
         load_tile<4>(x + s * a.step, a.row);
         load_tile<7>(panel + s * 2048 + 1024, 64);
-        Kind::template multiply<0, 4, 6>();
-        Kind::template multiply<1, 4, 7>();
+        multiply_tiles<Sum, 0, 4, 6>();
+        multiply_tiles<Sum, 1, 4, 7>();
         if (tall) {
             load_tile<5>(x + s * a.step + a.below, a.row);
-            Kind::template multiply<2, 5, 6>();
-            Kind::template multiply<3, 5, 7>();
+            multiply_tiles<Sum, 2, 5, 6>();
+            multiply_tiles<Sum, 3, 5, 7>();
         }
         between(static_cast<int>(s));
     }
@@ -90,7 +88,7 @@ TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step
     constexpr int rows = sizeof...(r);
     alignas(64) float sums[rows * kPanel];
     const size_t bytes = 2 * static_cast<size_t>(row);
-    gemm<Brain>({a, bytes, 32 * static_cast<size_t>(step), 16 * bytes}, rows, right, (words + 15) / 16, sums, Nothing{});
+    gemm({a, bytes, 32 * static_cast<size_t>(step), 16 * bytes}, rows, right, (words + 15) / 16, nullptr, sums, Nothing{});
 #pragma GCC unroll 2
     for (int i = 0; i < rows; ++i) {
         F x, y;
@@ -119,56 +117,18 @@ TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
 TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64; }
 TR_INLINE int int8_column(int column) { return column / 64 * 1024 + column % 64; }
 
-template <class Op> struct Raw { using type = float; using kind = Brain; };
-template <> struct Raw<Int8> { using type = int32_t; using kind = Integer; };
-
-// multiply() of blocks.inl for int8 and bf16. The vector units turn one 32 x 32 tile's raw sums into values while the
-// next tile is being computed.
-template <class Op, bool fine = false, class At, class Expect = Nothing>
-    requires(!same_type<Op, float>)
-TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
-    using Sums = typename Raw<Op>::type;
-    struct Done { int panel, row, rows; const Sums* sums; } done{0, 0, 0, s.tiles.as<Sums>()};
-    const auto drain = [&](int r0, int r1) TR_LAMBDA {
-        if (r0 >= r1) return;
-        const auto put = at(done.panel * kPanel);
-        const float *scale = w.scale + done.panel * kPanel, *b = w.bias + done.panel * kPanel;
-        const std::byte* start = w.panel(done.panel) + w.panel_bytes - kPanel * 4;  // int8 only
-        for (int r = r0; r < r1; ++r) {
-            const Sums* sums = done.sums + r * kPanel;
-            if constexpr (fine) b = a.starts[done.row + r] + done.panel * kPanel;
-            if constexpr (same_type<Op, Int8>) {
-                const F row_scale = set(a.scale[done.row + r]);
-                const auto scaled = [&](int c) TR_LAMBDA {
-                    const F sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(sums + c), _mm512_loadu_si512(start + 4 * c)));
-                    return fma(mul(sum, load(scale + c)), row_scale, load(b + c));
-                };
-                put(done.row + r, scaled(0), scaled(W));
-            } else {
-                put(done.row + r, add(load(sums), load(b)), add(load(sums + W), load(b + W)));
-            }
-        }
-    };
-    const int moments = w.depth * static_cast<int>(sizeof(Op)) / 64, share = (kTile + moments - 1) / moments;
-    const int tiles = (rows + kTile - 1) / kTile, panels = w.out / kPanel;
-    const size_t stride = (w.panel_bytes + static_cast<size_t>(tiles * moments) - 1) / static_cast<size_t>(tiles * moments);
-    int turn = 0;
-    for (int panel = 0; panel < panels; ++panel) {
-        const std::byte* next = panel + 1 < panels ? w.panel(panel + 1) : after;
-        for (int row = 0; row < rows; row += kTile, turn ^= 1) {
-            Sums* sums = s.tiles.as<Sums>() + turn * kTile * kPanel;
-            const int count = at_most(kTile, rows - row);
-            expect(panel * kPanel, row, count);
-            gemm<typename Raw<Op>::kind>(left_side(a.rows + static_cast<size_t>(row) * a.stride, a.stride), count, w.panel(panel), moments, sums, [&](int i) {
-                drain(at_most(i * share, done.rows), at_most((i + 1) * share, done.rows));
-                if (!next) return;
-                for (size_t at = 0; at < stride; at += 64) prefetch(next + at);
-                next += stride;
-            });
-            done = {panel, row, count, sums};
-        }
-    }
-    drain(0, done.rows);
+// sum_tile() of blocks.inl. The vector units work off the last tile's values while the matrix unit forms the next sums.
+template <class Op, int... r, class Values>
+    requires kTiled<Op>
+TR_INLINE void sum_tile(Indices<r...>, const Operand<Op>& a, int row, int rows, const Linear& w, int panel, int, Number<Op>* sums, const std::byte*& ahead, size_t pace,
+                        int last, const Values& values) {
+    const std::byte *right = w.panel(panel), *begin = same_type<Op, Int8> ? right + w.panel_bytes - kPanel * 4 : nullptr;
+    const int steps = w.depth / (16 * kWord<Op>), share = (kTile + steps - 1) / steps;
+    gemm(left_side(a.rows + static_cast<size_t>(row) * a.stride, a.stride), rows, right, steps, begin, sums, [&](int i) {
+        values(at_most(i * share, last), at_most((i + 1) * share, last));
+        for (size_t at = 0; at < pace; at += 64) prefetch(ahead + at);
+        ahead += pace;
+    });
 }
 
 #include "attention.inl"

@@ -68,7 +68,8 @@ TR_INLINE Right<Op> load_right(const std::byte* p) {
     if constexpr (same_type<Op, Int8>) return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     else return load(reinterpret_cast<const float*>(p));
 }
-TR_INLINE F to_float(__m256i sum) { return _mm256_cvtepi32_ps(sum); }
+TR_INLINE F load(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+TR_INLINE void store(int32_t* p, __m256i sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sum); }
 
 TR_INLINE void dot(F& left, F& right, const float* a, F w0, F w1) {
     const F all = set(*a);

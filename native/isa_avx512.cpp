@@ -25,7 +25,7 @@ constexpr int kInt8Group = 4, kInt8Offset = 128, kRowsAtOnce = 14;  // 28 sums, 
 
 template <class Op>
 TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
-TR_INLINE F to_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
+TR_INLINE void store(int32_t* p, __m512i sum) { _mm512_storeu_si512(p, sum); }
 
 TR_INLINE void dot_int8(__m512i& sum, F a, F b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {

@@ -100,7 +100,8 @@ TR_INLINE Right<Op> load_right(const std::byte* p) {
     if constexpr (same_type<Op, Int8>) return {reinterpret_cast<const int8_t*>(p)};
     else return load(reinterpret_cast<const float*>(p));
 }
-TR_INLINE F to_float(const Integers& sum) { TR_EACH(static_cast<float>(sum.v[i])); }
+TR_INLINE F load(const int32_t* p) { TR_EACH(static_cast<float>(p[i])); }
+TR_INLINE void store(int32_t* p, const Integers& sum) { std::memcpy(p, sum.v, sizeof sum); }
 
 TR_INLINE void dot(F& left, F& right, const float* a, const F& w0, const F& w1) {
     for (int i = 0; i < W; ++i) left.v[i] += *a * w0.v[i], right.v[i] += *a * w1.v[i];
