@@ -60,6 +60,7 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     bias.reserve((2 * keys + 4 * kTile) * 4);
     probabilities.reserve(kTile * kKeyChunk * 4);
     context.reserve(kTile * D * 4);
+    if (!s.cosine) asked.reserve(static_cast<size_t>(s.H * s.C) * 4), weights.reserve(static_cast<size_t>(s.H) * keys * 4);
 }
 
 // Queries [from, to) of one head of a group's pair.

@@ -28,7 +28,7 @@ struct bf16 {
 constexpr int kPanel = 32;       // output columns that a matrix product computes together
 constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
-constexpr int kHeadLanes = 16;   // heads that HeadWeights hold side by side
+constexpr int kMostHeads = 256;
 constexpr int kKeyChunk = 128;   // keys whose probabilities and values stay in the first-level cache
 constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
 
@@ -82,17 +82,15 @@ struct Norm {
     const float *weight = nullptr, *bias = nullptr;
 };
 
-// The projection to keys or values with a head in each lane: scale and bias [H / 16][D][16], weights [H / 16][C][D][16]
-// of keys, [H / 16][D / 8][C][8][16] of values, which is how attention_first.inl reads them. 16 is kHeadLanes; lanes behind
-// the last head are zero. Weights are int8, bf16 or float as the precision is.
-struct HeadWeights {
+// A projection's weights as they were, row by row (C, C): int8, bf16 or float as the precision is.
+struct Rows {
     const void* weights = nullptr;
     const float *scale = nullptr, *bias = nullptr;
 };
 
 struct Layer {
     Linear qkv;   // columns q, k, v; q carries log2(e)/sqrt(D), so scores are in log2 units
-    HeadWeights keys, values;  // of a classifier's last layer, whose qkv has the columns of q alone
+    Rows keys, values;   // of a classifier's last layer, whose qkv has the columns of q alone
     Linear out;
     Linear up;    // GEGLU: Kernels::lanes gate columns, then as many value columns that belong to them, and so on
     Linear down;
@@ -112,7 +110,7 @@ struct Weights {
     Shape shape;
     Table words;
     const float *types = nullptr, *positions = nullptr;
-    const float* slopes = nullptr;  // (H up to whole kHeadLanes,) in log2 units; zero without ALiBi
+    const float* slopes = nullptr;  // (H,) in log2 units; zero without ALiBi
     Norm embedding_norm;
     std::vector<Layer> layers;
     Linear pooler;  // float panels, whatever the precision
@@ -135,7 +133,8 @@ struct Scratch {
     Buffer low, starts;  // of fine rows: (block, out) products; (block,) pointers, see Operand
     Buffer hidden;   // (block + slack, F)
     Buffer tiles;    // two raw 32 x 32 results
-    Buffer queries, values, bias, probabilities, context;  // attention, see attend()
+    Buffer queries, values, bias, probabilities, context;  // attention
+    Buffer asked, weights;  // attend_first(): (H, C), (H, longest)
 
     void reserve(const Shape& s, int block_rows, int longest);
 };

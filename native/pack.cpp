@@ -115,66 +115,38 @@ public:
         w.mixed = mixed && !as_given && precision == Precision::int8, w.least = precision == Precision::int8 ? least : 0.0f;
         w.in = static_cast<int>(columns[0].weight->columns);
         w.out = static_cast<int>(columns.size());
-        const size_t element = precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4;
+        const size_t element = size_of(precision);
         const int group = precision == Precision::int8 ? kernels_.int8_group : precision == Precision::bf16 ? 2 : 1;
         const bool tiles = kernels_.tiles && precision != Precision::fp32;
         w.depth = (w.in + 16 * group - 1) / (16 * group) * 16 * group;
         w.panel_bytes = static_cast<size_t>(w.depth) * kPanel * element + (precision == Precision::int8 ? kPanel * sizeof(int32_t) : 0);
         std::byte* panels = bytes(w.panel_bytes * static_cast<size_t>(w.out / kPanel));
         float *scale = floats(columns.size()), *bias = floats(columns.size());
-        std::vector<float> row(static_cast<size_t>(w.in));
-        std::vector<int8_t> small(static_cast<size_t>(w.depth), int8_t{0});
+        std::vector<std::byte> row(static_cast<size_t>(w.depth) * element);
         for (int c = 0; c < w.out; ++c) {
             const Column& column = columns[static_cast<size_t>(c)];
             std::byte* panel = panels + w.panel_bytes * static_cast<size_t>(c / kPanel);
             const int j = c % kPanel;
+            scale[c] = encode(column, precision, w.mixed, row.data());
             bias[c] = column.bias;
-            if (precision == Precision::int8) {
-                scale[c] = quantise(column, w.mixed, row, small) * column.factor;
-                int32_t sum = 0;
-                for (int k = 0; k < w.depth; ++k) {
-                    reinterpret_cast<int8_t*>(panel)[place(k, j, group, tiles)] = small[static_cast<size_t>(k)];
-                    sum += small[static_cast<size_t>(k)];
-                }
-                bias[c] += w.least * scale[c] * static_cast<float>(sum);
-                const int32_t start = (w.least != 0.0f ? 128 - kernels_.int8_offset : -kernels_.int8_offset) * sum;
-                std::memcpy(panel + static_cast<size_t>(w.depth) * kPanel + static_cast<size_t>(j) * 4, &start, 4);
-                continue;
-            }
-            widen(*column.weight, column.row, row.data());
-            for (int k = 0; k < w.in; ++k) {
-                const float value = row[static_cast<size_t>(k)] * column.factor;
-                if (precision == Precision::fp32) reinterpret_cast<float*>(panel)[place(k, j, group, tiles)] = value;
-                else reinterpret_cast<bf16*>(panel)[place(k, j, group, tiles)] = to_bf16(value);
-            }
+            for (int k = 0; k < w.depth; ++k) std::memcpy(panel + place(k, j, group, tiles) * element, row.data() + static_cast<size_t>(k) * element, element);
+            if (precision != Precision::int8) continue;
+            int32_t sum = 0;
+            for (const std::byte b : row) sum += static_cast<int8_t>(b);
+            bias[c] += w.least * scale[c] * static_cast<float>(sum);
+            const int32_t start = (w.least != 0.0f ? 128 - kernels_.int8_offset : -kernels_.int8_offset) * sum;
+            std::memcpy(panel + static_cast<size_t>(w.depth) * kPanel + static_cast<size_t>(j) * 4, &start, 4);
         }
         w.panels = panels, w.scale = scale, w.bias = bias;
         return w;
     }
     Linear linear(const std::vector<Column>& columns, bool mixed, float least = 0.0f) { return linear(columns, precision_, mixed, least); }
 
-    HeadWeights head_lanes(const std::vector<Column>& columns, int D, bool values) {
-        const int C = static_cast<int>(columns.size()), lanes = (C / D + kHeadLanes - 1) / kHeadLanes * kHeadLanes;
-        const size_t element = precision_ == Precision::int8 ? 1 : precision_ == Precision::bf16 ? 2 : 4;
-        std::byte* weights = bytes(static_cast<size_t>(C) * static_cast<size_t>(D * lanes) * element);
-        float *scale = floats(static_cast<size_t>(D * lanes)), *bias = floats(static_cast<size_t>(D * lanes));
-        std::vector<float> row(static_cast<size_t>(C));
-        std::vector<int8_t> small(row.size());
-        for (int h = 0, r = 0; r < C; ++r, h = r / D) {
-            const Column& column = columns[static_cast<size_t>(r)];
-            const int group = h / kHeadLanes, lane = h % kHeadLanes, d = r % D, at = (group * D + d) * kHeadLanes + lane;
-            bias[at] = column.bias, scale[at] = 1.0f;
-            if (precision_ == Precision::int8) scale[at] = quantise(column, false, row, small);
-            else widen(*column.weight, column.row, row.data());
-            for (int c = 0; c < C; ++c) {
-                const int block = values ? (group * D / 8 + d / 8) * C * 8 + c * 8 + d % 8 : (group * C + c) * D + d;
-                const size_t to = static_cast<size_t>(block) * kHeadLanes + static_cast<size_t>(lane);
-                const float value = row[static_cast<size_t>(c)];
-                if (precision_ == Precision::int8) reinterpret_cast<int8_t*>(weights)[to] = small[static_cast<size_t>(c)];
-                else if (precision_ == Precision::fp32) reinterpret_cast<float*>(weights)[to] = value;
-                else reinterpret_cast<bf16*>(weights)[to] = to_bf16(value);
-            }
-        }
+    Rows rows(const std::vector<Column>& columns) {
+        const size_t out = columns.size(), bytes_each = static_cast<size_t>(columns[0].weight->columns) * size_of(precision_);
+        std::byte* weights = bytes(out * bytes_each);
+        float *scale = floats(out), *bias = floats(out);
+        for (size_t r = 0; r < out; ++r) scale[r] = encode(columns[r], precision_, false, weights + r * bytes_each), bias[r] = columns[r].bias;
         return {weights, scale, bias};
     }
 
@@ -190,22 +162,32 @@ private:
         }
     }
 
-    // One weight row as int8, symmetric; rows that are int8 already and not to be mixed are taken as they are. Returns the
-    // scale.
-    static float quantise(const Column& column, bool mixed, std::vector<float>& row, std::vector<int8_t>& out) {
+    static size_t size_of(Precision precision) { return precision == Precision::int8 ? 1 : precision == Precision::bf16 ? 2 : 4; }
+
+    // A column's weights (in,) as the precision's type; returns what to multiply them by. int8 is symmetric, and rows that are
+    // int8 already and not to be mixed are taken as they are.
+    static float encode(const Column& column, Precision precision, bool mixed, std::byte* out) {
         const Tensor& t = *column.weight;
-        if (t.stored == Stored::i8 && !mixed) {
-            std::memcpy(out.data(), static_cast<const int8_t*>(t.data) + column.row * t.columns, static_cast<size_t>(t.columns));
-            return t.scale[column.row];
+        const size_t n = static_cast<size_t>(t.columns);
+        if (precision == Precision::int8 && t.stored == Stored::i8 && !mixed) {
+            std::memcpy(out, static_cast<const int8_t*>(t.data) + column.row * t.columns, n);
+            return t.scale[column.row] * column.factor;
         }
+        std::vector<float> row(n);
         widen(t, column.row, row.data());
-        const int n = static_cast<int>(row.size());
-        if (mixed) mix(row.data(), n, row.data());
+        if (precision != Precision::int8) {
+            for (size_t k = 0; k < n; ++k) {
+                if (precision == Precision::fp32) reinterpret_cast<float*>(out)[k] = row[k] * column.factor;
+                else reinterpret_cast<bf16*>(out)[k] = to_bf16(row[k] * column.factor);
+            }
+            return 1.0f;
+        }
+        if (mixed) mix(row.data(), static_cast<int>(n), row.data());
         float largest = 0.0f;
         for (const float v : row) largest = std::fabs(v) > largest ? std::fabs(v) : largest;
         const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-        for (size_t k = 0; k < row.size(); ++k) out[k] = static_cast<int8_t>(std::nearbyint(row[k] * inverse));
-        return largest / 127.0f / static_cast<float>(mixed ? mixed_groups(n) : 1);
+        for (size_t k = 0; k < n; ++k) out[k] = static_cast<std::byte>(static_cast<int8_t>(std::nearbyint(row[k] * inverse)));
+        return largest / 127.0f / static_cast<float>(mixed ? mixed_groups(static_cast<int>(n)) : 1) * column.factor;
     }
 
     // Where in a panel, in elements: see Linear.
@@ -230,7 +212,7 @@ Layer pack_layer(Packer& p, const Shape& s, const std::string& name, int lanes, 
     Layer layer;
     auto qkv = p.columns(name + ".attention.self.query", s.C, s.C, kLog2e / std::sqrt(static_cast<float>(s.D)));
     const auto keys = p.columns(name + ".attention.self.key", s.C, s.C), values = p.columns(name + ".attention.self.value", s.C, s.C);
-    if (first) layer.keys = p.head_lanes(keys, s.D, false), layer.values = p.head_lanes(values, s.D, true);
+    if (first) layer.keys = p.rows(keys), layer.values = p.rows(values);
     else append(qkv, keys), append(qkv, values);
     layer.qkv = p.linear(qkv, true);
     layer.out = p.linear(p.columns(name + ".attention.output.dense", s.C, s.C), false);
@@ -260,7 +242,7 @@ void check_shape(const Shape& s, size_t slopes) {
     expect(s.L > 0, "a positive num_hidden_layers", s.L);
     expect(s.max_length > 0, "a positive max_length", s.max_length);
     expect(s.C > 0 && s.C % 32 == 0 && s.C <= 8192, "a hidden_size that is a multiple of 32, at most 8192", s.C);
-    expect(s.H > 0 && s.C % s.H == 0, "num_attention_heads that divide the hidden size", s.H);
+    expect(s.H > 0 && s.H <= kMostHeads && s.C % s.H == 0, "num_attention_heads that divide the hidden size, at most 256", s.H);
     expect(s.D % 32 == 0 && s.D <= 128, "a head size of 32, 64, 96 or 128", s.D);
     expect(s.F > 0 && s.F % 32 == 0 && s.F <= 65536, "an intermediate_size that is a multiple of 32, at most 65536", s.F);
     expect(s.types >= 0, "a type_vocab_size of at least 0", s.types);
@@ -297,7 +279,7 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
         w.classifier_bias = *p.vector(last + ".bias", 1);
     }
     s.alibi = !slopes.empty();
-    float* log2_slopes = p.floats(static_cast<size_t>((s.H + kHeadLanes - 1) / kHeadLanes * kHeadLanes));
+    float* log2_slopes = p.floats(static_cast<size_t>(s.H));
     w.slopes = log2_slopes;
     for (const float slope : slopes) {
         if (!(slope >= 0.0f) || !std::isfinite(slope)) throw std::invalid_argument("expected finite slopes of at least 0, got " + std::to_string(slope) + " in the model's config");
