@@ -83,7 +83,7 @@ void report(const char* path, const char* isa, const std::string& precision, con
 void run(const char* path, const Case& c, const IsaRow& row, Precision kind, const std::string& precision) {
     const Kernels* kernels = row.kernels(kind, detect_features());
     if (!kernels) return;
-    Engine engine(pack(c.shape, c.slopes, c.tensors, kind, *kernels), kernels);
+    Engine engine(pack(c.shape, c.slopes, c.tensors, *kernels), kernels);
     const Batch batch{c.ids, c.types, c.offsets};
     const size_t pairs = c.expected.size();
     std::vector<float> first(pairs), out(pairs);

@@ -156,10 +156,13 @@ struct Heads {
     int capacity;
 };
 
+enum class Precision { int8, bf16, fp32 };
+
 // All functions are re-entrant. `x` is (rows, C) float; q, k, v and the attention output are float or bf16, whichever the
 // table says. A row's result depends on that row (and, in attention, its pair) alone. `types` (rows,) may be null; where
 // they are given, rows of type 0 become int8 more finely (kernels.inl, LeftSide).
 struct Kernels {
+    Precision precision;     // of the weights
     const char* gemm;        // the matrix product's instruction, for reports and tests
     size_t exchange_bytes;   // 2: q, k, v, attention output and hidden are bf16; 4: float
     bool tiles;              // int8 and bf16 weights lie in matrix tiles (see Linear)
@@ -182,9 +185,8 @@ struct Kernels {
     float (*cosine)(const Weights&, const float* x, const int32_t* types, int n, Scratch&);
 };
 
-enum class Precision { fp32, bf16, int8 };
-
-enum Feature : unsigned { kAvx2 = 1, kAvx512 = 2, kVnni = 4, kBf16 = 8, kAmx = 16, kFastBf16 = 32 };
+// Each with those before it but the last two; kVnni: AVX-512 F, DQ, BW, VL and VNNI.
+enum Feature : unsigned { kAvx2 = 1, kVnni = 2, kBf16 = 4, kFastBf16 = 8, kAmx = 16 };
 
 // One row of the instruction-set table. `kernels` gives null where the row has no such precision.
 struct IsaRow {
@@ -195,7 +197,6 @@ struct IsaRow {
 
 unsigned detect_features();             // what processor and kernel allow; asks Linux for the matrix tiles once
 const std::vector<IsaRow>& isa_table(); // best first; the last row needs nothing
-std::string feature_names(unsigned features);
 
 const Kernels* amx_kernels(Precision, unsigned);
 const Kernels* avx512_kernels(Precision, unsigned);

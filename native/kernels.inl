@@ -292,6 +292,6 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 template <class Op, class E>
 constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>,
+    return {same_type<Op, Int8> ? Precision::int8 : exact ? Precision::fp32 : Precision::bf16, name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>,
             finish_layer<Op, E>, classify, cosine};
 }

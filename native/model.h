@@ -31,7 +31,7 @@ struct Packed {
 };
 
 // Throws std::invalid_argument naming the tensor that is missing or misshapen.
-std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision, const Kernels& kernels);
+std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, const Kernels& kernels);
 
 struct AttendTask;
 

@@ -60,8 +60,7 @@ constexpr size_t kChunk = size_t{4} << 20;
 
 class Packer {
 public:
-    Packer(const Tensors& tensors, Precision precision, const Kernels& kernels, bool fine, Packed& packed)
-        : tensors_(tensors), precision_(precision), kernels_(kernels), fine_(fine), packed_(packed) {}
+    Packer(const Tensors& tensors, const Kernels& kernels, bool fine, Packed& packed) : tensors_(tensors), kernels_(kernels), fine_(fine), packed_(packed) {}
 
     const Tensor& find(const std::string& name, int64_t rows, int64_t columns) const {
         const auto it = tensors_.find(name);
@@ -140,13 +139,13 @@ public:
         w.panels = panels, w.scale = scale, w.bias = bias;
         return w;
     }
-    Linear linear(const std::vector<Column>& columns, bool mixed, float least = 0.0f) { return linear(columns, precision_, mixed, least); }
+    Linear linear(const std::vector<Column>& columns, bool mixed, float least = 0.0f) { return linear(columns, kernels_.precision, mixed, least); }
 
     Rows rows(const std::vector<Column>& columns) {
-        const size_t out = columns.size(), bytes_each = static_cast<size_t>(columns[0].weight->columns) * size_of(precision_);
+        const size_t out = columns.size(), bytes_each = static_cast<size_t>(columns[0].weight->columns) * size_of(kernels_.precision);
         std::byte* weights = bytes(out * bytes_each);
         float *scale = floats(out), *bias = floats(out);
-        for (size_t r = 0; r < out; ++r) scale[r] = encode(columns[r], precision_, false, weights + r * bytes_each), bias[r] = columns[r].bias;
+        for (size_t r = 0; r < out; ++r) scale[r] = encode(columns[r], kernels_.precision, false, weights + r * bytes_each), bias[r] = columns[r].bias;
         return {weights, scale, bias};
     }
 
@@ -198,7 +197,6 @@ private:
     }
 
     const Tensors& tensors_;
-    Precision precision_;
     const Kernels& kernels_;
     const bool fine_;  // some rows are rounded to int8 more finely, see LeftSide
     Packed& packed_;
@@ -253,18 +251,18 @@ void check_shape(const Shape& s, size_t slopes) {
 
 }  // namespace
 
-std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, Precision precision,
-                             const Kernels& kernels) {
+std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, const Kernels& kernels) {
     check_shape(shape, slopes.size());
     auto packed = std::make_unique<Packed>();
-    Packer p(tensors, precision, kernels, shape.cosine, *packed);
+    Packer p(tensors, kernels, shape.cosine, *packed);
     Weights& w = packed->weights;
     w.shape = shape;
     Shape& s = w.shape;
     const Tensor& words = p.find("embeddings.word_embeddings.weight", s.vocab, s.C);
     w.words = {words.stored, words.data, words.scale};
     if (s.types > 0) w.types = p.vector("embeddings.token_type_embeddings.weight", s.C, s.types);
-    if (s.positions > 0) w.positions = p.vector("embeddings.position_embeddings.weight", s.C, s.positions);
+    const std::string positions = "embeddings.position_embeddings.weight";
+    if (p.has(positions)) s.positions = static_cast<int>(tensors.at(positions).rows), w.positions = p.vector(positions, s.C, s.positions);
     w.embedding_norm = p.norm("embeddings.LayerNorm", s.C);
     for (int l = 0; l < s.L; ++l) w.layers.push_back(pack_layer(p, s, "encoder.layer." + std::to_string(l), kernels.lanes, !s.cosine && l == s.L - 1));
     if (s.cosine) {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from turborank.architectures.jinabert import PASSAGE
+from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
 from turborank.types import Float32, ModelConfig, PackedBatch
@@ -78,10 +78,10 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, model: Any, threads: int) -> None:
-        self._model = model
-        self.precision: str = model.precision
-        self.isa: str = model.isa
+    def __init__(self, model: Any, config: ModelConfig, precision: str, isa: str, threads: int) -> None:
+        self._model, self._width = model, config.hidden_size
+        self.precision = precision
+        self.isa = isa
         self.kernel: str = model.kernel  # the matrix product's instruction
         self.attention: str = model.attention  # element type of attention: "bf16" or "fp32"
         self.threads = threads
@@ -89,16 +89,17 @@ class NativeEngine:
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,). Raises InputError where ids, types or offsets do not fit the model."""
         try:
-            return np.asarray(self._model.logits(*_arrays(batch), self.threads))
+            return np.frombuffer(self._model.logits(*_arrays(batch), self.threads), np.float32)
         except ValueError as fault:
             raise InputError(str(fault)) from None
 
     def layers(self, batch: PackedBatch) -> list[Float32]:
         """Embeddings and each layer's output: (T, C), the last (P, C) where the head reads first tokens only."""
         try:
-            return [np.asarray(layer) for layer in self._model.layers(*_arrays(batch), self.threads)]
+            layers = self._model.layers(*_arrays(batch), self.threads)
         except ValueError as fault:
             raise InputError(str(fault)) from None
+        return [np.frombuffer(layer, np.float32).reshape(-1, self._width) for layer in layers]
 
     def spent(self) -> dict[str, float]:
         """Seconds of all threads and calls so far, by part; a matrix product counts with what is fused into it."""
@@ -119,15 +120,33 @@ def _arrays(batch: PackedBatch) -> tuple[npt.NDArray[np.int32], ...]:
 def _plain(config: ModelConfig) -> dict[str, Any]:
     """What the C++ side reads of the config."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
-             "type_vocab_size", "layer_norm_eps", "feed_forward", "head", "position_offset")  # fmt: skip
+             "type_vocab_size", "layer_norm_eps", "position_offset")  # fmt: skip
     plain: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return plain | {"slopes": [float(s) for s in config.slopes], "passage": PASSAGE}
+    plain["slopes"] = [float(s) for s in config.slopes]
+    plain["geglu"] = config.feed_forward == "geglu"
+    plain["cosine"] = config.head in COSINES
+    plain["passage"] = PASSAGE if config.head == "focus" else 0
+    return plain
 
 
 def _tensors(weights: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     """Arrays as the C++ side takes them: float32, float16, int8, or uint16 for bfloat16. A file's are not copied."""
     read = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
     return {name: np.ascontiguousarray(read(name)) for name in weights}
+
+
+def _isa(precision: str) -> str:
+    """The row of the instruction-set table that ``TURBORANK_ISA`` names, or the best one, with this precision."""
+    forced = os.environ.get(ISA_VARIABLE) or None
+    if forced is not None and forced not in isas():
+        known = ", ".join(isas())
+        raise EngineUnavailableError(f"expected {ISA_VARIABLE} to be one of {known} on this machine, got {forced!r}")
+    rows = {name: precisions(name) for name in ([forced] if forced else isas())}
+    able = [name for name, known in rows.items() if precision in known]
+    if not able:
+        known = ", ".join(dict.fromkeys(p for row in rows.values() for p in row))
+        raise EngineUnavailableError(f"expected a precision among {known} on this machine, got {precision!r}")
+    return able[0]
 
 
 def prepare(
@@ -148,18 +167,11 @@ def prepare(
         )
     if threads is not None and threads < 1:
         raise InputError(f"expected threads to be at least 1, got {threads}")
-    isa = os.environ.get(ISA_VARIABLE) or None
-    if isa is not None and isa not in isas():
-        known = ", ".join(isas())
-        raise EngineUnavailableError(f"expected {ISA_VARIABLE} to be one of {known} on this machine, got {isa!r}")
-    able = dict.fromkeys(p for row in ([isa] if isa else isas()) for p in precisions(row))
-    if precision not in able:
-        known = ", ".join(able)
-        raise EngineUnavailableError(f"expected a precision among {known} on this machine, got {precision!r}")
+    isa = _isa(precision)
     try:
         model = _native.Model(_plain(config), _tensors(weights), precision, isa)
     except ValueError as fault:
         raise CheckpointError(str(fault)) from None
     if isinstance(weights, TensorFile):
         weights.release()  # what is packed; word embeddings stay in the file and are read there
-    return NativeEngine(model, threads or default_threads())
+    return NativeEngine(model, config, precision, isa, threads or default_threads())
