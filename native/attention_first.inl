@@ -3,9 +3,6 @@
 // output is V (sum of p_j x_j) + c. So a token costs 2 H C multiplications instead of the projections' 2 C^2, in float.
 // Terms are added in an order that depends on the pair alone.
 
-template <class Op> struct HeldAs { using type = Op; };
-template <> struct HeldAs<Int8> { using type = int8_t; };
-
 // to (C,) += sum of weights[i] * rows[i]
 template <int count, class Held>
 TR_INLINE void add_rows(const Held* rows, const float* weights, int C, float* to) {
@@ -45,7 +42,7 @@ void attend_first(const Weights& w, const float* x, int n, void* out, Scratch& s
     const Layer& layer = w.layers.back();
     const auto a = put_operands<Op>(x, w.shape.C, 1, nullptr, layer.qkv, s);
     const Lap lap(s, kAttention);
-    using Held = typename HeldAs<Op>::type;
+    using Held = ForInt8<Op, int8_t, Op>;
     const Held *keys = static_cast<const Held*>(layer.keys.weights), *values = static_cast<const Held*>(layer.values.weights);
     const int C = w.shape.C, D = w.shape.D, H = w.shape.H;
     const size_t stride = static_cast<size_t>(round_up(n, kTile));

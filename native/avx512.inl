@@ -75,6 +75,9 @@ TR_INLINE void native_exp2(F (&x)[N]) {
 // The dot products are written in assembly because gcc 12 copies and spills the sums of these intrinsics.
 TR_INLINE void dot_bf16(F& sum, F a, F b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
+using Integers = __m512i;
+template <class Op>
+TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
 TR_INLINE void dot(F& left, F& right, const float* a, F w0, F w1) {
     const F all = set(*a);
     left = fma(all, w0, left), right = fma(all, w1, right);

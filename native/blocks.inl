@@ -1,12 +1,13 @@
 // Matrix products whose sums stay in registers from the first word of the depth to the finished value.
 // Needs of the instruction set's file, for each operand type Op:
-//   Sum<Op>, Right<Op>           W partial sums; W words of the right side
-//   load_right<Op>(bytes)        words of one row of a panel
+//   Integers                     W sums of int8 products
+//   load_right<Op>(bytes)        W words of one row of a panel
 //   dot(left, right, a, w0, w1)  adds the product of one word of `a` with W columns each to two sums
-//   first_sums<Op>(columns, start)  where sums begin; `columns`, int8 only: see Linear
-//   load(sums), store(sums, x)   W of a tile's sums in memory, read as floats
 //   kRowsAtOnce                  rows whose sums fit the registers, two of them a row
 // A word is what the instruction takes at once of one row's depth: 4 int8, 2 bf16 (or widened int8), 1 float.
+
+template <class Op> using Sum = ForInt8<Op, Integers, F>;
+template <class Op> using Number = ForInt8<Op, int32_t, float>;  // of a sum in memory
 
 template <int... i> struct Indices {
     static constexpr int count = sizeof...(i);
@@ -53,15 +54,16 @@ TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, 
     for (int k = 0; k < words; ++k) {
         each(k);
         const std::byte* b = right + static_cast<ptrdiff_t>(k) * kRightRow<Op>;
-        const Right<Op> w0 = load_right<Op>(b), w1 = load_right<Op>(b + kRightVector<Op>);
+        const auto w0 = load_right<Op>(b), w1 = load_right<Op>(b + kRightVector<Op>);
         (dot(x[r], y[r], a + r * row + k * step, w0, w1), ...);
     }
     (finish(r, x[r], y[r]), ...);
 }
 
-template <class Op> struct NumberOf { using type = float; };
-template <> struct NumberOf<Int8> { using type = int32_t; };
-template <class Op> using Number = typename NumberOf<Op>::type;  // of a sum in memory
+// Where an int8 operand's rows and columns lie: row by row or, for matrix tiles, in blocks of 16 rows x 64 bytes, because
+// neighbouring cache lines load faster than distant ones.
+TR_INLINE size_t int8_row(int row, int depth) { return kTiles ? static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64 : static_cast<size_t>(row) * depth; }
+TR_INLINE int int8_column(int column) { return kTiles ? column / 64 * 1024 + column % 64 : column; }
 
 // The sums of one tile to `sums` (rows, 2 W). With every step of the depth `pace` bytes are fetched from `ahead` on.
 // values(from, to) is to be called for the last tile's rows, in any pieces.
@@ -69,11 +71,11 @@ template <class Op, int... r, class Values>
 TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, int, const Linear& w, int panel, int column, Number<Op>* sums, const std::byte*& ahead,
                         size_t pace, int last, const Values& values) {
     const int words = w.depth / kWord<Op>;
-    Sum<Op> begin[2];
-    first_sums<Op>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, begin);
+    Sum<Op> begin[2] = {};
+    if (same_type<Op, Int8>) std::memcpy(begin, w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, sizeof begin);
     block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, w.panel(panel) + column / W * kRightVector<Op>, words,
         [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = begin[0], y = begin[1]; },
-        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { store(sums + 2 * W * i, x), store(sums + 2 * W * i + W, y); },
+        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { std::memcpy(sums + 2 * W * i, &x, sizeof x), std::memcpy(sums + 2 * W * i + W, &y, sizeof y); },
         [&](int) TR_LAMBDA {
             prefetch(ahead);
             ahead += pace;

@@ -11,6 +11,9 @@ TR_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 template <class A, class B> constexpr bool same_type = false;
 template <class A> constexpr bool same_type<A, A> = true;
+template <bool, class A, class B> struct ChooseType { using type = A; };
+template <class A, class B> struct ChooseType<false, A, B> { using type = B; };
+template <class Op, class Integer, class Other> using ForInt8 = typename ChooseType<same_type<Op, Int8>, Integer, Other>::type;
 
 TR_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 

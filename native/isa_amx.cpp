@@ -12,15 +12,8 @@ using Int8 = int8_t;
 
 #include "avx512.inl"
 
-template <class Op> using Sum = F;  // of the float product, which has no tiles
-template <class Op> using Right = F;
 constexpr bool kTiles = true;
 constexpr int kInt8Group = 4, kInt8Offset = 0, kRowsAtOnce = 14;
-
-template <class Op>
-TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
-template <class Op>
-TR_INLINE void first_sums(const std::byte*, F (&start)[2]) { start[0] = start[1] = set(0.0f); }
 
 #include "blocks.inl"
 
@@ -112,10 +105,6 @@ TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
         }
     return to;
 }
-
-// int8 operands lie tile by tile, 16 rows x 64 bytes each: neighbouring cache lines load faster than distant ones.
-TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64; }
-TR_INLINE int int8_column(int column) { return column / 64 * 1024 + column % 64; }
 
 // sum_tile() of blocks.inl. The vector units work off the last tile's values while the matrix unit forms the next sums.
 template <class Op, int... r, class Values>

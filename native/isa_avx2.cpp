@@ -56,20 +56,16 @@ TR_INLINE void store_int8(Int8* p, F x) {
 
 #include "common.inl"
 
-template <class Op> struct SumOf { using type = F; };
-template <> struct SumOf<Int8> { using type = __m256i; };
-template <class Op> using Sum = typename SumOf<Op>::type;
-template <class Op> using Right = Sum<Op>;
+using Integers = __m256i;
 constexpr bool kTiles = false;
 constexpr int kInt8Group = 2, kInt8Offset = 0, kRowsAtOnce = 6;  // 12 sums, two words of weights, two registers to multiply in
 
 template <class Op>
-TR_INLINE Right<Op> load_right(const std::byte* p) {
+TR_INLINE auto load_right(const std::byte* p) {
     if constexpr (same_type<Op, Int8>) return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     else return load(reinterpret_cast<const float*>(p));
 }
 TR_INLINE F load(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-TR_INLINE void store(int32_t* p, __m256i sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sum); }
 
 TR_INLINE void dot(F& left, F& right, const float* a, F w0, F w1) {
     const F all = set(*a);
@@ -83,13 +79,6 @@ TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m
             : "m"(*reinterpret_cast<const int32_t*>(a)), "x"(w0), "x"(w1));
 }
 
-template <class Op>
-TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
-    for (int i = 0; i < 2; ++i)
-        if constexpr (same_type<Op, Int8>) start[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + 32 * i));
-        else start[i] = set(0.0f);
-}
-
 // Eight rows of eight floats, transposed in place.
 TR_INLINE void transpose(F (&m)[8]) {
     F a[8], b[8];
@@ -101,10 +90,6 @@ TR_INLINE void transpose(F (&m)[8]) {
         }
     for (int i = 0; i < 4; ++i) m[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20), m[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
 }
-
-// int8 operands are row-major.
-TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row) * depth; }
-TR_INLINE int int8_column(int column) { return column; }
 
 #include "blocks.inl"
 #include "float_words.inl"

@@ -16,16 +16,8 @@ TR_INLINE void store_int8(Int8* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
 
-template <class Op> struct SumOf { using type = F; };
-template <> struct SumOf<Int8> { using type = __m512i; };
-template <class Op> using Sum = typename SumOf<Op>::type;
-template <class Op> using Right = F;  // words of whatever type
 constexpr bool kTiles = false;
 constexpr int kInt8Group = 4, kInt8Offset = 128, kRowsAtOnce = 14;  // 28 sums, two words of weights, one of activations: 31 registers
-
-template <class Op>
-TR_INLINE F load_right(const std::byte* p) { return _mm512_loadu_ps(p); }
-TR_INLINE void store(int32_t* p, __m512i sum) { _mm512_storeu_si512(p, sum); }
 
 TR_INLINE void dot_int8(__m512i& sum, F a, F b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {
@@ -33,18 +25,6 @@ TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {
     std::memcpy(&quad, a, 4);
     dot_int8(left, set(quad), w0), dot_int8(right, set(quad), w1);
 }
-
-template <class Op>
-TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
-    if constexpr (same_type<Op, Int8>)
-        for (int i = 0; i < 2; ++i) start[i] = _mm512_loadu_si512(columns + 64 * i);
-    else
-        start[0] = start[1] = set(0.0f);
-}
-
-// int8 operands are row-major.
-TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row) * depth; }
-TR_INLINE int int8_column(int column) { return column; }
 
 #include "blocks.inl"
 

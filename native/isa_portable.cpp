@@ -40,41 +40,11 @@ TR_INLINE float hmax(F a) {
     return top;
 }
 
-// p * 2^n for integral n in [-127, 127]; 2^-127 counts as zero.
-TR_INLINE F scale2(F p, F n) {
-    F r;
-    for (int i = 0; i < W; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
-        float power;
-        std::memcpy(&power, &bits, 4);
-        r.v[i] = p.v[i] * power;
-    }
-    return r;
+TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n in [-127, 127]; 2^-127 counts as zero
+    TR_EACH(p.v[i] * __builtin_bit_cast(float, static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23));
 }
-
-TR_INLINE F load(const bf16* p) {
-    F r;
-    for (int i = 0; i < W; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(p[i].bits) << 16;
-        std::memcpy(&r.v[i], &bits, 4);
-    }
-    return r;
-}
-
-TR_INLINE F load_half(const uint16_t* p) {
-    F r;
-    for (int i = 0; i < W; ++i) {
-        const uint32_t h = p[i], sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-        const uint32_t bits = rest >= 0x7c00u ? 0x7f800000u | (rest & 0x3ffu) << 13 : (rest << 13) + 0x38000000u;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        if (rest < 0x0400u) value = static_cast<float>(rest) * 5.9604644775390625e-08f;  // subnormal: units of 2^-24
-        std::memcpy(&r.v[i], &value, 4);
-        r.v[i] = sign ? -r.v[i] : r.v[i];
-    }
-    return r;
-}
-
+TR_INLINE F load(const bf16* p) { TR_EACH(to_float(p[i])); }
+TR_INLINE F load_half(const uint16_t* p) { TR_EACH(half_to_float(p[i])); }
 TR_INLINE void store_int8(Int8* p, F x) {
     const F n = round(x);
     for (int i = 0; i < W; ++i) p[i] = static_cast<Int8>(static_cast<int32_t>(n.v[i]));
@@ -88,20 +58,15 @@ struct Integers {
 struct Bytes {
     const int8_t* p;  // W columns of four
 };
-template <class Op> struct Of { using sum = F; using right = F; };
-template <> struct Of<Int8> { using sum = Integers; using right = Bytes; };
-template <class Op> using Sum = typename Of<Op>::sum;
-template <class Op> using Right = typename Of<Op>::right;
 constexpr bool kTiles = false;
 constexpr int kInt8Group = 4, kInt8Offset = 0, kRowsAtOnce = 4;
 
 template <class Op>
-TR_INLINE Right<Op> load_right(const std::byte* p) {
-    if constexpr (same_type<Op, Int8>) return {reinterpret_cast<const int8_t*>(p)};
+TR_INLINE auto load_right(const std::byte* p) {
+    if constexpr (same_type<Op, Int8>) return Bytes{reinterpret_cast<const int8_t*>(p)};
     else return load(reinterpret_cast<const float*>(p));
 }
 TR_INLINE F load(const int32_t* p) { TR_EACH(static_cast<float>(p[i])); }
-TR_INLINE void store(int32_t* p, const Integers& sum) { std::memcpy(p, sum.v, sizeof sum); }
 
 TR_INLINE void dot(F& left, F& right, const float* a, const F& w0, const F& w1) {
     for (int i = 0; i < W; ++i) left.v[i] += *a * w0.v[i], right.v[i] += *a * w1.v[i];
@@ -111,12 +76,6 @@ TR_INLINE void dot(Integers& sum, const Int8* a, Bytes w) {
 }
 TR_INLINE void dot(Integers& left, Integers& right, const Int8* a, Bytes w0, Bytes w1) { dot(left, a, w0), dot(right, a, w1); }
 
-template <class Op>
-TR_INLINE void first_sums(const std::byte* columns, Sum<Op> (&start)[2]) {
-    if constexpr (same_type<Op, Int8>) std::memcpy(start, columns, sizeof start);
-    else start[0] = start[1] = set(0.0f);
-}
-
 TR_INLINE void transpose(F (&m)[W]) {
     for (int i = 0; i < W; ++i)
         for (int j = 0; j < i; ++j) {
@@ -124,10 +83,6 @@ TR_INLINE void transpose(F (&m)[W]) {
             m[i].v[j] = m[j].v[i], m[j].v[i] = x;
         }
 }
-
-// int8 operands are row-major.
-TR_INLINE size_t int8_row(int row, int depth) { return static_cast<size_t>(row) * depth; }
-TR_INLINE int int8_column(int column) { return column; }
 
 #include "blocks.inl"
 #include "float_words.inl"

@@ -25,6 +25,13 @@ struct bf16 {
     uint16_t bits;
 };
 
+TR_INLINE float to_float(bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+TR_INLINE float half_to_float(uint16_t h) {
+    const uint32_t rest = h & 0x7fffu, bits = (rest << 13) + (rest < 0x7c00u ? 0x38000000u : 0x70000000u);
+    const float size = rest < 0x0400u ? static_cast<float>(rest) * 0x1p-24f : __builtin_bit_cast(float, bits);  // the first: subnormal
+    return h & 0x8000u ? -size : size;
+}
+
 constexpr int kPanel = 32;       // output columns that a matrix product computes together
 constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand

@@ -10,24 +10,8 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-float half_to_float(uint16_t h) {
-    const int exponent = h >> 10 & 31, fraction = h & 1023;
-    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                       : exponent     ? std::ldexp(static_cast<float>(fraction + 1024), exponent - 25)
-                                      : std::ldexp(static_cast<float>(fraction), -24);
-    return h & 0x8000 ? -size : size;
-}
-
-float to_float(bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 bf16 to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
     return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
 }
