@@ -35,15 +35,6 @@ private:
 #endif
 };
 
-// Row t becomes row from[t] <= t as it was, for all t < n; rows are whole cache lines.
-void spread(std::byte* rows, size_t bytes, const int32_t* from, int n) {
-    for (int t = n - 1; t >= 0; --t)
-        for (size_t i = 0; from[t] != t && i < bytes; i += 64)
-            std::memcpy(rows + static_cast<size_t>(t) * bytes + i, rows + static_cast<size_t>(from[t]) * bytes + i, 64);
-}
-
-std::string at_pair(int p) { return " at pair " + std::to_string(p); }
-
 }  // namespace
 
 void Scratch::reserve(const Shape& s, int block_rows, int longest) {
@@ -63,57 +54,216 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     if (!s.cosine) asked.reserve(static_cast<size_t>(s.H * s.C) * 4), weights.reserve(static_cast<size_t>(s.H) * keys * 4);
 }
 
+namespace {
+
 // Queries [from, to) of one head of a group's pair.
 struct AttendTask {
     int pair, head, from, to;
 };
 
-// Some pairs of the batch, laid end to end, with the memory for their way through the layers.
-struct Engine::Group {
+// Some pairs of the batch, laid end to end.
+struct Group {
     std::vector<int> pairs, starts;  // starts[i]: first row of pairs[i]
     int tokens = 0;
-    bool team = false;               // all threads work on it together
-    std::vector<AttendTask> attention;     // of one layer, heaviest first
+    std::vector<AttendTask> attention;  // of one layer, heaviest first
 };
 
-struct Engine::Memory {
-    Buffer x, q, k, v, attention;             // (T, C)
-    Buffer first_x, first_attention;          // (P, C), the last layer of a classifier
-    Buffer types;                             // (T,)
-    // What the embedding and the first q, k and v are made of: each (id, type) once, if a row does not depend on its
-    // place; `row` (T,) says which of those rows is token t's, never one behind it.
-    Buffer ids, kinds, positions, row;
-    int distinct = 0, capacity = 0;
-    std::vector<int32_t> seen;                // by id and type; zero between calls
+// A group's way through the layers.
+struct Memory {
+    Buffer x, q, k, v, attention;     // (T, C)
+    Buffer first_x, first_attention;  // (P, C), the last layer of a classifier
+    Buffer ids, types, positions;     // (T,)
+    int capacity = 0;
 
-    static size_t types_of(const Shape& s) { return static_cast<size_t>(std::max(s.types, 2)); }
-    int32_t& place(const Shape& s, int32_t id, int32_t type) { return seen[static_cast<size_t>(id) * types_of(s) + static_cast<size_t>(type)]; }
-
-    void reserve(const Shape& s, int tokens, int pairs, size_t element) {
-        capacity = std::max(capacity, tokens + kSlackRows);
-        const size_t wide = static_cast<size_t>(capacity) * static_cast<size_t>(s.C), few = static_cast<size_t>(pairs + kSlackRows) * static_cast<size_t>(s.C);
+    void reserve(const Shape& s, const Group& g, size_t element) {
+        capacity = std::max(capacity, g.tokens + kSlackRows);
+        const size_t C = static_cast<size_t>(s.C), wide = static_cast<size_t>(capacity) * C, few = (g.pairs.size() + kSlackRows) * C;
         x.reserve(wide * 4);
         for (Buffer* b : {&q, &k, &v, &attention}) b->reserve(wide * element);
         first_x.reserve(few * 4);
         first_attention.reserve(few * element);
-        for (Buffer* b : {&ids, &types, &kinds, &positions, &row}) b->reserve(static_cast<size_t>(capacity) * 4);
-        if (!s.positions) seen.resize(static_cast<size_t>(s.vocab) * types_of(s));
+        for (Buffer* b : {&ids, &types, &positions}) b->reserve(static_cast<size_t>(capacity) * 4);
     }
 };
 
-struct Engine::State {
-    Pool pool;
-    std::vector<Scratch> scratch;             // one a thread
-    std::vector<std::unique_ptr<Memory>> memory;  // the team's, then one a thread
-    pid_t process = getpid();
+void check(const Shape& s, const Batch& b) {
+    const auto fail = [](const std::string& what, int64_t got, const std::string& where = "") {
+        throw std::invalid_argument("expected " + what + ", got " + std::to_string(got) + where);
+    };
+    const std::string tokens = std::to_string(b.ids.size());
+    if (b.types.size() != b.ids.size()) fail("as many type_ids as input_ids (" + tokens + ")", static_cast<int64_t>(b.types.size()));
+    if (b.offsets.size() < 2) fail("cu_seqlens of at least one pair (2 numbers)", static_cast<int64_t>(b.offsets.size()));
+    if (b.offsets[0] != 0) fail("cu_seqlens to begin with 0", b.offsets[0]);
+    if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size()) fail("cu_seqlens to end with the number of tokens (" + tokens + ")", b.offsets.back());
+    const int limit = s.positions > 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
+    const int types = s.cosine ? 2 : s.types;  // a model with one segment has no use for the ids
+    for (int p = 0; p < b.pairs(); ++p) {
+        const std::string where = " at pair " + std::to_string(p);
+        const int from = b.offsets[p], to = b.offsets[p + 1];
+        if (to <= from) fail("increasing cu_seqlens (no pair is empty)", to, " after " + std::to_string(from) + where);
+        if (to > b.offsets.back()) fail("cu_seqlens of at most " + tokens, to, where);
+        if (to - from > limit) fail("at most " + std::to_string(limit) + " tokens", to - from, where);
+        bool seen[2] = {false, false};
+        for (int t = from; t < to; ++t) {
+            const int id = b.ids[t], type = b.types[t];
+            if (id < 0 || id >= s.vocab) fail("input_ids from 0 to " + std::to_string(s.vocab - 1), id, " at token " + std::to_string(t));
+            if (types > 1 && (type < 0 || type >= types)) fail("type_ids from 0 to " + std::to_string(types - 1), type, " at token " + std::to_string(t));
+            seen[type != 0] = true;
+        }
+        if (s.cosine && !(seen[0] && seen[1])) fail("tokens of type 0 and of type 1", seen[1], " alone" + where);
+    }
+}
+
+// One call: what is to be done, and the phases of a group.
+struct Call {
+    const Weights& w;
+    const Kernels& k;
+    const Batch& batch;
+    const int threads;
+    float* const logits;
+    std::vector<std::vector<float>>* const trace;
+    const Shape& s = w.shape;
+    const size_t C = static_cast<size_t>(s.C);
+
+    // Short pairs are gathered into groups for one thread each, so that their activations stay in its cache and no thread
+    // waits for another. Long pairs of like length go to one thread each, where there is one for every thread; other long
+    // ones, and what does not divide evenly, form `team`, a group for all threads.
+    void plan(Group& team, std::vector<Group>& alone) const {
+        const auto add = [&](Group& g, int p) { g.pairs.push_back(p), g.starts.push_back(g.tokens), g.tokens += batch.length(p); };
+        std::vector<int> longs;
+        for (int p = 0; p < batch.pairs(); ++p) {
+            const int n = batch.length(p);
+            if (trace || (threads > 1 && n > kAloneTokens)) {
+                longs.push_back(p);
+                continue;
+            }
+            if (alone.empty() || alone.back().tokens + n > std::max(kGroupTokens, n) || alone.back().tokens >= kGroupTokens) alone.emplace_back();
+            add(alone.back(), p);
+        }
+        if (!trace) std::stable_sort(longs.begin(), longs.end(), [&](int p, int q) { return batch.length(p) > batch.length(q); });
+        for (size_t i = 0; i < longs.size();) {
+            const size_t end = i + static_cast<size_t>(threads);
+            const int n = batch.length(longs[i]);
+            const bool alike = !trace && end <= longs.size() && n - batch.length(longs[end - 1]) <= n / kLikeLength;
+            if (alike) for (; i < end; ++i) add(alone.emplace_back(), longs[i]);
+            else add(team, longs[i++]);
+        }
+        std::stable_sort(alone.begin(), alone.end(), [](const Group& a, const Group& b) { return a.tokens > b.tokens; });
+        for (; threads > 1 && alone.size() % static_cast<size_t>(threads); alone.pop_back())
+            for (const int p : alone.back().pairs) add(team, p);
+        plan_attention(team, threads);
+        for (Group& g : alone) plan_attention(g, 1);
+    }
+
+    // Tasks of whole (pair, head)s, or of ranges of queries where that would leave threads idle.
+    void plan_attention(Group& g, int sharing) const {
+        const auto length = [&](int pair) { return batch.length(g.pairs[pair]); };
+        const int share = round_up((g.tokens * s.H + 4 * sharing - 1) / (4 * sharing), kTile);
+        for (int i = 0; i < static_cast<int>(g.pairs.size()); ++i) {
+            const int n = length(i), step = sharing == 1 ? n : std::min(kQueriesPerTask, std::max(share, 4 * kTile));
+            for (int h = 0; h < s.H; ++h)
+                for (int from = 0; from < n; from += step) g.attention.push_back({i, h, from, std::min(n, from + step)});
+        }
+        if (sharing == 1) return;
+        std::stable_sort(g.attention.begin(), g.attention.end(), [&](const AttendTask& a, const AttendTask& b) {
+            const int n = length(a.pair), m = length(b.pair);
+            return n != m ? n > m : w.slopes[a.head] < w.slopes[b.head];
+        });
+    }
+
+    void gather(const Group& g, Memory& m) const {
+        for (size_t i = 0; i < g.pairs.size(); ++i)
+            for (int t = 0; t < batch.length(g.pairs[i]); ++t) {
+                const int at = g.starts[i] + t, from = batch.offsets[g.pairs[i]] + t;
+                m.ids.as<int32_t>()[at] = batch.ids[from], m.positions.as<int32_t>()[at] = t + s.position_offset;
+                m.types.as<int32_t>()[at] = s.types > 1 || s.cosine ? batch.types[from] : 0;
+            }
+    }
+
+    AttendJob job(const Group& g, const AttendTask& task, const Memory& m) const {
+        const size_t start = static_cast<size_t>(g.starts[task.pair]), h = static_cast<size_t>(task.head), D = static_cast<size_t>(s.D);
+        const size_t row = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (start * C + h * D) * k.exchange_bytes;
+        return {m.q.as<std::byte>() + row, m.k.as<std::byte>() + row, m.v.as<std::byte>() + row, m.attention.as<std::byte>() + out,
+                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h]};
+    }
+
+    // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
+    template <class Work>
+    void each_block(Team& team, int count, int sharing, const Work& work) const {
+        const int unit = count >= 32 * sharing * k.row_tile ? k.row_tile : k.lowest_tile, units = (count + unit - 1) / unit;
+        const int blocks = std::min(units, round_up((count + k.block_rows - 1) / k.block_rows, sharing));
+        team.phase(blocks, [&](int b) {
+            const int from = units * b / blocks * unit, to = std::min(count, units * (b + 1) / blocks * unit);
+            work(from, to - from);
+        });
+    }
+
+    void note(Team& team, const Buffer& rows, size_t count) const {
+        if (trace) team.phase(1, [&](int) { trace->emplace_back(rows.as<float>(), rows.as<float>() + count * C); });
+    }
+
+    // All layers of a group, by `sharing` threads that all call this.
+    void run(const Group& g, Memory& m, Team& team, int sharing, Scratch& scratch) const {
+        const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
+        const auto x = [&](int row) { return m.x.as<float>() + static_cast<size_t>(row) * C; };
+        // Which rows are to be rounded more finely: those that the head's first mean is of.
+        const auto fine_types = [&](int row) { return s.cosine ? m.types.as<int32_t>() + row : nullptr; };
+        const auto project = [&](int l, int from, int rows) {  // q, k and v of layer l
+            if (l < whole) k.project_heads(s, w.layers[l], x(from), fine_types(from), rows, {m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity}, from, scratch);
+        };
+        each_block(team, g.tokens, sharing, [&](int from, int rows) {
+            k.embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, x(from), scratch);
+            project(0, from, rows);
+        });
+        note(team, m.x, g.tokens);
+        for (int l = 0; l < whole; ++l) {
+            team.phase(static_cast<int>(g.attention.size()), [&](int i) { k.attend(job(g, g.attention[i], m), scratch); });
+            each_block(team, g.tokens, sharing, [&](int from, int rows) {
+                const std::byte* attention = m.attention.as<std::byte>() + static_cast<size_t>(from) * C * k.exchange_bytes;
+                k.finish_layer(s, w.layers[l], attention, x(from), fine_types(from), rows, scratch);
+                project(l + 1, from, rows);
+            });
+            note(team, m.x, g.tokens);
+        }
+        if (s.cosine) score(g, m, team, scratch);
+        else classify(g, m, team, scratch);
+    }
+
+    void score(const Group& g, Memory& m, Team& team, Scratch& scratch) const {
+        team.phase(static_cast<int>(g.pairs.size()), [&](int i) {
+            const int p = g.pairs[i], start = g.starts[i];
+            logits[p] = k.cosine(w, m.x.as<float>() + static_cast<size_t>(start) * C, m.types.as<int32_t>() + start, batch.length(p), scratch);
+        });
+    }
+
+    // The last layer, for each pair's first row, and the head.
+    void classify(const Group& g, Memory& m, Team& team, Scratch& scratch) const {
+        const int pairs = static_cast<int>(g.pairs.size());
+        const auto first_x = [&](int i) { return m.first_x.as<float>() + static_cast<size_t>(i) * C; };
+        const auto attention = [&](int i) { return m.first_attention.as<std::byte>() + static_cast<size_t>(i) * C * k.exchange_bytes; };
+        team.phase(pairs, [&](int i) {
+            const float* x = m.x.as<float>() + static_cast<size_t>(g.starts[i]) * C;
+            std::copy_n(x, C, first_x(i));
+            k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
+        });
+        team.phase((pairs + kTile - 1) / kTile, [&](int b) {
+            const int from = b * kTile, count = std::min(kTile, pairs - from);
+            float found[kTile];
+            k.finish_layer(s, w.layers.back(), attention(from), first_x(from), nullptr, count, scratch);
+            k.classify(w, first_x(from), count, found, scratch);
+            for (int i = 0; i < count; ++i) logits[g.pairs[from + i]] = found[i];
+        });
+        note(team, m.first_x, g.pairs.size());
+    }
 };
 
-// One call.
-struct Engine::Run {
-    const Batch& batch;
-    float* logits;
-    std::vector<std::vector<float>>* trace;
-    int threads;
+}  // namespace
+
+struct Engine::State {
+    Pool pool;
+    std::vector<Scratch> scratch;  // one a thread
+    std::vector<Memory> memory;    // the team's, then one a thread
+    pid_t process = getpid();
 };
 
 Engine::Engine(std::unique_ptr<Packed> model, const Kernels* kernels) : model_(std::move(model)), kernels_(kernels) {}
@@ -123,205 +273,8 @@ Engine::~Engine() {
     if (state_ && state_->process != getpid()) state_.release();
 }
 
-void Engine::check(const Batch& b) const {
-    const Shape& s = shape();
-    const auto fail = [](const std::string& what) { throw std::invalid_argument(what); };
-    if (b.ids.size() != b.types.size())
-        fail("expected as many type_ids as input_ids (" + std::to_string(b.ids.size()) + "), got " + std::to_string(b.types.size()));
-    if (b.offsets.size() < 2) fail("expected cu_seqlens of at least one pair (2 numbers), got " + std::to_string(b.offsets.size()));
-    if (b.offsets[0] != 0) fail("expected cu_seqlens to begin with 0, got " + std::to_string(b.offsets[0]));
-    if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size())
-        fail("expected cu_seqlens to end with the number of tokens (" + std::to_string(b.ids.size()) + "), got " + std::to_string(b.offsets.back()));
-    const int limit = s.positions > 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
-    for (int p = 0; p < b.pairs(); ++p) {
-        if (b.offsets[p + 1] <= b.offsets[p])
-            fail("expected increasing cu_seqlens (no pair is empty), got " + std::to_string(b.offsets[p]) + " then " + std::to_string(b.offsets[p + 1]) + at_pair(p));
-        if (b.offsets[p + 1] > b.offsets.back())
-            fail("expected cu_seqlens of at most " + std::to_string(b.offsets.back()) + ", got " + std::to_string(b.offsets[p + 1]) + at_pair(p));
-        if (b.length(p) > limit) fail("expected at most " + std::to_string(limit) + " tokens, got " + std::to_string(b.length(p)) + at_pair(p));
-        bool seen[2] = {false, false};
-        for (int t = b.offsets[p]; t < b.offsets[p + 1]; ++t) {
-            const int id = b.ids[static_cast<size_t>(t)], type = b.types[static_cast<size_t>(t)];
-            if (id < 0 || id >= s.vocab)
-                fail("expected input_ids from 0 to " + std::to_string(s.vocab - 1) + ", got " + std::to_string(id) + " at token " + std::to_string(t));
-            const int types = s.cosine ? 2 : s.types;  // a model with one segment has no use for the ids
-            if (types > 1 && (type < 0 || type >= types))
-                fail("expected type_ids from 0 to " + std::to_string(types - 1) + ", got " + std::to_string(type) + " at token " + std::to_string(t));
-            seen[type != 0] = true;
-        }
-        if (s.cosine && !(seen[0] && seen[1])) fail("expected tokens of type 0 and of type 1, got only one type" + at_pair(p));
-    }
-}
-
-// Short pairs are gathered into groups for one thread each, so that their activations stay in its cache and no
-// thread waits for another. Long pairs of like length go to one thread each, where there is one for every thread; other
-// long ones, and what does not divide evenly, form one group for the whole team.
-std::vector<Engine::Group> Engine::plan(const Batch& batch, int threads, bool together) const {
-    std::vector<Group> alone, result(1);
-    const auto add = [&](Group& g, int p) {
-        g.pairs.push_back(p), g.starts.push_back(g.tokens), g.tokens += batch.length(p);
-    };
-    std::vector<int> longs;
-    for (int p = 0; p < batch.pairs(); ++p) {
-        const int n = batch.length(p);
-        if (together || (threads > 1 && n > kAloneTokens)) {
-            longs.push_back(p);
-            continue;
-        }
-        if (alone.empty() || alone.back().tokens + n > std::max(kGroupTokens, n) || alone.back().tokens >= kGroupTokens) alone.emplace_back();
-        add(alone.back(), p);
-    }
-    if (!together) std::stable_sort(longs.begin(), longs.end(), [&](int p, int q) { return batch.length(p) > batch.length(q); });
-    for (size_t i = 0; i < longs.size();) {
-        const size_t end = i + static_cast<size_t>(threads);
-        const int n = batch.length(longs[i]);
-        const bool alike = !together && end <= longs.size() && n - batch.length(longs[end - 1]) <= n / kLikeLength;
-        if (alike) for (; i < end; ++i) add(alone.emplace_back(), longs[i]);
-        else add(result[0], longs[i++]);
-    }
-    std::stable_sort(alone.begin(), alone.end(), [](const Group& a, const Group& b) { return a.tokens > b.tokens; });
-    for (; threads > 1 && alone.size() % static_cast<size_t>(threads); alone.pop_back())
-        for (const int p : alone.back().pairs) add(result[0], p);
-    result[0].team = true;
-    if (result[0].pairs.empty()) result.clear();
-    for (Group& g : alone) result.push_back(std::move(g));
-    for (Group& g : result) plan_attention(batch, g, g.team ? threads : 1);
-    return result;
-}
-
-// Tasks of whole (pair, head)s, or of ranges of queries where that would leave threads idle.
-void Engine::plan_attention(const Batch& batch, Group& g, int threads) const {
-    const int H = shape().H;
-    for (int i = 0; i < static_cast<int>(g.pairs.size()); ++i) {
-        const int n = batch.length(g.pairs[static_cast<size_t>(i)]);
-        const int share = round_up((g.tokens * H + 4 * threads - 1) / (4 * threads), kTile);
-        const int step = threads == 1 ? n : std::min(kQueriesPerTask, std::max(share, 4 * kTile));
-        for (int h = 0; h < H; ++h)
-            for (int from = 0; from < n; from += step) g.attention.push_back({i, h, from, std::min(n, from + step)});
-    }
-    if (threads == 1) return;
-    std::stable_sort(g.attention.begin(), g.attention.end(), [&](const AttendTask& a, const AttendTask& b) {
-        const int n = batch.length(g.pairs[static_cast<size_t>(a.pair)]), m = batch.length(g.pairs[static_cast<size_t>(b.pair)]);
-        return n != m ? n > m : model_->weights.slopes[a.head] < model_->weights.slopes[b.head];
-    });
-}
-
-void Engine::gather(const Batch& batch, const Group& g, Memory& m) const {
-    const Shape& s = shape();
-    int32_t *ids = m.ids.as<int32_t>(), *kinds = m.kinds.as<int32_t>();
-    const auto list = [&](bool once) {
-        m.distinct = 0;
-        for (size_t i = 0; i < g.pairs.size(); ++i)
-            for (int t = 0; t < batch.length(g.pairs[i]); ++t) {
-                const size_t from = static_cast<size_t>(batch.offsets[static_cast<size_t>(g.pairs[i])] + t);
-                const int32_t at = g.starts[i] + t, id = batch.ids[from], type = s.types > 1 || s.cosine ? batch.types[from] : 0;
-                int32_t fresh = 0, &seen = once ? m.place(s, id, type) : fresh;
-                if (seen == 0) {
-                    ids[m.distinct] = id, kinds[m.distinct] = type, m.positions.as<int32_t>()[m.distinct] = t + s.position_offset;
-                    seen = ++m.distinct;
-                }
-                m.types.as<int32_t>()[at] = type, m.row.as<int32_t>()[at] = seen - 1;
-            }
-        for (int i = 0; once && i < m.distinct; ++i) m.place(s, ids[i], kinds[i]) = 0;
-    };
-    list(!s.positions);
-    if (!s.positions && m.distinct > g.tokens / 8 * 7) list(false);  // moving the rows would cost what it saves
-}
-
-AttendJob Engine::job(const Batch& batch, const Group& g, const AttendTask& task, const Memory& m) const {
-    const Shape& s = shape();
-    const size_t i = static_cast<size_t>(task.pair), h = static_cast<size_t>(task.head), element = kernels_->exchange_bytes;
-    const size_t D = static_cast<size_t>(s.D), capacity = static_cast<size_t>(m.capacity), start = static_cast<size_t>(g.starts[i]);
-    const size_t row = (h * capacity + start) * D * element;
-    const size_t out = (start * static_cast<size_t>(s.C) + h * D) * element;
-    return {m.q.as<std::byte>() + row, m.k.as<std::byte>() + row, m.v.as<std::byte>() + row, m.attention.as<std::byte>() + out,
-            s.C, batch.length(g.pairs[i]), task.from, task.to, s.D, s.alibi, model_->weights.slopes[h]};
-}
-
-// What tells the kernels which rows are to be rounded more finely: those that the head's first mean is of.
-const int32_t* Engine::fine_types(const Buffer& types, int from) const {
-    return shape().cosine ? types.as<int32_t>() + from : nullptr;
-}
-
-// q, k and v of layer l for rows [from, from + rows), which have these types.
-void Engine::project(Memory& m, const Buffer& types, int l, int from, int rows, Scratch& scratch) const {
-    const Shape& s = shape();
-    const float* x = m.x.as<float>() + static_cast<size_t>(from) * static_cast<size_t>(s.C);
-    const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
-    kernels_->project_heads(s, model_->weights.layers[static_cast<size_t>(l)], x, fine_types(types, from), rows, heads, from, scratch);
-}
-
-void Engine::run_group(Run& run, const Group& g, Memory& m, Team& team, Scratch& scratch) const {
-    const Weights& w = model_->weights;
-    const Shape& s = w.shape;
-    const size_t C = static_cast<size_t>(s.C);
-    const int threads = g.team ? run.threads : 1, pairs = static_cast<int>(g.pairs.size());
-    // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
-    const auto each_block = [&](int count, const auto& work) {
-        const int unit = count >= 32 * threads * kernels_->row_tile ? kernels_->row_tile : kernels_->lowest_tile;
-        const int units = (count + unit - 1) / unit;
-        const int blocks = std::min(units, round_up((count + kernels_->block_rows - 1) / kernels_->block_rows, threads));
-        team.phase(blocks, [&](int b) {
-            const int from = units * b / blocks * unit, to = std::min(count, units * (b + 1) / blocks * unit);
-            work(from, to - from);
-        });
-    };
-    const auto note = [&](const Buffer& rows, int count) {
-        if (run.trace) team.phase(1, [&](int) { run.trace->emplace_back(rows.as<float>(), rows.as<float>() + static_cast<size_t>(count) * C); });
-    };
-
-    const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
-    each_block(m.distinct, [&](int from, int rows) {
-        kernels_->embed(w, m.ids.as<int32_t>() + from, m.kinds.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, m.x.as<float>() + static_cast<size_t>(from) * C, scratch);
-        if (whole) project(m, m.kinds, 0, from, rows, scratch);
-    });
-    if (m.distinct < g.tokens)
-        team.phase(3 * s.H + 1, [&](int i) {
-            const Buffer* const heads[] = {&m.q, &m.k, &m.v};
-            const size_t bytes = static_cast<size_t>(s.D) * kernels_->exchange_bytes, head = static_cast<size_t>(i % s.H) * static_cast<size_t>(m.capacity) * bytes;
-            if (i < 3 * s.H) spread(heads[i / s.H]->as<std::byte>() + head, bytes, m.row.as<int32_t>(), g.tokens);
-            else spread(m.x.as<std::byte>(), C * sizeof(float), m.row.as<int32_t>(), g.tokens);
-        });
-    note(m.x, g.tokens);
-    for (int l = 0; l < whole; ++l) {
-        team.phase(static_cast<int>(g.attention.size()), [&](int i) {
-            kernels_->attend(job(run.batch, g, g.attention[static_cast<size_t>(i)], m), scratch);
-        });
-        each_block(g.tokens, [&](int from, int rows) {
-            const size_t at = static_cast<size_t>(from) * C;
-            kernels_->finish_layer(s, w.layers[static_cast<size_t>(l)], m.attention.as<std::byte>() + at * kernels_->exchange_bytes, m.x.as<float>() + at, fine_types(m.types, from), rows, scratch);
-            if (l + 1 < whole) project(m, m.types, l + 1, from, rows, scratch);
-        });
-        note(m.x, g.tokens);
-    }
-    if (s.cosine) {
-        team.phase(pairs, [&](int i) {
-            const size_t at = static_cast<size_t>(g.starts[static_cast<size_t>(i)]);
-            const int p = g.pairs[static_cast<size_t>(i)];
-            run.logits[p] = kernels_->cosine(w, m.x.as<float>() + at * C, m.types.as<int32_t>() + at, run.batch.length(p), scratch);
-        });
-        return;
-    }
-    team.phase(pairs, [&](int i) {
-        const float* x = m.x.as<float>() + static_cast<size_t>(g.starts[static_cast<size_t>(i)]) * C;
-        const size_t to = static_cast<size_t>(i) * C;
-        std::copy_n(x, s.C, m.first_x.as<float>() + to);
-        kernels_->attend_first(w, x, run.batch.length(g.pairs[static_cast<size_t>(i)]), m.first_attention.as<std::byte>() + to * kernels_->exchange_bytes, scratch);
-    });
-    team.phase((pairs + kTile - 1) / kTile, [&](int b) {
-        const int count = std::min(kTile, pairs - b * kTile);
-        const size_t at = static_cast<size_t>(b * kTile) * C;
-        float* x = m.first_x.as<float>() + at;
-        float logits[kTile];
-        kernels_->finish_layer(s, w.layers.back(), m.first_attention.as<std::byte>() + at * kernels_->exchange_bytes, x, nullptr, count, scratch);
-        kernels_->classify(w, x, count, logits, scratch);
-        for (int i = 0; i < count; ++i) run.logits[g.pairs[static_cast<size_t>(b * kTile + i)]] = logits[i];
-    });
-    note(m.first_x, pairs);
-}
-
 void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std::vector<float>>* trace) {
-    check(batch);
+    check(shape(), batch);
     if (threads < 1) throw std::invalid_argument("expected threads of at least 1, got " + std::to_string(threads));
     threads = std::min(threads, (batch.offsets.back() + kFewestRows - 1) / kFewestRows);
     std::unique_lock<std::mutex> lock(calls_);
@@ -329,40 +282,38 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     if (!state_) state_ = std::make_unique<State>();
     State& state = *state_;
 
-    std::vector<Group> groups = plan(batch, threads, trace != nullptr);
-    int longest = 0, most = 0, pairs = 0;
+    const Call call{model_->weights, *kernels_, batch, threads, out, trace};
+    Group together;
+    std::vector<Group> alone;
+    call.plan(together, alone);
+    int longest = 0;
     for (int p = 0; p < batch.pairs(); ++p) longest = std::max(longest, batch.length(p));
     while (static_cast<int>(state.scratch.size()) < threads) state.scratch.emplace_back();
-    while (static_cast<int>(state.memory.size()) < threads + 1) state.memory.push_back(std::make_unique<Memory>());
-    for (const Group& g : groups)
-        if (!g.team) most = std::max(most, g.tokens), pairs = std::max(pairs, static_cast<int>(g.pairs.size()));
+    while (static_cast<int>(state.memory.size()) < threads + 1) state.memory.emplace_back();
     for (int i = 0; i < threads; ++i) {
-        state.scratch[static_cast<size_t>(i)].reserve(shape(), kernels_->block_rows + kernels_->row_tile, longest);
-        if (most) state.memory[static_cast<size_t>(i) + 1]->reserve(shape(), most, pairs, kernels_->exchange_bytes);
+        state.scratch[i].reserve(shape(), kernels_->block_rows + kernels_->row_tile, longest);
+        for (const Group& g : alone) state.memory[i + 1].reserve(shape(), g, kernels_->exchange_bytes);
     }
-    const bool has_team = !groups.empty() && groups[0].team;
-    if (has_team) {
-        state.memory[0]->reserve(shape(), groups[0].tokens, static_cast<int>(groups[0].pairs.size()), kernels_->exchange_bytes);
-        gather(batch, groups[0], *state.memory[0]);
+    if (together.tokens) {
+        state.memory[0].reserve(shape(), together, kernels_->exchange_bytes);
+        call.gather(together, state.memory[0]);
     }
 
-    Run run{batch, out, trace, threads};
     Team team(threads);
-    std::atomic<size_t> next{has_team ? 1u : 0u};
-    const std::function<void(int)> work = [&](int id) {
+    std::atomic<size_t> next{0};
+    state.pool.run(threads, [&](int id) {
         const FloatMode mode;
         kernels_->enter();
-        Scratch& scratch = state.scratch[static_cast<size_t>(id)];
-        if (has_team) run_group(run, groups[0], *state.memory[0], team, scratch);
+        Scratch& scratch = state.scratch[id];
+        if (together.tokens) call.run(together, state.memory[0], team, threads, scratch);
         Team self(1);
-        Memory& own = *state.memory[static_cast<size_t>(id) + 1];
-        for (size_t g; (g = next.fetch_add(1)) < groups.size();) {
-            gather(batch, groups[g], own);
-            run_group(run, groups[g], own, self, scratch);
+        Memory& own = state.memory[id + 1];
+        for (size_t g; (g = next.fetch_add(1)) < alone.size();) {
+            call.gather(alone[g], own);
+            call.run(alone[g], own, self, 1, scratch);
         }
         kernels_->leave();
-    };
-    state.pool.run(threads, work);
+    });
 }
 
 std::array<double, kParts> Engine::spent() {
@@ -370,7 +321,7 @@ std::array<double, kParts> Engine::spent() {
     std::array<double, kParts> total{};
     if (!state_) return total;
     for (const Scratch& scratch : state_->scratch)
-        for (int part = 0; part < kParts; ++part) total[static_cast<size_t>(part)] += 1e-9 * static_cast<double>(scratch.spent[part]);
+        for (size_t part = 0; part < kParts; ++part) total[part] += 1e-9 * static_cast<double>(scratch.spent[part]);
     return total;
 }
 

@@ -33,8 +33,6 @@ struct Packed {
 // Throws std::invalid_argument naming the tensor that is missing or misshapen.
 std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, const Kernels& kernels);
 
-struct AttendTask;
-
 struct Batch {
     std::span<const int32_t> ids, types;  // (T,)
     std::span<const int32_t> offsets;     // (P+1,)
@@ -58,19 +56,7 @@ public:
     const Kernels& kernels() const { return *kernels_; }
 
 private:
-    struct Group;
-    struct Memory;
-    struct Run;
     struct State;
-    void check(const Batch& batch) const;
-    std::vector<Group> plan(const Batch& batch, int threads, bool together) const;
-    void plan_attention(const Batch& batch, Group& group, int threads) const;
-    AttendJob job(const Batch& batch, const Group& group, const AttendTask& task, const Memory& memory) const;
-    void gather(const Batch& batch, const Group& group, Memory& memory) const;
-    const int32_t* fine_types(const Buffer& types, int from) const;
-    void project(Memory& memory, const Buffer& types, int layer, int from, int rows, Scratch& scratch) const;
-    void run_group(Run& run, const Group& group, Memory& memory, Team& team, Scratch& scratch) const;
-
     std::unique_ptr<Packed> model_;
     const Kernels* kernels_;
     std::mutex calls_;
