@@ -30,8 +30,8 @@ float soften(float* scores, int n) {
     for (int j = 0; j < n; j += W) top = vmax(top, keep_first(load(scores + j), n - j, -3.0e38f));
     const F largest = set(hmax(top));
     for (int j = 0; j < n; j += W) {
-        const F p = keep_first(exp2<exact>(sub(load(scores + j), largest)), n - j, 0.0f);
-        mass = add(mass, p);
+        const F p = keep_first(exp2<exact>(load(scores + j) - largest), n - j, 0.0f);
+        mass = mass + p;
         store(scores + j, p);
     }
     return hsum(mass);

@@ -28,7 +28,7 @@ TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
             squares = add_squares<E>(m[i], squares), others = add_squares<E>(m[i + 1], others);
         }
     }
-    return add(squares, others);
+    return squares + others;
 }
 
 template <class E>
@@ -78,7 +78,7 @@ struct LaneTile {
             reinterpret_cast<const std::byte*>(queries), job.D / kWord<E>,
             [&](int r, F& x, F& y) TR_LAMBDA {
                 x = load(bias + (first - j - r)), y = load(bias + (first - j - r) + W);
-                if (shifted) x = sub(x, t0), y = sub(y, t1);
+                if (shifted) x = x - t0, y = y - t1;
             }, take);
     }
 
@@ -94,11 +94,11 @@ struct LaneTile {
             const F old = load(top + v * W), now = fresh ? found[v] : vmax(old, found[v]);
             store(top + v * W, now);
             if (fresh) continue;
-            const F factor = exp2<true>(sub(old, now));
-            store(mass + v * W, mul(load(mass + v * W), factor));
+            const F factor = exp2<true>(old - now);
+            store(mass + v * W, load(mass + v * W) * factor);
             for (int d = 0; d < job.D; ++d) {
                 float* c = context + d * kLanes + v * W;
-                store(c, mul(load(c), factor));
+                store(c, load(c) * factor);
             }
         }
     }
@@ -121,7 +121,7 @@ struct LaneTile {
             } else {
                 F all[4] = {even[0], even[1], odd[0], odd[1]};
                 exp2<exact>(all);
-                s0 = add(s0, add(all[0], all[2])), s1 = add(s1, add(all[1], all[3]));
+                s0 = s0 + (all[0] + all[2]), s1 = s1 + (all[1] + all[3]);
                 for (int i = 0; i < 4; ++i) store(panel_word(probabilities, k + i / 2, i % 2), all[i]);
             }
         });
@@ -133,8 +133,8 @@ struct LaneTile {
         int j = lo;
         for (; j + kKeysAtOnce <= hi; j += kKeysAtOnce) exponentiate<shifted, deep, false>(j, lo, hi, s0, s1);
         if (j < hi) exponentiate<shifted, deep, true>(j, lo, hi, s0, s1);
-        store(mass, fresh ? s0 : add(load(mass), s0));
-        store(mass + W, fresh ? s1 : add(load(mass + W), s1));
+        store(mass, fresh ? s0 : load(mass) + s0);
+        store(mass + W, fresh ? s1 : load(mass + W) + s1);
     }
 
     void visit(int lo, int hi, bool fresh) {
@@ -155,7 +155,7 @@ struct LaneTile {
                 [&](int r, const F& x, const F& y) TR_LAMBDA {
                     float* to = c + r * kLanes;
                     if (fresh) store(to, x), store(to + W, y);
-                    else store(to, add(x, load(to))), store(to + W, add(y, load(to + W)));
+                    else store(to, x + load(to)), store(to + W, y + load(to + W));
                 });
         }
     }
@@ -163,12 +163,12 @@ struct LaneTile {
     TR_INLINE void end() const {
         E* out = static_cast<E*>(job.out) + static_cast<size_t>(first) * job.out_stride;
         for (int v = 0; v < 2; ++v) {
-            const F inverse = div(set(1.0f), load(mass + v * W));
+            const F inverse = set(1.0f) / load(mass + v * W);
             for (int k = 0; k < job.D / kWord<E>; k += W) {
                 F m[W];
                 for (int i = 0; i < W; ++i) {
                     const float* c = context + (k + i) * kWord<E> * kLanes + v * W;
-                    m[i] = to_word<E>(mul(load(c), inverse), mul(load(c + (kWord<E> - 1) * kLanes), inverse));
+                    m[i] = to_word<E>(load(c) * inverse, load(c + (kWord<E> - 1) * kLanes) * inverse);
                 }
                 transpose(m);
                 for (int i = 0; i < W && v * W + i < rows; ++i) store(reinterpret_cast<float*>(out + (v * W + i) * job.out_stride + k * kWord<E>), m[i]);

@@ -6,10 +6,6 @@ using F = __m512;
 TR_INLINE F set(float x) { return _mm512_set1_ps(x); }
 TR_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 TR_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
-TR_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
-TR_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-TR_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-TR_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 TR_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 TR_INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
@@ -39,19 +35,17 @@ TR_INLINE void store(bf16* p, F x) {
 // One whole cache line: a load that follows finds it in one piece.
 TR_INLINE void store2(bf16* p, F a, F b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))); }
 
-// Without its sign, a bf16 is ordered as an integer; those with one count as negative.
-template <bool signs>
-float largest_bf16(const bf16* row, int n) {
+// largest() of common.inl. Without its sign, a bf16 is ordered as an integer; those with one count as negative.
+template <bool sizes>
+float largest(const bf16* row, int n) {
     __m512i top = _mm512_setzero_si512();
     for (int c = 0; c < n; c += 32) {
         const __m512i x = _mm512_loadu_si512(row + c);
-        top = _mm512_max_epi16(top, signs ? x : _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
+        top = _mm512_max_epi16(top, sizes ? _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)) : x);
     }
     const __m512i high = _mm512_and_si512(top, _mm512_set1_epi32(static_cast<int>(0xffff0000))), low = _mm512_slli_epi32(top, 16);
     return hmax(vmax(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
 }
-[[maybe_unused]] float largest_size(const bf16* row, int n) { return largest_bf16<false>(row, n); }
-[[maybe_unused]] float largest_value(const bf16* row, int n) { return largest_bf16<true>(row, n); }
 
 // 2^x by its floor and fraction, one instruction each; the polynomials are minimax fits on [0, 1). Step by step for all
 // of them, because the processor looks ahead less far than one chain of these instructions is long.
@@ -110,7 +104,7 @@ TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N]) 
     const __m512i low = _mm512_load_si512(kAbove), high = _mm512_load_si512(kAbove + 32);
     // The last 16 bits of x + 127 + 1.5 * 2^16 count 128ths.
     const auto bits = [](F x) __attribute__((always_inline)) {
-        return _mm512_castps_si512(add(deep ? vmax(x, set(-kDeep)) : x, set(127.0f + 98304.0f)));
+        return _mm512_castps_si512((deep ? vmax(x, set(-kDeep)) : x) + set(127.0f + 98304.0f));
     };
     __m512i both[N];
     for (int i = 0; i < N; ++i) both[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, bits(even[i]), _mm512_slli_epi32(bits(odd[i]), 16));

@@ -100,9 +100,9 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch
             if constexpr (fine) b = a.starts[done.row + r] + done.column;
             const F x = load(done.sums + 2 * W * r), y = load(done.sums + 2 * W * r + W);
             if constexpr (same_type<Op, Int8>)
-                put(done.row + r, fma(mul(x, load(scale)), set(row_scale[r]), load(b)), fma(mul(y, load(scale + W)), set(row_scale[r]), load(b + W)));
+                put(done.row + r, fma(x * load(scale), set(row_scale[r]), load(b)), fma(y * load(scale + W), set(row_scale[r]), load(b + W)));
             else
-                put(done.row + r, add(x, load(b)), add(y, load(b + W)));
+                put(done.row + r, x + load(b), y + load(b + W));
         }
     };
     constexpr int height = kTiled<Op> ? kTile : kRowsAtOnce, words = kTiled<Op> ? 16 : 1;  // of a tile, of a step

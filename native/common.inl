@@ -42,17 +42,11 @@ TR_INLINE void store2(float* p, F a, F b) {
     store(p + W, b);
 }
 
-// The largest |x| of a row; the largest x, or 0 if all are below.
-template <class E>
-float largest_size(const E* row, int n) {
+// The largest |x| of a row or, without `sizes`, the largest x, at least 0.
+template <bool sizes, class E>
+float largest(const E* row, int n) {
     F top = set(0.0f);
-    for (int c = 0; c < n; c += W) top = vmax(top, vabs(load(row + c)));
-    return hmax(top);
-}
-template <class E>
-float largest_value(const E* row, int n) {
-    F top = set(0.0f);
-    for (int c = 0; c < n; c += W) top = vmax(top, load(row + c));
+    for (int c = 0; c < n; c += W) top = vmax(top, sizes ? vabs(load(row + c)) : load(row + c));
     return hmax(top);
 }
 
@@ -70,7 +64,7 @@ TR_INLINE void exp2(F (&x)[N]) {
     for (F& v : x) {
         v = vmin(vmax(v, set(-127.0f)), set(127.0f));
         const F n = round(v);
-        v = scale2(exact ? horner(sub(v, n), fine) : horner(sub(v, n), fast), n);
+        v = scale2(exact ? horner(v - n, fine) : horner(v - n, fast), n);
     }
 #endif
 }
@@ -87,30 +81,30 @@ template <bool exact>
 TR_INLINE F gelu(F x) {
     if constexpr (exact) {
         static constexpr float c[] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f, 1.061405429f};
-        const F size = vabs(x), z = mul(size, set(0.70710678118654752f));
-        const F t = div(set(1.0f), fma(set(0.3275911f), z, set(1.0f)));
-        const F tail = mul(mul(horner(t, c), t), exp2<true>(mul(mul(z, z), set(-kLog2e))));
-        return sub(vmax(x, set(0.0f)), mul(mul(size, set(0.5f)), tail));
+        const F size = vabs(x), z = size * set(0.70710678118654752f);
+        const F t = set(1.0f) / fma(set(0.3275911f), z, set(1.0f));
+        const F tail = horner(t, c) * t * exp2<true>(z * z * set(-kLog2e));
+        return vmax(x, set(0.0f)) - size * set(0.5f) * tail;
     } else {
         static constexpr float c[] = {0.39647507667541504f, -0.0625876858830452f, 0.007848686538636684f,
                                       -0.0006175001035444438f, 2.688863969524391e-05f, -4.899703185401449e-07f};
         const F z = vmin(vmax(x, set(-3.7f)), set(3.7f));
-        return mul(x, fma(z, horner(mul(z, z), c), set(0.5f)));
+        return x * fma(z, horner(z * z, c), set(0.5f));
     }
 }
 
 TR_INLINE F tanh_of(F x) {
-    const F e = exp2<true>(mul(vmin(vmax(x, set(-20.0f)), set(20.0f)), set(2 * kLog2e)));
-    return sub(set(1.0f), div(set(2.0f), add(e, set(1.0f))));
+    const F e = exp2<true>(vmin(vmax(x, set(-20.0f)), set(20.0f)) * set(2 * kLog2e));
+    return set(1.0f) - set(2.0f) / (e + set(1.0f));
 }
 
 // The left side of a product; the last four are of int8 only. A row of the product begins at `starts` [row] (columns,), the
-// bias where there are none; what rounding left of the `fine` rows lies from row `rest` on (LeftSide).
+// bias where there are none; what rounding left of the `fine` rows lies from row `rest` on (put_operands).
 template <class Op>
 struct Operand {
     const Op* rows;
     int stride;
-    const float* scale;  // one a row
+    const float* scale = nullptr;  // one a row
     const float* const* starts = nullptr;
     int fine = 0, rest = 0;
 };

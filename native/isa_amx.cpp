@@ -86,7 +86,7 @@ TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step
     for (int i = 0; i < rows; ++i) {
         F x, y;
         start(i, x, y);
-        finish(i, add(x, load(sums + i * kPanel)), add(y, load(sums + i * kPanel + W)));
+        finish(i, x + load(sums + i * kPanel), y + load(sums + i * kPanel + W));
     }
 }
 

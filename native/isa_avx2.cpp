@@ -14,10 +14,6 @@ using Int8 = int16_t;
 TR_INLINE F set(float x) { return _mm256_set1_ps(x); }
 TR_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 TR_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
-TR_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
-TR_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
-TR_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-TR_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 TR_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 TR_INLINE F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm256_min_ps(a, b); }
@@ -33,7 +29,7 @@ TR_INLINE F load(const bf16* p) {
 TR_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n in [-127, 127]; 2^-127 counts as zero
     const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return mul(p, _mm256_castsi256_ps(power));
+    return p * _mm256_castsi256_ps(power);
 }
 TR_INLINE F keep_first(F a, int n, float other) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -18,10 +18,10 @@ using Int8 = int8_t;
 TR_INLINE F set(float x) { TR_EACH(x); }
 TR_INLINE F load(const float* p) { TR_EACH(p[i]); }
 TR_INLINE void store(float* p, F x) { for (int i = 0; i < W; ++i) p[i] = x.v[i]; }
-TR_INLINE F add(F a, F b) { TR_EACH(a.v[i] + b.v[i]); }
-TR_INLINE F sub(F a, F b) { TR_EACH(a.v[i] - b.v[i]); }
-TR_INLINE F mul(F a, F b) { TR_EACH(a.v[i] * b.v[i]); }
-TR_INLINE F div(F a, F b) { TR_EACH(a.v[i] / b.v[i]); }
+TR_INLINE F operator+(F a, F b) { TR_EACH(a.v[i] + b.v[i]); }
+TR_INLINE F operator-(F a, F b) { TR_EACH(a.v[i] - b.v[i]); }
+TR_INLINE F operator*(F a, F b) { TR_EACH(a.v[i] * b.v[i]); }
+TR_INLINE F operator/(F a, F b) { TR_EACH(a.v[i] / b.v[i]); }
 TR_INLINE F fma(F a, F b, F c) { TR_EACH(a.v[i] * b.v[i] + c.v[i]); }
 TR_INLINE F vmax(F a, F b) { TR_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 TR_INLINE F vmin(F a, F b) { TR_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }

@@ -167,7 +167,7 @@ enum class Precision { int8, bf16, fp32 };
 
 // All functions are re-entrant. `x` is (rows, C) float; q, k, v and the attention output are float or bf16, whichever the
 // table says. A row's result depends on that row (and, in attention, its pair) alone. `types` (rows,) may be null; where
-// they are given, rows of type 0 become int8 more finely (kernels.inl, LeftSide).
+// they are given, rows of type 0 become int8 more finely (kernels.inl, put_operands).
 struct Kernels {
     Precision precision;     // of the weights
     const char* gemm;        // the matrix product's instruction, for reports and tests

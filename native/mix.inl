@@ -22,7 +22,7 @@ TR_INLINE void hadamard(const float* row, int n, float* to) {
                 for (int g = 0; g < groups; ++g)
                     if (!(g & bit)) {
                         const F a = x[g], b = x[g + bit];
-                        x[g] = add(a, b), x[g + bit] = sub(a, b);
+                        x[g] = a + b, x[g + bit] = a - b;
                     }
             for (int g = 0; g < groups; ++g) store(to + c + g * kMixedChannels, x[g]);
         }
@@ -39,7 +39,7 @@ TR_INLINE void mix(const float* row, int n, float* to) {
     for (int from = 0; from < n; from += 3 * size)
         for (int c = from; c < from + size; c += W) {
             const F x = load(to + c), y = load(to + c + size), z = load(to + c + 2 * size);
-            const F shift = mul(add(add(x, y), z), set(2.0f / 3.0f));
-            store(to + c, sub(x, shift)), store(to + c + size, sub(y, shift)), store(to + c + 2 * size, sub(z, shift));
+            const F shift = (x + y + z) * set(2.0f / 3.0f);
+            store(to + c, x - shift), store(to + c + size, y - shift), store(to + c + 2 * size, z - shift);
         }
 }

@@ -26,9 +26,6 @@ constexpr int W = 1;
 float set(float x) { return x; }
 float load(const float* p) { return *p; }
 void store(float* p, float x) { *p = x; }
-float add(float a, float b) { return a + b; }
-float sub(float a, float b) { return a - b; }
-float mul(float a, float b) { return a * b; }
 #include "mix.inl"
 
 constexpr float kLeastGelu = -0.171875f;  // gelu(-0.75) is -0.16997; the fast one may be 5e-4 below
@@ -182,7 +179,7 @@ private:
 
     const Tensors& tensors_;
     const Kernels& kernels_;
-    const bool fine_;  // some rows are rounded to int8 more finely, see LeftSide
+    const bool fine_;  // some rows are rounded to int8 more finely, see put_operands
     Packed& packed_;
     size_t used_ = 0;
 };
