@@ -119,10 +119,9 @@ struct LaneTile {
                 add_words(words[0], s0), add_words(words[1], s1);
                 for (int v = 0; v < 2; ++v) store(panel_word(probabilities, k, v), words[v]);
             } else {
-                F all[4] = {even[0], even[1], odd[0], odd[1]};
-                exp2<exact>(all);
-                s0 = s0 + (all[0] + all[2]), s1 = s1 + (all[1] + all[3]);
-                for (int i = 0; i < 4; ++i) store(panel_word(probabilities, k + i / 2, i % 2), all[i]);
+                for (F* x : {even, odd}) x[0] = exp2<exact>(x[0]), x[1] = exp2<exact>(x[1]);
+                s0 = s0 + (even[0] + odd[0]), s1 = s1 + (even[1] + odd[1]);
+                for (int v = 0; v < 2; ++v) store(panel_word(probabilities, k, v), even[v]), store(panel_word(probabilities, k + 1, v), odd[v]);
             }
         });
     }

@@ -11,6 +11,7 @@ TR_INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
 TR_INLINE F vabs(F a) { return _mm512_abs_ps(a); }
 TR_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+TR_INLINE F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }  // p * 2^n for integral n
 TR_INLINE F square_root(F a) { return _mm512_sqrt_ps(a); }
 TR_INLINE F load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -45,23 +46,6 @@ float largest(const bf16* row, int n) {
     }
     const __m512i high = _mm512_and_si512(top, _mm512_set1_epi32(static_cast<int>(0xffff0000))), low = _mm512_slli_epi32(top, 16);
     return hmax(vmax(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
-}
-
-// 2^x by its floor and fraction, one instruction each; the polynomials are minimax fits on [0, 1). Step by step for all
-// of them, because the processor looks ahead less far than one chain of these instructions is long.
-#define TR_HAS_EXP2
-template <bool exact, int N>
-TR_INLINE void native_exp2(F (&x)[N]) {
-    static constexpr int degree = exact ? 5 : 3;
-    static constexpr float fast[] = {0.9999251961708069f, 0.6958335041999817f, 0.2260671705007553f, 0.07802452147006989f};
-    static constexpr float fine[] = {0.9999999403953552f,  0.6931530833244324f,   0.24015361070632935f,
-                                     0.05582631751894951f, 0.008989340625703335f, 0.0018775766948238015f};
-    const float* const c = exact ? fine : fast;
-    F fraction[N], y[N];
-    for (int i = 0; i < N; ++i) fraction[i] = _mm512_reduce_ps(x[i], 0x09), y[i] = set(c[degree]);
-    for (int k = degree - 1; k >= 0; --k)
-        for (int i = 0; i < N; ++i) y[i] = fma(y[i], fraction[i], set(c[k]));
-    for (int i = 0; i < N; ++i) x[i] = _mm512_scalef_ps(y[i], x[i]);
 }
 
 #include "common.inl"

@@ -1,5 +1,5 @@
 // Arithmetic that every instruction set shares, written against its vector F of W floats.
-// Included inside an anonymous namespace. No std:: templates here: see TR_INLINE in kernels.h.
+// Included inside an anonymous namespace. No functions of std:: here: see TR_INLINE in kernels.h.
 
 #define TR_LAMBDA __attribute__((always_inline))
 
@@ -7,13 +7,9 @@ constexpr float kLog2e = 1.44269504088896341f;
 
 TR_INLINE int at_most(int a, int b) { return a < b ? a : b; }
 TR_INLINE int at_least(int a, int b) { return a > b ? a : b; }
-TR_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-template <class A, class B> constexpr bool same_type = false;
-template <class A> constexpr bool same_type<A, A> = true;
-template <bool, class A, class B> struct ChooseType { using type = A; };
-template <class A, class B> struct ChooseType<false, A, B> { using type = B; };
-template <class Op, class Integer, class Other> using ForInt8 = typename ChooseType<same_type<Op, Int8>, Integer, Other>::type;
+template <class A, class B> constexpr bool same_type = std::is_same_v<A, B>;
+template <class Op, class Integer, class Other> using ForInt8 = std::conditional_t<same_type<Op, Int8>, Integer, Other>;
 
 TR_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
@@ -53,26 +49,13 @@ float largest(const E* row, int n) {
 #include "mix.inl"
 
 // 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [-1/2, 1/2].
-template <bool exact, int N>
-TR_INLINE void exp2(F (&x)[N]) {
-#ifdef TR_HAS_EXP2
-    native_exp2<exact>(x);
-#else
+template <bool exact>
+TR_INLINE F exp2(F x) {
     static constexpr float fast[] = {0.9999280571937561f, 0.6932609677314758f, 0.2426111400127411f, 0.0551716685295105f};
     static constexpr float fine[] = {1.0000001192092896f,   0.6931469440460205f,  0.24022120237350464f,
                                      0.05550713092088699f, 0.009675541892647743f, 0.001327647129073739f};
-    for (F& v : x) {
-        v = vmin(vmax(v, set(-127.0f)), set(127.0f));
-        const F n = round(v);
-        v = scale2(exact ? horner(v - n, fine) : horner(v - n, fast), n);
-    }
-#endif
-}
-template <bool exact>
-TR_INLINE F exp2(F x) {
-    F one[1] = {x};
-    exp2<exact>(one);
-    return one[0];
+    const F n = round(x);
+    return scale2(exact ? horner(x - n, fine) : horner(x - n, fast), n);
 }
 
 // x Phi(x). Exact: erfc by Abramowitz & Stegun 7.1.26 (1.5e-7). Fast: an odd polynomial for Phi on [-3.7, 3.7], which

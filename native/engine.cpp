@@ -18,19 +18,13 @@ constexpr int kLikeLength = 64;     // pairs of like length differ by less than 
 constexpr int kQueriesPerTask = 2048;
 constexpr int kFewestRows = 8;        // for a thread: fewer are not worth waking it
 
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
 // Denormals count as zero while the kernels run, and rounding is to nearest; the caller's mode comes back afterwards.
-class FloatMode {
-public:
+struct FloatMode {
 #if defined(__SSE__)
-    FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
-    ~FloatMode() { _mm_setcsr(saved_); }
-
-private:
-    unsigned saved_;
+    const unsigned saved = _mm_getcsr();
+    FloatMode() { _mm_setcsr(0x9fc0); }
+    ~FloatMode() { _mm_setcsr(saved); }
 #else
-    FloatMode() {}
     ~FloatMode() {}
 #endif
 };

@@ -27,9 +27,9 @@ TR_INLINE F load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
 TR_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n in [-127, 127]; 2^-127 counts as zero
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return p * _mm256_castsi256_ps(power);
+TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n; 2^-127 counts as zero
+    const __m256i whole = _mm256_cvtps_epi32(vmin(vmax(n, set(-127.0f)), set(127.0f)));
+    return p * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(127)), 23));
 }
 TR_INLINE F keep_first(F a, int n, float other) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -40,8 +40,9 @@ TR_INLINE float hmax(F a) {
     return top;
 }
 
-TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n in [-127, 127]; 2^-127 counts as zero
-    TR_EACH(p.v[i] * __builtin_bit_cast(float, static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23));
+TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n; 2^-127 counts as zero
+    const F whole = vmin(vmax(n, set(-127.0f)), set(127.0f));
+    TR_EACH(p.v[i] * __builtin_bit_cast(float, static_cast<uint32_t>(static_cast<int32_t>(whole.v[i]) + 127) << 23));
 }
 TR_INLINE F load(const bf16* p) { TR_EACH(to_float(p[i])); }
 TR_INLINE F load_half(const uint16_t* p) { TR_EACH(half_to_float(p[i])); }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 // Inline functions of this header are compiled by files with different target flags; they must leave no
@@ -20,6 +21,8 @@
 #endif
 
 namespace turborank {
+
+TR_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 struct bf16 {
     uint16_t bits;
