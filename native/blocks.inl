@@ -72,10 +72,13 @@ TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, in
                         size_t pace, int last, const Values& values) {
     const int words = w.depth / kWord<Op>;
     Sum<Op> begin[2] = {};
-    if (same_type<Op, Int8>) std::memcpy(begin, w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4, sizeof begin);
+    if constexpr (same_type<Op, Int8>) {
+        const auto* sums = reinterpret_cast<const Integers*>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4);
+        begin[0] = sums[0], begin[1] = sums[1];
+    }
     block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, w.panel(panel) + column / W * kRightVector<Op>, words,
         [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = begin[0], y = begin[1]; },
-        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { std::memcpy(sums + 2 * W * i, &x, sizeof x), std::memcpy(sums + 2 * W * i + W, &y, sizeof y); },
+        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { reinterpret_cast<Sum<Op>*>(sums)[2 * i] = x, reinterpret_cast<Sum<Op>*>(sums)[2 * i + 1] = y; },
         [&](int) TR_LAMBDA {
             prefetch(ahead);
             ahead += pace;
