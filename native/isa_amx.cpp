@@ -22,7 +22,7 @@ TR_INLINE void store_int8(Int8* p, F x) {
 }
 
 // In place of gcc 12's intrinsics. Loads do not name the memory they read, so that the vector code between them may
-// stay in registers; tile_gemm begins with a barrier instead, and nothing it reads is written before it ends.
+// stay in registers; gemm() begins with a barrier instead, and nothing it reads is written before it ends.
 template <int tile>
 TR_INLINE void load_tile(const void* from, size_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile));
