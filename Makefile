@@ -59,10 +59,10 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 sanitize: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" native/sanitize.sh
+	PATH="$(abspath $(BIN)):$$PATH" tests/native/sanitize.sh
 
 emulate: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" native/emulate.sh
+	PATH="$(abspath $(BIN)):$$PATH" tests/native/emulate.sh
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -62,23 +62,24 @@ TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, 
 
 // Where an int8 operand's rows and columns lie: row by row or, for matrix tiles, in blocks of 16 rows x 64 bytes, because
 // neighbouring cache lines load faster than distant ones.
-TR_INLINE size_t int8_row(int row, int depth) { return kTiles ? static_cast<size_t>(row / 16) * 16 * depth + static_cast<size_t>(row % 16) * 64 : static_cast<size_t>(row) * depth; }
+TR_INLINE size_t int8_row(size_t row, size_t depth) { return kTiles ? row / 16 * 16 * depth + row % 16 * 64 : row * depth; }
 TR_INLINE int int8_column(int column) { return kTiles ? column / 64 * 1024 + column % 64 : column; }
 
 // The sums of one tile to `sums` (rows, 2 W). With every step of the depth `pace` bytes are fetched from `ahead` on.
 // values(from, to) is to be called for the last tile's rows, in any pieces.
 template <class Op, int... r, class Values>
-TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, int, const Linear& w, int panel, int column, Number<Op>* sums, const std::byte*& ahead,
-                        size_t pace, int last, const Values& values) {
+TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, int, const Linear& w, int panel, int column, Number<Op>* sums,
+                        const std::byte*& ahead, size_t pace, int last, const Values& values) {
     const int words = w.depth / kWord<Op>;
+    auto* const vectors = reinterpret_cast<Sum<Op>*>(sums);
     Sum<Op> begin[2] = {};
     if constexpr (same_type<Op, Int8>) {
-        const auto* sums = reinterpret_cast<const Integers*>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4);
-        begin[0] = sums[0], begin[1] = sums[1];
+        const auto* first = reinterpret_cast<const Integers*>(w.panel(panel) + static_cast<size_t>(words) * kRightRow<Op> + column * 4);
+        begin[0] = first[0], begin[1] = first[1];
     }
     block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, w.panel(panel) + column / W * kRightVector<Op>, words,
         [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = begin[0], y = begin[1]; },
-        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { reinterpret_cast<Sum<Op>*>(sums)[2 * i] = x, reinterpret_cast<Sum<Op>*>(sums)[2 * i + 1] = y; },
+        [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { vectors[2 * i] = x, vectors[2 * i + 1] = y; },
         [&](int) TR_LAMBDA {
             prefetch(ahead);
             ahead += pace;
@@ -109,8 +110,8 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch
         }
     };
     constexpr int height = kTiled<Op> ? kTile : kRowsAtOnce, words = kTiled<Op> ? 16 : 1;  // of a tile, of a step
-    const int panels = w.out / kPanel;
-    const size_t steps = static_cast<size_t>(w.depth / kWord<Op> / words * (kPanel / (2 * W)) * ((rows + height - 1) / height)), pace = (w.panel_bytes + steps - 1) / steps;
+    const int panels = w.out / kPanel, tiles = (rows + height - 1) / height;
+    const size_t steps = static_cast<size_t>(w.depth / kWord<Op> / words * (kPanel / (2 * W)) * tiles), pace = (w.panel_bytes + steps - 1) / steps;
     for (int panel = 0; panel < panels; ++panel) {
         const std::byte* ahead = panel + 1 < panels ? w.panel(panel + 1) : after ? after : w.panel(panel);
         for (int column = 0; column < kPanel; column += 2 * W)

@@ -88,7 +88,8 @@ void check(const Shape& s, const Batch& b) {
     if (b.types.size() != b.ids.size()) fail("as many type_ids as input_ids (" + tokens + ")", static_cast<int64_t>(b.types.size()));
     if (b.offsets.size() < 2) fail("cu_seqlens of at least one pair (2 numbers)", static_cast<int64_t>(b.offsets.size()));
     if (b.offsets[0] != 0) fail("cu_seqlens to begin with 0", b.offsets[0]);
-    if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size()) fail("cu_seqlens to end with the number of tokens (" + tokens + ")", b.offsets.back());
+    if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size())
+        fail("cu_seqlens to end with the number of tokens (" + tokens + ")", b.offsets.back());
     const int limit = s.positions > 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
     const int types = s.cosine ? 2 : s.types;  // a model with one segment has no use for the ids
     for (int p = 0; p < b.pairs(); ++p) {
@@ -202,8 +203,9 @@ struct Call {
         const auto x = [&](int row) { return m.x.as<float>() + static_cast<size_t>(row) * C; };
         // Which rows are to be rounded more finely: those that the head's first mean is of.
         const auto fine_types = [&](int row) { return s.cosine ? m.types.as<int32_t>() + row : nullptr; };
+        const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
         const auto project = [&](int l, int from, int rows) {  // q, k and v of layer l
-            if (l < whole) k.project_heads(s, w.layers[l], x(from), fine_types(from), rows, {m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity}, from, scratch);
+            if (l < whole) k.project_heads(s, w.layers[l], x(from), fine_types(from), rows, heads, from, scratch);
         };
         each_block(team, g.tokens, sharing, [&](int from, int rows) {
             k.embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, x(from), scratch);

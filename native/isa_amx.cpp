@@ -92,11 +92,11 @@ TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step
 
 // The values' transpose, [keys / 32][D][32]; keys behind the last one are zero.
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
-    const auto row = [=](int j) { return j < n ? v + static_cast<size_t>(j) * D : nullptr; };
+    const auto row = [=](int j, int c) { return j < n ? v + static_cast<size_t>(j) * D + c : nullptr; };
     for (int j = 0; j < n; j += kTile)
         for (int c = 0; c < D; c += 32) {
             F left[16], right[16];
-            for (int i = 0; i < 16; ++i) pair_rows(row(j + 2 * i) ? row(j + 2 * i) + c : nullptr, row(j + 2 * i + 1) ? row(j + 2 * i + 1) + c : nullptr, left[i], right[i]);
+            for (int i = 0; i < 16; ++i) pair_rows(row(j + 2 * i, c), row(j + 2 * i + 1, c), left[i], right[i]);
             transpose(left), transpose(right);
             for (int i = 0; i < 16; ++i) {
                 float* column = reinterpret_cast<float*>(to + static_cast<size_t>(j) * D + (c + i) * kTile);
@@ -109,8 +109,8 @@ TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
 // sum_tile() of blocks.inl. The vector units work off the last tile's values while the matrix unit forms the next sums.
 template <class Op, int... r, class Values>
     requires kTiled<Op>
-TR_INLINE void sum_tile(Indices<r...>, const Operand<Op>& a, int row, int rows, const Linear& w, int panel, int, Number<Op>* sums, const std::byte*& ahead, size_t pace,
-                        int last, const Values& values) {
+TR_INLINE void sum_tile(Indices<r...>, const Operand<Op>& a, int row, int rows, const Linear& w, int panel, int, Number<Op>* sums,
+                        const std::byte*& ahead, size_t pace, int last, const Values& values) {
     const std::byte *right = w.panel(panel), *begin = same_type<Op, Int8> ? right + w.panel_bytes - kPanel * 4 : nullptr;
     const int steps = w.depth / (16 * kWord<Op>), share = (kTile + steps - 1) / steps;
     gemm(left_side(a.rows + static_cast<size_t>(row) * a.stride, a.stride), rows, right, steps, begin, sums, [&](int i) {
@@ -135,8 +135,8 @@ void configure_tiles() {
 constexpr int kBlockRows = 512;
 void release_tiles() { _tile_release(); }
 
-constexpr Kernels kInt8Bf16 = table<Int8, bf16>("tdpbssd", kTile, kTile, kBlockRows, configure_tiles, release_tiles);
-constexpr Kernels kBf16Bf16 = table<bf16, bf16>("tdpbf16ps", kTile, kTile, kBlockRows, configure_tiles, release_tiles);
+constexpr Kernels kInt8Bf16 = table<Int8, bf16>("tdpbssd", kBlockRows, configure_tiles, release_tiles);
+constexpr Kernels kBf16Bf16 = table<bf16, bf16>("tdpbf16ps", kBlockRows, configure_tiles, release_tiles);
 
 }  // namespace
 

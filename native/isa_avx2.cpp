@@ -95,8 +95,8 @@ TR_INLINE void transpose(F (&m)[8]) {
 
 constexpr int kBlockRows = 96;
 void nothing() {}
-constexpr Kernels kInt8 = table<Int8, float>("vpmaddwd", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("vfmadd ymm", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("vpmaddwd", kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("vfmadd ymm", kBlockRows, nothing, nothing);
 
 }  // namespace
 

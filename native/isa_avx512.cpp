@@ -46,10 +46,10 @@ TR_INLINE const float* pair_values(const float* v, int, int, float*) { return v;
 
 constexpr int kBlockRows = 126;
 void nothing() {}
-constexpr Kernels kInt8Bf16 = table<Int8, bf16>("vpdpbusd", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
-constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
-constexpr Kernels kBf16Bf16 = table<bf16, bf16>("vdpbf16ps", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("vfmadd zmm", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
+constexpr Kernels kInt8Bf16 = table<Int8, bf16>("vpdpbusd", kBlockRows, nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd", kBlockRows, nothing, nothing);
+constexpr Kernels kBf16Bf16 = table<bf16, bf16>("vdpbf16ps", kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("vfmadd zmm", kBlockRows, nothing, nothing);
 
 }  // namespace
 

@@ -93,8 +93,8 @@ TR_INLINE void transpose(F (&m)[W]) {
 
 constexpr int kBlockRows = 96;
 void nothing() {}
-constexpr Kernels kInt8 = table<Int8, float>("int8 multiply-add", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("float multiply-add", kRowsAtOnce, kLowestTile, kBlockRows, nothing, nothing);
+constexpr Kernels kInt8 = table<Int8, float>("int8 multiply-add", kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("float multiply-add", kBlockRows, nothing, nothing);
 
 }  // namespace
 

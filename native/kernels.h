@@ -38,7 +38,7 @@ TR_INLINE float half_to_float(uint16_t h) {
 constexpr int kPanel = 32;       // output columns that a matrix product computes together
 constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
-constexpr int kMostHeads = 256;
+constexpr int kMostHeads = 256;  // 8,192 channels, at least 32 a head
 constexpr int kKeyChunk = 128;   // keys whose probabilities and values stay in the first-level cache
 constexpr float kSkipLog2 = -19.93156857f;  // log2(1e-6): relative mass that block skipping may drop on each side
 

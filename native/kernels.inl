@@ -239,8 +239,9 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
 #include "attention_first.inl"
 
 template <class Op, class E>
-constexpr Kernels table(const char* name, int row_tile, int lowest_tile, int block_rows, void (*enter)(), void (*leave)()) {
+constexpr Kernels table(const char* name, int block_rows, void (*enter)(), void (*leave)()) {
     constexpr bool exact = same_type<Op, float>;
-    return {same_type<Op, Int8> ? Precision::int8 : exact ? Precision::fp32 : Precision::bf16, name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, row_tile, lowest_tile, block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>,
-            finish_layer<Op, E>, classify, cosine};
+    constexpr Precision precision = same_type<Op, Int8> ? Precision::int8 : exact ? Precision::fp32 : Precision::bf16;
+    return {precision, name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, kTiled<Op> ? kTile : kRowsAtOnce, kTiled<Op> ? kTile : kLowestTile,
+            block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>, finish_layer<Op, E>, classify, cosine};
 }

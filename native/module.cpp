@@ -32,8 +32,9 @@ T entry(const nb::dict& config, const char* key) {
 Shape shape_of(const nb::dict& config) {
     Shape s;
     const std::pair<const char*, int Shape::*> sizes[] = {
-        {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H}, {"intermediate_size", &Shape::F},
-        {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}};
+        {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
+        {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"position_offset", &Shape::position_offset},
+        {"passage", &Shape::passage}};
     for (const auto& [key, size] : sizes) s.*size = entry<int>(config, key);
     s.D = s.H > 0 ? s.C / s.H : 0;
     s.eps = entry<float>(config, "layer_norm_eps");
@@ -113,7 +114,9 @@ public:
             if (given.contains(name)) alive_.push_back(nb::borrow(given[name]));
     }
 
-    nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) { return run(ids, types, offsets, threads, nullptr); }
+    nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
+        return run(ids, types, offsets, threads, nullptr);
+    }
 
     // The embeddings and each layer's output, (rows, C) each.
     nb::list layers(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
@@ -156,7 +159,8 @@ private:
 NB_MODULE(_native, m) {
     m.doc() = "turborank's C++ engine; see turborank.engines.native and docs/kernels.md.";
     nb::class_<Model>(m, "Model")
-        .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&>(), nb::arg("config"), nb::arg("tensors"), nb::arg("precision"), nb::arg("isa"))
+        .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&>(), nb::arg("config"), nb::arg("tensors"),
+             nb::arg("precision"), nb::arg("isa"))
         .def("logits", &Model::logits, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
         .def("layers", &Model::layers, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
         .def("spent", &Model::spent, "Thread-seconds of all calls so far by part of the work.")

@@ -109,8 +109,13 @@ public:
             const int j = c % kPanel;
             scale[c] = encode(column, precision, w.mixed, row.data());
             bias[c] = column.bias;
-            for (int k = 0; k < w.depth; ++k) std::memcpy(panel + place(k, j, group, tiles) * element, row.data() + static_cast<size_t>(k) * element, element);
+            const auto spread = [&](const auto* from) {
+                for (int k = 0; k < w.depth; ++k) std::memcpy(panel + place(k, j, group, tiles) * sizeof *from, from + k, sizeof *from);
+            };
+            if (precision == Precision::fp32) spread(reinterpret_cast<const float*>(row.data()));
+            if (precision == Precision::bf16) spread(reinterpret_cast<const bf16*>(row.data()));
             if (precision != Precision::int8) continue;
+            spread(row.data());
             int32_t sum = 0;
             for (const std::byte b : row) sum += static_cast<int8_t>(b);
             bias[c] += w.least * scale[c] * static_cast<float>(sum);
@@ -221,7 +226,7 @@ void check_shape(const Shape& s, size_t slopes) {
     expect(s.L > 0, "a positive num_hidden_layers", s.L);
     expect(s.max_length > 0, "a positive max_length", s.max_length);
     expect(s.C > 0 && s.C % 32 == 0 && s.C <= 8192, "a hidden_size that is a multiple of 32, at most 8192", s.C);
-    expect(s.H > 0 && s.H <= kMostHeads && s.C % s.H == 0, "num_attention_heads that divide the hidden size, at most 256", s.H);
+    expect(s.H > 0 && s.C % s.H == 0, "num_attention_heads that divide the hidden size", s.H);
     expect(s.D % 32 == 0 && s.D <= 128, "a head size of 32, 64, 96 or 128", s.D);
     expect(s.F > 0 && s.F % 32 == 0 && s.F <= 65536, "an intermediate_size that is a multiple of 32, at most 65536", s.F);
     expect(s.types >= 0, "a type_vocab_size of at least 0", s.types);
@@ -261,7 +266,8 @@ std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slope
     float* log2_slopes = p.floats(static_cast<size_t>(s.H));
     w.slopes = log2_slopes;
     for (const float slope : slopes) {
-        if (!(slope >= 0.0f) || !std::isfinite(slope)) throw std::invalid_argument("expected finite slopes of at least 0, got " + std::to_string(slope) + " in the model's config");
+        if (!(slope >= 0.0f) || !std::isfinite(slope))
+            throw std::invalid_argument("expected finite slopes of at least 0, got " + std::to_string(slope) + " in the model's config");
         *log2_slopes++ = slope * kLog2e;
     }
     return packed;

@@ -80,6 +80,7 @@ OWNERS = {
 MAX_FILE, MAX_FUNCTION = 400, 60
 # "file.py" or "file.py:function" -> why it may be longer.
 LONGER: dict[str, str] = {}
+NATIVE = 2200  # lines of C++ in native/, blank lines and comments not counted
 
 
 def dotted(path: Path) -> str:
@@ -171,6 +172,14 @@ def test_files_and_functions_stay_short(path):
             if lines > MAX_FUNCTION:
                 too_long[f"{name}:{node.name}"] = lines
     assert {key: lines for key, lines in too_long.items() if key not in LONGER} == {}
+
+
+def test_the_native_engine_stays_small():
+    sources = [p for p in (ROOT / "native").iterdir() if p.suffix in {".cpp", ".h", ".inl"}]
+    lines = [line.strip() for path in sources for line in path.read_text(encoding="utf-8").splitlines()]
+    code = [line for line in lines if line and not line.startswith("//")]
+    assert 1000 < len(code) <= NATIVE
+    assert max(map(len, code)) <= 160
 
 
 @pytest.mark.parametrize("module", MODULES)

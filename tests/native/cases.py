@@ -1,4 +1,4 @@
-"""Write random cases for native/check.cpp: a model, a batch, and the law's logits.
+"""Write random cases for check.cpp: a model, a batch, and the law's logits.
 
 python tests/native/cases.py FOLDER [COUNT [SEED]]
 """

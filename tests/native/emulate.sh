@@ -1,9 +1,9 @@
 #!/bin/sh
 # The native checks on 64-bit Arm, compiled across and run by qemu's user-mode emulation.
 #   apt-get install g++-aarch64-linux-gnu qemu-user-static
-#   native/emulate.sh [CASES [SEED]]       PYTHON may be set
+#   tests/native/emulate.sh [CASES [SEED]]       PYTHON may be set
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=${EMULATE_DIR:-build/emulate}
 mkdir -p "$out"
 PYTHONPATH=src:tests/native "${PYTHON:-python3}" tests/native/cases.py "$out/cases" "${1:-4}" "${2:-0}"

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <thread>
 
-#include "model.h"
+#include "../../native/model.h"
 
 using namespace turborank;
 

@@ -1,8 +1,8 @@
 #!/bin/sh
 # The native checks under AddressSanitizer + UndefinedBehaviorSanitizer, and under ThreadSanitizer.
-#   native/sanitize.sh [CASES [SEED]]       PYTHON and CXX may be set
+#   tests/native/sanitize.sh [CASES [SEED]]       PYTHON and CXX may be set
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=${SANITIZE_DIR:-build/sanitize}
 mkdir -p "$out"
 PYTHONPATH=src:tests/native "${PYTHON:-python3}" tests/native/cases.py "$out/cases" "${1:-8}" "${2:-0}"
