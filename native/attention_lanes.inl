@@ -105,7 +105,7 @@ struct LaneTile {
 
     // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero. `deep`: see exp2_words.
     template <bool shifted, bool deep, bool tail>
-    TR_INLINE void exponentiate(int j, int lo, int hi, F& s0, F& s1) {
+    TR_INLINE void exponentiate(int j, int lo, int hi, F (&sums)[2]) {
         F even[2], odd[2];  // of two keys
         scores(j, shifted, [&](int r, const F& x, const F& y) TR_LAMBDA {
             F (&p)[2] = r % 2 ? odd : even;
@@ -115,12 +115,11 @@ struct LaneTile {
             const int k = (j + r - 1 - lo) / kWord<E>;
             if constexpr (kWord<E> == 2) {
                 F words[2];
-                exp2_words<deep>(even, odd, words);
-                add_words(words[0], s0), add_words(words[1], s1);
+                exp2_words<deep>(even, odd, words, sums);
                 for (int v = 0; v < 2; ++v) store(panel_word(probabilities, k, v), words[v]);
             } else {
                 for (F* x : {even, odd}) x[0] = exp2<exact>(x[0]), x[1] = exp2<exact>(x[1]);
-                s0 = s0 + (even[0] + odd[0]), s1 = s1 + (even[1] + odd[1]);
+                for (int v = 0; v < 2; ++v) sums[v] = sums[v] + (even[v] + odd[v]);
                 for (int v = 0; v < 2; ++v) store(panel_word(probabilities, k, v), even[v]), store(panel_word(probabilities, k + 1, v), odd[v]);
             }
         });
@@ -128,12 +127,11 @@ struct LaneTile {
 
     template <bool shifted, bool deep>
     void probability(int lo, int hi, bool fresh) {
-        F s0 = set(0.0f), s1 = s0;
+        F sums[2] = {set(0.0f), set(0.0f)};
         int j = lo;
-        for (; j + kKeysAtOnce <= hi; j += kKeysAtOnce) exponentiate<shifted, deep, false>(j, lo, hi, s0, s1);
-        if (j < hi) exponentiate<shifted, deep, true>(j, lo, hi, s0, s1);
-        store(mass, fresh ? s0 : load(mass) + s0);
-        store(mass + W, fresh ? s1 : load(mass + W) + s1);
+        for (; j + kKeysAtOnce <= hi; j += kKeysAtOnce) exponentiate<shifted, deep, false>(j, lo, hi, sums);
+        if (j < hi) exponentiate<shifted, deep, true>(j, lo, hi, sums);
+        for (int v = 0; v < 2; ++v) store(mass + v * W, fresh ? sums[v] : load(mass + v * W) + sums[v]);
     }
 
     void visit(int lo, int hi, bool fresh) {

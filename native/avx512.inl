@@ -11,7 +11,9 @@ TR_INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 TR_INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
 TR_INLINE F vabs(F a) { return _mm512_abs_ps(a); }
 TR_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-TR_INLINE F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }  // p * 2^n for integral n
+#define TR_FRACTION
+TR_INLINE F fraction(F x) { return _mm512_reduce_ps(x, 0x09); }
+TR_INLINE F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }  // p * 2^floor(n)
 TR_INLINE F square_root(F a) { return _mm512_sqrt_ps(a); }
 TR_INLINE F load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -76,28 +78,6 @@ TR_INLINE F to_word(F even, F odd) {
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
 }
 
-// words[i] = 2^even[i] and 2^odd[i], each to half a per cent, as one word of two bf16: their bits are 128 (x + 127),
-// rounded, less what the straight line between powers of two is above the curve; 0 below 2^-127. Without `deep`, no
-// score may be below -kDeep.
-constexpr float kDeep = 380.0f;
-template <bool deep, int N>
-TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N]) {
-    alignas(64) static constexpr uint16_t kAbove[64] = {
-        0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 10, 11, 11, 11, 11, 11,
-        11, 11, 11, 11, 11, 11, 11, 11, 11, 10, 10, 10, 10, 10, 9, 9, 9, 8, 8, 8, 7, 7, 6, 6, 5, 5, 4, 3, 3, 2, 1, 1};
-    const __m512i low = _mm512_load_si512(kAbove), high = _mm512_load_si512(kAbove + 32);
-    // The last 16 bits of x + 127 + 1.5 * 2^16 count 128ths.
-    const auto bits = [](F x) __attribute__((always_inline)) {
-        return _mm512_castps_si512((deep ? vmax(x, set(-kDeep)) : x) + set(127.0f + 98304.0f));
-    };
-    __m512i both[N];
-    for (int i = 0; i < N; ++i) both[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, bits(even[i]), _mm512_slli_epi32(bits(odd[i]), 16));
-    for (int i = 0; i < N; ++i) {
-        const __m512i above = _mm512_permutex2var_epi16(low, _mm512_srli_epi16(both[i], 1), high);
-        words[i] = _mm512_castsi512_ps(_mm512_max_epi16(_mm512_sub_epi16(both[i], above), _mm512_setzero_si512()));
-    }
-}
-TR_INLINE void add_words(F words, F& sum) { dot_bf16(sum, words, _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))); }
 template <class E>
 TR_INLINE F add_squares(F words, F sum) {
     if constexpr (same_type<E, float>) return fma(words, words, sum);

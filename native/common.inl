@@ -48,14 +48,22 @@ float largest(const E* row, int n) {
 
 #include "mix.inl"
 
-// 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [-1/2, 1/2].
+// 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [0, 1) where one
+// instruction gives the fraction, else on [-1/2, 1/2].
 template <bool exact>
 TR_INLINE F exp2(F x) {
+#ifdef TR_FRACTION
+    static constexpr float fast[] = {0.9999251961708069f, 0.6958335041999817f, 0.2260671705007553f, 0.07802452146006989f};
+    static constexpr float fine[] = {0.9999999403953552f,  0.6931530833244324f,   0.24015361070632935f,
+                                     0.05582631751894951f, 0.008989340625703335f, 0.0018775766948238015f};
+    const F rest = fraction(x), n = x;
+#else
     static constexpr float fast[] = {0.9999280571937561f, 0.6932609677314758f, 0.2426111400127411f, 0.0551716685295105f};
     static constexpr float fine[] = {1.0000001192092896f,   0.6931469440460205f,  0.24022120237350464f,
                                      0.05550713092088699f, 0.009675541892647743f, 0.001327647129073739f};
-    const F n = round(x);
-    return scale2(exact ? horner(x - n, fine) : horner(x - n, fast), n);
+    const F n = round(x), rest = x - n;
+#endif
+    return scale2(exact ? horner(rest, fine) : horner(rest, fast), n);
 }
 
 // x Phi(x). Exact: erfc by Abramowitz & Stegun 7.1.26 (1.5e-7). Fast: an odd polynomial for Phi on [-3.7, 3.7], which

@@ -1,8 +1,7 @@
 // Attention in float alone: a word is a float, and values are used where they lie.
 
 constexpr float kDeep = 0.0f;
-template <bool, int N> TR_INLINE void exp2_words(const F (&)[N], const F (&)[N], F (&)[N]) {}
-TR_INLINE void add_words(const F&, F&) {}
+template <bool, int N> TR_INLINE void exp2_words(const F (&)[N], const F (&)[N], F (&)[N], F (&)[N]) {}
 template <class E> TR_INLINE F to_word(F, F value) { return value; }
 template <class E> TR_INLINE F add_squares(F words, F sum) { return fma(words, words, sum); }
 TR_INLINE const float* pair_values(const float* v, int, int, float*) { return v; }

@@ -90,6 +90,16 @@ TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step
     }
 }
 
+// words[i] = 2^even[i] and 2^odd[i] as one word of two bf16, and their sums; `deep` is for isa_avx512.cpp's way.
+constexpr float kDeep = 0.0f;
+template <bool deep, int N>
+TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], F (&sums)[N]) {
+    for (int i = 0; i < N; ++i) {
+        const F p = exp2<false>(even[i]), q = exp2<false>(odd[i]);
+        words[i] = to_word<bf16>(p, q), sums[i] = sums[i] + (p + q);
+    }
+}
+
 // The values' transpose, [keys / 32][D][32]; keys behind the last one are zero.
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
     const auto row = [=](int j, int c) { return j < n ? v + static_cast<size_t>(j) * D + c : nullptr; };

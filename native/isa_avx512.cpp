@@ -28,6 +28,29 @@ TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {
 
 #include "blocks.inl"
 
+// words[i] = 2^even[i] and 2^odd[i], each to half a per cent, as one word of two bf16: their bits are 128 (x + 127),
+// rounded, less what the straight line between powers of two is above the curve; 0 below 2^-127. Without `deep`, no
+// score may be below -kDeep. Their sums are a product of the words with ones.
+constexpr float kDeep = 380.0f;
+template <bool deep, int N>
+TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], F (&sums)[N]) {
+    alignas(64) static constexpr uint16_t kAbove[64] = {
+        0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 10, 11, 11, 11, 11, 11,
+        11, 11, 11, 11, 11, 11, 11, 11, 11, 10, 10, 10, 10, 10, 9, 9, 9, 8, 8, 8, 7, 7, 6, 6, 5, 5, 4, 3, 3, 2, 1, 1};
+    const __m512i low = _mm512_load_si512(kAbove), high = _mm512_load_si512(kAbove + 32);
+    // The last 16 bits of x + 127 + 1.5 * 2^16 count 128ths.
+    const auto bits = [](F x) __attribute__((always_inline)) {
+        return _mm512_castps_si512((deep ? vmax(x, set(-kDeep)) : x) + set(127.0f + 98304.0f));
+    };
+    __m512i both[N];
+    for (int i = 0; i < N; ++i) both[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, bits(even[i]), _mm512_slli_epi32(bits(odd[i]), 16));
+    for (int i = 0; i < N; ++i) {
+        const __m512i above = _mm512_permutex2var_epi16(low, _mm512_srli_epi16(both[i], 1), high);
+        words[i] = _mm512_castsi512_ps(_mm512_max_epi16(_mm512_sub_epi16(both[i], above), _mm512_setzero_si512()));
+        dot_bf16(sums[i], words[i], _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80)));
+    }
+}
+
 // [pairs of keys][D] words of two.
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
     for (int j = 0; j < n; j += 2)
