@@ -35,11 +35,11 @@ ROWS = (
     Row("cisi", depth=50),
     Row("cranfield", depth=30),
     Row("scifact", depth=30),
-    Row("chunking_evaluation", 150, 10),
+    Row("chunking_evaluation", depth=10),
     Row("anthropic-docs-rag", depth=10),
     Row("time", depth=30),
     Row("pubmedqa-l", 100, 10),
-    Row("qmsum", 12, 3, ("--skip-constant",)),
+    Row("qmsum", depth=3, options=("--skip-constant",)),
 )
 
 
