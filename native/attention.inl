@@ -1,5 +1,5 @@
 // Attention, what all instruction sets share: the walk of one tile of queries along the keys, and where it may stop.
-// A Tile (attention_lanes.inl, attention_tiles.inl) has: job, first, rows; per row `top` and `mass`, the log2 offset
+// A Tile (attention_lanes.inl) has: job, first, rows; per row `top` and `mass`, the log2 offset
 // and the sum of 2^(score - top) so far; score_bound(r), an upper bound of row r's scores before ALiBi;
 // visit(lo, hi, fresh), which adds keys [lo, hi), lo a multiple of kStep.
 
