@@ -55,7 +55,18 @@ UPWARD: dict[tuple[str, str], str] = {}
 COMMANDS = ("cli", *(unit for unit in LAYER if unit.startswith("cli_")))
 # Libraries that are large, optional, or an idea of one place: library -> the modules that own it.
 OWNERS = {
-    "torch": ("ops.pytorch", "ops.flex", "ops.training", "ops.padded", "engines.torch", "compat", "distill"),
+    "torch": (
+        "ops.pytorch",
+        "ops.fused",
+        "ops.flex",
+        "ops.training",
+        "ops.padded",
+        "engines.torch",
+        "engines.graphs",
+        "compat",
+        "distill",
+    ),
+    "triton": ("ops.fused", "ops.kernels"),
     "transformers": (),
     "tokenizers": ("tokens", "checkpoint", "distill"),
     "safetensors": ("checkpoint", "distill"),

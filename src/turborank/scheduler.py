@@ -36,6 +36,11 @@ class Scores(NamedTuple):
     spans: npt.NDArray[np.int64]  # (P, 2) characters of the document behind the logit
 
 
+def budget(engine: Engine) -> int:
+    """Tokens in one batch: an engine may say how many it wants."""
+    return int(getattr(engine, "token_budget", TOKEN_BUDGET))
+
+
 def plan(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[list[int]]:
     """Indices of ``lengths`` in batches, longest first, each of at most ``token_budget`` tokens."""
     batches: list[list[int]] = []
@@ -84,17 +89,19 @@ def score(
     encoder: PairEncoder,
     engine: Engine,
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every pair. ``progress`` is called with (pairs done, pairs in all) from the caller's thread.
+    """Score every pair, ``token_budget`` (by default what the engine wants) tokens at a time.
 
+    ``progress`` is called with (pairs done, pairs in all) from the caller's thread.
     Raises EngineError when a logit is not a finite number: such a pair has no place in a ranking.
     """
+    size = token_budget or budget(engine)
     total, done, parts = len(pairs), 0, [gather([], np.empty(0, dtype=np.float32))]
     for start, encoded in _encoded(pairs, encoder):
         flat = list(itertools.chain.from_iterable(encoded))
-        parts.append(gather(encoded, _chunk_logits(flat, engine, token_budget), first_pair=start))
+        parts.append(gather(encoded, _chunk_logits(flat, engine, size), first_pair=start))
         done = start + len(encoded)
         if progress is not None:
             progress(done, total)
@@ -129,5 +136,6 @@ def _check_finite(logits: Float32, first_pair: int) -> None:
         where = int(bad[0])
         raise EngineError(
             f"expected a finite logit, got {logits[where]} for pair {first_pair + where} (and {bad.size - 1} more)",
-            hint="the model's weights or the engine are at fault; compare with engine='reference'",
+            hint="the model's weights or the engine are at fault; compare with engine='reference' (or, "
+            "in fp16, whose range is small, with precision='bf16')",
         )

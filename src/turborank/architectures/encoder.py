@@ -70,14 +70,18 @@ def norm(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -
     return ops.layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
 
 
+def add_norm(weights: Weights, name: str, x: Array, residual: Array, config: ModelConfig, ops: Ops) -> Array:
+    return ops.add_norm(x, residual, weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
+
+
 def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:
     """GEGLU (arXiv 2002.05202; the activation is on the first half) or BERT's two linears; then residual and norm."""
     if config.feed_forward == "geglu":
-        gate, value = ops.halves(dense(weights, f"{name}.mlp.gated_layers", x, ops))  # 2 × (T, F)
-        y = dense(weights, f"{name}.mlp.wo", ops.gelu(gate) * value, ops)
-        return norm(weights, f"{name}.mlp.layernorm", y + x, config, ops)
+        gated = ops.geglu(x, weights[f"{name}.mlp.gated_layers.weight"])  # (T, F)
+        y = dense(weights, f"{name}.mlp.wo", gated, ops)
+        return add_norm(weights, f"{name}.mlp.layernorm", y, x, config, ops)
     y = dense(weights, f"{name}.output.dense", ops.gelu(dense(weights, f"{name}.intermediate.dense", x, ops)), ops)
-    return norm(weights, f"{name}.output.LayerNorm", y + x, config, ops)
+    return add_norm(weights, f"{name}.output.LayerNorm", y, x, config, ops)
 
 
 def self_attention(
@@ -112,7 +116,7 @@ def encoder_layer(
     asked = ops.first_tokens(x, cu_seqlens) if first_only else x
     context = attend(weights, config, name, asked, x, cu_seqlens, ops, first_only)
     y = dense(weights, f"{name}.attention.output.dense", context, ops)
-    y = norm(weights, f"{name}.attention.output.LayerNorm", y + asked, config, ops)
+    y = add_norm(weights, f"{name}.attention.output.LayerNorm", y, asked, config, ops)
     return feed_forward(weights, name, y, config, ops)
 
 

@@ -64,12 +64,12 @@ class EngineScorer:
 def load_engine(model: Path, threads: int, options: Mapping[str, Any]) -> EngineScorer:
     """A row of ENGINES with a precision."""
     from turborank import checkpoint, engines
-    from turborank.scheduler import TOKEN_BUDGET
+    from turborank.scheduler import budget
 
     given = checkpoint.read(model)
     name, precision = engines.choose(options["engine"], options.get("precision", "auto"), given.config)
     engine = engines.prepare(given.weights, given.config, name=name, precision=precision, threads=threads)
-    return EngineScorer(engine, TOKEN_BUDGET)
+    return EngineScorer(engine, budget(engine))
 
 
 def function(reference: str) -> Any:

@@ -34,7 +34,8 @@ class Engine(Protocol):
 class EngineRow(NamedTuple):
     """One way to run a model."""
 
-    precisions: tuple[str, ...]  # the first is what "auto" means
+    precisions: tuple[str, ...]
+    automatic: Callable[[], str]  # the precision that "auto" means here
     available: Callable[[], str | None]  # None, or the reason why not
     supports: Callable[[ModelConfig], bool]
     prepare: Callable[..., Engine]
@@ -43,13 +44,28 @@ class EngineRow(NamedTuple):
 
 ENGINES: dict[str, EngineRow] = {
     "native": EngineRow(
-        native.PRECISIONS, native.available, native.supports, native.prepare, "C++, int8: the fast one on CPUs"
+        native.PRECISIONS,
+        native.automatic,
+        native.available,
+        native.supports,
+        native.prepare,
+        "C++, int8: the fast one on CPUs",
     ),
     "torch": EngineRow(
-        torch.PRECISIONS, torch.available, torch.supports, torch.prepare, "PyTorch: CUDA where there is one"
+        torch.PRECISIONS,
+        torch.automatic,
+        torch.available,
+        torch.supports,
+        torch.prepare,
+        "PyTorch: CUDA where there is one",
     ),
     "reference": EngineRow(
-        reference.PRECISIONS, reference.available, reference.supports, reference.prepare, "numpy: slow, the law"
+        reference.PRECISIONS,
+        reference.automatic,
+        reference.available,
+        reference.supports,
+        reference.prepare,
+        "numpy: slow, the law",
     ),
 }
 AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and gigabytes
@@ -90,7 +106,7 @@ def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | No
         )
     if precision not in ("auto", *row.precisions):
         raise UnknownKeyError(f"precision of engine {wanted!r}", precision, ("auto", *row.precisions))
-    return wanted, row.precisions[0] if precision == "auto" else precision
+    return wanted, row.automatic() if precision == "auto" else precision
 
 
 def prepare(

@@ -38,6 +38,11 @@ def available() -> str | None:
     return _REASON
 
 
+def automatic() -> str:
+    """int8: a logit's error is far below the distance of documents, on every machine."""
+    return "int8"
+
+
 def supports(config: ModelConfig) -> bool:
     """Whether the C++ side knows the architecture and its sizes."""
     return config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0

@@ -22,6 +22,10 @@ def available() -> str | None:
     return None
 
 
+def automatic() -> str:
+    return "fp32"
+
+
 def supports(config: ModelConfig) -> bool:
     return config.architecture in ARCHITECTURES
 

@@ -1,7 +1,7 @@
 """The few array functions every forward pass is written in.
 
-``reference`` (numpy) is the law: slow, plain, obviously correct. ``pytorch`` is its differentiable,
-CUDA-able twin. A forward takes one of these modules as its ``ops`` argument and never imports either.
+``reference`` (numpy) is the law: slow, plain, obviously correct. ``pytorch`` is its differentiable twin, ``fused`` the
+same in Triton kernels for GPUs. A forward takes one of these modules as its ``ops`` argument and never imports any.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ class Ops(Protocol):
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, /) -> Array:
         """Normalise the last axis with biased variance, then scale and shift."""
 
+    def add_norm(self, x: Array, residual: Array, weight: Array, bias: Array, eps: float, /) -> Array:
+        """``layer_norm`` of x + residual, both (T, C)."""
+
     def gelu(self, x: Array, /) -> Array:
         """Exact GELU, ½·x·(1 + erf(x/√2)); not the tanh approximation."""
 
     def tanh(self, x: Array, /) -> Array:
         """Hyperbolic tangent."""
 
-    def halves(self, x: Array, /) -> tuple[Array, Array]:
-        """Split the last axis in two equal parts."""
+    def geglu(self, x: Array, weight: Array, /) -> Array:
+        """GEGLU, gelu(x·Gᵀ)·(x·Uᵀ), where weight (2F, C) is G over U: (T, C) -> (T, F)."""
 
     def attention(
         self, q: Array, k: Array, v: Array, cu_seqlens: Array, heads: int, slopes: Sequence[float], first_only: bool, /

@@ -1,4 +1,6 @@
-"""Packed ALiBi attention for GPUs, in one kernel: FlexAttention (torch.nn.attention) over the whole batch.
+"""Packed ALiBi attention for training on GPUs, in one kernel: FlexAttention (torch.nn.attention) over the whole batch.
+
+Inference has its own kernels (:mod:`turborank.ops.fused`); these know their backward.
 
 The bias is computed inside the kernel from indices and the pairs are kept apart by a block mask, so nothing of
 size n×n exists and nothing is padded. Blocks of keys too far from their queries to matter are not visited:

@@ -15,14 +15,10 @@ from torch import Tensor
 
 from turborank.ops import pytorch
 
-take, linear, layer_norm, gelu, tanh, layer, cosine = (
-    pytorch.take, pytorch.linear, pytorch.layer_norm, pytorch.gelu, pytorch.tanh, pytorch.layer, pytorch.cosine,
+take, linear, gelu, geglu, tanh, layer, cosine = (
+    pytorch.take, pytorch.linear, pytorch.gelu, pytorch.geglu, pytorch.tanh, pytorch.layer, pytorch.cosine,
 )  # fmt: skip
-
-
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    middle = x.shape[-1] // 2
-    return x[..., :middle], x[..., middle:]
+layer_norm, add_norm = pytorch.layer_norm, pytorch.add_norm
 
 
 def positions(mask: Tensor) -> Tensor:

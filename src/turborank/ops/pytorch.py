@@ -2,12 +2,13 @@
 
 Everything but attention works on the packed rows directly. Attention pads *inside* the op, over groups
 of pairs of like length, so that the two batched matrix products stay dense; a pair never sees its neighbours.
-On CUDA :mod:`turborank.ops.flex` does without even that.
+On CUDA :mod:`turborank.ops.flex` does without even that, where there is Triton.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_TRITON = importlib.util.find_spec("triton") is not None  # what FlexAttention is compiled with
 
 # Score elements (pairs · heads · queries · keys) computed at once; bounds memory at 8,192 tokens.
 SCORE_BUDGET = 1 << 26
@@ -36,6 +39,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return layer_norm(x + residual, weight, bias, eps)
+
+
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
@@ -44,9 +51,9 @@ def tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
 
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = x.chunk(2, dim=-1)
-    return first, second
+def geglu(x: Tensor, weight: Tensor) -> Tensor:
+    y, middle = linear(x, weight), weight.shape[0] // 2
+    return gelu(y[..., :middle]) * y[..., middle:]
 
 
 def _groups(lengths: list[int], heads: int) -> Iterator[list[int]]:
@@ -103,7 +110,7 @@ def _disentangled(pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], q: Tensor, 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], first_only: bool
 ) -> Tensor:
-    if q.is_cuda and not first_only:
+    if q.is_cuda and not first_only and _TRITON:
         from turborank.ops import flex  # compiles on first use, so only where it pays
 
         return flex.attention(q, k, v, cu_seqlens, heads, slopes)

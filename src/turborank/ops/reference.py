@@ -62,6 +62,10 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float3
     return np.asarray(centred / np.sqrt(variance + np.float32(eps)) * weight + bias)
 
 
+def add_norm(x: Float32, residual: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
+    return layer_norm(x + residual, weight, bias, eps)
+
+
 def gelu(x: Float32) -> Float32:
     return np.asarray(0.5 * x * (1.0 + erf(x / math.sqrt(2.0))), dtype=np.float32)
 
@@ -70,9 +74,9 @@ def tanh(x: Float32) -> Float32:
     return np.asarray(np.tanh(x))
 
 
-def halves(x: Float32) -> tuple[Float32, Float32]:
-    middle = x.shape[-1] // 2
-    return x[..., :middle], x[..., middle:]
+def geglu(x: Float32, weight: Float32) -> Float32:
+    gate, value = np.split(linear(x, weight), 2, axis=-1)
+    return gelu(gate) * value
 
 
 def softmax(scores: Float32) -> Float32:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from turborank.ops import Ops, pytorch
 from turborank.ops.pytorch import (
+    add_norm,
     cosine,
     disentangled_attention,
     first_tokens,
     focused_means,
+    geglu,
     gelu,
-    halves,
     layer,
     layer_norm,
     linear,
@@ -36,13 +37,14 @@ from turborank.ops.pytorch import (
 )
 
 __all__ = [  # a forward asks this module for all of its ops
+    "add_norm",
     "attention",
     "cosine",
     "disentangled_attention",
     "first_tokens",
     "focused_means",
+    "geglu",
     "gelu",
-    "halves",
     "layer",
     "layer_norm",
     "linear",
