@@ -231,6 +231,23 @@ def test_operations_of_one_layer_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_results_on_record_hold_every_workload() -> None:
     for file in (ROOT / "bench" / "results").glob("*.json"):
         found = json.loads(file.read_text())
+        if "device" in found:  # a GPU's
+            assert set(WORKLOADS) < set(found["workloads"])
+            continue
         assert set(found["runs"]["none"]) <= set(WORKLOADS)
         assert found["versions"]
         assert found["machine"]["processor"]
+
+
+def test_a_gpus_page_is_what_its_figures_say(tmp_path: Path) -> None:
+    """The page is made anew, and its ratios are checked by division."""
+    (file,) = (f for f in (ROOT / "bench" / "results").glob("*.json") if "device" in json.loads(f.read_text()))
+    copy = tmp_path / file.name
+    shutil.copyfile(file, copy)
+    subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "report", str(copy)], check=True)
+    page = copy.with_suffix(".md").read_text()
+    assert page == file.with_suffix(".md").read_text()
+    long = json.loads(file.read_text())["workloads"]["1x8192"]
+    best = min(row["median_s"] for name, row in long.items() if not name.startswith("turborank"))
+    ours = [best / long[f"turborank-{precision}"]["median_s"] for precision in ("bf16", "fp16")]
+    assert f"Over the best peer: {ours[0]:.2f} times in bf16, {ours[1]:.2f} in fp16." in page
