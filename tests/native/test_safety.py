@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import resource
 
@@ -62,12 +63,18 @@ def test_a_missing_or_misshapen_tensor_is_named():
         native.prepare({n: v for n, v in TENSORS.items() if n != name}, MODEL)
     with pytest.raises(CheckpointError, match=r"expected shape \(64, 64\), got \(63, 64\)"):
         native.prepare(TENSORS | {name: TENSORS[name][:-1]}, MODEL)
-    with pytest.raises(CheckpointError, match="row scales"):
+    with pytest.raises(CheckpointError, match=r"expected 64 float32 row scales, got 0 of float64 at .*_scale"):
         native.prepare(TENSORS | {name: np.zeros((64, 64), np.int8)}, MODEL)
-    with pytest.raises(CheckpointError, match="another dtype"):
+    with pytest.raises(
+        CheckpointError, match=r"float32, float16, uint16, int8, got 2 dimensions of float64 at encoder"
+    ):
         native.prepare(TENSORS | {name: TENSORS[name].astype(np.float64)}, MODEL)
     with pytest.raises(CheckpointError, match="one slope for each head"):
         native.prepare(TENSORS, dataclasses.replace(MODEL, slopes=(0.5,)))
+    with pytest.raises(CheckpointError, match=r"expected a positive max_length, got 0 in the model's config"):
+        native.prepare(TENSORS, dataclasses.replace(MODEL, max_length=0))
+    with pytest.raises(CheckpointError, match=r"expected finite slopes of at least 0, got .*nan"):
+        native.prepare(TENSORS, dataclasses.replace(MODEL, slopes=(math.nan,) * MODEL.num_attention_heads))
 
 
 def test_what_the_machine_lacks_is_refused(monkeypatch):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
+from turborank.quantised import SCALE
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
@@ -30,6 +31,7 @@ else:
 
 ARCHITECTURES = ("jinabert", "bert", "xlm_roberta")
 PRECISIONS = ("int8", "fp32", "bf16")
+STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 is bfloat16's bits
 ISA_VARIABLE = "TURBORANK_ISA"
 
 
@@ -55,7 +57,7 @@ def isas() -> list[str]:
 
 def precisions(isa: str) -> list[str]:
     """Precisions that a row of the instruction-set table has on this machine."""
-    return [] if _native is None else list(_native.precisions(isa))
+    return [] if _native is None else list(_native.isas().get(isa, []))
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -134,10 +136,48 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     return plain
 
 
-def _tensors(weights: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """Arrays as the C++ side takes them: float32, float16, int8, or uint16 for bfloat16. A file's are not copied."""
+def _check(config: ModelConfig) -> None:
+    """Raises CheckpointError for sizes that the kernels are not made for."""
+    width, heads, between = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    segments = 2 if config.head in COSINES else 0
+    rules = [
+        (config.vocab_size > 0, "a positive vocab_size", config.vocab_size),
+        (config.num_hidden_layers > 0, "a positive num_hidden_layers", config.num_hidden_layers),
+        (config.max_length > 0, "a positive max_length", config.max_length),
+        (0 < width <= 8192 and width % 32 == 0, "a hidden_size that is a multiple of 32, at most 8192", width),
+        (heads > 0 and width % heads == 0, "num_attention_heads that divide the hidden size", heads),
+        (config.head_size in (32, 64, 96, 128), "a head size of 32, 64, 96 or 128", config.head_size),
+        (0 < between <= 65536 and between % 32 == 0, "an intermediate_size, a multiple of 32, at most 65536", between),
+        (config.type_vocab_size >= segments, f"a type_vocab_size of at least {segments}", config.type_vocab_size),
+        (config.position_offset >= 0, "a position_offset of at least 0", config.position_offset),
+        (len(config.slopes) in (0, heads), "one slope for each head or none", len(config.slopes)),
+        (all(0 <= s < math.inf for s in config.slopes), "finite slopes of at least 0", list(config.slopes)),
+    ]
+    for well, what, got in rules:
+        if not well:
+            raise CheckpointError(f"expected {what}, got {got} in the model's config")
+
+
+def _tensors(weights: Mapping[str, npt.NDArray[Any]]) -> list[tuple[str, int, npt.NDArray[Any], Float32 | None]]:
+    """(name, how it is stored, matrix, scales of int8 rows) as the C++ side takes them. A file's are not copied."""
     read = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
-    return {name: np.ascontiguousarray(read(name)) for name in weights}
+    tensors: list[tuple[str, int, npt.NDArray[Any], Float32 | None]] = []
+    for name in weights:
+        array = np.ascontiguousarray(read(name))
+        scale: Any = None
+        if array.dtype.name not in STORED or array.ndim not in (1, 2):
+            what = f"{array.ndim} dimensions of {array.dtype}"
+            raise CheckpointError(f"expected a vector or matrix of {', '.join(STORED)}, got {what} at {name}")
+        matrix = array.reshape(-1, array.shape[-1])
+        if array.dtype == np.int8:
+            scale = np.asarray(read(name + SCALE)) if name + SCALE in weights else np.empty(0)
+            if scale.dtype != np.float32 or scale.size != len(matrix):
+                raise CheckpointError(
+                    f"expected {len(matrix)} float32 row scales, got {scale.size} of {scale.dtype} at {name}{SCALE}"
+                )
+            scale = np.ascontiguousarray(scale.reshape(-1))
+        tensors.append((name, STORED.index(array.dtype.name), matrix, scale))
+    return tensors
 
 
 def _isa(precision: str) -> str:
@@ -172,6 +212,7 @@ def prepare(
         )
     if threads is not None and threads < 1:
         raise InputError(f"expected threads to be at least 1, got {threads}")
+    _check(config)
     isa = _isa(precision)
     try:
         model = _native.Model(_plain(config), _tensors(weights), precision, isa)
