@@ -160,6 +160,16 @@ def test_logits_in_half_precision_are_near_the_laws(family: str, dtype: str, tol
         np.testing.assert_allclose(ours.logits(batch), law.logits(batch), atol=tolerance * scale)
 
 
+def test_sizes_beyond_those_kept_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 1)
+    config = CONFIGS["bert"]
+    weights = family_weights(config)
+    law, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
+    for batch in batches(config, [40, 7], [300, 12], [300, 12], [30, 8]):
+        np.testing.assert_allclose(ours.logits(batch), law.logits(batch), atol=1e-4)
+    assert list(ours.sizes) == [(256, 8, 512)]  # tokens, pairs, length of the first
+
+
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 def test_the_engine_on_a_gpu_uses_these_kernels() -> None:
     from turborank import engines

@@ -55,7 +55,9 @@ def engines_here() -> list[Contestant]:
         for precision in native.precisions(isa)
     ]
     if ENGINES["torch"].available() is None:
-        out.append(Contestant("torch", "turborank fp32, torch", options={"engine": "torch", "precision": "fp32"}))
+        precision = ENGINES["torch"].automatic()
+        label = f"turborank {precision}, torch"
+        out.append(Contestant("torch", label, options={"engine": "torch", "precision": precision}))
     return out
 
 

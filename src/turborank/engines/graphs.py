@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from turborank.ops import fused
 from turborank.types import Float32, Int32, PackedBatch
 
 MOST_TOKENS = 32_768  # of a batch worth a graph: beyond, the GPU is slower than Python
-KEPT = 64  # sizes remembered
+KEPT = 256  # sizes remembered; whatever else comes runs kernel by kernel, because capturing is worth it only for good
 FEWEST_TOKENS, FEWEST_PAIRS = 256, 8
 
 Forward = Callable[[PackedBatch], Tensor]  # a batch on the device, with a Layout for its cu_seqlens -> logits (P,)
@@ -72,7 +71,7 @@ class Replayed:
 
     def __init__(self, forward: Forward, device: torch.device, *, fill: bool) -> None:
         self.forward, self.device, self.fill = forward, device, fill
-        self.sizes: OrderedDict[tuple[int, int, int], Size] = OrderedDict()
+        self.sizes: dict[tuple[int, int, int], Size] = {}
         self.lock = threading.Lock()
         self.pool: Any = None  # memory that all graphs share, since only one runs at a time
 
@@ -93,15 +92,14 @@ class Replayed:
 
     def _size(self, batch: PackedBatch) -> tuple[Size, bool]:
         """Room for the batch, and whether a batch of its size has been there before."""
-        if not self.fill or batch.tokens > MOST_TOKENS:
-            return Size(batch.tokens, batch.pairs, batch.max_seqlen, self.device), False
         key = rounded(batch.tokens, batch.pairs, batch.max_seqlen)
-        size, known = self.sizes.get(key), key in self.sizes
-        self.sizes[key] = size = size or Size(*key, self.device)
-        self.sizes.move_to_end(key)
-        if len(self.sizes) > KEPT:
-            self.sizes.popitem(last=False)
-        return size, known
+        known = self.sizes.get(key)
+        if known is not None:
+            return known, True
+        if not self.fill or batch.tokens > MOST_TOKENS or len(self.sizes) == KEPT:
+            return Size(batch.tokens, batch.pairs, batch.max_seqlen, self.device), False
+        self.sizes[key] = Size(*key, self.device)
+        return self.sizes[key], False
 
     def _capture(self, size: Size) -> None:
         """Record the forward, whose kernels an earlier call of this size has compiled, and run it."""
