@@ -25,3 +25,5 @@ bench tune --cap avx2 --peers ort --sizes 1 4 8 --workloads 32x128 8x512 1x64
 bench run --cap avx2 --precisions int8 --peers ov ov-cls torch ort ort-int8 ort-int8-cls --rounds 2 \
   --workloads 32x128 8x512 1x64 ragged
 python bench/bench.py report
+# On a machine with a CUDA GPU (the first where ours in fp32 is quick, the others there):
+#   python bench/gpu.py exact exact.npz && python bench/gpu.py run exact.npz --out gpu.json && python bench/gpu.py report gpu.json
