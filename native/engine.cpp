@@ -262,7 +262,7 @@ struct Engine::State {
     pid_t process = getpid();
 };
 
-Engine::Engine(std::unique_ptr<Packed> model, const Kernels* kernels) : model_(std::move(model)), kernels_(kernels) {}
+Engine::Engine(const Weights& weights, const Kernels* kernels) : weights_(weights), kernels_(kernels) {}
 
 Engine::~Engine() {
     // After a fork the pool's threads exist only in the parent: joining them here would wait for ever.
@@ -278,7 +278,7 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     if (!state_) state_ = std::make_unique<State>();
     State& state = *state_;
 
-    const Call call{model_->weights, *kernels_, batch, threads, out, trace};
+    const Call call{weights_, *kernels_, batch, threads, out, trace};
     Group together;
     std::vector<Group> alone;
     call.plan(together, alone);

@@ -44,7 +44,12 @@ TR_INLINE F scale2(F p, F n) {  // p * 2^n for integral n; 2^-127 counts as zero
     const F whole = vmin(vmax(n, set(-127.0f)), set(127.0f));
     TR_EACH(p.v[i] * __builtin_bit_cast(float, static_cast<uint32_t>(static_cast<int32_t>(whole.v[i]) + 127) << 23));
 }
-TR_INLINE F load(const bf16* p) { TR_EACH(to_float(p[i])); }
+TR_INLINE float half_to_float(uint16_t h) {
+    const uint32_t rest = h & 0x7fffu, bits = (rest << 13) + (rest < 0x7c00u ? 0x38000000u : 0x70000000u);
+    const float size = rest < 0x0400u ? static_cast<float>(rest) * 0x1p-24f : __builtin_bit_cast(float, bits);  // the first: subnormal
+    return h & 0x8000u ? -size : size;
+}
+TR_INLINE F load(const bf16* p) { TR_EACH(__builtin_bit_cast(float, static_cast<uint32_t>(p[i].bits) << 16)); }
 TR_INLINE F load_half(const uint16_t* p) { TR_EACH(half_to_float(p[i])); }
 TR_INLINE void store_int8(Int8* p, F x) {
     const F n = round(x);

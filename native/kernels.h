@@ -28,13 +28,6 @@ struct bf16 {
     uint16_t bits;
 };
 
-TR_INLINE float to_float(bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
-TR_INLINE float half_to_float(uint16_t h) {
-    const uint32_t rest = h & 0x7fffu, bits = (rest << 13) + (rest < 0x7c00u ? 0x38000000u : 0x70000000u);
-    const float size = rest < 0x0400u ? static_cast<float>(rest) * 0x1p-24f : __builtin_bit_cast(float, bits);  // the first: subnormal
-    return h & 0x8000u ? -size : size;
-}
-
 constexpr int kPanel = 32;       // output columns that a matrix product computes together
 constexpr int kTile = 32;        // token rows: tasks, key ranges and the largest tile of queries are counted in these
 constexpr int kSlackRows = 32;   // readable rows behind the last one of every row-major operand
@@ -62,12 +55,18 @@ private:
     size_t size_ = 0;
 };
 
+enum class Stored { f32, f16, bf16, i8 };
+
 struct Shape {
     int vocab = 0, types = 0, positions = 0, position_offset = 0, max_length = 0;
     int C = 0, L = 0, H = 0, D = 0, F = 0;
     float eps = 0;
     bool geglu = false, cosine = false, alibi = false;
     int passage = 0;  // tokens that the cosine head weighs together; 0: all tokens weigh the same
+    Stored stored = Stored::f32;  // word embeddings stay as the checkpoint has them; rows are widened when they are read
+    // How the left sides of int8 products are rounded: Linear::mixed of qkv and up, Linear::least of down.
+    bool mixed = false;
+    float least = 0;
 };
 
 // y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights. A panel is
@@ -107,25 +106,16 @@ struct Layer {
     Norm norm1, norm2;
 };
 
-enum class Stored { f32, f16, bf16, i8 };
-
-// Word embeddings stay as they were given; rows are widened when they are read.
-struct Table {
-    Stored stored = Stored::f32;
-    const void* data = nullptr;
-    const float* scale = nullptr;  // (rows,) for i8
-};
-
 struct Weights {
     Shape shape;
-    Table words;
+    const std::byte* words = nullptr;
+    const float* word_scale = nullptr;  // (vocab,) where they are int8
     const float *types = nullptr, *positions = nullptr;
     const float* slopes = nullptr;  // (H,) in log2 units; zero without ALiBi
     Norm embedding_norm;
     std::vector<Layer> layers;
     Linear pooler;  // float panels, whatever the precision
-    const float* classifier = nullptr;
-    float classifier_bias = 0, cosine_scale = 0, cosine_bias = 0, cosine_focus = 0;
+    const float* head = nullptr;  // the classifier's (C,) and its bias; or the cosine's scale, bias and focus
 };
 
 // Where a thread's time goes; a matrix product counts with what is fused into it.

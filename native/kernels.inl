@@ -3,7 +3,7 @@
 
 // A row (w.in,) rounded to int8 as row r of the operand: value = scale * int8, scale = max|row| / 127; or, where the
 // operand's values have a bound below (w.least) and this row's is `least`, value = least + scale * (int8 + 128): the sums of
-// products begin with the 128, and the bias has w.least (pack.cpp). Padding columns meet weights of zero. With `keep` s.mixed, which may be the row itself,
+// products begin with the 128, and the bias has w.least (panels.py). Padding columns meet weights of zero. With `keep` s.mixed, which may be the row itself,
 // receives what rounding left; of a row with a bound that is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
@@ -89,27 +89,26 @@ void normalise_rows(float* x, int rows, int C, const Norm& norm, float eps, Scra
     for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, C, norm, eps);
 }
 
-TR_INLINE F load_word(const Table& t, int id, int C, int c) {
-    const size_t at = static_cast<size_t>(id) * C + c;
-    if (t.stored == Stored::i8) return load(static_cast<const int8_t*>(t.data) + at) * set(t.scale[id]);
-    if (t.stored == Stored::f16) return load_half(static_cast<const uint16_t*>(t.data) + at);
-    if (t.stored == Stored::bf16) return load(static_cast<const bf16*>(t.data) + at);
-    return load(static_cast<const float*>(t.data) + at);
+TR_INLINE F load_word(const Weights& w, int id, int c) {
+    const size_t at = static_cast<size_t>(id) * w.shape.C + c;
+    if (w.shape.stored == Stored::i8) return load(reinterpret_cast<const int8_t*>(w.words) + at) * set(w.word_scale[id]);
+    if (w.shape.stored == Stored::f16) return load_half(reinterpret_cast<const uint16_t*>(w.words) + at);
+    if (w.shape.stored == Stored::bf16) return load(reinterpret_cast<const bf16*>(w.words) + at);
+    return load(reinterpret_cast<const float*>(w.words) + at);
 }
 
 void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch& s) {
     const Lap lap(s, kEmbed);
     const int C = w.shape.C;
-    const size_t row_bytes = (w.words.stored == Stored::i8 ? 1 : w.words.stored == Stored::f32 ? 4 : 2) * static_cast<size_t>(C);
-    const std::byte* words = static_cast<const std::byte*>(w.words.data);
+    const size_t row_bytes = (w.shape.stored == Stored::i8 ? 1 : w.shape.stored == Stored::f32 ? 4 : 2) * static_cast<size_t>(C);
     for (int r = 0; r < rows; ++r) {
         // Rows of the table are anywhere in memory: the one after the next is fetched meanwhile.
-        for (size_t at = 0; r + 2 < rows && at < row_bytes; at += 64) prefetch(words + static_cast<size_t>(ids[r + 2]) * row_bytes + at);
+        for (size_t at = 0; r + 2 < rows && at < row_bytes; at += 64) prefetch(w.words + static_cast<size_t>(ids[r + 2]) * row_bytes + at);
         float* row = x + static_cast<size_t>(r) * C;
         const float* type = w.types ? w.types + static_cast<size_t>(types[r]) * C : nullptr;
         const float* place = w.positions ? w.positions + static_cast<size_t>(positions[r]) * C : nullptr;
         for (int c = 0; c < C; c += W) {
-            F v = load_word(w.words, ids[r], C, c);
+            F v = load_word(w, ids[r], c);
             if (type) v = v + load(type + c);
             if (place) v = v + load(place + c);
             store(row + c, v);
@@ -186,8 +185,8 @@ void classify(const Weights& w, const float* first, int rows, float* logits, Scr
     });
     for (int r = 0; r < rows; ++r) {
         F sum = set(0.0f);
-        for (int c = 0; c < C; c += W) sum = fma(load(pooled + static_cast<size_t>(r) * C + c), load(w.classifier + c), sum);
-        logits[r] = hsum(sum) + w.classifier_bias;
+        for (int c = 0; c < C; c += W) sum = fma(load(pooled + static_cast<size_t>(r) * C + c), load(w.head + c), sum);
+        logits[r] = hsum(sum) + w.head[C];
     }
 }
 
@@ -226,14 +225,14 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
         if (types[t] == 0) continue;
         accumulate(passage, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
         if (++held < size && t < last) continue;
-        const float score = w.shape.passage > 0 ? w.cosine_focus * kLog2e * cosine_of(query, passage, C) : 0.0f;
+        const float score = w.shape.passage > 0 ? w.head[2] * kLog2e * cosine_of(query, passage, C) : 0.0f;
         const float old = top;
         top = score > top ? score : top;
         accumulate(document, hmax(exp2<true>(set(old - top))), passage, hmax(exp2<true>(set(score - top))), C);
         clear(passage, C);
         held = 0;
     }
-    return w.cosine_scale * cosine_of(query, document, C) + w.cosine_bias;
+    return w.head[0] * cosine_of(query, document, C) + w.head[1];
 }
 
 #include "attention_first.inl"

@@ -1,4 +1,4 @@
-// A model in packed form, and the engine that runs packed batches through it.
+// The engine that runs packed batches through a model in packed form.
 #pragma once
 
 #include <array>
@@ -14,24 +14,11 @@
 
 namespace turborank {
 
-// A matrix or vector as the checkpoint gave it; the caller keeps it alive while it is packed (and, for word
-// embeddings, while the model lives).
-struct Tensor {
-    Stored stored = Stored::f32;
-    const void* data = nullptr;
-    const float* scale = nullptr;  // (rows,), i8 only
-    int64_t rows = 0, columns = 0;  // a vector is one row
-};
-using Tensors = std::map<std::string, Tensor>;
+// Packed weights by name; the caller keeps them alive while the model lives.
+using Arrays = std::map<std::string, std::span<const std::byte>>;
 
-// Owns the packed weights.
-struct Packed {
-    Weights weights;
-    std::vector<Buffer> memory;
-};
-
-// Throws std::invalid_argument naming the tensor that is missing or misshapen.
-std::unique_ptr<Packed> pack(const Shape& shape, const std::vector<float>& slopes, const Tensors& tensors, const Kernels& kernels);
+// Throws std::invalid_argument naming an array that is missing or too short or long for the shape.
+Weights weights_of(const Shape& shape, const Arrays& arrays, const Kernels& kernels);
 
 struct Batch {
     std::span<const int32_t> ids, types;  // (T,)
@@ -42,7 +29,7 @@ struct Batch {
 
 class Engine {
 public:
-    Engine(std::unique_ptr<Packed> model, const Kernels* kernels);
+    Engine(const Weights& weights, const Kernels* kernels);
     ~Engine();
 
     // Throws std::invalid_argument if the batch cannot be run. `trace`, if given, receives the embeddings and each
@@ -52,13 +39,13 @@ public:
     // Thread-seconds by Part of all calls so far.
     std::array<double, kParts> spent();
 
-    const Shape& shape() const { return model_->weights.shape; }
+    const Shape& shape() const { return weights_.shape; }
     const Kernels& kernels() const { return *kernels_; }
 
 private:
     struct State;
-    std::unique_ptr<Packed> model_;
-    const Kernels* kernels_;
+    const Weights weights_;
+    const Kernels* const kernels_;
     std::mutex calls_;
     std::unique_ptr<State> state_;
 };

@@ -1,10 +1,7 @@
 // The Python face: plain values and arrays in, bytes of float32 out; every fault of the input is a ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
@@ -16,8 +13,7 @@ using namespace turborank;
 namespace {
 
 using Int32Array = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Scales = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ByteArray = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr const char* kPrecisions[] = {"int8", "bf16", "fp32"};  // by Precision
 
@@ -25,12 +21,14 @@ Shape shape_of(const nb::dict& config) {
     Shape s;
     const std::pair<const char*, int Shape::*> sizes[] = {
         {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
-        {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"position_offset", &Shape::position_offset},
-        {"passage", &Shape::passage}};
+        {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
+        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}};
     for (const auto& [key, size] : sizes) s.*size = nb::cast<int>(config[key]);
     s.D = s.C / s.H;
-    s.eps = nb::cast<float>(config["layer_norm_eps"]);
-    s.geglu = nb::cast<bool>(config["geglu"]), s.cosine = nb::cast<bool>(config["cosine"]);
+    s.stored = static_cast<Stored>(nb::cast<int>(config["stored"]));
+    for (const auto& [key, value] : {std::pair{"layer_norm_eps", &Shape::eps}, {"least", &Shape::least}}) s.*value = nb::cast<float>(config[key]);
+    for (const auto& [key, flag] : {std::pair{"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed}})
+        s.*flag = nb::cast<bool>(config[key]);
     return s;
 }
 
@@ -41,39 +39,33 @@ const Kernels* kernels_of(const IsaRow& row, const char* precision) {
     return nullptr;
 }
 
-// Instruction-set rows that this machine can run, best first, with their precisions.
+// Instruction-set rows that this machine can run, best first, with their precisions and what packing must know of each.
 nb::dict isas() {
     nb::dict rows;
     for (const IsaRow& row : isa_table()) {
-        nb::list precisions;
+        nb::dict precisions;
         for (const char* name : kPrecisions)
-            if (kernels_of(row, name)) precisions.append(name);
+            if (const Kernels* k = kernels_of(row, name)) precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes);
         if (nb::len(precisions)) rows[row.name] = precisions;
     }
     return rows;
 }
 
-// What Python checks before it calls (engines/native.py): sizes, dtypes, scales. What needs the packed layout to be known
-// is checked here, and every batch.
+// Sizes are checked by Python before it calls (engines/native.py); what the arrays hold in bytes, and every batch, here.
 class Model {
 public:
-    // `tensors`: (name, Stored, array, its rows' scales or None).
-    Model(const nb::dict& config, const nb::list& given, const std::string& precision, const std::string& isa) {
+    // `packed`: arrays of bytes by the names of weights.cpp, which stay where they are.
+    Model(const nb::dict& config, const nb::dict& packed, const std::string& precision, const std::string& isa) : packed_(packed) {
         const Kernels* kernels = nullptr;
         for (const IsaRow& row : isa_table())
             if (isa == row.name) kernels = kernels_of(row, precision.c_str());
         if (!kernels) throw std::invalid_argument("expected an instruction set and a precision of this machine, got " + isa + " and " + precision);
-        Tensors tensors;
-        for (const nb::handle entry : given) {
-            const auto [name, stored, array, scale] = nb::cast<std::tuple<std::string, int, Matrix, std::optional<Scales>>>(entry);
-            tensors[name] = {static_cast<Stored>(stored), array.data(), scale ? scale->data() : nullptr, static_cast<int64_t>(array.shape(0)),
-                             static_cast<int64_t>(array.shape(1))};
-            if (name == "embeddings.word_embeddings.weight") words_ = nb::borrow(entry);
+        Arrays arrays;
+        for (const auto& [name, value] : packed) {
+            const auto array = nb::cast<ByteArray>(value);
+            arrays[nb::cast<std::string>(name)] = {reinterpret_cast<const std::byte*>(array.data()), array.size()};
         }
-        const Shape shape = shape_of(config);
-        const auto slopes = nb::cast<std::vector<float>>(config["slopes"]);
-        nb::gil_scoped_release release;
-        engine_ = std::make_unique<Engine>(pack(shape, slopes, tensors, *kernels), kernels);
+        engine_ = std::make_unique<Engine>(weights_of(shape_of(config), arrays, *kernels), kernels);
     }
 
     nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
@@ -112,7 +104,7 @@ private:
         return bytes(out);
     }
 
-    nb::object words_;  // the word embeddings are read where they lie
+    nb::dict packed_;
     std::unique_ptr<Engine> engine_;
 };
 
@@ -121,7 +113,7 @@ private:
 NB_MODULE(_native, m) {
     m.doc() = "turborank's C++ engine; see turborank.engines.native and docs/kernels.md.";
     nb::class_<Model>(m, "Model")
-        .def(nb::init<const nb::dict&, const nb::list&, const std::string&, const std::string&>(), nb::arg("config"), nb::arg("tensors"),
+        .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&>(), nb::arg("config"), nb::arg("packed"),
              nb::arg("precision"), nb::arg("isa"))
         .def("logits", &Model::logits, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
         .def("layers", &Model::layers, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))

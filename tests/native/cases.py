@@ -13,6 +13,7 @@ import numpy as np
 import shapes
 
 from turborank.architectures import jinabert
+from turborank.engines import native, panels
 from turborank.quantised import SCALE, dense, quantise
 from turborank.types import ModelConfig, PackedBatch
 
@@ -35,22 +36,29 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
     return model, [int(n) for n in rng.integers(2, longest, int(rng.integers(1, 9)))]
 
 
-def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict, expected: np.ndarray) -> None:
-    """The format that check.cpp reads."""
+def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str) -> None:
+    """What one row of the instruction-set table reads."""
+    packed, facts = panels.pack(tensors, model, native.layout(isa, precision))
     m = model
     numbers = (m.vocab_size, m.hidden_size, m.num_hidden_layers, m.num_attention_heads, m.intermediate_size)
-    more = (m.type_vocab_size, 0, m.position_offset, m.max_length, m.layer_norm_eps)
+    more = (m.type_vocab_size, facts["positions"], m.position_offset, m.max_length, m.layer_norm_eps)
+    flags = (int(m.feed_forward == "geglu"), int(m.head != "classifier"))
     passage = jinabert.PASSAGE if m.head == "focus" else 0
-    flags = (int(m.feed_forward == "geglu"), int(m.head != "classifier"), passage)
-    file.write(("shape " + " ".join(map(str, numbers + more + flags)) + "\n").encode())
-    file.write(f"slopes {len(m.slopes)}\n".encode() + np.array(m.slopes, np.float32).tobytes())
-    for name, value in tensors.items():
-        rows, columns = (1, *value.shape)[-2:]
-        file.write(f"{value.dtype} {name} {rows} {columns}\n".encode() + value.tobytes())
+    rest = (passage, int(bool(m.slopes)), facts["stored"], int(facts["mixed"]), facts["least"])
+    file.write((f"model {isa} {precision} " + " ".join(map(str, numbers + more + flags + rest)) + "\n").encode())
+    for name, array in packed.items():
+        file.write(f"array {name} {array.nbytes}\n".encode() + array.tobytes())
+
+
+def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict, expected: np.ndarray) -> None:
+    """The format that check.cpp reads. A machine with another table than this one's finds the rows they share."""
+    for isa in native.isas():
+        for precision in native.precisions(isa):
+            write_model(file, model, tensors, isa, precision)
     file.write(f"batch {tokens.tokens} {tokens.pairs}\n".encode())
     for array in (tokens.input_ids, tokens.type_ids, tokens.cu_seqlens, expected.astype(np.float32)):
         file.write(array.tobytes())
-    wide = 1.0 if m.head == "classifier" else 10.0  # the cosine heads multiply by 10
+    wide = 1.0 if model.head == "classifier" else 10.0  # the cosine heads multiply by 10
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.02 * wide), ("int8", 0.04 * wide)):
         file.write(f"\ntolerance {precision} {tolerance}".encode())
 

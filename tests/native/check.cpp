@@ -3,6 +3,7 @@
 // for other processors under emulation. Prints one line a run; the exit code counts the failures.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -14,12 +15,24 @@ using namespace turborank;
 
 namespace {
 
-struct Case {
+struct Free {
+    void operator()(std::byte* p) const { std::free(p); }
+};
+
+// On whole cache lines, and no further, so that the address sanitizer sees who reads beyond it.
+struct Bytes {
+    std::unique_ptr<std::byte, Free> data;
+    size_t size = 0;
+};
+
+// What a row of the instruction-set table reads in one precision.
+struct Model {
     Shape shape;
-    std::vector<float> slopes;
-    std::map<std::string, std::vector<float>> values;
-    std::map<std::string, std::vector<int8_t>> small;
-    Tensors tensors;
+    std::map<std::string, Bytes> packed;
+};
+
+struct Case {
+    std::map<std::pair<std::string, std::string>, Model> models;
     std::vector<int32_t> ids, types, offsets;
     std::vector<float> expected;
     std::map<std::string, float> tolerance;  // by precision
@@ -38,38 +51,37 @@ Case load(const char* path) {
     std::ifstream in(path, std::ios::binary);
     if (!in) throw std::runtime_error(std::string("cannot read ") + path);
     Case c;
+    Model* model = nullptr;
     for (std::string line; std::getline(in, line);) {
         std::istringstream words(line);
         std::string kind, name;
-        size_t rows = 0, columns = 0;
+        size_t size = 0;
         words >> kind >> name;
-        if (kind == "shape") {
-            Shape& s = c.shape;
-            s.vocab = std::stoi(name);
-            words >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine >> s.passage;
-            s.D = s.C / s.H;
-        } else if (kind == "slopes") {
-            c.slopes = read<float>(in, std::stoul(name));
-        } else if (kind == "float32") {
-            words >> rows >> columns;
-            const auto& data = c.values[name] = read<float>(in, rows * columns);
-            c.tensors[name] = {Stored::f32, data.data(), nullptr, static_cast<int64_t>(rows), static_cast<int64_t>(columns)};
-        } else if (kind == "int8") {
-            words >> rows >> columns;
-            const auto& data = c.small[name] = read<int8_t>(in, rows * columns);
-            c.tensors[name] = {Stored::i8, data.data(), nullptr, static_cast<int64_t>(rows), static_cast<int64_t>(columns)};
+        if (kind == "model") {
+            std::string precision;
+            int stored = 0;
+            words >> precision;
+            model = &c.models[{name, precision}];
+            Shape& s = model->shape;
+            words >> s.vocab >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine;
+            words >> s.passage >> s.alibi >> stored >> s.mixed >> s.least;
+            s.D = s.C / s.H, s.stored = static_cast<Stored>(stored);
+        } else if (kind == "array" && model) {
+            words >> size;
+            const auto bytes = read<std::byte>(in, size);
+            auto* const copy = static_cast<std::byte*>(std::aligned_alloc(64, (size + 63) / 64 * 64));
+            std::memcpy(copy, bytes.data(), size);
+            model->packed[name] = {std::unique_ptr<std::byte, Free>(copy), size};
         } else if (kind == "batch") {
-            words >> columns;
+            words >> size;
             c.ids = read<int32_t>(in, std::stoul(name));
             c.types = read<int32_t>(in, c.ids.size());
-            c.offsets = read<int32_t>(in, columns + 1);
-            c.expected = read<float>(in, columns);
+            c.offsets = read<int32_t>(in, size + 1);
+            c.expected = read<float>(in, size);
         } else if (kind == "tolerance") {
             words >> c.tolerance[name];
         }
     }
-    for (auto& [name, tensor] : c.tensors)
-        if (tensor.stored == Stored::i8) tensor.scale = c.values.at(name + "_scale").data();
     return c;
 }
 
@@ -83,7 +95,10 @@ void report(const char* path, const char* isa, const std::string& precision, con
 void run(const char* path, const Case& c, const IsaRow& row, Precision kind, const std::string& precision) {
     const Kernels* kernels = row.kernels(kind, detect_features());
     if (!kernels) return;
-    Engine engine(pack(c.shape, c.slopes, c.tensors, *kernels), kernels);
+    const Model& model = c.models.at({row.name, precision});
+    Arrays arrays;
+    for (const auto& [name, bytes] : model.packed) arrays[name] = {bytes.data.get(), bytes.size};
+    Engine engine(weights_of(model.shape, arrays, *kernels), kernels);
     const Batch batch{c.ids, c.types, c.offsets};
     const size_t pairs = c.expected.size();
     std::vector<float> first(pairs), out(pairs);

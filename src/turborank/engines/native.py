@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
+from turborank.engines import panels
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
-from turborank.quantised import SCALE
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
@@ -31,7 +31,6 @@ else:
 
 ARCHITECTURES = ("jinabert", "bert", "xlm_roberta")
 PRECISIONS = ("int8", "fp32", "bf16")
-STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 is bfloat16's bits
 ISA_VARIABLE = "TURBORANK_ISA"
 
 
@@ -58,6 +57,11 @@ def isas() -> list[str]:
 def precisions(isa: str) -> list[str]:
     """Precisions that a row of the instruction-set table has on this machine."""
     return [] if _native is None else list(_native.isas().get(isa, []))
+
+
+def layout(isa: str, precision: str) -> panels.Layout:
+    """How that row wants that precision's weights."""
+    return panels.Layout(precision, *_native.isas()[isa][precision])
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -129,7 +133,7 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
              "type_vocab_size", "layer_norm_eps", "position_offset")  # fmt: skip
     plain: dict[str, Any] = {name: getattr(config, name) for name in names}
-    plain["slopes"] = [float(s) for s in config.slopes]
+    plain["alibi"] = bool(config.slopes)
     plain["geglu"] = config.feed_forward == "geglu"
     plain["cosine"] = config.head in COSINES
     plain["passage"] = PASSAGE if config.head == "focus" else 0
@@ -156,28 +160,6 @@ def _check(config: ModelConfig) -> None:
     for well, what, got in rules:
         if not well:
             raise CheckpointError(f"expected {what}, got {got} in the model's config")
-
-
-def _tensors(weights: Mapping[str, npt.NDArray[Any]]) -> list[tuple[str, int, npt.NDArray[Any], Float32 | None]]:
-    """(name, how it is stored, matrix, scales of int8 rows) as the C++ side takes them. A file's are not copied."""
-    read = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
-    tensors: list[tuple[str, int, npt.NDArray[Any], Float32 | None]] = []
-    for name in weights:
-        array = np.ascontiguousarray(read(name))
-        scale: Any = None
-        if array.dtype.name not in STORED or array.ndim not in (1, 2):
-            what = f"{array.ndim} dimensions of {array.dtype}"
-            raise CheckpointError(f"expected a vector or matrix of {', '.join(STORED)}, got {what} at {name}")
-        matrix = array.reshape(-1, array.shape[-1])
-        if array.dtype == np.int8:
-            scale = np.asarray(read(name + SCALE)) if name + SCALE in weights else np.empty(0)
-            if scale.dtype != np.float32 or scale.size != len(matrix):
-                raise CheckpointError(
-                    f"expected {len(matrix)} float32 row scales, got {scale.size} of {scale.dtype} at {name}{SCALE}"
-                )
-            scale = np.ascontiguousarray(scale.reshape(-1))
-        tensors.append((name, STORED.index(array.dtype.name), matrix, scale))
-    return tensors
 
 
 def _isa(precision: str) -> str:
@@ -214,10 +196,8 @@ def prepare(
         raise InputError(f"expected threads to be at least 1, got {threads}")
     _check(config)
     isa = _isa(precision)
-    try:
-        model = _native.Model(_plain(config), _tensors(weights), precision, isa)
-    except ValueError as fault:
-        raise CheckpointError(str(fault)) from None
+    packed, facts = panels.pack(weights, config, layout(isa, precision))
+    model = _native.Model(_plain(config) | facts, packed, precision, isa)
     if isinstance(weights, TensorFile):
         weights.release()  # what is packed; word embeddings stay in the file and are read there
     return NativeEngine(model, config, precision, isa, threads or default_threads())
