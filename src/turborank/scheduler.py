@@ -68,8 +68,12 @@ def chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
 
 def _encoded(pairs: Sequence[Pair], encoder: PairEncoder) -> Iterator[tuple[int, list[list[Encoding]]]]:
     """Chunks of encodings, each tokenised while the one before it is being computed."""
+    pieces = list(chunks(pairs))
+    if len(pieces) <= 1:  # nothing to overlap: a thread would only cost its start
+        yield from ((start, encoder.encode(piece)) for start, piece in pieces)
+        return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-tokens") as ahead:
-        running = ((start, ahead.submit(encoder.encode, chunk)) for start, chunk in chunks(pairs))
+        running = ((start, ahead.submit(encoder.encode, piece)) for start, piece in pieces)
         current = next(running, None)
         while current is not None:
             following = next(running, None)  # already running before the caller computes the current one
