@@ -218,19 +218,25 @@ class _Packer:
 
 
 class _Arena:
-    """Copies of arrays, end to end, each on a cache line of its own, in few large blocks that huge pages can hold."""
+    """Copies of arrays, end to end, each on a cache line of its own, in few large blocks of whole huge pages."""
 
     def __init__(self) -> None:
         self._block: Bytes = np.empty(0, np.uint8)
 
     def put(self, array: Array) -> Bytes:
-        size = -(-array.nbytes // _LINE) * _LINE
+        size = _whole(array.nbytes, _LINE)
         if size > len(self._block):
-            room: Bytes = np.empty(max(size, _BLOCK) + _HUGE_PAGE, np.uint8)  # the system gives what is written to
-            self._block = room[-room.ctypes.data % _HUGE_PAGE :]
+            room = _whole(max(size, _BLOCK), _HUGE_PAGE)
+            given: Bytes = np.empty(room + _HUGE_PAGE, np.uint8)  # numpy asks for huge pages where it is so large
+            start = -given.ctypes.data % _HUGE_PAGE
+            self._block = given[start : start + room]
         place, self._block = self._block[: array.nbytes], self._block[size:]
         place[:] = _bytes(np.ascontiguousarray(array))
         return place
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _bytes(array: Array) -> Bytes:
@@ -276,7 +282,7 @@ def _mix(rows: Float32) -> Float32:
 def _panels(codes: Array, group: int, tiles: bool) -> Bytes:
     """(out, in) -> (out / 32, bytes of a panel), the depth filled up with zeros to whole steps of 16 words."""
     out, width = codes.shape
-    depth = -(-width // (16 * group)) * 16 * group
+    depth = _whole(width, 16 * group)
     padded = np.zeros((out, depth), codes.dtype)
     padded[:, :width] = codes
     words = padded.view(f"u{group * codes.itemsize}")
