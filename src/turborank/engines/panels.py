@@ -33,8 +33,8 @@ class Layout(NamedTuple):
     """How a row of the instruction-set table wants a precision's weights."""
 
     precision: str
-    group: int  # weights of one column that lie side by side: a word
-    tiles: bool  # words lie in matrix tiles
+    group: int  # int8 weights of one column that lie side by side: a word
+    tiles: bool  # words of int8 and bf16 lie in matrix tiles
     offset: int  # what the kernels add to int8 activations
     lanes: int  # floats of a vector
 
@@ -53,7 +53,7 @@ class Columns(NamedTuple):
 def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> tuple[dict[str, Bytes], dict[str, Any]]:
     """(arrays by the names of native/weights.cpp, what the kernels must know of them).
 
-    Word embeddings and other tensors that are used as they lie are not copied. Raises CheckpointError where a tensor
+    Word embeddings are not copied: they are read where they lie. Raises CheckpointError where a tensor
     is missing, misshapen or of a type that is not STORED.
     """
     packer = _Packer(weights, config, layout)
