@@ -87,7 +87,7 @@ TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, in
     values(0, last);
 }
 
-// All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b. at(column) gives a functor put(row,
+// All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b where they are not null. at(column) gives a functor put(row,
 // left, right) that receives values of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end:
 // `after`, the first of the product that follows) is fetched meanwhile, evenly, because weights come from the outer
 // caches. A tile's values are formed behind or (matrix tiles) between the next tile's sums, so that they wait for nothing;
@@ -101,7 +101,7 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch
         const auto put = at(done.column);
         const float *scale = w.scale + done.column, *row_scale = a.scale + done.row, *b = w.bias + done.column;
         for (int r = from; r < to; ++r) {
-            if constexpr (fine) b = a.starts[done.row + r] + done.column;
+            if constexpr (fine) b = a.starts[done.row + r] ? a.starts[done.row + r] + done.column : w.bias + done.column;
             const F x = load(done.sums + 2 * W * r), y = load(done.sums + 2 * W * r + W);
             if constexpr (same_type<Op, Int8>)
                 put(done.row + r, fma(x * load(scale), set(row_scale[r]), load(b)), fma(y * load(scale + W), set(row_scale[r]), load(b + W)));

@@ -89,8 +89,8 @@ TR_INLINE F tanh_of(F x) {
     return set(1.0f) - set(2.0f) / (e + set(1.0f));
 }
 
-// The left side of a product; the last four are of int8 only. A row of the product begins at `starts` [row] (columns,), the
-// bias where there are none; what rounding left of the `fine` rows lies from row `rest` on (put_operands).
+// The left side of a product; the last four are of int8 only. A row of a panel begins at `starts` [row] (32,), or with the
+// bias where that is null; what rounding left of the `fine` rows lies from row `rest` on (put_operands).
 template <class Op>
 struct Operand {
     const Op* rows;

@@ -37,7 +37,7 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     operand.reserve(rows * depth * 4);
     row_scale.reserve(2 * rows * 4);
     mixed.reserve(depth * 4);
-    if (s.cosine) low.reserve(rows * static_cast<size_t>(std::max(3 * s.C, s.geglu ? 2 * s.F : s.F)) * 4), starts.reserve(rows * sizeof(float*));
+    if (s.cosine) low.reserve(rows * kPanel * 4), starts.reserve(rows * sizeof(float*));
     hidden.reserve(rows * static_cast<size_t>(std::max(s.F, 2 * s.C)) * 4);
     tiles.reserve(2 * kTile * kPanel * 4);
     queries.reserve(kTile * D * 4);

@@ -130,7 +130,7 @@ struct Scratch {
     Buffer operand;  // rows of a matrix product's left side: (block + slack, depth)
     Buffer row_scale;
     Buffer mixed;    // (depth,)
-    Buffer low, starts;  // of fine rows: (block, out) products; (block,) pointers, see Operand
+    Buffer low, starts;  // of fine rows: (block, 32) products; (block,) pointers, see Operand
     Buffer hidden;   // (block + slack, F)
     Buffer tiles;    // two raw 32 x 32 results
     Buffer queries, values, bias, probabilities, context;  // attention

@@ -35,7 +35,7 @@ Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* ty
             for (int c = 0; c < w.in; c += W) store(s.operand.as<Op>() + static_cast<size_t>(r) * w.depth + c, load(row + c));
         } else {
             const bool fine = types && types[r] == 0;
-            if (types) s.starts.as<const float*>()[r] = fine ? s.low.as<float>() + static_cast<size_t>(a.fine) * w.out : w.bias;
+            if (types) s.starts.as<const float*>()[r] = fine ? s.low.as<float>() + static_cast<size_t>(a.fine) * kPanel : nullptr;
             const auto put = [&](const auto* from) TR_LAMBDA {
                 if (!fine) return quantise<false>(from, w, w.least, r, s);
                 quantise<true>(from, w, w.least, r, s);
@@ -56,14 +56,20 @@ Operand<Op> make_operand(const E* rows, int stride, int count, const int32_t* ty
     else return put_operands<Op>(rows, stride, count, types, w, s);
 }
 
-// multiply() where some rows are fine. Compiled apart, because the others are not to wait for what these need.
+// multiply() where some rows are fine, panel by panel. Compiled apart, because the others are not to wait for what these need.
 template <class Op, class At, class Expect>
 __attribute__((noinline)) void multiply_fine(Operand<Op> a, const Linear& w, int rows, Scratch& s, const std::byte* after, At at, Expect expect) {
     const Operand<Op> rest{a.rows + static_cast<size_t>(a.rest) * a.stride, a.stride, a.scale + a.rest};
-    multiply<Op>(rest, w, a.fine, s, w.panels, [low = s.low.as<float>(), stride = static_cast<size_t>(w.out)](int column) TR_LAMBDA {
-        return [=, out = low + column](int r, F left, F right) TR_LAMBDA { store2(out + r * stride, left, right); };
-    });
-    multiply<Op, true>(a, w, rows, s, after, at, expect);
+    for (int first = 0; first < w.out; first += kPanel) {
+        Linear one = w;
+        one.out = kPanel, one.panels = w.panel(first / kPanel), one.scale += first, one.bias += first;
+        multiply<Op>(rest, one, a.fine, s, one.panels, [low = s.low.as<float>()](int column) TR_LAMBDA {
+            return [=](int r, F left, F right) TR_LAMBDA { store2(low + r * kPanel + column, left, right); };
+        });
+        multiply<Op, true>(a, one, rows, s, first + kPanel < w.out ? w.panel(first / kPanel + 1) : after,
+            [=](int column) TR_LAMBDA { return at(first + column); },
+            [=](int column, int row, int count) TR_LAMBDA { expect(first + column, row, count); });
+    }
 }
 
 template <class Op, class At, class Expect = Nothing>
