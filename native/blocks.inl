@@ -87,11 +87,11 @@ TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, in
     values(0, last);
 }
 
-// All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b where they are not null. at(column) gives a functor put(row,
-// left, right) that receives values of columns column .. + W and column + W .. + 2 W of a row. The next panel (at the end:
-// `after`, the first of the product that follows) is fetched meanwhile, evenly, because weights come from the outer
-// caches. A tile's values are formed behind or (matrix tiles) between the next tile's sums, so that they wait for nothing;
-// expect(column, row, rows) is called before those.
+// All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b where they are not null. at(column)
+// gives a functor put(row, left, right) that receives values of columns column .. + W and column + W .. + 2 W of a row. The
+// next panel (at the end: `after`, the first of the product that follows) is fetched meanwhile, evenly, because weights come
+// from the outer caches. A tile's values are formed behind or (matrix tiles) between the next tile's sums, so that they
+// wait for nothing; expect(column, row, rows) is called before those.
 template <class Op, bool fine = false, class At, class Expect = Nothing>
 TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
     Number<Op>* const buffer = s.tiles.as<Number<Op>>();
