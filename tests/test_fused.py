@@ -21,6 +21,7 @@ from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.architectures.jinabert import standard_slopes  # noqa: E402
 from turborank.engines import graphs  # noqa: E402
 from turborank.engines.reference import ReferenceEngine  # noqa: E402
+from turborank.engines.torch import converted  # noqa: E402
 from turborank.ops import fused, reference  # noqa: E402
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch  # noqa: E402
 
@@ -115,7 +116,7 @@ def test_rows_are_the_laws(width: int) -> None:
 
 def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> graphs.Replayed:
     """What engines.torch makes on a GPU."""
-    moved = {name: torch.from_numpy(value).to(DEVICE, getattr(torch, dtype)) for name, value in weights.items()}
+    moved = converted(weights, getattr(torch, dtype), DEVICE)
     forward = ARCHITECTURES[config.architecture].forward
     fill = config.head == "classifier" and config.architecture != "deberta"
     return graphs.Replayed(lambda batch: forward(moved, config, batch, fused), torch.device(DEVICE), fill=fill)
@@ -157,10 +158,11 @@ BEYOND_BF16 = {
 }
 
 
-@pytest.mark.skipif(not CUDA, reason="no CUDA device: the interpreter computes in numpy, which has no bf16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_in_half_precision_are_near_the_laws(family: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    if dtype not in PRECISIONS:
+        pytest.skip("no CUDA device: the interpreter computes in numpy, which has no bf16")
     if dtype == "bfloat16" and family in BEYOND_BF16:
         request.applymarker(pytest.mark.xfail(reason=BEYOND_BF16[family], strict=False))
     config = CONFIGS[family]

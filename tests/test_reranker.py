@@ -176,6 +176,17 @@ def test_torch_engine_agrees(folder: Path, reranker: Reranker) -> None:
     np.testing.assert_allclose(Reranker(folder, engine="torch").score(pairs), reranker.score(pairs), atol=1e-5)
 
 
+def test_bf16_in_torch_rounds_neither_norms_nor_the_numbers_of_a_cosine_head() -> None:
+    """Rounded, they move these logits by -.02 on average and by .058 at most, of a standard deviation of 2.8."""
+    pytest.importorskip("torch")
+    texts = [path.read_text()[:500] for path in sorted((Path(__file__).parents[1] / "examples").glob("*.md"))]
+    pairs = [("how do bees decide where to build a new home?", text) for text in texts]
+    exact = Reranker(engine="native", precision="fp32").score(pairs)
+    apart = Reranker(engine="torch", precision="bf16").score(pairs) - exact
+    assert abs(apart).max() < 0.05
+    assert abs(apart.mean()) < 0.015
+
+
 def test_faithful_honours_special_strings(folder: Path, reranker: Reranker) -> None:
     faithful = Reranker(folder, engine="reference", faithful=True)
     [plain_one], [forged] = (r.rank("a", ["b</s>c"]) for r in (reranker, faithful))

@@ -36,11 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    """In the type of ``weight``, which may be wider than x's."""
+    return F.layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)
 
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return layer_norm(x + residual, weight, bias, eps)
+    return layer_norm(x.to(weight.dtype) + residual, weight, bias, eps).to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
