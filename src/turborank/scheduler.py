@@ -22,6 +22,7 @@ from turborank.types import Encoding, Float32, Int32, Pair
 
 TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of its own
 CHUNK_CHARACTERS = 200_000  # text tokenised at a time, so that memory stays bounded and work overlaps
+QUERY_CHARACTERS = 2_000  # of a query that count for each pair: it is tokenised once a chunk
 FIRST_CHUNK_CHARACTERS = 20_000  # the first chunk is small, because nothing overlaps its tokenisation
 
 Progress = Callable[[int, int], None]
@@ -58,7 +59,7 @@ def chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
     """(place of its first pair, chunk) with about CHUNK_CHARACTERS of text in each chunk."""
     start, size, limit = 0, 0, FIRST_CHUNK_CHARACTERS
     for index, (query, document) in enumerate(pairs):
-        size += len(query) + len(document)
+        size += min(len(query), QUERY_CHARACTERS) + len(document)
         if size >= limit:
             yield start, pairs[start : index + 1]
             start, size, limit = index + 1, 0, CHUNK_CHARACTERS

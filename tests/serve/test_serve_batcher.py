@@ -160,7 +160,20 @@ def test_a_queue_that_would_take_too_long_refuses(run):
         await queue.hold()
         queue.ask(100)
         with pytest.raises(Problem, match="queue_seconds"):
-            queue.ask(1)
+            queue.ask(100)
+
+    run(body, queue_seconds=5.0)
+
+
+def test_a_long_request_does_not_keep_out_those_that_overtake_it(run):
+    async def body(queue):
+        queue.batcher.speed = 10.0
+        await queue.hold()
+        long = queue.ask(*[100] * 99)  # 990 s of work, and nearly all of queue_tokens
+        short = queue.ask(10)
+        queue.engine.gate.set()
+        await short.future
+        assert not long.done
 
     run(body, queue_seconds=5.0)
 

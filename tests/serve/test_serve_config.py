@@ -52,6 +52,7 @@ def test_every_setting_can_come_from_each_source(tmp_path, name):
     ("text", "message"),
     [
         ("prot = 1", "did you mean 'port'"),
+        ("port = 70000", "port to be at most 65535, got 70000"),
         ("port = 'x'", "expected port in .* to be of type int, got 'x'"),
         ("port = true", "of type int"),
         ("offline = 1", "of type bool"),

@@ -107,6 +107,25 @@ def test_infinity_says_rerank_and_gives_strings(up, expected):
     assert [one["document"] for one in body["results"]] == [DOCUMENTS[row[0]] for row in expected]
 
 
+@pytest.mark.parametrize(
+    ("path", "extra", "key"), [("/v1/rerank", {"top_k": 1}, "data"), ("/infinity/rerank", {}, "results")]
+)
+def test_documents_as_strings_are_the_text_that_was_read(up, path, extra, key):
+    documents = [{"title": "Bees", "text": "scouts", "id": 7, "meta": {"x": 1}}]
+    body = up.ask(path, {"query": "q", "documents": documents, "return_documents": True, **extra}).json
+    assert [one["document"] for one in body[key]] == ["Bees scouts"]
+    chosen = {"query": "q", "documents": documents, "return_documents": True, "rank_fields": ["text"], **extra}
+    assert [one["document"] for one in up.ask(path, chosen).json[key]] == ["scouts"]
+
+
+@pytest.mark.parametrize("field", ["texts", "property", "top_k"])
+def test_null_does_not_choose_a_dialect(up, field):
+    asked = up.ask("/rerank", {**RERANK, field: None})
+    assert (asked.status, asked.json["object"]) == (200, "list")
+    assert "results" in asked.json
+    assert "data" not in asked.json
+
+
 def test_vllm_returns_documents_unasked_and_takes_zero_for_all(up):
     body = up.ask("/vllm/v1/rerank", {**RERANK, "top_n": 0}).json
     assert body["id"].startswith("rerank-")
@@ -207,7 +226,9 @@ def test_documents_must_be_documents(up, documents):
 
 
 def test_a_missing_query_is_named(up):
-    assert "query" in up.ask("/v1/rerank", {"documents": ["a"]}).json["detail"]
+    body = up.ask("/v1/rerank", {"documents": ["a"]}).json
+    assert "query" in body["detail"]
+    assert body["error"]["param"] == "query"
 
 
 # How much was read -----------------------------------------------------------------------------------------------

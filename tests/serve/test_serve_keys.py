@@ -14,6 +14,7 @@ from turborank.errors import InputError
 from turborank.serve import keys, limits, server
 from turborank.serve.config import Settings
 from turborank.serve.problems import Problem
+from turborank.serve.service import Service
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
 
@@ -135,6 +136,22 @@ def test_a_single_key_may_come_from_the_environment(model, monkeypatch):
     with running(model) as up:
         assert up.ask("/v1/rerank", BODY).status == 401
         assert up.ask("/v1/rerank", BODY, bearer("secret-of-the-container")).status == 200
+
+
+def test_a_key_of_the_environment_may_end_in_a_newline_and_must_fit_a_header(model):
+    for text in ("secret\n", " secret "):
+        assert Service(Settings(), api_key=text).ring.find("secret") is not None
+    with pytest.raises(InputError, match="TURBORANK_API_KEY to be of ASCII"):
+        Service(Settings(), api_key="gehäim")
+
+
+def test_a_file_that_no_key_can_be_appended_to_stays_as_it_was(tmp_path, ring_file):
+    ring_file.write_text("keys = []\n")
+    with pytest.raises(InputError, match=r"expected a file that \[\[keys\]\] can be appended to"):
+        keys.new(ring_file, "late")
+    assert ring_file.read_text() == "keys = []\n"
+    with pytest.raises(InputError, match=r"expected to write the key file .*No such file or directory"):
+        keys.new(tmp_path / "nowhere" / "keys.toml", "late")
 
 
 def test_strangers_need_a_key(model):

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -15,6 +16,10 @@ from serving import GatedEngine, head, running, until
 from turborank.errors import InputError, ModelNotFoundError
 from turborank.serve import server
 from turborank.serve.config import Settings
+from turborank.serve.models import Models
+from turborank.serve.service import CHARACTERS_PER_TOKEN, OVERHEAD, expected_tokens
+from turborank.tokens import Limits
+from turborank.types import Pair
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
 
@@ -69,6 +74,51 @@ def test_work_of_a_client_that_left_is_not_computed(model):
             assert first.result().status == 200
         assert [len(batch) for batch in engine.batches] == [2]
         until(lambda: 'dialect="jina",status="499"} 1.0' in up.ask("/metrics").content.decode())
+
+
+def test_empty_texts_do_not_change_what_a_token_is_thought_to_be(model):
+    with running(model) as up:
+        for _ in range(200):
+            assert up.ask("/v1/rerank", {"query": "", "documents": [""]}).status == 200
+        assert up.service._characters_per_token == CHARACTERS_PER_TOKEN
+        assert up.ask("/v1/rerank", BODY).status == 200
+
+
+def test_what_is_expected_of_a_pair_is_no_more_than_the_model_reads(library):
+    pairs = [Pair("q" * 100_000, "d")] * 3  # 25,000 tokens each at four characters; the model reads 512
+    expect = partial(expected_tokens, pairs, library.encoder, characters_per_token=4.0)
+    assert expect(Limits()) == 3 * 512
+    assert expect(Limits(max_length=100)) == 3 * 100
+    assert expect(Limits(policy="windows")) == 3 * 512 * 66  # 25,008 tokens in steps of 384
+    assert expect(Limits(policy="windows", max_windows=2)) == 3 * 512 * 2
+    assert expected_tokens([Pair("q" * 40, "d" * 360)], library.encoder, Limits(), 4.0) == 100 + OVERHEAD
+
+
+def test_a_model_goes_on_loading_when_those_who_asked_have_left(tmp_path, model, monkeypatch):
+    other = write_checkpoint(tmp_path / "other")
+    opened = []
+    whole = Models._open
+
+    def slowly(self, one):
+        opened.append(one.name)
+        time.sleep(0.3 if one.name == "other" else 0.0)
+        return whole(self, one)
+
+    monkeypatch.setattr(Models, "_open", slowly)
+    with running(model, model=(str(model), str(other)), timeout=0.1) as up:
+        assert {up.ask("/v1/rerank", {**BODY, "model": "other"}).status for _ in range(2)} == {504}
+        assert up.ask("/v1/rerank", BODY).status == 200  # meanwhile the others are served
+        until(lambda: up.service.models.find("other").reranker is not None)
+        assert opened == ["bees", "other"]
+        assert up.ask("/v1/rerank", {**BODY, "model": "other"}).status == 200
+
+
+def test_as_many_connections_as_the_setting_says(model):
+    with running(model, max_connections=1) as up:
+        assert up.ask("/health").status == 200
+        with socket.create_connection(("127.0.0.1", up.port)):
+            until(lambda: len(up.server.server_state.connections) == 1)
+            assert up.ask("/health").status == 503
 
 
 @pytest.mark.parametrize("settings", [{"timeout": 0.3}, {}])

@@ -162,6 +162,24 @@ def test_pages_elsewhere_may_not_call_unless_named(model):
         assert up.ask("/v1/rerank", None, preflight, "OPTIONS").status == 200
         other = up.ask("/v1/rerank", BODY, {"Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+        assert up.ask("/nope", None, origin).headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_a_host_may_be_allowed_with_its_port(model):
+    with running(model, allowed_host=("rank.example:8443",)) as up:
+        assert up.ask("/v1/rerank", BODY, {"Host": "rank.example:8443"}).status == 200
+        assert up.ask("/v1/rerank", BODY, {"Host": "other.example:8443"}).status == 421
+
+
+def test_another_method_is_told_which_one_is_allowed(up):
+    assert up.ask("/v1/rerank").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("prefix", ["/api", "/api/", "api"])
+def test_a_path_prefix_may_end_in_a_slash(model, prefix):
+    with running(model, root_path=prefix) as up:
+        assert up.ask("/health").status == 200  # the proxy took the prefix off
+        assert up.ask("/openapi.json").json["servers"] == [{"url": "/api"}]
 
 
 @pytest.mark.parametrize(

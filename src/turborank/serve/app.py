@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +23,7 @@ from turborank.serve.problems import Problem
 from turborank.serve.service import Service
 from turborank.serve.wire import Answer, Ask
 
+NULL = msgspec.Raw(b"null")  # as good as absent
 LARGE = 128 * 1024  # bytes of a body that is decoded off the event loop
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -48,16 +50,16 @@ def build(service: Service, *, on_failure: Callable[[BaseException], None] | Non
         Route(path, rank_endpoint(service, names), methods=["POST"]) for path, names in dialects.by_path().items()
     ]
     routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in pages.routes(service).items()]
-    app: ASGIApp = Router(routes, redirect_slashes=False, lifespan=lifespan)
-    if service.settings.cors_origin:
-        origins = list(service.settings.cors_origin)
-        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    return Front(
-        app,
+    app: ASGIApp = Front(
+        Router(routes, redirect_slashes=False, lifespan=lifespan),
         service.settings,
         open_door=not service.ring.required,
         count=lambda dialect, status: service.metrics.requests.labels(dialect, str(status)).inc(),
     )
+    if service.settings.cors_origin:  # outermost: a page is to be able to read refusals too
+        origins = list(service.settings.cors_origin)
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    return app
 
 
 def rank_endpoint(service: Service, names: list[str]) -> Endpoint:
@@ -95,7 +97,8 @@ async def _read(service: Service, request: Request, names: list[str], record: di
     received = time.monotonic()
 
     def decode() -> Ask:
-        text, present = decode_fields(body)
+        text, fields = decode_fields(body)
+        present = {name: value for name, value in fields.items() if value != NULL}
         record["dialect"] = name = dialects.recognise(names, present)
         row = DIALECTS[name]
         ask = row.decode(decode_as(text, row.request))

@@ -97,22 +97,23 @@ class Batcher:
     def admit(self, engine: Engine, expected: int, *, always: bool = False) -> Ticket:
         """A place in the queue for a request of about ``expected`` tokens.
 
-        Raises Problem 429 at once when too much waits already. A request that finds the queue empty is always let in,
-        and so is (``always``) the second half of one that was let in before.
+        Raises Problem 429 at once when too much waits that goes first. A request that nothing goes before is always
+        let in, and so is (``always``) the second half of one that was let in before.
         """
         with self._wake:
-            wait = self.wait_seconds()
-            full = self.waiting_tokens + expected > self.queue_tokens or wait > self.queue_seconds
-            if full and self._tickets and not always:
+            due = time.monotonic() + STRETCH * (expected / self.speed if self.speed else 0.0)
+            ahead = [ticket.owed for ticket in self._tickets if ticket.urgency[0] <= due]
+            wait = sum(ahead) / self.speed if self.speed else 0.0
+            full = sum(ahead) + expected > self.queue_tokens or wait > self.queue_seconds
+            if full and ahead and not always:
                 setting = "queue_seconds" if wait > self.queue_seconds else "queue_tokens"
                 raise Problem(
                     429,
                     "overloaded",
-                    f"the server is busy: {self.waiting_tokens} tokens of {len(self._tickets)} requests are waiting, "
+                    f"the server is busy: {sum(ahead)} tokens of {len(ahead)} requests are waiting, "
                     f"which takes about {wait:.1f} s ({setting}); try again later",
                     retry_after=max(1.0, min(wait, 60.0) / 2),
                 )
-            due = time.monotonic() + STRETCH * (expected / self.speed if self.speed else 0.0)
             self._count += 1
             ticket = Ticket(engine, expected, due, self._count)
             bisect.insort(self._tickets, ticket, key=lambda one: one.urgency)

@@ -21,6 +21,7 @@ from turborank.tokens import LENGTH_POLICIES
 
 PREFIX = "TURBORANK_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+MOST_PORT = 65_535
 _MIB = 1024 * 1024
 
 
@@ -103,6 +104,11 @@ class Settings:
             raise InputError("; ".join(faults))
 
     @property
+    def prefix(self) -> str:
+        """``root_path`` with a slash before it and none behind, or nothing."""
+        return f"/{self.root_path.strip('/')}".rstrip("/")
+
+    @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
         return is_loopback(self.host)
@@ -117,6 +123,8 @@ def _faults(name: str, value: Any) -> list[str]:
     least = FIELDS[name].metadata["least"]
     if least is not None and not value >= least:  # also false for NaN
         return [f"expected {name} to be at least {least}, got {value}"]
+    if name == "port" and value > MOST_PORT:
+        return [f"expected port to be at most {MOST_PORT}, got {value}"]
     if name in _CHOICES and value not in _CHOICES[name]:
         return [UnknownKeyError(name, value, _CHOICES[name]).message]
     if name == "alias":

@@ -19,7 +19,7 @@ from turborank.serve import wire
 from turborank.serve.problems import Problem
 from turborank.serve.wire import Answer, Ask
 from turborank.tokens import MIN_LENGTH, Limits
-from turborank.types import Document, Pair
+from turborank.types import Document, Pair, Ranked
 
 DOCUMENTS_PER_SEARCH_UNIT = 100
 # Fields that change nothing about the answer: ignored without a word. All others we do not know become a warning.
@@ -150,10 +150,6 @@ def _as_object(document: Document) -> dict[str, Any]:
     return {"text": document} if isinstance(document, str) else dict(document)
 
 
-def _as_string(document: Document) -> str:
-    return document if isinstance(document, str) else document_text(document, tuple(document))
-
-
 def _meta(ask: Ask, answer: Answer, version: str) -> wire.MetaData:
     scores = answer.scores
     columns = zip(scores.tokens.tolist(), scores.truncated.tolist(), scores.spans.tolist(), strict=True)
@@ -171,12 +167,17 @@ def _meta(ask: Ask, answer: Answer, version: str) -> wire.MetaData:
     )
 
 
-def _results(ask: Ask, answer: Answer, shape: Callable[[Document], dict[str, Any] | str]) -> list[wire.Result]:
+def _results(ask: Ask, answer: Answer, *, strings: bool = False) -> list[wire.Result]:
+    """Documents as objects, or as ``strings``: the text that was read."""
+
+    def document(ranked: Ranked) -> dict[str, Any] | str:
+        return ask.pairs[ranked.index].document if strings else _as_object(ranked.document)
+
     return [
         wire.Result(
             index=ranked.index,
             relevance_score=ranked.logit if ask.raw_scores else ranked.score,
-            document=shape(ranked.document) if ask.return_documents else UNSET,
+            document=document(ranked) if ask.return_documents else UNSET,
             relevant_spans=answer.spans.get(ranked.index, UNSET),
         )
         for ranked in answer.ranking
@@ -188,7 +189,7 @@ def encode_rerank(ask: Ask, answer: Answer, *, version: str = "1") -> wire.Reran
         id=answer.id,
         object="list",
         model=answer.model,
-        results=_results(ask, answer, _as_object),
+        results=_results(ask, answer),
         usage=wire.Usage(answer.tokens, answer.tokens),
         meta=_meta(ask, answer, version),
     )
@@ -200,7 +201,7 @@ def encode_cohere_v2(ask: Ask, answer: Answer) -> wire.RerankResponse:
 
 def encode_voyage(ask: Ask, answer: Answer) -> wire.RerankResponse:
     response = encode_rerank(ask, answer)
-    response.data = _results(ask, answer, _as_string)
+    response.data = _results(ask, answer, strings=True)
     return response
 
 
@@ -208,7 +209,7 @@ def encode_infinity(ask: Ask, answer: Answer) -> wire.RerankResponse:
     response = encode_rerank(ask, answer)
     response.object, response.created = "rerank", answer.created
     response.id = f"infinity-{answer.id}"
-    response.results = _results(ask, answer, _as_string)
+    response.results = _results(ask, answer, strings=True)
     return response
 
 
@@ -231,7 +232,7 @@ def encode_tei(ask: Ask, answer: Answer) -> list[wire.TeiResult]:
         wire.TeiResult(
             index=ranked.index,
             score=ranked.logit if ask.raw_scores else ranked.score,
-            text=_as_string(ranked.document) if ask.return_documents else UNSET,
+            text=ask.pairs[ranked.index].document if ask.return_documents else UNSET,
         )
         for ranked in answer.ranking
     ]

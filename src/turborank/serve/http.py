@@ -27,6 +27,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LONE_SURROGATE = re.compile(
     rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|u([dD][c-fC-F][0-9a-fA-F]{2})|.)"
 )
+_MISSING = re.compile(r"missing required field `(\w+)`")
+_PORT = re.compile(r":\d*$")  # of a Host header
 _SLASHES = re.compile("/{2,}")
 _SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
 _PLAIN = {
@@ -115,7 +117,9 @@ def problem_of(error: Exception) -> Problem:
         what, _, where = str(error).partition(" - at `")
         path = where.rstrip("`") or "$"
         message = f"{what[:1].lower()}{what[1:]} at {path}".replace("`", "")
-        return Problem(422, "invalid_input", message, param=path.removeprefix("$").removeprefix(".") or None)
+        missing = _MISSING.search(what)
+        place = f"{path}.{missing[1]}" if missing else path
+        return Problem(422, "invalid_input", message, param=place.removeprefix("$").removeprefix(".") or None)
     if isinstance(error, RecursionError):
         return Problem(400, "invalid_json", "expected a JSON object of documents, got one nested too deeply")
     if isinstance(error, UnicodeDecodeError):
@@ -147,7 +151,7 @@ class Front:
 
     def __init__(self, app: ASGIApp, settings: Settings, *, open_door: bool, count: Callable[[str, int], None]) -> None:
         self._app = app
-        self._hosts = {host.lower() for host in settings.allowed_host}
+        self._hosts = {_PORT.sub("", host).lower() for host in settings.allowed_host}
         # Without keys, the Host header is what tells a page of this machine from one that had its name point here.
         self._loopback_only = open_door and settings.loopback and not self._hosts
         self._count = count
@@ -193,13 +197,15 @@ class Front:
             self._finish(record, time.monotonic() - started)
 
     def _check_host(self, request: Request) -> None:
-        host = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
+        host = _PORT.sub("", request.headers.get("host", "")).lower()
         if (self._loopback_only and not is_loopback(host)) or (self._hosts and host not in self._hosts):
             message = f"expected a Host that this server answers to, got {host[:100]!r}; add it with --allowed-host"
             raise Problem(421, "wrong_host", message)
 
     def _failure(self, error: Exception, record: dict[str, Any]) -> Response:
+        headers: Mapping[str, str] = {}
         if isinstance(error, HTTPException):
+            headers = error.headers or {}
             code, message = _PLAIN.get(error.status_code, ("http_error", str(error.detail)))
             error = Problem(error.status_code, code, message)
         if not isinstance(error, Problem):
@@ -207,7 +213,7 @@ class Front:
             error = Problem(500, "internal_error", "something failed here; see the server's log under this request id")
         record["code"] = error.code
         status, body = error_superset(error, record["request_id"])
-        return respond(body, status, error.headers)
+        return respond(body, status, {**headers, **error.headers})
 
     def _finish(self, record: dict[str, Any], seconds: float) -> None:
         status = record.setdefault("status", CLIENT_GONE)

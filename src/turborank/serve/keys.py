@@ -69,10 +69,19 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
     lines += [f"requests_per_minute = {requests}"] if requests else []
     lines += [f"tokens_per_minute = {tokens}"] if tokens else []
     text = "\n".join(lines) + "\n"
-    tomllib.loads(text)  # what we write, we can read
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        tomllib.loads((path.read_text("utf-8") if path.exists() else "") + text)  # what we leave, we can read
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(
+            f"expected a file that [[keys]] can be appended to, got {path}: {error}",
+            hint="write its keys as [[keys]] tables, or begin a new file",
+        ) from None
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"expected to write the key file {path}, got: {error.strerror}") from None
     return secret
 
 

@@ -38,7 +38,7 @@ class Model:
         self.bytes = 0
         self.users = 0  # requests that hold it now
         self.used = 0.0  # when one last did
-        self.lock = asyncio.Lock()
+        self.loading: asyncio.Task[Reranker] | None = None
 
 
 def served(settings: Settings) -> list[Model]:
@@ -104,22 +104,31 @@ class Models:
         return self._models[self._names[name]]
 
     async def load(self, model: Model) -> Reranker:
-        """The model's reranker, loaded if it is not. Whoever asks meanwhile waits for the same load."""
-        async with model.lock:
-            if model.reranker is None:
-                loop = asyncio.get_running_loop()
-                started = time.monotonic()
-                try:
-                    reranker = await loop.run_in_executor(self._pool, self._open, model)
-                except TurborankError as error:
-                    self._report("model_failed", {"model": model.name, "error": str(error)})
-                    raise from_error(error) from error
-                model.bytes = weight_bytes(reranker)
-                model.reranker = reranker
-                model.used = time.monotonic()
-                self._report("model_loaded", {"model": model.name, "seconds": round(time.monotonic() - started, 3)})
-                self._make_room(model)
+        """The model's reranker, loaded if it is not. Whoever asks meanwhile waits for the same load, which goes on
+        when all of them have left."""
+        if model.reranker is not None:
             return model.reranker
+        if model.loading is None:
+            model.loading = asyncio.create_task(self._load(model))
+            # Its failure is told to whoever still waits; asyncio wants it looked at even when nobody does.
+            model.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(model.loading)
+
+    async def _load(self, model: Model) -> Reranker:
+        started = time.monotonic()
+        try:
+            reranker = await asyncio.get_running_loop().run_in_executor(self._pool, self._open, model)
+        except TurborankError as error:
+            self._report("model_failed", {"model": model.name, "error": str(error)})
+            raise from_error(error) from error
+        finally:
+            model.loading = None
+        model.bytes = weight_bytes(reranker)
+        model.reranker = reranker
+        model.used = time.monotonic()
+        self._report("model_loaded", {"model": model.name, "seconds": round(time.monotonic() - started, 3)})
+        self._make_room(model)
+        return reranker
 
     @contextmanager
     def using(self, model: Model) -> Iterator[None]:

@@ -153,7 +153,7 @@ def _info(service: Service) -> Endpoint:
 
 
 def _openapi(service: Service) -> Endpoint:
-    document = msgspec.json.encode(openapi.document(keyed=service.ring.required, root_path=service.settings.root_path))
+    document = msgspec.json.encode(openapi.document(keyed=service.ring.required, root_path=service.settings.prefix))
     return _quiet(lambda: Response(document, media_type=JSON))
 
 

@@ -154,10 +154,10 @@ def make(settings: Settings) -> Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            root_path=settings.root_path,
+            root_path=settings.prefix,
             timeout_keep_alive=settings.keep_alive,
             timeout_graceful_shutdown=math.ceil(settings.timeout),
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=settings.max_connections + 1,  # uvicorn refuses the one that reaches it
             ssl_certfile=settings.tls_certificate or None,
             ssl_keyfile=settings.tls_key or None,
         )

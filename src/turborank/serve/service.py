@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from turborank.errors import TooLongError, TurborankError
+from turborank.errors import InputError, TooLongError, TurborankError
 from turborank.reranker import Reranker, ranking, sigmoid
 from turborank.scheduler import Scores, chunks, gather
 from turborank.serve import limits, logs
@@ -25,11 +26,13 @@ from turborank.serve.passages import passages
 from turborank.serve.problems import Problem, from_error
 from turborank.serve.tracing import Tracer
 from turborank.serve.wire import Answer, Ask, Span, SpanOptions
-from turborank.tokens import NO_LIMITS, Limits, PairEncoder
+from turborank.tokens import NO_LIMITS, WINDOW_OVERLAP, Limits, PairEncoder
 from turborank.types import Encoding, Pair
 
 API_KEY = PREFIX + "API_KEY"  # a single key, for containers; more of them live in a file
 CHARACTERS_PER_TOKEN = 4.0  # of English; corrected by what is seen
+LEAST_CHARACTERS, MOST_CHARACTERS = 0.5, 8.0  # per token, whatever is seen
+ENOUGH_CHARACTERS = 200  # in a request that tells how many a token has
 OVERHEAD = 8  # tokens of a pair's template, about
 MAX_SPAN_DOCUMENTS = 100  # documents whose passages are scored
 DEFAULT_SPANS = 3  # passages given for a document unless max_spans says otherwise
@@ -41,7 +44,9 @@ class Service:
 
     def __init__(self, settings: Settings, *, api_key: str | None = None) -> None:
         self.settings = settings
-        secret = os.environ.get(API_KEY, "") if api_key is None else api_key
+        secret = (os.environ.get(API_KEY, "") if api_key is None else api_key).strip()  # files end in a newline
+        if not secret.isascii():
+            raise InputError(f"expected {API_KEY} to be of ASCII characters, which headers can hold, got others")
         self.ring = KeyRing(
             Path(settings.keys) if settings.keys else None,
             secret=secret,
@@ -49,7 +54,8 @@ class Service:
         )
         self.rates = limits.Rates(settings)
         self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="turborank-tokens")
-        self.models = Models(settings, self.pool, lambda name, fields: logs.event(name, fields))
+        self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-load")  # never in a request's way
+        self.models = Models(settings, self.loader, lambda name, fields: logs.event(name, fields))
         self.batcher = Batcher(
             batch_tokens=settings.batch_tokens,
             queue_tokens=settings.queue_tokens,
@@ -74,7 +80,8 @@ class Service:
     def close(self) -> None:
         """Let everything go."""
         self.batcher.close()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self.loader):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.tracer.close()
 
     def admit_request(self, key: Key) -> None:
@@ -141,8 +148,7 @@ class Service:
         held: bool = False,
     ) -> Scores:
         """The library's scores by way of the queue. ``held``: the request is in already, so it is not refused."""
-        characters = sum(len(document) for _, document in pairs) + sum(len(pair.query) for pair in pairs)
-        expected = int(characters / self._characters_per_token) + OVERHEAD * len(pairs)
+        expected = expected_tokens(pairs, reranker.encoder, length, self._characters_per_token)
         ticket = self.batcher.admit(reranker.engine, expected, always=held)
         began = time.monotonic()
         try:
@@ -154,7 +160,6 @@ class Service:
         finally:
             self.batcher.drop(ticket)
         ended = time.monotonic()
-        self._characters_per_token += 0.05 * (characters / max(1, ticket.known) - self._characters_per_token)
         started = ticket.started or ended
         for stage, first, last in (
             ("tokenise", began, tokenised),
@@ -165,9 +170,19 @@ class Service:
             self.metrics.seconds.labels(stage).observe(last - first)
             self.tracer.stage(stage, last - first)
         try:
-            return gather(encoded, logits)
+            scores = gather(encoded, logits)
         except TurborankError as error:
             raise self._failed(error) from error
+        self._learn(pairs, scores)
+        return scores
+
+    def _learn(self, pairs: Sequence[Pair], scores: Scores) -> None:
+        """How many characters a token has, from a request that was read whole."""
+        characters = sum(len(query) + len(document) for query, document in pairs)
+        tokens = int(scores.tokens.sum()) - OVERHEAD * len(pairs)
+        if characters >= ENOUGH_CHARACTERS and tokens > 0 and not scores.truncated.any():
+            seen = min(max(characters / tokens, LEAST_CHARACTERS), MOST_CHARACTERS)
+            self._characters_per_token += 0.05 * (seen - self._characters_per_token)
 
     async def _tokenise(
         self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, field: str
@@ -214,6 +229,21 @@ class Service:
         self.metrics.tokens.inc(int(scores.tokens.sum()))
         self.metrics.truncated.inc(int(np.count_nonzero(scores.truncated)))
         self.metrics.cut.inc(int(scores.truncated.sum()))
+
+
+def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits, characters_per_token: float) -> int:
+    """About how many tokens pairs will take: no more of each than the model reads, in each of its windows."""
+    most = min(length.max_length or encoder.max_length, encoder.max_length)
+    windows = (length.policy or encoder.policy) == "windows"
+    total = 0
+    for query, document in pairs:
+        tokens = int((len(query) + len(document)) / characters_per_token) + OVERHEAD
+        if windows and tokens > most:
+            count = math.ceil(tokens / (most * (1 - WINDOW_OVERLAP)))
+            total += most * min(count, length.max_windows or count)
+        else:
+            total += min(tokens, most)
+    return total
 
 
 def _encode(
