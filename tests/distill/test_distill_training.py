@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from turborank.distill import runs, students, vocabulary
 from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.loop import CURVE, Run, Schedule, checkpoints
+from turborank.distill.train import Examination, Serving, held_out
 from turborank.errors import InputError, ModelNotFoundError
 from turborank.tokens import PairEncoder
 
@@ -27,7 +29,7 @@ def student(word_folder, tmp_path_factory):
     return path
 
 
-def run(word_folder, student, out, **schedule):
+def run(word_folder, student, out, dev=None, dev_queries=200, **schedule):
     plan = Schedule(**({"steps": 6, "learning_rate": 1e-3, "warmup": 2, "save_every": 3, "average": 0.9} | schedule))
     return runs.train(
         word_folder,
@@ -36,7 +38,8 @@ def run(word_folder, student, out, **schedule):
         plan,
         DRAWING,
         teachers=["t"],
-        dev=[word_folder],
+        dev=dev or [word_folder],
+        dev_queries=dev_queries,
         bf16=False,
         train_words=True,
         threads=1,
@@ -98,6 +101,52 @@ def test_another_run_is_not_continued(word_folder, student, tmp_path):
     run(word_folder, student, tmp_path, stop=3)
     with pytest.raises(InputError, match="another schedule"):
         run(word_folder, student, tmp_path, learning_rate=1e-4)
+    with pytest.raises(InputError, match="another dev_queries"):
+        run(word_folder, student, tmp_path, dev_queries=1)
+
+
+@pytest.mark.parametrize(("file", "what"), [("qrels/train.tsv", "lists"), ("scores/t.trec", "teachers")])
+def test_a_run_is_not_continued_on_other_data(word_folder, student, tmp_path, file, what):
+    folder, out = tmp_path / "folder", tmp_path / "run"
+    shutil.copytree(word_folder, folder)
+    run(folder, student, out, stop=3)
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace("\t1\n", "\t2\n", 1) if what == "lists" else text.replace(" 3", " 4", 1))
+    assert (folder / file).read_text() != text
+    with pytest.raises(InputError, match=f"another {what}"):
+        run(folder, student, out)
+
+
+def test_what_a_run_wrote_before_its_first_checkpoint_is_written_again(student, tmp_path):
+    (tmp_path / CURVE).write_text('{"step": 1}\n{"step": 2}\n')
+    assert not Run(students.Student.load(student), tmp_path, Schedule(steps=6)).resume()
+    assert curve(tmp_path) == []
+
+
+def test_development_folders_of_one_name_are_both_measured(word_folder, student, tmp_path):
+    for parent in ("a", "b"):
+        shutil.copytree(word_folder, tmp_path / parent / "lists")
+    dev = [tmp_path / parent / "lists" for parent in ("a", "b")]
+    run(word_folder, student, tmp_path / "run", dev=dev, steps=1)
+    assert {f"ndcg@10 {path}" for path in dev} <= set(curve(tmp_path / "run")[0])
+
+
+def test_a_relevant_document_that_no_pool_holds_counts_against_the_measure(word_folder, student, tmp_path):
+    """One of two relevant documents found at rank r: of the most possible, 1 + 1/log2(3), instead of 1."""
+    shutil.copytree(word_folder, tmp_path / "folder")
+    [query] = held_out(TrainingFolder.load(word_folder), 1)
+    folder = TrainingFolder.load(tmp_path / "folder")
+    members = {folder.doc_ids[folder.places[at]] for at in range(*folder.bounds[query : query + 2])}
+    missed = next(name for name in folder.doc_ids if name not in members)
+    with (tmp_path / "folder/qrels/dev.tsv").open("a") as file:
+        file.write(f"{folder.query_ids[query]}\t{missed}\t1\n")
+    start, serving = students.Student.load(student), Serving(queries=1, engine="reference")
+    before, after = (
+        Examination({"one": TrainingFolder.load(path)}, serving)(start)["ndcg@10"]
+        for path in (word_folder, tmp_path / "folder")
+    )
+    assert after == pytest.approx(before / (1 + 1 / np.log2(3)))
+    assert before > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(word_folder, student, tmp_path):
@@ -183,6 +232,8 @@ def test_lists_hold_what_they_should(word_folder, student):
         assert (lengths.min() >= 40) is np.bool_(long) or not long
         again = drawer.draw(step)
         assert np.array_equal(lists.batch.input_ids, again.batch.input_ids)
+    short = Drawer(folder, PairEncoder(start.tokenizer, max_length=24), folder.scores("t"), DRAWING, seed=7)
+    assert max(int(np.diff(short.draw(step).batch.cu_seqlens).max()) for step in range(8)) == 24  # positions end there
     other = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING, seed=8)
     assert not np.array_equal(other.draw(0).batch.input_ids, drawer.draw(0).batch.input_ids)
 
@@ -225,7 +276,26 @@ def test_two_processes_train_one_student(word_folder, student, tmp_path):
         "-t",
         "t",
     ]
-    command += ["--steps", "4", "--budget", "128", "--documents", "4", "--long-tokens", "", "--fp32", "--threads", "1"]
+    # Nothing is learnt, so that the second measurement is no better and ends the run of both at the fourth step.
+    command += [
+        "--steps",
+        "12",
+        "--evaluate-every",
+        "2",
+        "--patience",
+        "1",
+        "--learning-rate",
+        "1e-12",
+        "--budget",
+        "128",
+        "--documents",
+        "4",
+        "--long-tokens",
+        "",
+        "--fp32",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -269,6 +339,10 @@ def test_a_run_that_no_longer_gets_better_ends(word_folder, student, tmp_path):
     assert rows[-1]["step"] == 20
     assert checkpoints(tmp_path)[-1].name == "step-000020"
     assert (tmp_path / "best" / "model.safetensors").is_file()
+    again = Run(students.Student.load(student), tmp_path, schedule)
+    assert again.resume()
+    again.train(losing, lambda student: {"ndcg@10": next(values)})
+    assert curve(tmp_path) == rows  # it has ended
 
 
 def test_a_step_that_does_not_fit_the_memory_is_said_so(word_folder, student, tmp_path):

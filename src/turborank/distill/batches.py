@@ -61,7 +61,8 @@ class Drawer:
         self.folder, self.drawing, self.seed, self.rank = folder, drawing, seed, rank
         self.teacher = teacher  # (N,) of every pool place
         self.template = encoder.template
-        self.queries = _ids(encoder, folder.queries, drawing.query_tokens)
+        self.room = encoder.max_length - encoder.template.size  # for both texts: the student's positions end there
+        self.queries = _ids(encoder, folder.queries, min(drawing.query_tokens, self.room // 2))
         self.documents = _ids(encoder, folder.texts, max(drawing.document_tokens))
         weight = np.array([drawing.shares.get(source, 1.0) for source in folder.sources], dtype=np.float64)
         weight *= ~folder.held_out & (np.diff(folder.bounds) > 1)
@@ -109,9 +110,10 @@ class Drawer:
         return out
 
     def _pair(self, query: int, document: int, cut: int, long: int, rng: np.random.Generator) -> Encoding:
-        ids = self.documents[document][:cut]
+        room = self.room - len(self.queries[query])
+        ids = self.documents[document][: min(cut, room)]
         if long:
-            ids = self._hidden(ids, long, rng)
+            ids = self._hidden(ids, min(long, room), rng)
         t = self.template
         parts = (t.prefix, self.queries[query], t.middle, ids, t.suffix)
         types = np.repeat(np.asarray(t.types, dtype=np.int32), [len(part) for part in parts])

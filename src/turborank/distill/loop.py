@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -127,6 +128,7 @@ class Run:
         """Go on from the newest whole checkpoint; False where there is none."""
         found = checkpoints(self.out)
         if not found:
+            _shorten(self.out / CURVE, 0)
             return False
         counters = json.loads((found[-1] / COUNTERS).read_text(encoding="utf-8"))
         state = load_file(found[-1] / STATE)
@@ -182,20 +184,20 @@ class Run:
         schedule, at = self.schedule, self.at
         self.out.mkdir(parents=True, exist_ok=True)
         end = min(schedule.stop or schedule.steps, schedule.steps)
-        while at.step < end:
+        while at.step < end and not self._waited_enough():
             row = self._step(loss_of)
-            last = at.step == end
             if evaluate is not None and (at.step % schedule.evaluate_every == 0 or at.step == schedule.steps):
                 row |= self._evaluate(evaluate)
-                last = last or bool(schedule.patience and at.waited >= schedule.patience)
+            last = at.step == end or self._waited_enough()
             if at.step % schedule.save_every == 0 or last:
                 self.save()
             self._note(row)
             if progress is not None:
                 progress(row, schedule.steps)
-            if last:
-                break
         return self.current()
+
+    def _waited_enough(self) -> bool:
+        return bool(self.schedule.patience) and self.at.waited >= self.schedule.patience
 
     def _step(self, loss_of: LossOf) -> dict[str, Any]:
         at, started = self.at, time.monotonic()
@@ -235,9 +237,14 @@ class Run:
         return row | {"tokens_per_s": round(loss.tokens * self.accelerator.num_processes / max(taken, 1e-9))}
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Measures of the student as it would be served; the first measure decides what is best."""
-        if not self.accelerator.is_main_process:
-            return {}
+        """Measures of the student as it would be served, by one process; all learn how long there was no better one."""
+        measured = self._measured(evaluate) if self.accelerator.is_main_process else {}
+        told = broadcast_object_list([self.at.best, self.at.waited])
+        self.at.best, self.at.waited = told
+        return measured
+
+    def _measured(self, evaluate: Evaluate) -> dict[str, float]:
+        """The first measure decides what is best."""
         student = self.current()
         measured = evaluate(student)
         main = next(iter(measured.values()))

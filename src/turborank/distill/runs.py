@@ -15,7 +15,7 @@ from turborank.checkpoint import verify
 from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.ensemble import parse
-from turborank.distill.folder import TrainingFolder
+from turborank.distill.folder import TrainingFolder, run_path
 from turborank.distill.inner import Inner
 from turborank.distill.inner import parse as parse_inner
 from turborank.distill.loop import Progress, Run, Schedule
@@ -96,10 +96,13 @@ def train(
     lists, start = TrainingFolder.load(folder), Student.load(student)
     if "teacher" in losses.needs and not specs:
         raise InputError("expected a teacher for these losses, got none", hint="name one with --teacher")
+    fused = teacher_scores(lists, specs)
+    examined = {path: lists if path == folder else TrainingFolder.load(path) for path in dev}
     facts = {
-        "kind": "train", "student": _hash(start.weights), "lists": lists.fingerprint, "loss": loss, "bf16": bf16,
-        "teachers": [[*spec] for spec in specs], "drawing": _plain(asdict(drawing)), "inner": list(inner), "seed": seed,
-        "train_words": train_words,
+        "kind": "train", "student": _hash(start.weights), "lists": _of(lists), "loss": loss, "bf16": bf16,
+        "teachers": [[*spec, _hash(run_path(folder, spec.name))] for spec in specs],
+        "drawing": _plain(asdict(drawing)), "inner": list(inner), "seed": seed, "train_words": train_words,
+        "dev": [_of(one) for one in examined.values()], "dev_queries": dev_queries, "max_length": max_length,
     }  # fmt: skip
     _manifest(out, facts, schedule)
     terms = [Inner(parse_inner(text), start, _dtype(bf16)) for text in inner]
@@ -107,10 +110,11 @@ def train(
     run.add([matrix for term in terms for matrix in term.projections if matrix is not None])
     run.resume()
     encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length)
-    drawer = Drawer(lists, encoder, teacher_scores(lists, specs), drawing, seed=seed, rank=run.rank)
+    drawer = Drawer(lists, encoder, fused, drawing, seed=seed, rank=run.rank)
     examination = None
     if dev:
-        folders = {path.name: lists if path == folder else TrainingFolder.load(path) for path in dev}
+        names = [path.name for path in examined]
+        folders = {path.name if names.count(path.name) == 1 else str(path): one for path, one in examined.items()}
         serving = Serving(threads=threads, max_length=max_length, queries=dev_queries)
         examination = Examination(folders, serving)
     _finish(run, run.train(Ranking(drawer, losses, terms), examination, progress))
@@ -161,6 +165,12 @@ def _hash(what: Path | Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(what[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _of(folder: TrainingFolder) -> dict[str, str]:
+    """What a training folder holds: its texts, pools and labels."""
+    labels = sorted((folder.path / "qrels").glob("*.tsv"))
+    return folder.fingerprint | {path.name: _hash(path) for path in labels}
 
 
 def _plain(value: Any) -> Any:

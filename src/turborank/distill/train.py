@@ -28,7 +28,7 @@ from turborank.distill.model import Model, tensors
 from turborank.distill.students import Student
 from turborank.errors import InputError
 from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import Scored
+from turborank.evaluate.runs import Scored, read_qrels
 from turborank.scheduler import score
 from turborank.tokens import PairEncoder
 from turborank.types import Float32, Pair
@@ -96,13 +96,12 @@ class Examination:
 
     def _ndcg(self, student: Student, folder: TrainingFolder, queries: list[int]) -> float:
         run: dict[str, list[Scored]] = {folder.query_ids[q]: [] for q in queries}
-        qrels: dict[str, dict[str, int]] = {folder.query_ids[q]: {} for q in queries}
+        judged = read_qrels(folder.path / "qrels" / "dev.tsv")[0]  # also of documents that no pool holds
+        qrels = {folder.query_ids[q]: judged[folder.query_ids[q]] for q in queries}
         members = pool_places(folder, queries)
         for at, logit in zip(members, serve(student, folder, members, self.serving).tolist(), strict=True):
             query, document = folder.query_ids[folder.query_of[at]], folder.doc_ids[folder.places[at]]
             run[query].append(Scored(document, logit))
-            if folder.labels[at] >= 0:
-                qrels[query][document] = int(folder.labels[at])
         return means(per_query(run, qrels, (MEASURE,)))[MEASURE]
 
 
