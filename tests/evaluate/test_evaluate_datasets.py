@@ -55,6 +55,14 @@ BAD = [  # (file, what is appended, what the message must say)
     ("qrels/test.tsv", "q1\td1", r"three columns .*test\.tsv:8"),
     ("qrels/test.tsv", "q1\td2\tyes", r"integer relevance in the last column, got 'yes' at .*test\.tsv:8"),
     ("qrels/test.tsv", "q1\td2\t1.5", r"integer relevance .*test\.tsv:8"),
+    (
+        "corpus.jsonl",
+        r'{"_id": "d\ud83d", "text": ""}',
+        r"without lone surrogates, got 'd\\ud83d' at .*corpus\.jsonl:7",
+    ),
+    ("queries.jsonl", r'{"_id": "\udc00", "text": ""}', r"surrogates, got '\\udc00' at .*queries\.jsonl:5"),
+    ("qrels/test.tsv", "q1\td2\t1001", r"relevance between -1000 and 1000, got 1001 at .*test\.tsv:8"),
+    ("qrels/test.tsv", "q1\td2\t-99999999999", r"relevance between .* at .*test\.tsv:8"),
     ("qrels/test.tsv", "q1\td1\t1", r"one relevance of 'd1' for 'q1', got 2 and 1 at .*test\.tsv:8"),
     ("qrels/test.tsv", "q1\td9\t1", r"judged document in the corpus of mini, got 'd9' missing"),
     ("qrels/test.tsv", "q9\td1\t1", r"judged query among the queries of mini, got 'q9' without text"),
@@ -257,3 +265,33 @@ def test_where_queries_are_documents_a_query_does_not_find_itself(mini: Path, tm
     plain = load(str(mini))
     assert [s.doc_id for s in bm25_run(plain, 2, tmp_path / "plain")[0]["q2"]] == ["q2", "d2"]
     assert [s.doc_id for s in bm25_run(own, 2, tmp_path / "own")[0]["q2"]] == ["d2"]
+
+
+@pytest.mark.parametrize("packed", [gzip.compress(b"q1 Q0 d1 1 2.5 tag\n")[:-9], b"q1 Q0 d1 1 2.5 tag\n"])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, packed: bytes) -> None:
+    path = tmp_path / "run.trec.gz"
+    path.write_bytes(packed)
+    with pytest.raises(InputError, match=r"expected a whole gzip file, got .* at .*run\.trec\.gz"):
+        read_run(path)
+
+
+BAD_LLAMAINDEX = [
+    ("5", "got no queries, corpus, relevant_docs in"),
+    ('{"queries": {"a": "why?"}, "corpus": {"x": "so"}, "relevant_docs": {}}', "judged queries in questions, got none"),
+    ('{"queries": {}, "corpus": {"\\ud83d": "so"}, "relevant_docs": {}}', r"surrogates, got '\\ud83d' at .*questions"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_LLAMAINDEX)
+def test_bad_llamaindex_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "questions.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load(str(path))
+
+
+def test_a_llamaindex_file_has_no_splits(tmp_path: Path) -> None:
+    path = tmp_path / "questions.json"
+    path.write_text('{"queries": {"a": "why?"}, "corpus": {"x": "so"}, "relevant_docs": {"a": ["x"]}}')
+    with pytest.raises(InputError, match=r"expected no split of a LlamaIndex file.* got 'nosuch'"):
+        load(str(path), split="nosuch")

@@ -88,7 +88,18 @@ def test_relevance_from_grade_two_concerns_binary_measures_only() -> None:
     assert one["nDCG@10"] == two["nDCG@10"]
 
 
-@pytest.mark.parametrize("name", ["nonsense", "nDCG@", "nDCG@ten", ""])
+def test_every_spelling_of_a_measure_gets_its_value() -> None:
+    names = ["MRR@10", "RR@10", "MAP", "AP", "recall@10", "R@10"]
+    values = per_query({"q": [Scored("b", 2.0), Scored("a", 1.0)]}, {"q": {"a": 1}}, names)
+    assert means(values) == {"MRR@10": 0.5, "RR@10": 0.5, "MAP": 0.5, "AP": 0.5, "recall@10": 1, "R@10": 1}
+
+
+def test_grades_far_below_zero_are_judged_and_not_relevant() -> None:
+    run, names = {"q": [Scored("a", 1.0)]}, ["nDCG@10", "MAP", "Judged@10"]
+    assert means(per_query(run, {"q": {"a": -2, "b": -1000}}, names)) == {"nDCG@10": 0, "MAP": 0, "Judged@10": 1}
+
+
+@pytest.mark.parametrize("name", ["nonsense", "nDCG@", "nDCG@ten", "", "nDCG@0", "P@-1", "nDCG@3000000000", "ERR@10"])
 def test_unknown_measures_are_named(name: str) -> None:
     with pytest.raises(InputError, match="expected a measure such as"):
         parse(name)

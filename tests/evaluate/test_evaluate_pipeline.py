@@ -123,7 +123,10 @@ def test_a_query_without_results_counts_as_zero(mini: Path, model: Reranker, tmp
     assert first.values["nDCG@10"] == {"q1": 0.0, "q2": 1.0, "q3": 0.0}
     assert first.means["nDCG@10"] == pytest.approx(1 / 3)
     assert (reranked.values["nDCG@10"]["q1"], reranked.values["nDCG@10"]["q3"]) == (0, 0)
-    assert "2 queries are not in the run" in found.results[0].remarks[0]
+    assert found.results[0].remarks == (
+        "2 queries are not in the run; they count as zero",
+        "1 queries of the run are not judged in the dataset; they are left out",
+    )
     assert reranked.manifest["first_stage"]["method"] == "run file"
 
 
@@ -134,6 +137,7 @@ def test_empty_queries_retrieve_nothing(mini: Path, model: Reranker, tmp_path: P
     for given in (None, run):
         found = evaluate([str(mini)], [model], out=tmp_path / str(given is None), run=given)
         assert found.results[0].systems[1].values["nDCG@10"]["blank"] == 0
+    assert "2 queries are not in the run" in found.results[0].remarks[1]  # q1 and q3: the blank one is in it
 
 
 WRONG_RUNS = [
@@ -289,3 +293,38 @@ def test_long_documents_are_read_whole_in_windows(mini: Path, folder: Path, tmp_
     assert cut["pairs_truncated"] > 0
     assert windows["pairs_truncated"] == 0
     assert windows["tokens"] == cut["tokens"] + cut["tokens_truncated"]
+
+
+def test_lone_surrogates_in_texts_are_written_as_replacement_characters(
+    mini: Path, model: Reranker, tmp_path: Path
+) -> None:
+    append(mini / "queries.jsonl", r'{"_id": "half", "text": "salt \ud83d sea"}')
+    append(mini / "corpus.jsonl", r'{"_id": "d7", "text": "salt \udc00"}')
+    append(mini / "qrels" / "test.tsv", "half\td7\t1")
+    evaluate([str(mini)], [model], out=tmp_path / "out")
+    assert "half,salt \ufffd sea," in (tmp_path / "out" / "mini" / "tiny" / "per_query.csv").read_text()
+
+
+def test_two_datasets_do_not_share_a_folder(mini: Path, tmp_path: Path) -> None:
+    other = write_mini(tmp_path / "elsewhere" / "mini")
+    for second in (str(other), f"{mini}/"):
+        with pytest.raises(InputError, match=f"different names, got '{mini}' and '{second}', both 'mini'"):
+            evaluate([str(mini), second], ["bm25"], out=tmp_path / "out")
+
+
+def test_a_model_does_not_overwrite_the_first_stage(mini: Path, tmp_path: Path) -> None:
+    model = Reranker(write_checkpoint(tmp_path / "first-stage"), engine="reference")
+    with pytest.raises(InputError, match="a model of another name, got 'first-stage'"):
+        evaluate([str(mini)], [model], out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("below", ["", "results"])
+def test_results_need_a_folder(mini: Path, tmp_path: Path, below: str) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match=r"a folder for the results, got a file at .*taken"):
+        evaluate([str(mini)], ["bm25"], out=tmp_path / "taken" / below)
+
+
+def test_the_first_stage_alone_has_no_parts(mini: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a model to evaluate in parts"):
+        evaluate([str(mini)], ["bm25"], out=tmp_path, shard=(1, 2))

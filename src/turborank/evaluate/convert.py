@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from turborank.errors import InputError
 from turborank.evaluate.corpus import Corpus, JsonlCorpus, MemoryCorpus, Step, document_text
-from turborank.evaluate.files import decode, open_binary, parse_object, read_lines, string_field
+from turborank.evaluate.files import checked_id, decode, open_binary, parse_object, read_lines, string_field
 from turborank.evaluate.runs import Qrels, read_qrels
 
 MAX_FIELD = 1 << 24  # characters of a CSV field: references may quote pages
@@ -37,7 +37,7 @@ def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dic
     for name, text, number in pairs:
         if name in known:
             raise InputError(f"expected each {what} id once, got {name!r} again at {path}:{number}")
-        known[name] = text
+        known[checked_id(name, f"{path}:{number}")] = text
     return known
 
 
@@ -88,20 +88,21 @@ def beir(folder: Path, split: str, progress: Step | None) -> Parts:
 def _text_mapping(value: object, field: str, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise InputError(f"expected {field!r} to map ids to strings, got {type(value).__name__} in {path}")
-    return value
+    return {checked_id(name, path): text for name, text in value.items()}
 
 
 def llamaindex(path: Path, split: str, progress: Step | None) -> Parts:
     """LlamaIndex's ``EmbeddingQAFinetuneDataset`` as JSON: queries, corpus, relevant_docs."""
     value = _json_file(path)
-    missing = [field for field in ("queries", "corpus", "relevant_docs") if field not in value]
-    if not isinstance(value, dict) or missing:
+    found = value if isinstance(value, dict) else {}
+    missing = [field for field in ("queries", "corpus", "relevant_docs") if field not in found]
+    if missing:
         raise InputError(f"expected an EmbeddingQAFinetuneDataset, got no {', '.join(missing)} in {path}")
     relevant = value["relevant_docs"]
     if not isinstance(relevant, dict) or not all(isinstance(docs, list) for docs in relevant.values()):
         raise InputError(f"expected 'relevant_docs' to map query ids to lists of ids in {path}")
     corpus = MemoryCorpus(_text_mapping(value["corpus"], "corpus", path))
-    qrels = {query_id: dict.fromkeys(map(str, docs), 1) for query_id, docs in relevant.items()}
+    qrels = {query_id: {checked_id(str(doc), path): 1 for doc in docs} for query_id, docs in relevant.items()}
     return Parts(_text_mapping(value["queries"], "queries", path), corpus, qrels)
 
 

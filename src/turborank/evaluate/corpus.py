@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.errors import InputError
-from turborank.evaluate.files import decode, open_binary, parse_object, string_field
+from turborank.evaluate.files import checked_id, decode, open_binary, parse_object, string_field
 
 Step = Callable[[int, int], None]  # (done, in all)
 REPORT_EVERY = 1 << 22  # bytes between two reports of progress
@@ -86,7 +86,7 @@ class JsonlCorpus:
 
     def _parse(self, raw: bytes, number: int) -> tuple[str, str]:
         record = parse_object(decode(raw, self.path, number), self.path, number)
-        doc_id = string_field(record, "_id", self.path, number)
+        doc_id = checked_id(string_field(record, "_id", self.path, number), f"{self.path}:{number}")
         title = string_field(record, "title", self.path, number, default="")
         return doc_id, document_text(title, string_field(record, "text", self.path, number))
 

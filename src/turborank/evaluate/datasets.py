@@ -48,6 +48,14 @@ def default_data_dir() -> Path:
     return Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "turborank" / "datasets"
 
 
+def called(name: str) -> str:
+    """What the dataset of that name, or at that path, is called in results."""
+    path = Path(name)
+    if name in DATASETS:
+        return name
+    return path.resolve().name if path.is_dir() else path.stem
+
+
 def load(
     name: str,
     *,
@@ -72,10 +80,11 @@ def load(
     if not path.exists():
         raise UnknownKeyError("dataset", name, (*DATASETS, *GROUPS), hint="or give a folder in BEIR layout")
     if path.is_dir():
-        return _checked(
-            path.resolve().name, split or "test", _folder(path, split or "test", progress), None, keep_unknown
-        )
-    return _checked(path.stem, split or "all", LAYOUTS["llamaindex"](path, "", None), None, keep_unknown)
+        split = split or "test"
+        return _checked(called(name), split, _folder(path, split, progress), None, keep_unknown)
+    if split is not None:
+        raise InputError(f"expected no split of a LlamaIndex file, which has none, got {split!r} for {path}")
+    return _checked(called(name), "all", LAYOUTS["llamaindex"](path, "", None), None, keep_unknown)
 
 
 def _folder(path: Path, split: str, progress: Told) -> Parts:
@@ -94,6 +103,8 @@ def _examples(values: Sequence[str]) -> str:
 
 def _checked(name: str, split: str, parts: Parts, row: Row | None, keep_unknown: bool) -> Dataset:
     """A dataset from its parts, once they have been compared with each other and with the row's counts."""
+    if not parts.qrels:
+        raise InputError(f"expected judged queries in {name}, got none")
     unknown = [query_id for query_id in parts.qrels if query_id not in parts.queries]
     if unknown:
         raise InputError(

@@ -8,19 +8,31 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from turborank.errors import InputError
+from turborank.tokens import plain
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """The bytes of a file, unpacked when its name ends in ``.gz``. Raises InputError when there is none."""
+@contextlib.contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked when its name ends in ``.gz``.
+
+    Raises InputError when there is none, and, while it is read, when what is packed is damaged or cut off.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+        file = cast(BinaryIO, opened(path, "rb"))
     except OSError as error:
         raise InputError(f"expected a readable file, got {error.strerror or error} at {path}") from error
+    try:
+        with file:
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"expected a whole gzip file, got {error} at {path}") from error
 
 
 def decode(raw: bytes, path: Path, number: int) -> str:
@@ -66,6 +78,13 @@ def string_field(record: dict[str, Any], field: str, path: Path, number: int, *,
     return value
 
 
+def checked_id(name: str, at: object) -> str:
+    """An id as it is. Raises InputError for one with a lone surrogate, which no run could hold."""
+    if plain(name) != name:
+        raise InputError(f"expected an id without lone surrogates, got {name!r} at {at}")
+    return name
+
+
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """The file's checksum, in hexadecimal."""
     with path.open("rb") as file:
@@ -89,9 +108,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` at ``path``, whole or not at all."""
+    """``text`` at ``path``, whole or not at all; a lone surrogate is written as U+FFFD."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(plain(text).encode())
 
 
 def write_json(path: Path, value: object) -> None:

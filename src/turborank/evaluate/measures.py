@@ -28,6 +28,7 @@ ALIASES = {
 RESAMPLES = 10_000
 SEED = 20_240_418
 CHUNK = 4_000_000  # random draws held at a time
+CUTOFFS = range(1, 1 << 31)  # any other aborts trec_eval, and the process with it
 
 PerQuery = dict[str, dict[str, float]]  # measure -> query id -> value
 
@@ -36,7 +37,7 @@ def parse(name: str, relevant_from: int = 1) -> Any:
     """An ir-measures measure. Binary measures count grades of at least ``relevant_from`` as relevant.
 
     ``MRR@10``, ``MAP``, ``hit_rate@5``, ``recall@100`` are read as RR@10, AP, Success@5, R@100.
-    Raises InputError for a name ir-measures does not know.
+    Raises InputError for a name ir-measures does not know or cannot compute here.
     """
     import ir_measures
 
@@ -45,6 +46,8 @@ def parse(name: str, relevant_from: int = 1) -> Any:
         measure = ir_measures.parse_measure(ALIASES.get(base.lower(), base) + at + cutoff)
         if "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params and relevant_from != 1:
             measure = measure(rel=relevant_from)
+        if measure.params.get("cutoff", 1) not in CUTOFFS:
+            raise ValueError("cutoff")
         next(iter(ir_measures.iter_calc([measure], {"q": {"d": 1}}, {"q": {"d": 1.0}})))
     except Exception as error:
         raise InputError(f"expected a measure such as {', '.join(MEASURES)}, got {name!r}") from error
@@ -55,7 +58,13 @@ def per_query(run: Run, qrels: Qrels, names: Sequence[str], relevant_from: int =
     """Every measure of every judged query, queries in the order of ``qrels``."""
     import ir_measures
 
-    measures = {parse(name, relevant_from): name for name in names}
+    spellings: dict[Any, list[str]] = {}  # one measure may be asked for as MRR@10 and as RR@10
+    for name in names:
+        spellings.setdefault(parse(name, relevant_from), []).append(name)
+    # trec_eval reads every grade below 0 as -1, and dies of a query that has only lower ones.
+    judged = {
+        query_id: {doc_id: max(grade, -1) for doc_id, grade in known.items()} for query_id, known in qrels.items()
+    }
     # Descending whole numbers in place of scores: no provider is left a tie to break its own way.
     plain = {
         query_id: {scored.doc_id: float(-place) for place, scored in enumerate(ranked(run[query_id]))}
@@ -63,8 +72,9 @@ def per_query(run: Run, qrels: Qrels, names: Sequence[str], relevant_from: int =
         if run.get(query_id)
     }
     values: PerQuery = {name: dict.fromkeys(qrels, 0.0) for name in names}
-    for metric in ir_measures.iter_calc(list(measures), qrels, plain):
-        values[measures[metric.measure]][metric.query_id] = float(metric.value)
+    for metric in ir_measures.iter_calc(list(spellings), judged, plain):
+        for name in spellings[metric.measure]:
+            values[name][metric.query_id] = float(metric.value)
     return values
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from turborank.errors import InputError
 from turborank.evaluate import report, scores
-from turborank.evaluate.datasets import Dataset, default_data_dir, expand, load
+from turborank.evaluate.datasets import Dataset, called, default_data_dir, expand, load
 from turborank.evaluate.download import Told, _quiet
 from turborank.evaluate.files import file_hash, read_lines, write_json, write_text
 from turborank.evaluate.first_stage import bm25_run, parameters
@@ -33,6 +33,7 @@ from turborank.types import Pair
 
 DEPTHS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
 FIRST_STAGE = "bm25"  # in place of a model: evaluate the first stage only
+FIRST_FOLDER = "first-stage"  # where its results are, beside those of the models
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def evaluate(
         depth, Path(run) if run else None, Path(out), shard, tuple(dict.fromkeys(measures)), sample, seed, skip_constant
     )  # fmt: skip
     names = expand(datasets)
-    _check(plan, names)
+    _check(plan, names, models)
     rerankers = _load_models(models, offline)
     results = []
     for name in names:
@@ -117,7 +118,7 @@ def evaluate(
     return evaluation
 
 
-def _check(plan: Plan, names: Sequence[str]) -> None:
+def _check(plan: Plan, names: Sequence[str], models: Sequence[str | Reranker]) -> None:
     if not names:
         raise InputError("expected at least one dataset, got none")
     if plan.depth < 1:
@@ -128,8 +129,24 @@ def _check(plan: Plan, names: Sequence[str]) -> None:
         raise InputError(f"expected one dataset with a run file, got {len(names)}")
     if plan.shard is not None and not 1 <= plan.shard[0] <= plan.shard[1]:
         raise InputError(f"expected shard k/n with 1 ≤ k ≤ n, got {plan.shard[0]}/{plan.shard[1]}")
+    if plan.shard is not None and models and all(model == FIRST_STAGE for model in models):
+        raise InputError("expected a model to evaluate in parts, got the first stage alone, which is made whole")
     for name in plan.measures:
         parse(name)
+    place = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise InputError(f"expected a folder for the results, got a file at {place}")
+    _refuse_one_folder_for_two(names)
+
+
+def _refuse_one_folder_for_two(names: Sequence[str]) -> None:
+    known: dict[str, str] = {}
+    for name in names:
+        folder = slug(called(name))
+        if (other := known.setdefault(folder, name)) != name:
+            raise InputError(
+                f"expected datasets of different names, got {other!r} and {name!r}, both {folder!r} in the results"
+            )
 
 
 def _load_models(models: Sequence[str | Reranker], offline: bool) -> list[Reranker]:
@@ -141,6 +158,11 @@ def _load_models(models: Sequence[str | Reranker], offline: bool) -> list[Rerank
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InputError(f"expected models of different names, got {', '.join(repeated)} more than once")
+    if FIRST_FOLDER in names:
+        raise InputError(
+            f"expected a model of another name, got {FIRST_FOLDER!r}, where the first stage's results are",
+            hint="rename its folder",
+        )
     return loaded
 
 
@@ -161,7 +183,7 @@ def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Pla
     values = per_query(candidates, qrels, plan.measured(dataset), dataset.relevant_from)
     first = System(name, None, candidates, values, means(values), {**facts, "measures": means(values)}, {}, {}, {})
     if plan.shard is None:
-        _write_system(first, folder / "first-stage", dataset, first)
+        _write_system(first, folder / FIRST_FOLDER, dataset, first)
     systems = [first]
     skipped = sum(map(bool, candidates.values())) - len(_to_score(candidates, qrels, plan))
     if skipped and rerankers:
@@ -216,9 +238,16 @@ def _first_stage(
         listed = [scored for scored in run.get(query_id, []) if scored.doc_id != without] if query.strip() else []
         cut[query_id] = listed[: plan.depth]
     _refuse_unknown(cut, dataset, plan.run)
-    unlisted = sum(not documents for documents in cut.values())
-    notes = (f"{unlisted} queries are not in the run; they count as zero",) if unlisted else ()
-    return cut, file_hash(plan.run), {"method": "run file", "file": plan.run.name}, notes
+    return cut, file_hash(plan.run), {"method": "run file", "file": plan.run.name}, _differences(run, dataset)
+
+
+def _differences(run: Run, dataset: Dataset) -> tuple[str, ...]:
+    """What has to be said of a run that is not exactly for the queries of the dataset."""
+    unlisted = sum(query_id not in run for query_id in dataset.queries)
+    unjudged = sum(query_id not in dataset.queries for query_id in run)
+    notes = [f"{unlisted} queries are not in the run; they count as zero"] if unlisted else []
+    notes += [f"{unjudged} queries of the run are not judged in the dataset; they are left out"] if unjudged else []
+    return tuple(notes)
 
 
 def _refuse_unknown(run: Run, dataset: Dataset, path: Path) -> None:

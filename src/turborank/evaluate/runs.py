@@ -18,6 +18,7 @@ import numpy as np
 from turborank.errors import InputError
 from turborank.evaluate.files import read_lines, replacing
 
+GRADES = range(-1000, 1001)  # trec_eval makes a table as long as the highest grade
 _SPACE = re.compile(r"[ \t\r\f\v]+")  # of ASCII only: ids may hold any other character
 
 
@@ -90,8 +91,8 @@ def read_qrels(path: Path) -> tuple[Qrels, int]:
     """Judgements, and the number of lines that only repeat one.
 
     Reads BEIR's three columns (query, document, score; a header line or none) and TREC's four (query, iteration,
-    document, relevance). Raises InputError, with file and line, for anything else and for two different grades
-    of one document.
+    document, relevance). Raises InputError, with file and line, for anything else, for a grade outside GRADES and
+    for two different grades of one document.
     """
     qrels: Qrels = {}
     repeated = 0
@@ -108,6 +109,10 @@ def read_qrels(path: Path) -> tuple[Qrels, int]:
             raise InputError(
                 f"expected an integer relevance in the last column, got {columns[-1]!r} at {path}:{number}"
             ) from None
+        if relevance not in GRADES:
+            raise InputError(
+                f"expected a relevance between {GRADES[0]} and {GRADES[-1]}, got {relevance} at {path}:{number}"
+            )
         judged = qrels.setdefault(query_id, {})
         if judged.setdefault(doc_id, relevance) != relevance:
             raise InputError(
