@@ -16,14 +16,12 @@ import textwrap
 import time
 from pathlib import Path
 
-from turborank.distill import proof
+from turborank.distill import proof, train
 from turborank.distill.ensemble import parse
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.proof import TEACHER, World
 from turborank.distill.students import Student
 from turborank.distill.train import Examination, Serving, held_out, pool_places, teacher_scores
-from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import Scored
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (0, 1, 2)
@@ -141,14 +139,7 @@ def by_set(row: dict) -> dict[str, float]:
 def ndcg(folder: TrainingFolder, scores) -> float:
     """nDCG@10 of scores of all pool places, over the very queries that Examination asks."""
     queries = held_out(folder, SERVING.queries)
-    run = {folder.query_ids[q]: [] for q in queries}
-    qrels = {folder.query_ids[q]: {} for q in queries}
-    for at in pool_places(folder, queries):
-        query, document = folder.query_ids[folder.query_of[at]], folder.doc_ids[folder.places[at]]
-        run[query].append(Scored(document, float(scores[at])))
-        if folder.labels[at] >= 0:
-            qrels[query][document] = int(folder.labels[at])
-    return means(per_query(run, qrels, ("nDCG@10",)))["nDCG@10"]
+    return train.ndcg(folder, queries, scores[pool_places(folder, queries)].tolist())
 
 
 def real_table(found: dict) -> list[str]:

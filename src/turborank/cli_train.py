@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +51,8 @@ Warmup = Annotated[int, typer.Option(help="Steps until it is reached.")]
 Average = Annotated[
     float, typer.Option(help="Keep a moving average of the weights with this factor, and ship that; 0: none.")
 ]
-Save = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Save = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Type of products; the weights are kept in fp32.")]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, a third slower.")]
 TrainWords = Annotated[bool, typer.Option("--train-words", help="Train the word embeddings, too.")]
@@ -68,7 +69,7 @@ Losses = Annotated[
 Dev = Annotated[
     list[Path] | None, typer.Option(help="Folders with held-out queries.", show_default="the training folder")
 ]
-Documents = Annotated[int, typer.Option(help="Documents of a list.")]
+Documents = Annotated[int, typer.Option(min=2, help="Documents of a list.")]
 QueryTokens = Annotated[int, typer.Option(help="Tokens read of a query.")]
 DocumentTokens = Annotated[str, typer.Option(help="Tokens read of a document; each step draws one.")]
 LongTokens = Annotated[
@@ -80,7 +81,7 @@ Shares = Annotated[
 ]
 EvaluateEvery = Annotated[int, typer.Option(help="Steps between measurements of nDCG@10.")]
 Patience = Annotated[int, typer.Option(help="Measurements without a better one before it ends; 0: never.")]
-DevQueries = Annotated[int, typer.Option(help="Held-out queries that are measured, of each folder.")]
+DevQueries = Annotated[int, typer.Option(min=1, help="Held-out queries that are measured, of each folder.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens of a pair when measuring.")]
 Margin = Annotated[float, typer.Option(help="Teacher's margin over the labelled one of a suspected false negative.")]
 InnerTerms = Annotated[
@@ -97,8 +98,16 @@ def student(
     recipe: Annotated[str, typer.Argument(help="alibi, layers or scratch.")],
     source: Annotated[str | None, typer.Option("--from", help="The model it is made from.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="The model folder to write.")] = Path("student"),
-    layers: Annotated[str | None, typer.Option(help="How many, or which (0,2,4).", show_default="the source's")] = None,
-    head: Annotated[str | None, typer.Option(help="cosine or classifier.", show_default="the recipe's")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="How many, or which (0,2,4).", show_default="the source's or shape's; recipe layers: 4"),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Of alibi or scratch: focus, cosine or classifier.", show_default="alibi: focus; scratch: classifier"
+        ),
+    ] = None,
     slopes: Annotated[
         str | None, typer.Option(help="gentle, standard or halved-tail.", show_default="the recipe's")
     ] = None,
@@ -121,19 +130,21 @@ def student(
         raise InputError(f"expected --from for recipe {recipe!r}: {students.RECIPES[recipe].note}")
     chosen: dict[str, Any] = {name: value for name, value in (("head", head), ("slopes", slopes)) if value is not None}
     if recipe == "layers":
-        made = students.from_layers(source or "", layers=_layers(layers) or 4)
+        made = students.from_layers(source or "", layers=_layers("4" if layers is None else layers))
     elif recipe == "alibi":
-        made = students.from_bert(source or "", layers=_layers(layers), probes=_probes(texts), seed=seed, **chosen)
+        made = students.from_bert(
+            source or "", layers=None if layers is None else _layers(layers), probes=_probes(texts), seed=seed, **chosen
+        )
     else:
         from turborank.distill import vocabulary as vocabularies
 
         if texts is None:
             raise InputError("expected --texts for recipe 'scratch': a training folder to make a vocabulary from")
-        count = _layers(layers)
+        count = None if layers is None else _layers(layers)
+        if isinstance(count, list):
+            raise InputError(f"expected a number of layers for recipe 'scratch', got {layers!r}")
         tokenizer = vocabularies.train(_all_texts(texts), kind=vocabulary, size=vocabulary_size)
-        made = students.from_scratch(
-            tokenizer, shape=shape, layers=count if isinstance(count, int) else None, seed=seed, **chosen
-        )
+        made = students.from_scratch(tokenizer, shape=shape, layers=count, seed=seed, **chosen)
     made.save(out)
     print(
         f"{out}: {sum(w.numel() for w in made.weights.values()):,} parameters, {made.config.num_hidden_layers} layers"
@@ -218,9 +229,10 @@ def train(
 
     plan = _schedule(steps, stop, learning_rate, warmup, average, save_every, evaluate_every, patience)
     drawing = Drawing(
-        budget=budget, documents=documents, query_tokens=query_tokens, document_tokens=_numbers(document_tokens),
-        long_every=long_every if long_tokens.strip() else 0, long_tokens=_numbers(long_tokens),
-        shares={name: float(value) for name, _, value in (text.partition("=") for text in share or ())}, margin=margin,
+        budget=budget, documents=documents, query_tokens=query_tokens,
+        document_tokens=_sizes(document_tokens, "--document-tokens"),
+        long_every=long_every if long_tokens.strip() else 0, shares=_shares(share or ()), margin=margin,
+        long_tokens=_sizes(long_tokens, "--long-tokens") if long_tokens.strip() else (),
     )  # fmt: skip
     with _curve("train") as progress:
         result = runs.train(
@@ -265,10 +277,10 @@ def ship(
     print(out)
 
 
-def _layers(text: str | None) -> int | list[int] | None:
-    if text is None:
-        return None
+def _layers(text: str) -> int | list[int]:
     numbers = _numbers(text)
+    if not numbers:
+        raise typer.BadParameter(f"expected how many layers, or which, got {text!r}", param_hint="--layers")
     return list(numbers) if "," in text else numbers[0]
 
 
@@ -277,6 +289,26 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+
+
+def _sizes(text: str, option: str) -> tuple[int, ...]:
+    numbers = _numbers(text)
+    if min(numbers, default=0) < 1:
+        raise typer.BadParameter(f"expected numbers of tokens, each 1 or more, got {text!r}", param_hint=option)
+    return numbers
+
+
+def _shares(values: Sequence[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for text in values:
+        name, _, value = text.partition("=")
+        try:
+            shares[name] = float(value)
+        except ValueError:
+            shares[name] = math.nan
+        if not (name and 0 <= shares[name] < math.inf):
+            raise typer.BadParameter(f"expected SOURCE=NUMBER, 0 or more, got {text!r}", param_hint="--share")
+    return shares
 
 
 def _probes(texts: Path | None) -> Sequence[str]:
@@ -299,6 +331,8 @@ def _schedule(
 ) -> Schedule:
     from turborank.distill.loop import Schedule
 
+    if not 0 <= average < 1:
+        raise typer.BadParameter(f"expected a factor of 0 to 1, 1 left out, got {average}", param_hint="--average")
     return Schedule(
         steps=steps, learning_rate=rate, warmup=warmup, average=average, save_every=save,
         evaluate_every=evaluate or steps + 1, patience=patience, stop=stop,

@@ -261,6 +261,13 @@ def test_the_command(tmp_path, source, capsys):
         (["a={source}", "--candidates", "a=run.trec"], "expected a BEIR folder for the candidates"),
         (["a={source}", "--bm25", "9", "--bm25-depth", "8"], "expected bm25 depth to be at least 9, got 8"),
         (["a=nowhere.jsonl"], "got nothing at nowhere.jsonl"),
+        (["my data={source}"], "expected a source's name without white space, got 'my data'"),
+        (["a={source}", "--dense-model", "nosuch"], "expected the folder of a bi-encoder, got none at nosuch"),
+        (["a={source}", "--seed", "-1"], "expected seed to be 0 or more, got -1"),
+        (["a={source}", "--words", "0"], "expected words to be 1 or more, got 0"),
+        (["a={source}", "--words", "-3"], "expected words to be 1 or more, got -3"),
+        (["a={source}", "--depth", "0"], "expected depth to be 1 or more, got 0"),
+        (["a={source}", "--sentences", "-1"], "expected sentence queries to be 0 or more, got -1"),
     ],
 )
 def test_a_bad_command_is_answered_in_one_line(tmp_path, source, capsys, arguments, expected):
@@ -270,3 +277,24 @@ def test_a_bad_command_is_answered_in_one_line(tmp_path, source, capsys, argumen
     assert expected in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_did_not_finish_leaves_nothing_to_the_next(tmp_path):
+    rows = [{**row, "score": 1.0, "label": 1} for row in pairs()]
+    source = Source("animals", write_lines(tmp_path / "animals.jsonl", rows))
+    only_given = mine.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    build(recipe(source, held_out=0.3), tmp_path / "out", only_given)
+    (tmp_path / "out" / "manifest.json").unlink()
+    build(recipe(source, held_out=0.0), tmp_path / "out", PLAN)
+    build(recipe(source, held_out=0.0), tmp_path / "fresh", PLAN)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_folder_is_made_where_one_can_be(tmp_path, source, collection):
+    for out in (source.path, source.path / "below"):
+        with pytest.raises(InputError, match=r"expected a folder to write to, got a file at .*animals.jsonl.gz"):
+            build(recipe(source), out, PLAN)
+    before = tree(collection)
+    with pytest.raises(InputError, match="expected another folder than a source to write to"):
+        build(recipe(Source("mine", collection)), collection, PLAN)
+    assert tree(collection) == before

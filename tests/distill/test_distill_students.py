@@ -107,8 +107,12 @@ def test_layers_are_kept_whole(bert_folder):
     assert torch.equal(half.weights[f"encoder.layer.1.{key}"], whole.weights[f"encoder.layer.3.{key}"])
     assert torch.equal(last.weights[f"encoder.layer.0.{key}"], whole.weights[f"encoder.layer.3.{key}"])
     assert (half.config.num_hidden_layers, last.config.num_hidden_layers) == (2, 1)
-    with pytest.raises(InputError, match="layers between 0 and 3"):
-        students.from_bert(folder, layers=[4])
+    for layers in ([4], [0, 0], [], [-1]):
+        with pytest.raises(InputError, match="different layers between 0 and 3, for the source has 4, got"):
+            students.from_bert(folder, layers=layers)
+    for layers in (0, 5, -1):
+        with pytest.raises(InputError, match="expected 1 to 4 layers, for the source has 4, got"):
+            students.from_bert(folder, layers=layers)
 
 
 @pytest.mark.parametrize("head", students.HEADS)
@@ -131,6 +135,16 @@ def test_layers_of_a_cross_encoder(bert_folder, tmp_path):
     assert torch.equal(
         student.weights["encoder.layer.1.output.dense.weight"], teacher.weights["encoder.layer.3.output.dense.weight"]
     )
+    student.save(tmp_path / "half")
+    for layers, expected in ((4, "expected 1 to 2 layers"), ([0, 0], "expected different layers between 0 and 1")):
+        with pytest.raises(InputError, match=expected):
+            students.from_layers(tmp_path / "half", layers=layers)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_student_from_scratch_has_a_layer(layers):
+    with pytest.raises(InputError, match="expected one layer or more"):
+        students.from_scratch(vocabulary.train(TEXTS, size=200), shape="micro", layers=layers)
 
 
 def test_what_the_source_reads_of_a_pair():
@@ -174,6 +188,26 @@ def test_recovery_recovers(bert_folder, word_folder, tmp_path):
         first, last = (np.mean([row[part] for row in rows]) for rows in (curve[:3], curve[-10:]))
         assert last < 0.85 * first
     assert Reranker(tmp_path / "run" / "final").rank("red", ["fox"])[0].index == 0
+
+
+def test_what_cannot_be_recovered_is_named(bert_folder, tmp_path):
+    folder, _ = bert_folder
+    source = BiEncoder.load(folder)
+    for faulty in ((), (0,), (-5, 100)):
+        with pytest.raises(InputError, match="expected tokens of long documents, each 1 or more"):
+            Reading(long_tokens=faulty)
+    with pytest.raises(InputError, match="expected the folder of a bi-encoder, got none at"):
+        BiEncoder.load(tmp_path / "nosuch")
+    texts = Texts(source, TEXTS, TEXTS, [], Reading(budget=100, query_tokens=8, document_tokens=20), 0)
+    recovery = Recovery(source, texts, layers=[1, 3], dtype=torch.float32)
+    narrow = students.from_scratch(source.tokenizer, shape="micro", layers=2)
+    narrow.raw_config["vocab_size"] += 1
+    narrow.weights[students.WORDS] = torch.zeros(narrow.raw_config["vocab_size"], 64)
+    learned = students.Student(source.weights, json.loads((folder / "config.json").read_text()), source.tokenizer)
+    learned.weights |= students._new_head("classifier", 64, {}, torch.Generator())
+    for student, got in ((narrow, "got one of ALiBi, 64 wide"), (learned, "got one of bert without ALiBi")):
+        with pytest.raises(InputError, match=got):
+            recovery(Model(student), 0)
 
 
 @pytest.mark.parametrize("kind", inner.KINDS)

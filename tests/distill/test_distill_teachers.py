@@ -292,6 +292,7 @@ def test_a_teacher_on_the_command_line(text, expected):
         ("a=http:jina:ftp://x", "expected a URL of http or https after jina:, got 'ftp://x'"),
         ("a=run:nowhere.trec", "expected a readable file, got No such file or directory at nowhere.trec"),
         ("a=checkpoint:./nowhere", "expected a model folder"),
+        ("a=biencoder:nowhere", "expected the folder of a bi-encoder, got none at nowhere"),
     ],
 )
 def test_a_bad_teacher_is_answered_in_one_line(folder, capsys, text, expected):

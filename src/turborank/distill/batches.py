@@ -64,6 +64,9 @@ class Drawer:
         self.room = encoder.max_length - encoder.template.size  # for both texts: the student's positions end there
         self.queries = _ids(encoder, folder.queries, min(drawing.query_tokens, self.room // 2))
         self.documents = _ids(encoder, folder.texts, max(drawing.document_tokens))
+        unknown = sorted(set(drawing.shares) - set(folder.sources))
+        if unknown:
+            raise InputError(f"expected shares of the sources in {folder.path}, got one of {unknown[0]!r}")
         weight = np.array([drawing.shares.get(source, 1.0) for source in folder.sources], dtype=np.float64)
         weight *= ~folder.held_out & (np.diff(folder.bounds) > 1)
         if teacher is None:  # only labels speak

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from turborank.architectures import bert, encoder
 from turborank.checkpoint import verify
-from turborank.errors import CheckpointError
+from turborank.errors import CheckpointError, InputError
 from turborank.ops import training
 from turborank.scheduler import plan
 from turborank.tokens import plain
@@ -63,8 +63,7 @@ class BiEncoder:
     @classmethod
     def load(cls, folder: str | Path) -> BiEncoder:
         """Raises CheckpointError for a folder that is no BERT bi-encoder with mean pooling."""
-        path = Path(folder).expanduser()
-        verify.files(path)
+        path = found(folder)
         pooling = path / "1_Pooling" / "config.json"
         if pooling.is_file() and not verify.json_object(pooling).get("pooling_mode_mean_tokens"):
             raise CheckpointError(f"expected mean pooling, got another kind at {pooling}")
@@ -135,6 +134,15 @@ class BiEncoder:
             if progress is not None:
                 progress(done, len(ids))
         return vectors
+
+
+def found(folder: str | Path) -> Path:
+    """The folder of a model. Raises InputError where there is none, CheckpointError where a file is missing."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"expected the folder of a bi-encoder, got none at {path}")
+    verify.files(path)
+    return path
 
 
 def is_biencoder(folder: Path) -> bool:

@@ -47,6 +47,9 @@ class Recipe:
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if not names or repeated:
             raise InputError(f"expected sources with a name each, got {', '.join(repeated) or 'none'}")
+        for name in names:
+            if name.split() != [name]:  # it becomes part of ids
+                raise InputError(f"expected a source's name without white space, got {name!r}")
         for name in (*self.caps, *(name for name in self.clean if name)):
             if name not in names:
                 raise InputError(f"expected the name of a source ({', '.join(names)}), got {name!r}")
@@ -55,6 +58,11 @@ class Recipe:
                 raise InputError(f"expected a BEIR folder for the candidates {source.run}, got {source.path}")
         if not 0 <= self.held_out < 1:
             raise InputError(f"expected a share of 0 to 1 to be held out, got {self.held_out}")
+        made = {f"{kind} queries": count for kind, count in self.pseudo.items()}
+        for least, counts in ((0, {"seed": self.seed, **made}), (1, {"words": self.words, "depth": self.depth})):
+            for what, count in counts.items():
+                if count is not None and count < least:
+                    raise InputError(f"expected {what} to be {least} or more, got {count}")
 
     def cleaner(self, source: Source) -> Callable[[str], str]:
         """What makes a source's texts even: its own rules, or those for all."""

@@ -21,6 +21,8 @@ from turborank.distill.folder import (
     QUERIES,
     TRAIN,
     TrainingFolder,
+    about_path,
+    run_path,
     write_pools,
 )
 from turborank.errors import InputError
@@ -41,6 +43,7 @@ def build(
     The manifest is written last: a folder with one is complete, and made again only when something differs.
     Raises InputError for malformed sources, with file and line, and where ``out`` holds another folder.
     """
+    _refuse(out, recipe)
     about = _about(recipe, plan, dense)
     known = _known(out / MANIFEST, about)
     if known is not None:
@@ -52,11 +55,27 @@ def build(
         mine.index(made.texts, progress=progress("index passages")), len(made.texts), plan,
         vectors=embedded, seed=recipe.seed, progress=progress("choose candidates"),
     )  # fmt: skip
+    _clear(out)
     _write(out, made, pools)
     _write_given(out, made)
     manifest = {**about, "counts": _counts(made, pools), "left_out": dict(made.left_out)}
     write_json(out / MANIFEST, manifest)
     return manifest
+
+
+def _refuse(out: Path, recipe: Recipe) -> None:
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"expected a folder to write to, got a file at {there}")
+    if out.resolve() in [source.path.resolve() for source in recipe.sources]:
+        raise InputError(f"expected another folder than a source to write to, got {out}")
+
+
+def _clear(out: Path) -> None:
+    """Without what a run that did not finish may have left and this one may not write."""
+    qrels = [out / "qrels" / f"{split}.tsv" for split in (TRAIN, DEV)]
+    for path in (*qrels, run_path(out, GIVEN), about_path(out, GIVEN)):
+        path.unlink(missing_ok=True)
 
 
 def _about(recipe: Recipe, plan: mine.PoolPlan, dense: Path | None) -> dict[str, Any]:
@@ -83,7 +102,7 @@ def _about(recipe: Recipe, plan: mine.PoolPlan, dense: Path | None) -> dict[str,
         "held_out": recipe.held_out,
         "pools": asdict(plan),
         "bm25": parameters(),
-        "bi_encoder": file_hash(dense / "model.safetensors") if dense is not None else None,
+        "bi_encoder": _weights_hash(dense) if dense is not None else None,
     }
     return dict(json.loads(json.dumps(about)))
 
@@ -110,6 +129,12 @@ def _hashes(path: Path) -> str | dict[str, str]:
         return file_hash(path)
     files = sorted(one for one in (*path.glob("*.jsonl*"), path / "qrels" / f"{TRAIN}.tsv") if one.is_file())
     return {str(one.relative_to(path)): file_hash(one) for one in files}
+
+
+def _weights_hash(dense: Path) -> str:
+    from turborank.distill.biencoder import found
+
+    return file_hash(found(dense) / "model.safetensors")
 
 
 def _embed(dense: Path, made: Collection, cache: Path, progress: Told) -> tuple[Float32, Float32]:

@@ -24,8 +24,9 @@ from torch import Tensor
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.loop import Loss
 from turborank.distill.model import Model, tensors
+from turborank.errors import InputError
 from turborank.ops import training
-from turborank.types import Int32, PackedBatch
+from turborank.types import Int32, ModelConfig, PackedBatch
 
 IdPair = tuple[Sequence[int], Sequence[int]]  # token ids of query and document, without the template
 
@@ -39,6 +40,10 @@ class Reading:
     document_tokens: int = 400
     long_every: int = 12  # every so many steps one stretch of a long document; 0: never
     long_tokens: tuple[int, ...] = (1024, 2048, 4096)
+
+    def __post_init__(self) -> None:
+        if self.long_every and min(self.long_tokens, default=0) < 1:
+            raise InputError(f"expected tokens of long documents, each 1 or more, got {list(self.long_tokens)}")
 
 
 class Texts:
@@ -118,6 +123,17 @@ def _int32(values: Sequence[int]) -> Int32:
     return np.asarray(values, dtype=np.int32)
 
 
+def _refuse(student: ModelConfig, source: ModelConfig) -> None:
+    have, wanted = ((config.hidden_size, config.vocab_size) for config in (student, source))
+    if not student.slopes or have != wanted:
+        kind = "ALiBi" if student.slopes else f"{student.architecture} without ALiBi"
+        raise InputError(
+            "expected a student of ALiBi, {} wide, with {:,} pieces, as its source; "
+            "got one of {}, {} wide, with {:,}".format(*wanted, kind, *have),
+            hint="make one with turborank distill student alibi",
+        )
+
+
 class Recovery:
     """A loss for :meth:`turborank.distill.loop.Run.train`."""
 
@@ -133,6 +149,7 @@ class Recovery:
 
     def loss(self, model: Model, pairs: Sequence[IdPair]) -> Loss:
         """MSE / variance by layer, and 1 - cosine of the pooled segments, of given pairs."""
+        _refuse(model.config, self.source.config)
         packed, texts, rows = _joint(self.source, pairs)
         wanted = self.source.layers(self.source.pack(texts), self.weights)
         batch = tensors(packed)

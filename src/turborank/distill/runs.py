@@ -158,6 +158,8 @@ def _hash(what: Path | Mapping[str, torch.Tensor]) -> str:
     """sha256 of a file, of a model folder's weights, or of tensors."""
     if isinstance(what, Path):
         path = what / verify.WEIGHTS if what.is_dir() else what
+        if not path.is_file():
+            raise InputError(f"expected a file, got nothing at {path}")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()

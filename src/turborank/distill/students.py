@@ -98,17 +98,19 @@ class Student:
         self.tokenizer.save(str(folder / verify.TOKENIZER), pretty=False)
 
 
-def _spread(layers: int, wanted: int) -> tuple[int, ...]:
-    """``wanted`` of ``layers`` layers, evenly, the first and the last among them."""
-    if wanted == 1:
-        return (layers - 1,)
-    return tuple(round(i * (layers - 1) / (wanted - 1)) for i in range(wanted))
+def _chosen(layers: int | Sequence[int], of: int) -> tuple[int, ...]:
+    """Of a source's ``of`` layers those that are listed, or so many, evenly, the first and the last among them."""
+    if isinstance(layers, int):
+        if not 1 <= layers <= of:
+            raise InputError(f"expected 1 to {of} layers, for the source has {of}, got {layers}")
+        return tuple(round(i * (of - 1) / (layers - 1)) for i in range(layers)) if layers > 1 else (of - 1,)
+    kept = tuple(layers)
+    if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(of)):
+        raise InputError(f"expected different layers between 0 and {of - 1}, for the source has {of}, got {list(kept)}")
+    return kept
 
 
-def _keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int], of: int) -> dict[str, Tensor]:
-    wrong = [layer for layer in kept if not 0 <= layer < of]
-    if wrong or not kept:
-        raise InputError(f"expected layers between 0 and {of - 1}, got {list(kept)}")
+def _keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
     place = {old: new for new, old in enumerate(kept)}
     out: dict[str, Tensor] = {}
     for name, w in weights.items():
@@ -124,10 +126,9 @@ def _keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int], of: int) ->
 def from_layers(teacher: str | Path, *, layers: int | Sequence[int]) -> Student:
     """A cross-encoder's own layers, evenly spread (a number) or as listed; embeddings and head as they are."""
     source = Student.load(teacher)
-    of = source.config.num_hidden_layers
-    kept = _spread(of, layers) if isinstance(layers, int) else tuple(layers)
+    kept = _chosen(layers, source.config.num_hidden_layers)
     raw = source.raw_config | {"num_hidden_layers": len(kept)}
-    return Student(_keep_layers(source.weights, kept, of), raw, source.tokenizer)
+    return Student(_keep_layers(source.weights, kept), raw, source.tokenizer)
 
 
 def from_bert(
@@ -169,9 +170,8 @@ def from_bert(
     if probes:
         match_heads(student.weights, student.config, source, probes)
     if layers is not None:
-        of = source.config.num_hidden_layers
-        kept = _spread(of, layers) if isinstance(layers, int) else tuple(layers)
-        student.weights = _keep_layers(student.weights, kept, of)
+        kept = _chosen(layers, source.config.num_hidden_layers)
+        student.weights = _keep_layers(student.weights, kept)
         student.raw_config["num_hidden_layers"] = len(kept)
     return student
 
@@ -207,6 +207,8 @@ def from_scratch(
         raise UnknownKeyError("slopes", slopes, SLOPES)
     if head not in HEADS:
         raise UnknownKeyError("head", head, HEADS)
+    if layers is not None and layers < 1:
+        raise InputError(f"expected one layer or more, got {layers}")
     raw = dict(_ALIBI) | SHAPES[shape] | {"vocab_size": tokenizer.get_vocab_size()}
     raw["num_hidden_layers"] = layers or raw["num_hidden_layers"]
     raw["alibi_slopes"] = list(SLOPES[slopes](raw["num_attention_heads"]))

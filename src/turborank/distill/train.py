@@ -90,19 +90,24 @@ class Examination:
 
     def __call__(self, student: Student) -> dict[str, float]:
         """Mean over the folders first, then each folder's."""
-        found = {name: self._ndcg(student, folder, queries) for name, (folder, queries) in self.folders.items()}
+        found = {
+            name: ndcg(folder, queries, serve(student, folder, pool_places(folder, queries), self.serving).tolist())
+            for name, (folder, queries) in self.folders.items()
+        }
         mean = {MEASURE.lower(): float(np.mean(list(found.values())))}
         return mean | ({f"{MEASURE.lower()} {n}": v for n, v in found.items()} if len(found) > 1 else {})
 
-    def _ndcg(self, student: Student, folder: TrainingFolder, queries: list[int]) -> float:
-        run: dict[str, list[Scored]] = {folder.query_ids[q]: [] for q in queries}
-        judged = read_qrels(folder.path / "qrels" / "dev.tsv")[0]  # also of documents that no pool holds
-        qrels = {folder.query_ids[q]: judged[folder.query_ids[q]] for q in queries}
-        members = pool_places(folder, queries)
-        for at, logit in zip(members, serve(student, folder, members, self.serving).tolist(), strict=True):
-            query, document = folder.query_ids[folder.query_of[at]], folder.doc_ids[folder.places[at]]
-            run[query].append(Scored(document, logit))
-        return means(per_query(run, qrels, (MEASURE,)))[MEASURE]
+
+def ndcg(folder: TrainingFolder, queries: Sequence[int], logits: Sequence[float]) -> float:
+    """nDCG@10 of some held-out queries by the logits of their pool places, in order.
+
+    A relevant document that no pool holds is missed, as it would be by whoever searches.
+    """
+    run: dict[str, list[Scored]] = {folder.query_ids[q]: [] for q in queries}
+    for at, logit in zip(pool_places(folder, queries), logits, strict=True):
+        run[folder.query_ids[folder.query_of[at]]].append(Scored(folder.doc_ids[folder.places[at]], logit))
+    judged = read_qrels(folder.path / "qrels" / "dev.tsv")[0]
+    return means(per_query(run, {query: judged[query] for query in run}, (MEASURE,)))[MEASURE]
 
 
 def held_out(folder: TrainingFolder, most: int) -> list[int]:
