@@ -363,7 +363,7 @@ def test_an_embedding_model_is_no_reranker(random_checkpoint: Path) -> None:
 # ---------------------------------------------------------------- what is refused: config
 
 
-@pytest.mark.parametrize("text", ["", "{", "\xff", "{'a': 1}"])
+@pytest.mark.parametrize("text", ["", "{", "\xff", "{'a': 1}", "[" * 100_000])
 def test_config_that_is_no_json(random_checkpoint: Path, text: str) -> None:
     (random_checkpoint / "config.json").write_bytes(text.encode("latin-1"))
     message = refusal(random_checkpoint)
@@ -379,13 +379,15 @@ def test_config_that_is_no_object(random_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_size": None}, "hidden_size: expected an integer, at least 1, got no such key"),
-        ({"vocab_size": "40"}, "vocab_size: expected an integer, at least 1, got '40'"),
+        ({"hidden_size": None}, "hidden_size: expected an integer, 1 to 2147483647, got no such key"),
+        ({"vocab_size": "40"}, "vocab_size: expected an integer, 1 to 2147483647, got '40'"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings: expected an integer, 1 to 2147483647, got 2147"),
+        ({"alibi_slopes": [10**400] * 4}, "alibi_slopes: expected finite numbers"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers: expected an integer, 1 to 1024, got 2.0"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected an integer, 1 to 1024, got 1000000000"),
         ({"num_attention_heads": 10**9}, "num_attention_heads: expected an integer, 1 to 1024, got 1000000000"),
         ({"num_attention_heads": 0}, "num_attention_heads: expected an integer, 1 to 1024, got 0"),
-        ({"intermediate_size": True}, "intermediate_size: expected an integer, at least 1, got True"),
+        ({"intermediate_size": True}, "intermediate_size: expected an integer, 1 to 2147483647, got True"),
         ({"layer_norm_eps": "tiny"}, "layer_norm_eps: expected a number between 0 and 1, got 'tiny'"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps: expected a number between 0 and 1, got nan"),
         (
@@ -488,7 +490,7 @@ def test_unknown_words_and_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("jina-reranker-v1-trubo-en", ""):
         with pytest.raises(UnknownKeyError, match="expected the model to be one of"):
             load(name)
-    for name in ("./nothing", "~/nothing-here", "a/b/c", ".."):
+    for name in ("./nothing", "~/nothing-here", "~nobody-of-this-name/x", "a/b/c", "..", "a/b--c", "a/" + "b" * 5000):
         with pytest.raises(CheckpointError):
             load(name, offline=True)
     with pytest.raises(InputError, match="expected a model's name or folder, got int"):

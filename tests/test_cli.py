@@ -107,6 +107,25 @@ def test_what_was_not_read_is_said_below_the_table(turborank_command, model, fil
     assert json.loads(json_out)["results"][0]["tokens"] == letters + 8
 
 
+def test_windows_are_advised_only_where_they_help(turborank_command, model, files):
+    advice = "--length windows reads"
+    assert advice in turborank_command("rank", "bees", files[2], "-m", model)[1]
+    assert advice not in turborank_command("rank", "bees", files[1], "-m", model)[1]
+    for length in ("truncate", "windows"):
+        out = turborank_command("rank", "bees " * 40, files[1], "-m", model, "--length", length)[1]
+        assert "cut" in out
+        assert advice not in out
+
+
+def test_rows_without_text_are_ranked_and_named(turborank_command, model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "bee"}\n' + '{"text": " "}\n' * (cli_rank.MAX_NOTES + 2))
+    code, out, err = turborank_command("rank", "q", path, "-m", model, "--json")
+    assert (code, len(json.loads(out)["results"])) == (0, cli_rank.MAX_NOTES + 3)
+    assert err.splitlines()[0] == f"turborank: {path}:2 has no text"
+    assert err.splitlines()[cli_rank.MAX_NOTES :] == ["turborank: and 2 more have no text"]
+
+
 def test_what_was_cut_is_said_even_of_documents_not_shown(turborank_command, model, files):
     results = json.loads(turborank_command("rank", "bees", *files, "-m", model, "--json")[1])["results"]
     place = next(place for place, row in enumerate(results) if row["index"] == 2)
@@ -170,8 +189,14 @@ def test_standard_input_is_one_document_a_line(turborank_command, model):
         (["rank", "q", "{file}", "-m", "{model}", "--engine", "warp"], "expected engine to be one of"),
         (["rank", "q", "{file}", "-m", "{model}", "--length", "long"], "expected length to be one of"),
         (["rank", "q", "{file}", "-m", "{model}", "--threads", "0"], "expected threads to be"),
-        (["rank", "q", "{file}", "-m", "{model}", "--max-length", "97"], "expected max_length to be at most 96"),
+        (["rank", "q", "{file}", "-m", "{model}", "--max-length", "97"], "number from 16 to 96, got 97"),
         (["rank", "q", "{long}", "-m", "{model}", "--length", "error"], "expected a pair of at most 96 tokens"),
+        (["rank", "q", "{file}", "{long}", "-m", "{model}", "--length", "error"], "turborank: {long}: expected a pair"),
+        (["rank", "q", "{file}", "-m", "{model}", "--precision", "fp16"], "to be one of auto, fp32, got 'fp16'"),
+        (["rank", "q", "{file}", "-m", "~nobody-of-this-name/model"], "expected a model folder, got no such path"),
+        (["rank", "q", "{file}", "-m", "a" * 5000], "expected the model to be one of"),
+        (["bench", "--threads", "-1"], "expected threads to be a whole number from 1 to 4096, got -1"),
+        (["bench", "--threads", "0"], "expected threads to be a whole number from 1 to 4096, got 0"),
         (["rank", "q", "{file}", "-m", "jina-reranker-v1-turbo"], "did you mean 'jina-reranker-v1-turbo-en'?"),
         (["rank", "q", "{file}", "-m", "./nowhere"], "expected a model folder"),
         (["dance"], "No such command 'dance'"),
@@ -182,7 +207,7 @@ def test_an_error_is_one_line_and_nothing_else(turborank_command, model, files, 
     code, out, err = turborank_command(*(argument.format(**places) for argument in arguments))
     assert (code, out) == (2, "")
     assert err.startswith("turborank: ")
-    assert expected in err
+    assert expected.format(**places) in err
     assert err.count("\n") == 1
 
 
@@ -339,6 +364,28 @@ def test_a_terminal_that_knows_only_ascii_is_no_obstacle(model, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert b"Honig f?r B?ren" in process.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+@pytest.mark.parametrize("arguments", [["rank"], ["rank", "--json"], ["models"], ["models", "--json"], ["--version"]])
+def test_a_full_disk_is_said_in_one_line(model, files, arguments):
+    ranking = ["bees", *files, "-m", model] if arguments[0] == "rank" else []
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([*COMMAND, *arguments, *ranking], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "turborank: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes descriptors with a shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_obstacle_where_files_are_named(model, files, closed):
+    command = ["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, "rank", "bees"]
+    process = subprocess.run([*command, *files, "-m", model], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert len(ranked(process.stdout)) == (0 if ">&-" in closed.replace("2>&-", "") else len(files))
+    process = subprocess.run([*command, "-m", model], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == (0 if "2>&-" in closed else 1)
 
 
 def test_a_reader_that_leaves_gets_no_traceback(model, files):

@@ -114,6 +114,16 @@ def test_rank_is_theirs(ours: CrossEncoder, theirs: Any, top_k: int | None, retu
     assert [row["score"] for row in got] == pytest.approx([row["score"] for row in expected], abs=1e-5)
 
 
+def test_documents_may_come_one_by_one(ours: CrossEncoder) -> None:
+    expected = ours.rank(QUERY, DOCUMENTS, return_documents=True)
+    assert ours.rank(QUERY, iter(DOCUMENTS), return_documents=True) == expected
+
+
+def test_a_device_may_be_torch_s_own(folder: Path, ours: CrossEncoder) -> None:
+    model = CrossEncoder(folder, device=torch.device("cpu"), precision="fp32")
+    np.testing.assert_array_equal(model.predict(PAIRS), ours.predict(PAIRS))
+
+
 # What theirs takes and ours does not: objects of training and of torch, and prompts.
 THEIRS_ALONE = {
     "modules", "prompts", "default_prompt_name", "processor_kwargs", "config_kwargs", "model_card_data",
@@ -187,6 +197,8 @@ def test_a_bar_appears_only_when_asked_for(ours: CrossEncoder, capfd: pytest.Cap
         (lambda m: m.predict(PAIRS, prompt="query: "), "expected no prompt, got 'query: '"),
         (lambda m: m.rank(QUERY, DOCUMENTS, prompt_name="web"), "expected no prompt, got 'web'"),
         (lambda m: CrossEncoder(None, model_kwargs={"dtype": "int4"}), "one of float32, bfloat16, .*, got 'int4'"),
+        (lambda m: m.rank(QUERY, "one document"), "a list of documents, got one str; wrap it in a list"),
+        (lambda m: m.rank(QUERY, DOCUMENTS, top_k=-1), "top_k to be a whole number of at least 0, got -1"),
         (lambda m: m.predict(), "as inputs or as sentences, got both or neither"),
         (lambda m: m.predict("query"), "a list of .query, document. pairs, got str"),
         (lambda m: m.predict([("a", "b"), ("a", 3)]), r"pairs\[1\]: expected .query, document., two strings"),

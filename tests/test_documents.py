@@ -79,8 +79,13 @@ def test_a_pipe_can_be_read_like_a_file(tmp_path):
         ("a.jsonl", b'{"x":' * 200_000, "a.jsonl:1: expected a JSON object, got one nested too deeply"),
         ("a.jsonl", b'{"body": "x"}', "a.jsonl:1: expected at least one of the fields title, text, got body"),
         ("a.jsonl", b'{"text": ["x"]}', "a.jsonl:1: expected text in the fields title, text, got list"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: expected a JSON object, got a number of too many"),
+        ("a.jsonl", b"[" * 200_000, "a.jsonl:1: expected a JSON object, got one nested too deeply"),
+        ("a.csv", b"title,text\na\n", "a.csv:2: expected 2 columns, got 1"),
+        ("a.tsv", b'title\ttext\n"a\nb"\tc\n"d\ne"\n', "a.tsv:4: expected 2 columns, got 1"),
+        ("a.csv", b"text,id,text,\na,b,c,d\n", "a.csv:1: expected each column once, got text more often"),
         ("a.csv", b"title,text\n", "a.csv: expected some rows, got none"),
-        ("a.csv", b"title,text\na,b\nc,d,e\n", "a.csv:3: expected 2 columns, got more"),
+        ("a.csv", b"title,text\na,b\nc,d,e\n", "a.csv:3: expected 2 columns, got 3"),
         ("a.csv", b'title,text\na,"b', "a.csv:2: expected well-formed columns"),
         ("a.csv", b"name\nx\n", "a.csv:2: expected at least one of the fields title, text, got name"),
     ],
@@ -109,6 +114,15 @@ def test_many_faults_are_counted(tmp_path):
 def test_a_field_that_no_row_has_is_a_fault(tmp_path):
     path = file(tmp_path, "rows.jsonl", '{"text": "x", "titel": "y"}\n')
     assert "expected the field title, got only text, titel" in faults([path], fields=["title", "text"])
+    path = file(tmp_path, "more.jsonl", '{"text": "x"}\n{"text": "y"}\noops\n')
+    message = faults([path], fields=["titel"])
+    assert message.count("titel") == 1
+    assert "more.jsonl:3" in message
+
+
+def test_a_row_of_several_lines_has_the_name_of_its_first(tmp_path):
+    path = file(tmp_path, "a.csv", 'title,text\n"one\ntwo",three\n\nfour,five\n')
+    assert [name for name, _ in read([path], NOTHING)] == [f"{path}:2", f"{path}:5"]
 
 
 def test_standard_input_without_a_document_is_a_fault():

@@ -17,6 +17,7 @@ from turborank import (
     TooLongError,
     UnknownKeyError,
 )
+from turborank.engines import native
 from turborank.reranker import document_text, order, sigmoid
 
 
@@ -73,7 +74,8 @@ def test_top_n_and_threshold(reranker: Reranker) -> None:
     assert reranker.rank("two", documents, top_n=2) == whole[:2]
     assert reranker.rank("two", documents, top_n=99) == whole
     assert reranker.rank("two", documents, threshold=whole[1].score) == whole[:2]
-    assert reranker.rank("two", documents, threshold=1.1) == []
+    assert reranker.rank("two", documents, threshold=1) == []
+    assert reranker.rank("two", documents, top_n=np.int64(2)) == whole[:2]
     assert reranker.rank("two", []) == []
 
 
@@ -101,7 +103,7 @@ def test_every_unusable_document_is_named_before_anything_runs(reranker: Reranke
 
 @pytest.mark.parametrize("top_n", [0, -1, True, 1.5, "3"])
 def test_top_n_must_be_a_positive_integer(reranker: Reranker, top_n: object) -> None:
-    with pytest.raises(InputError, match="top_n to be a positive integer"):
+    with pytest.raises(InputError, match="top_n to be a whole number of at least 1, got"):
         reranker.rank("q", ["d"], top_n=top_n)  # type: ignore[arg-type]
 
 
@@ -147,12 +149,46 @@ def test_options_that_do_not_exist(folder: Path) -> None:
         Reranker(folder, engine="reference", precision="int8")
     with pytest.raises(UnknownKeyError, match="length to be one of"):
         Reranker(folder, engine="reference", length="cut")
-    with pytest.raises(InputError, match="at most 512 for this model, got 600"):
+    with pytest.raises(InputError, match="max_length to be a whole number from 16 to 512, got 600"):
         Reranker(folder, engine="reference", max_length=600)
-    with pytest.raises(InputError, match="at least 16, got 4"):
+    with pytest.raises(InputError, match="max_length to be a whole number from 16 to 512, got 4"):
         Reranker(folder, engine="reference", max_length=4)
-    with pytest.raises(InputError, match="threads to be a positive integer, got 0"):
-        Reranker(folder, threads=0)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 99_999_999_999, 2.5, True, "2"])
+@pytest.mark.parametrize("option", ["threads", "max_length"])
+def test_whole_numbers_are_whole_numbers(folder: Path, option: str, wrong: object) -> None:
+    with pytest.raises(InputError, match=f"expected {option} to be a whole number from .* to .*, got {wrong!r}"):
+        Reranker(folder, **{option: wrong})  # type: ignore[arg-type]
+    assert Reranker(folder, **{option: np.int64(16)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threshold", [math.nan, -1, 2, "0.5"])
+def test_a_threshold_is_between_0_and_1(reranker: Reranker, threshold: object) -> None:
+    with pytest.raises(InputError, match="threshold to be a number between 0 and 1, got"):
+        reranker.rank("q", ["d"], threshold=threshold)  # type: ignore[arg-type]
+
+
+def test_one_string_is_not_a_list_of_fields(reranker: Reranker) -> None:
+    with pytest.raises(InputError, match="expected fields to be a list of names, got one str; wrap it in a tuple"):
+        reranker.rank("q", [{"text": "d"}], fields="text")
+
+
+def test_nothing_is_not_a_list(reranker: Reranker) -> None:
+    with pytest.raises(InputError, match="expected a list of documents, got NoneType"):
+        reranker.rank("q", None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a list of pairs, got NoneType"):
+        reranker.score(None)  # type: ignore[arg-type]
+
+
+def test_what_is_too_long_is_named(folder: Path) -> None:
+    """The last one is in a later chunk of the scheduler's than the first."""
+    reranker = Reranker(folder, engine="reference", max_length=64, length="error")
+    documents = ["bee"] * 8000 + ["bee " * 200]
+    with pytest.raises(TooLongError, match=r"^documents\[1\]: expected a pair of at most 64 tokens"):
+        reranker.rank("bee", documents[-2:])
+    with pytest.raises(TooLongError, match=r"^pairs\[8000\]: expected a pair of at most 64 tokens"):
+        reranker.score([("bee", document) for document in documents])
 
 
 def test_the_environment_overrides_auto_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +196,28 @@ def test_the_environment_overrides_auto_only(folder: Path, monkeypatch: pytest.M
     assert Reranker(folder).engine.name == "reference"
     monkeypatch.setenv("TURBORANK_ENGINE", "abacus")
     assert Reranker(folder, engine="reference").engine.name == "reference"
-    with pytest.raises(UnknownKeyError, match="got 'abacus'"):
+    with pytest.raises(UnknownKeyError, match=r"expected TURBORANK_ENGINE to be one of .*, got 'abacus'"):
         Reranker(folder)
+
+
+def test_a_precision_that_no_engine_has_is_no_fault_of_one(folder: Path) -> None:
+    with pytest.raises(UnknownKeyError, match=r"expected precision to be one of auto, .*fp32, got 'fp64'"):
+        Reranker(folder, precision="fp64")
+
+
+def test_a_precision_that_the_forced_instruction_set_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = [isa for isa in native.isas() if "bf16" not in native.precisions(isa)]
+    if not lacking:
+        pytest.skip("every instruction set here has bf16")
+    monkeypatch.setenv("TURBORANK_ISA", lacking[0])
+    with pytest.raises(EngineUnavailableError, match=f"with TURBORANK_ISA={lacking[0]}, got 'bf16'"):
+        Reranker(precision="bf16")
+
+
+def test_the_torch_engine_reports_the_threads_it_has(folder: Path) -> None:
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    assert Reranker(folder, engine="torch", threads=threads + 1).engine.threads == threads
 
 
 def test_an_engine_that_is_not_installed_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

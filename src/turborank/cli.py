@@ -7,6 +7,7 @@ Errors are one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ from turborank.cli_train import (
 from turborank.errors import TurborankError
 
 SIGPIPE = 13  # not every system's signal module has it
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
 
 
 class Command(NamedTuple):
@@ -151,6 +153,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"expected the library {error.name}, got none of that name; pip install 'turborank[{extra}]'")
     except BrokenPipeError:
         return _unread()
+    except OSError as error:
+        return _refused(error)
     except SystemExit as leaving:  # what click makes of a broken pipe, before anyone else sees it
         if isinstance(leaving.__context__, BrokenPipeError):
             return _unread()
@@ -165,8 +169,22 @@ def run(arguments: Sequence[str]) -> int:
 
 def _unread() -> int:
     """The reader, say head, has seen enough. That is no fault: the code is that of any program whose pipe is closed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _discard_output()
     return 128 + SIGPIPE
+
+
+def _refused(error: OSError) -> int:
+    """The system said no: the disk is full, a file may not be written."""
+    reason = error.strerror or str(error)
+    if error.errno in UNWRITTEN:
+        _discard_output()
+        return _fail(f"cannot write {error.filename or 'the output'}: {reason}")
+    return _fail(f"{reason}: {error.filename}" if error.filename else reason)
+
+
+def _discard_output() -> None:
+    """What is still buffered would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str) -> int:
@@ -177,6 +195,9 @@ def _fail(message: str) -> int:
 
 def main() -> None:
     """The entry point of the installed command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us; in this order, each gets its own descriptor
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets a substitute, not a traceback
             stream.reconfigure(errors="replace")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turborank import cli_options as options
-from turborank.errors import InputError
+from turborank.errors import InputError, TooLongError
 
 if TYPE_CHECKING:
     from turborank.documents import Named
@@ -27,7 +27,7 @@ EXAMPLES = (
     ("for programs", 'turborank rank "tides" examples/*.md --json | jq -r ".results[].name"'),
     ("read long documents to their end", 'turborank rank "sun valve" examples/lighthouses.md --length windows'),
 )
-MAX_NOTES = 5  # cut documents named below the table; the rest are counted
+MAX_NOTES = 5  # cut, or blank, documents that are named; the rest are counted
 PATIENCE = 0.5  # seconds before a progress bar appears
 
 
@@ -36,8 +36,8 @@ def rank(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text files, one document each; .jsonl, .csv or .tsv files, one document a row; "
-            '"-" or nothing: standard input, one document a line.',
+            help="Text files, one document each; .jsonl, .csv or .tsv files (in both, double quotes quote), "
+            'one document a row; "-" or nothing: standard input, one document a line.',
             show_default=False,
         ),
     ] = None,
@@ -58,7 +58,8 @@ def rank(
     """Rank documents by how well they answer a question.
 
     The score, between 0 and 1, is the sigmoid of the model's logit and is about the whole document.
-    The passage shown is the sentence that shares most words with the question.
+    The passage shown is the sentence that shares most words with the question; words that few sentences have count
+    more, and words of up to three letters only where the question has no longer ones.
     What was not read is said below the table.
     """
     from turborank.reranker import Reranker
@@ -74,12 +75,9 @@ def rank(
         offline=offline or None,
     )
     started = time.perf_counter()
-    with_progress = _Progress()
-    try:
-        ranking = reranker.rank(query, [document.text for document in documents], progress=with_progress)
-    finally:
-        with_progress.stop()
+    ranking = _ranking(reranker, query, documents)
     seconds = time.perf_counter() - started
+    _warn_of_blanks(documents)
     kept = [ranked for ranked in ranking if threshold is None or ranked.score >= threshold][:top_n]
     if as_json:
         print(_json(query, documents, kept, reranker, seconds))
@@ -87,6 +85,8 @@ def rank(
     _print_table(query_words(query), documents, kept)
     for line in _notes(documents, ranking, len(kept), f"{seconds:.2f} s · {reranker.name} · {described(reranker)}"):
         print(line)
+    if length != "windows" and any(ranked.span[1] < len(documents[ranked.index].text) for ranked in ranking):
+        print("--length windows reads long documents to their end")
 
 
 def described(reranker: Reranker) -> str:
@@ -114,6 +114,17 @@ def _documents(
             "expected documents, got none", hint="name files, or pipe lines into it; see turborank rank --help"
         )
     return documents.read(files, sys.stdin.buffer, fields=fields)
+
+
+def _ranking(reranker: Reranker, query: str, documents: Sequence[Named]) -> list[Ranked]:
+    """All documents in order. What is too long is named as the user knows it."""
+    progress = _Progress()
+    try:
+        return reranker.rank(query, [document.text for document in documents], progress=progress)
+    except TooLongError as error:
+        raise error.at(error.place, printable(documents[error.place].name)) from None
+    finally:
+        progress.stop()
 
 
 class _Progress:
@@ -203,9 +214,16 @@ def _notes(documents: Sequence[Named], ranking: Sequence[Ranked], shown: int, ho
     if len(cut) > MAX_NOTES:
         tokens = sum(ranked.truncated for ranked in cut[MAX_NOTES:])
         lines.append(f"and {len(cut) - MAX_NOTES} more: cut {tokens:,} tokens in all")
-    if cut:
-        lines.append("--length windows reads long documents to their end")
     return lines
+
+
+def _warn_of_blanks(documents: Sequence[Named]) -> None:
+    """Rows without text are ranked, but it is seldom meant."""
+    blank = [printable(document.name) for document in documents if not document.text.strip()]
+    for name in blank[:MAX_NOTES]:
+        print(f"turborank: {name} has no text", file=sys.stderr)
+    if len(blank) > MAX_NOTES:
+        print(f"turborank: and {len(blank) - MAX_NOTES} more have no text", file=sys.stderr)
 
 
 def query_words(query: str) -> list[str]:

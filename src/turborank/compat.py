@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from turborank import catalog
 from turborank.errors import EngineUnavailableError, InputError
-from turborank.reranker import Reranker, order
+from turborank.reranker import Reranker, listed, order, whole
 from turborank.scheduler import Progress
 from turborank.types import Float32
 
@@ -102,7 +102,7 @@ class CrossEncoder:
         num_labels: 1, or None for the model's own, which must be 1.
         max_length: tokens of a pair that are read.
         activation_fn: "sigmoid", "identity" or a function of a torch tensor; by default the published one.
-        device: "cpu", "cuda" (the torch engine, which must then find one), or None.
+        device: "cpu", "cuda" (the torch engine, which must then find one), a torch.device of these, or None.
         trust_remote_code: of no effect: turborank never runs code from a checkpoint.
         local_files_only: never touch the network.
         revision: for models of the catalog, the one it names; of no effect on a folder.
@@ -110,7 +110,7 @@ class CrossEncoder:
             it has no influence on a score.
         cache_folder, token, backend: of no effect: ``HF_HOME`` and ``HF_TOKEN`` say where models are kept and who asks.
         engine: of :class:`~turborank.Reranker`, as are the next two.
-        precision: "auto" is the engine's default, int8 on CPUs; "fp32" for the published scores to 1e-4.
+        precision: "auto" is the engine's default, int8 on CPUs; "fp32" for the published scores to 1e-5.
         faithful: honour special-token strings in texts.
 
     Raises:
@@ -128,7 +128,7 @@ class CrossEncoder:
         num_labels: int | None = None,
         max_length: int | None = None,
         activation_fn: str | Activation | None = None,
-        device: str | None = None,
+        device: Any = None,
         trust_remote_code: bool = False,
         local_files_only: bool = False,
         revision: str | None = None,
@@ -142,8 +142,9 @@ class CrossEncoder:
     ) -> None:
         if num_labels not in (None, 1):
             raise InputError(f"expected num_labels to be 1, got {num_labels}: turborank runs rerankers only")
-        cuda = device is not None and str(device).partition(":")[0] == "cuda"
-        if not cuda and device not in (None, "cpu"):
+        kind = "cpu" if device is None else str(device).partition(":")[0]
+        cuda = kind == "cuda"
+        if kind not in ("cpu", "cuda"):
             raise InputError(f"expected device to be 'cpu', 'cuda' or None, got {device!r}")
         self.reranker = Reranker(
             model_name_or_path,
@@ -224,7 +225,7 @@ class CrossEncoder:
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
         batch_size: int = 32,
@@ -242,6 +243,8 @@ class CrossEncoder:
         Ties keep the order given. ``top_k`` keeps the best so many. Arguments are those of :meth:`predict`.
         """
         _refuse_prompts(prompt_name, prompt)
+        documents = listed("documents", documents)
+        top_k = None if top_k is None else whole("top_k", top_k, least=0)
         pairs = [(query, text) for text in documents]
         logits, scores = self._scores(pairs, batch_size, show_progress_bar, activation_fn)
         ordered = scores if callable(activation_fn or self.activation_fn) else logits

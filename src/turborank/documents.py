@@ -2,7 +2,7 @@
 
     a text file               one document, named by its path
     .jsonl                    one document a line, a JSON object (or a string)
-    .csv, .tsv                one document a row, the first row names the columns
+    .csv, .tsv                one document a row, the first row names the columns; double quotes quote, in both
     "-", or no file at all    standard input, one document a line
 
 Rows are named by their ``id`` (``_id``, ``doc_id``) if they have one, else ``file:line``. Lines of only white space are
@@ -117,7 +117,9 @@ def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: lis
 
 
 def _table(name: str, rows: Iterator[Row], fields: Sequence[str] | None, faults: list[str]) -> Iterator[Named]:
+    wanted = fields or DEFAULT_FIELDS
     seen: set[str] = set()
+    lacking: list[str] = []  # faults of rows with none of the fields
     count = 0
     for line, row in rows:
         count += 1
@@ -125,15 +127,17 @@ def _table(name: str, rows: Iterator[Row], fields: Sequence[str] | None, faults:
             if isinstance(row, FaultError):
                 raise row
             seen.update(row if isinstance(row, Mapping) else ())
-            yield Named(_row_name(name, line, row), document_text(row, fields or DEFAULT_FIELDS))
+            yield Named(_row_name(name, line, row), document_text(row, wanted))
         except (FaultError, InputError) as fault:
             hint = "; choose fields with --field" if isinstance(fault, InputError) and isinstance(row, Mapping) else ""
-            faults.append(f"{name}:{line}: {fault}{hint}")
+            lacks = isinstance(row, Mapping) and not row.keys() & set(wanted)
+            (lacking if lacks else faults).append(f"{name}:{line}: {fault}{hint}")
     if not count:
         raise FaultError("expected some rows, got none")
     absent = [field for field in fields or () if field not in seen]
     if absent and seen:
         raise FaultError(f"expected the field {', '.join(absent)}, got only {', '.join(sorted(seen))}")
+    faults += lacking
 
 
 def _row_name(name: str, line: int, row: object) -> str:
@@ -150,26 +154,36 @@ def _jsonl(text: str) -> Iterator[Row]:
             continue
         try:
             row: Any = json.loads(line)
+            if not isinstance(row, dict | str):
+                row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
         except json.JSONDecodeError as error:
             row = FaultError(f"expected a JSON object, got broken JSON ({error.msg}, column {error.colno})")
+        except ValueError:  # Python's limit of digits
+            row = FaultError("expected a JSON object, got a number of too many digits")
         except RecursionError:
             row = FaultError("expected a JSON object, got one nested too deeply")
-        if not isinstance(row, dict | str | FaultError):
-            row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
         yield number, row
 
 
 def _delimited(delimiter: str) -> Callable[[str], Iterator[Row]]:
     def rows(text: str) -> Iterator[Row]:
         csv.field_size_limit(MAX_BYTES)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names: list[str] = []
+        line = 1
         try:
-            for row in reader:
-                extra: object = row.pop(None, None)  # where DictReader puts surplus cells
-                columns = len(reader.fieldnames or ())
-                yield reader.line_num, FaultError(f"expected {columns} columns, got more") if extra else row
+            for cells in reader:
+                if names and cells:
+                    fits = len(cells) == len(names)
+                    fault = FaultError(f"expected {len(names)} columns, got {len(cells)}")
+                    yield line, dict(zip(names, cells, strict=True)) if fits else fault
+                elif twice := [name for name in dict.fromkeys(cells) if name and cells.count(name) > 1]:
+                    yield line, FaultError(f"expected each column once, got {', '.join(twice)} more often")
+                    return
+                names = names or cells
+                line = reader.line_num + 1  # a row may have several
         except csv.Error as error:
-            yield reader.line_num + 1, FaultError(f"expected well-formed columns, got {error}")
+            yield line, FaultError(f"expected well-formed columns, got {error}")
 
     return rows
 

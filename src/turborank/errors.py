@@ -44,6 +44,15 @@ class TooLongError(InputError):
 
     code = "too_long"
 
+    def __init__(self, message: str, *, hint: str | None = None, place: int = 0, where: str = "") -> None:
+        super().__init__(f"{where}: {message}" if where else message, hint=hint)
+        self.fault = message
+        self.place = place  # of the pair among those given
+
+    def at(self, place: int, where: str) -> TooLongError:
+        """The same fault, by another name of its place."""
+        return TooLongError(self.fault, hint=self.hint, place=place, where=where)
+
 
 class UnknownKeyError(InputError):
     """A name that is in none of our tables; the message lists the table."""
@@ -55,7 +64,7 @@ class UnknownKeyError(InputError):
 
         names = sorted(expected)
         close = difflib.get_close_matches(str(got), names, n=1)
-        message = f"expected {what} to be one of {', '.join(names)}, got {got!r}"
+        message = f"expected {what} to be one of {', '.join(names)}, got {got!r:.80}"
         if close:
             message += f" (did you mean {close[0]!r}?)"
         super().__init__(message, hint=hint)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from turborank import checkpoint as checkpoints
 from turborank import engines
-from turborank.errors import InputError
+from turborank.errors import InputError, TooLongError
 from turborank.scheduler import Progress, Scores, score
-from turborank.tokens import PairEncoder
+from turborank.tokens import MIN_LENGTH, PairEncoder
 from turborank.types import Document, Float32, Pair, Ranked
 
 DEFAULT_FIELDS = ("title", "text")
 MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
+MAX_THREADS = 4096  # more than any machine has cores
 
 
 def order(logits: Float32) -> npt.NDArray[np.intp]:
@@ -28,6 +32,27 @@ def order(logits: Float32) -> npt.NDArray[np.intp]:
 def sigmoid(logit: float) -> float:
     """1 / (1 + e^-logit), without overflow."""
     return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
+
+
+def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """An option that must be a whole number, numpy's included, as an int; raises InputError for anything else."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        numbers = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise InputError(f"expected {name} to be a whole number {numbers}, got {value!r:.80}")
+    return number
+
+
+def listed(name: str, given: Any) -> list[Any]:
+    """The caller's documents or pairs as a list; raises InputError for a single one, whose parts are none."""
+    if isinstance(given, str | bytes | Mapping):
+        raise InputError(f"expected a list of {name}, got one {type(given).__name__}", hint="wrap it in a list")
+    if not isinstance(given, Iterable):
+        raise InputError(f"expected a list of {name}, got {type(given).__name__}")
+    return list(given)
 
 
 def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> str:
@@ -75,7 +100,8 @@ class Reranker:
         precision: ``auto``, or one of the engine's (``int8``, ``bf16``, ``fp32``).
         max_length: tokens of a pair that are read, template included; by default what the model was made for.
         length: what to do with longer pairs: ``truncate``, ``windows`` or ``error`` (see turborank.tokens).
-        threads: by default the cores this process may use.
+        threads: of the native engine; by default the cores this process may use. numpy and torch, which the other
+            engines compute with, have their own settings (``torch.set_num_threads``).
         offline: never touch the network; by default as HF_HUB_OFFLINE says.
         faithful: honour special-token strings inside user text, as the published tokenizers do.
 
@@ -97,12 +123,11 @@ class Reranker:
         offline: bool | None = None,
         faithful: bool = False,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"expected threads to be a positive integer, got {threads}")
+        threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
         self.checkpoint = checkpoints.load(model, offline=offline)
         config = self.checkpoint.config
-        if max_length is not None and max_length > config.max_length:
-            raise InputError(f"expected max_length to be at most {config.max_length} for this model, got {max_length}")
+        if max_length is not None:
+            max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
         self.encoder = PairEncoder(
             self.checkpoint.tokenizer, max_length=max_length or config.max_length, policy=length, faithful=faithful
         )
@@ -131,15 +156,15 @@ class Reranker:
     ) -> list[Ranked]:
         """Documents by relevance to the query, best first; ties keep the order given.
 
-        ``top_n`` keeps the best so many, ``threshold`` those with at least that relevance score.
+        ``top_n`` keeps the best so many, ``threshold`` (0 to 1) those with at least that relevance score.
         Raises InputError naming every unusable document, before anything is computed.
         """
-        if isinstance(documents, str | bytes | Mapping):
-            came = type(documents).__name__
-            raise InputError(f"expected a list of documents, got one {came}", hint="wrap it in a list")
-        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-            raise InputError(f"expected top_n to be a positive integer, got {top_n!r}")
-        given = list(documents)
+        given = listed("documents", documents)
+        top_n = None if top_n is None else whole("top_n", top_n)
+        if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise InputError(f"expected threshold to be a number between 0 and 1, got {threshold!r:.80}")
+        if isinstance(fields, str):
+            raise InputError("expected fields to be a list of names, got one str", hint="wrap it in a tuple")
         faults: list[str] = [] if isinstance(query, str) else [f"query: expected a string, got {type(query).__name__}"]
         texts: list[str] = []
         for index, document in enumerate(given):
@@ -148,12 +173,15 @@ class Reranker:
             except InputError as error:
                 faults.append(f"documents[{index}]: {error.message}")
         _raise_faults(faults)
-        scores = self.score_detailed([Pair(query, text) for text in texts], progress=progress)
+        try:
+            scores = self.score_detailed([Pair(query, text) for text in texts], progress=progress)
+        except TooLongError as error:
+            raise error.at(error.place, f"documents[{error.place}]") from None
         return ranking(given, scores, top_n=top_n, threshold=threshold)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: Progress | None = None) -> Float32:
         """Logits (P,), float32, of (query, document) pairs, in the order given."""
-        given = list(pairs)
+        given = listed("pairs", pairs)
         faults = [
             f"pairs[{index}]: expected (query, document), two strings, got {pair!r:.60}"
             for index, pair in enumerate(given)

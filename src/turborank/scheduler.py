@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.engines import Engine
-from turborank.errors import EngineError
+from turborank.errors import EngineError, TooLongError
 from turborank.tokens import PairEncoder, pack
 from turborank.types import Encoding, Float32, Int32, Pair
 
@@ -71,15 +71,24 @@ def _encoded(pairs: Sequence[Pair], encoder: PairEncoder) -> Iterator[tuple[int,
     """Chunks of encodings, each tokenised while the one before it is being computed."""
     pieces = list(chunks(pairs))
     if len(pieces) <= 1:  # nothing to overlap: a thread would only cost its start
-        yield from ((start, encoder.encode(piece)) for start, piece in pieces)
+        yield from ((start, _encode(encoder, start, piece)) for start, piece in pieces)
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-tokens") as ahead:
-        running = ((start, ahead.submit(encoder.encode, piece)) for start, piece in pieces)
+        running = ((start, ahead.submit(_encode, encoder, start, piece)) for start, piece in pieces)
         current = next(running, None)
         while current is not None:
             following = next(running, None)  # already running before the caller computes the current one
             yield current[0], current[1].result()
             current = following
+
+
+def _encode(encoder: PairEncoder, start: int, pairs: Sequence[Pair]) -> list[list[Encoding]]:
+    """The encodings of a chunk; an error about length says which of all pairs it is about."""
+    try:
+        return encoder.encode(pairs)
+    except TooLongError as error:
+        place = start + error.place
+        raise error.at(place, f"pairs[{place}]") from None
 
 
 def _chunk_logits(windows: Sequence[Encoding], engine: Engine, token_budget: int) -> Float32:
@@ -100,7 +109,8 @@ def score(
     """Score every pair, ``token_budget`` (by default what the engine wants) tokens at a time.
 
     ``progress`` is called with (pairs done, pairs in all) from the caller's thread.
-    Raises EngineError when a logit is not a finite number: such a pair has no place in a ranking.
+    Raises EngineError when a logit is not a finite number: such a pair has no place in a ranking; and TooLongError,
+    with the pair's place, where the length policy is ``error``.
     """
     size = token_budget or budget(engine)
     total, done, parts = len(pairs), 0, [gather([], np.empty(0, dtype=np.float32))]

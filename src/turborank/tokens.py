@@ -156,7 +156,8 @@ class PairEncoder:
     def encode(self, pairs: Sequence[Pair], limits: Limits = NO_LIMITS) -> list[list[Encoding]]:
         """One list for each pair: a single encoding, or its windows in reading order.
 
-        Texts are tokenised in parallel outside the GIL, and each distinct query once.
+        Texts are tokenised in parallel outside the GIL, and each distinct query once. A TooLongError has the place of
+        its pair.
         """
         if limits.policy not in (None, *LENGTH_POLICIES):
             raise UnknownKeyError("length", limits.policy, LENGTH_POLICIES)
@@ -164,8 +165,14 @@ class PairEncoder:
         texts = [_Text(plain(text)) for text in (*queries, *(document for _, document in pairs))]
         self._tokenise(texts)
         query_ids = {query: text.ids for query, text in zip(queries, texts, strict=False)}
-        documents = zip(pairs, texts[len(queries) :], strict=True)
-        return [self._fit(query_ids[pair[0]], text, limits) for pair, text in documents]
+        encodings: list[list[Encoding]] = []
+        for (query, _), text in zip(pairs, texts[len(queries) :], strict=True):
+            try:
+                encodings.append(self._fit(query_ids[query], text, limits))
+            except TooLongError as error:
+                error.place = len(encodings)
+                raise
+        return encodings
 
     def _tokenise(self, texts: Sequence[_Text]) -> None:
         """Ids for all texts. What is certainly too long keeps its offsets, which say where it was cut; others are

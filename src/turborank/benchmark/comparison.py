@@ -88,7 +88,9 @@ def compare(
     """Everything that can run here, on each of ``workloads``: rows with speed and error; and what was left out, why."""
     from turborank import catalog
     from turborank.engines import allowed_cores
+    from turborank.reranker import MAX_THREADS, whole
 
+    threads = allowed_cores() if threads is None else whole("threads", threads, most=MAX_THREADS)
     for workload in workloads:
         if workload not in WORKLOADS:
             raise UnknownKeyError("workload", workload, tuple(WORKLOADS))
@@ -102,7 +104,7 @@ def compare(
             contestants = [Contestant("reference", "turborank fp32, numpy", options={"engine": "reference"})]
         labels = {contestant.name: contestant.label for contestant in contestants}
         found: dict[str, list[dict[str, Any]]] = {workload: [] for workload in workloads}
-        with processes(contestants, model, threads or allowed_cores()) as running:
+        with processes(contestants, model, threads) as running:
             took = in_turns(running, {w: [(name, BATCH) for name in running] for w in workloads}, rounds)
             for workload, each in took.items():
                 exact = exact_logits(model, workload) if errors else None

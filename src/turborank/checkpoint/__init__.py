@@ -28,7 +28,8 @@ from turborank.types import ModelConfig
 
 FILES = (*REQUIRED, *hub.OPTIONAL, "README.md")  # what save() carries over and hashes() covers, where present
 _PATH = re.compile(r"[/\\~]|^\.")  # what a plain word does not have
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_HUB_WORD}/{_HUB_WORD}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def load(model: str | os.PathLike[str] | None = None, *, offline: bool | None = 
     row = catalog.find(text) if isinstance(model, str | None) else None
     if row is not None and row.embedded:
         return _embedded(row)
-    folder = Path(text).expanduser()
-    if (folder / CONFIG).is_file() or (row is None and text and folder.exists()):
+    folder = Path(os.path.expanduser(text))  # these functions say no where Path's raise: to a name too long, to ~nobody
+    if os.path.isfile(folder / CONFIG) or (row is None and text and os.path.exists(folder)):
         return read(folder)
     if row is None and isinstance(model, str) and not _PATH.search(text):
         catalog.lookup(text)  # raises, naming what there is
@@ -87,9 +88,9 @@ def load(model: str | os.PathLike[str] | None = None, *, offline: bool | None = 
 
 def read(folder: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a local folder."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        got = "a file" if path.exists() else "no such path"
+    path = Path(os.path.expanduser(folder))
+    if not os.path.isdir(path):
+        got = "a file" if os.path.exists(path) else "no such path"
         raise ModelNotFoundError(
             f"expected a model folder, got {got} at {path}", hint=f"give the folder that holds {', '.join(REQUIRED)}"
         )

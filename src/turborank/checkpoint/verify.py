@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ _LEAST = {
 # Activations that the forwards have. The tensors of the others look the same, so only the config can tell.
 _KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
 _MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
+_INT32, _FLOAT32 = 2**31 - 1, (2 - 2**-23) * 2.0**127  # the largest: what engines compute with
 
 _FROM_PICKLE = (
     'python -c "import torch, safetensors.torch as s; '
@@ -89,7 +89,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
         raise CheckpointError(f"expected JSON, got something else at {path} ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"expected a JSON object, got a {type(value).__name__} at {path}")
@@ -115,10 +115,9 @@ def one_logit(shapes: Shapes, path: Path) -> None:
 def _config_faults(raw: Mapping[str, Any]) -> list[str]:
     faults = []
     for key, least in _LEAST.items():
-        value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else math.inf
+        value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else _INT32
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            range_ = f"{least} to {most}" if most < math.inf else f"at least {least}"
-            faults.append(f"{key}: expected an integer, {range_}, got {_shown(raw, key)}")
+            faults.append(f"{key}: expected an integer, {least} to {most}, got {_shown(raw, key)}")
     eps = raw.get("layer_norm_eps")
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
@@ -127,7 +126,7 @@ def _config_faults(raw: Mapping[str, Any]) -> list[str]:
             faults.append(f"{key}: expected {' or '.join(map(repr, known))}, got {_shown(raw, key)}")
     slopes = raw.get("alibi_slopes")
     if isinstance(slopes, list):
-        if not all(isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s < math.inf for s in slopes):
+        if not all(isinstance(s, int | float) and not isinstance(s, bool) and 0 <= s <= _FLOAT32 for s in slopes):
             faults.append(f"alibi_slopes: expected finite numbers, 0 or more, got {slopes!r:.200}")
     elif not isinstance(slopes, str | None):
         faults.append(f"alibi_slopes: expected a list or the name of a rule, got {slopes!r:.80}")
@@ -151,7 +150,7 @@ def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
         raise CheckpointError(_listed("a usable config", faults, path))
     try:
         known = recognise(raw, shapes)
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):  # an unknown family comes before faults in keys it may not have
             faults.insert(0, error.message)
         raise CheckpointError(_listed("a usable config", faults or [repr(error)], path)) from error

@@ -68,6 +68,7 @@ ENGINES: dict[str, EngineRow] = {
         "numpy: slow, the law",
     ),
 }
+VARIABLE = "TURBORANK_ENGINE"
 AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and gigabytes
 
 
@@ -82,31 +83,40 @@ def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | No
     Raises UnknownKeyError for a name in no table and EngineUnavailableError, with the reason, for one
     that cannot run here.
     """
-    wanted = name
+    wanted, asked, instead = name, "engine", "use engine='auto'"
+    if wanted == "auto" and (forced := os.environ.get(VARIABLE)):
+        wanted, asked, instead = forced, VARIABLE, f"unset {VARIABLE}"
     if wanted == "auto":
-        wanted = os.environ.get("TURBORANK_ENGINE") or "auto"
-    if wanted == "auto":
-        usable = (
-            row
-            for row in AUTOMATIC
-            if ENGINES[row].available() is None
-            and (config is None or ENGINES[row].supports(config))
-            and precision in ("auto", *ENGINES[row].precisions)
-        )
-        wanted = next(usable, "reference")
+        wanted = _automatic(precision, config)
     if wanted not in ENGINES:
-        raise UnknownKeyError("engine", wanted, ("auto", *ENGINES))
+        raise UnknownKeyError(asked, wanted, ("auto", *ENGINES))
     row = ENGINES[wanted]
     reason = row.available()
     if reason is not None:
-        raise EngineUnavailableError(f"expected engine {wanted!r} to be usable, got: {reason}")
+        raise EngineUnavailableError(f"expected {asked} {wanted!r} to be usable, got: {reason}")
     if config is not None and not row.supports(config):
         raise EngineUnavailableError(
-            f"expected engine {wanted!r} to support {config.architecture}, which it does not", hint="use engine='auto'"
+            f"expected {asked} {wanted!r} to support {config.architecture}, which it does not", hint=instead
         )
     if precision not in ("auto", *row.precisions):
-        raise UnknownKeyError(f"precision of engine {wanted!r}", precision, ("auto", *row.precisions))
+        raise UnknownKeyError(f"precision of {asked} {wanted!r}", precision, ("auto", *row.precisions))
     return wanted, row.automatic() if precision == "auto" else precision
+
+
+def _automatic(precision: str, config: ModelConfig | None) -> str:
+    """The first engine that can run the model in this precision."""
+    able = {
+        name: row
+        for name, row in ENGINES.items()
+        if row.available() is None and (config is None or row.supports(config))
+    }
+    rows = {name: ("auto", *able[name].precisions) for name in AUTOMATIC if name in able}
+    for name, precisions in rows.items():
+        if precision in precisions:
+            return name
+    others = [name for name, row in able.items() if precision in row.precisions]
+    hint = f"engine {' or '.join(map(repr, others))} has {precision}" if others else None
+    raise UnknownKeyError("precision", precision, set().union(*rows.values()), hint=hint)
 
 
 def prepare(

@@ -172,7 +172,8 @@ def _isa(precision: str) -> str:
     able = [name for name, known in rows.items() if precision in known]
     if not able:
         known = ", ".join(dict.fromkeys(p for row in rows.values() for p in row))
-        raise EngineUnavailableError(f"expected a precision among {known} on this machine, got {precision!r}")
+        where = f"with {ISA_VARIABLE}={forced}" if forced else "on this machine"
+        raise EngineUnavailableError(f"expected a precision among {known} {where}, got {precision!r}")
     return able[0]
 
 

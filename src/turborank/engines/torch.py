@@ -54,16 +54,16 @@ def converted(weights: Mapping[str, Float32], dtype: Any, device: Any) -> dict[s
 
 
 class TorchEngine:
-    """torch, on the first CUDA device or the CPU."""
+    """torch, on the first CUDA device or the CPU, where it uses as many threads as ``torch.set_num_threads`` said."""
 
     name = "torch"
 
-    def __init__(self, weights: Mapping[str, Float32], config: ModelConfig, precision: str, threads: int) -> None:
+    def __init__(self, weights: Mapping[str, Float32], config: ModelConfig, precision: str) -> None:
         import torch
 
         self.config = config
         self.precision = precision
-        self.threads = threads
+        self.threads: int = torch.get_num_threads()  # of the whole process, so not ours to set
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuda = self.device.type == "cuda"
         self.isa = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
@@ -107,5 +107,5 @@ class TorchEngine:
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> TorchEngine:
-    """Weights moved to the device in the precision asked for."""
-    return TorchEngine(dense(weights), config, precision, threads)
+    """Weights moved to the device in the precision asked for. ``threads`` are torch's own business."""
+    return TorchEngine(dense(weights), config, precision)
