@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,7 +22,6 @@ from turborank.serve.problems import Problem
 from turborank.serve.service import Service
 from turborank.serve.wire import Answer, Ask
 
-NULL = msgspec.Raw(b"null")  # as good as absent
 LARGE = 128 * 1024  # bytes of a body that is decoded off the event loop
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -97,8 +95,7 @@ async def _read(service: Service, request: Request, names: list[str], record: di
     received = time.monotonic()
 
     def decode() -> Ask:
-        text, fields = decode_fields(body)
-        present = {name: value for name, value in fields.items() if value != NULL}
+        text, present = decode_fields(body)
         record["dialect"] = name = dialects.recognise(names, present)
         row = DIALECTS[name]
         ask = row.decode(decode_as(text, row.request))

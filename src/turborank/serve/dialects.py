@@ -21,6 +21,7 @@ from turborank.serve.wire import Answer, Ask
 from turborank.tokens import MIN_LENGTH, Limits
 from turborank.types import Document, Pair, Ranked
 
+NULL = msgspec.Raw(b"null")
 DOCUMENTS_PER_SEARCH_UNIT = 100
 # Fields that change nothing about the answer: ignored without a word. All others we do not know become a warning.
 SILENT = frozenset({"user", "request_id", "cache_salt", "priority", "encoding_format", "stream"})
@@ -357,8 +358,16 @@ def by_path() -> dict[str, list[str]]:
 
 
 def recognise(names: list[str], present: Mapping[str, Any]) -> str:
-    """Which of a path's dialects a request with these fields speaks."""
-    return next((name for name in names[:-1] if DIALECTS[name].marks & present.keys()), names[-1])
+    """Which of a path's dialects a request with these fields speaks.
+
+    Clients send a mark of theirs as null, too (Voyage's top_k), so that it counts unless the dialect cannot do without.
+    """
+
+    def speaks(row: Dialect) -> bool:
+        needed = wire.required(row.request)
+        return any(mark in present and (present[mark] != NULL or mark not in needed) for mark in row.marks)
+
+    return next((name for name in names[:-1] if speaks(DIALECTS[name])), names[-1])
 
 
 def unknown_fields(row: Dialect, present: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
 from turborank.scheduler import Scores
 from turborank.tokens import NO_LIMITS, Limits
@@ -278,6 +278,11 @@ class Answer:
     @property
     def truncated(self) -> int:
         return int(self.scores.truncated.sum())
+
+
+def required(kind: type[Struct]) -> frozenset[str]:
+    """The fields that a request must have."""
+    return frozenset(one.encode_name for one in structs.fields(kind) if one.required)
 
 
 def fields_of(kind: type[Struct]) -> frozenset[str]:
