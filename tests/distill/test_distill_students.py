@@ -13,7 +13,7 @@ from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.loop import Run, Schedule
 from turborank.distill.model import Model, tensors
-from turborank.distill.recover import Reading, Recovery, Texts, _joint
+from turborank.distill.recover import Reading, Recovery, Texts, _joint, check
 from turborank.errors import CheckpointError, InputError
 from turborank.ops import pytorch, reference, training
 from turborank.types import Pair
@@ -198,8 +198,6 @@ def test_what_cannot_be_recovered_is_named(bert_folder, tmp_path):
             Reading(long_tokens=faulty)
     with pytest.raises(InputError, match="expected the folder of a bi-encoder, got none at"):
         BiEncoder.load(tmp_path / "nosuch")
-    texts = Texts(source, TEXTS, TEXTS, [], Reading(budget=100, query_tokens=8, document_tokens=20), 0)
-    recovery = Recovery(source, texts, layers=[1, 3], dtype=torch.float32)
     narrow = students.from_scratch(source.tokenizer, shape="micro", layers=2)
     narrow.raw_config["vocab_size"] += 1
     narrow.weights[students.WORDS] = torch.zeros(narrow.raw_config["vocab_size"], 64)
@@ -207,7 +205,7 @@ def test_what_cannot_be_recovered_is_named(bert_folder, tmp_path):
     learned.weights |= students._new_head("classifier", 64, {}, torch.Generator())
     for student, got in ((narrow, "got one of ALiBi, 64 wide"), (learned, "got one of bert without ALiBi")):
         with pytest.raises(InputError, match=got):
-            recovery(Model(student), 0)
+            check(student.config, source.config)
 
 
 @pytest.mark.parametrize("kind", inner.KINDS)

@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def test_a_run_is_not_continued_on_other_data(word_folder, student, tmp_path, fi
     assert (folder / file).read_text() != text
     with pytest.raises(InputError, match=f"another {what}"):
         run(folder, student, out)
+
+
+def test_refused_options_can_be_corrected_in_the_same_folder(word_folder, student, tmp_path):
+    plan = Schedule(steps=1)
+    with pytest.raises(InputError, match="expected shares of the sources"):
+        runs.train(word_folder, student, tmp_path, plan, replace(DRAWING, shares={"nope": 3.0}), bf16=False)
+    runs.train(word_folder, student, tmp_path, plan, DRAWING, bf16=False)
+    assert len(curve(tmp_path)) == 1
 
 
 def test_what_a_run_wrote_before_its_first_checkpoint_is_written_again(student, tmp_path):

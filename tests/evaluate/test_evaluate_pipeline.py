@@ -321,7 +321,7 @@ def test_a_model_does_not_overwrite_the_first_stage(mini: Path, tmp_path: Path) 
 @pytest.mark.parametrize("below", ["", "results"])
 def test_results_need_a_folder(mini: Path, tmp_path: Path, below: str) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match=r"a folder for the results, got a file at .*taken"):
+    with pytest.raises(InputError, match=r"expected a folder to write to, got a file at .*taken"):
         evaluate([str(mini)], ["bm25"], out=tmp_path / "taken" / below)
 
 

@@ -27,7 +27,7 @@ from turborank.distill.folder import (
 )
 from turborank.errors import InputError
 from turborank.evaluate.download import Told, _quiet
-from turborank.evaluate.files import file_hash, replacing, write_json
+from turborank.evaluate.files import check_folder, file_hash, replacing, write_json
 from turborank.evaluate.first_stage import parameters
 from turborank.types import Float32
 
@@ -64,9 +64,7 @@ def build(
 
 
 def _refuse(out: Path, recipe: Recipe) -> None:
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"expected a folder to write to, got a file at {there}")
+    check_folder(out)
     if out.resolve() in [source.path.resolve() for source in recipe.sources]:
         raise InputError(f"expected another folder than a source to write to, got {out}")
 

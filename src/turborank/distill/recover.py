@@ -123,7 +123,8 @@ def _int32(values: Sequence[int]) -> Int32:
     return np.asarray(values, dtype=np.int32)
 
 
-def _refuse(student: ModelConfig, source: ModelConfig) -> None:
+def check(student: ModelConfig, source: ModelConfig) -> None:
+    """Raises InputError for a student that cannot learn this source's hidden states."""
     have, wanted = ((config.hidden_size, config.vocab_size) for config in (student, source))
     if not student.slopes or have != wanted:
         kind = "ALiBi" if student.slopes else f"{student.architecture} without ALiBi"
@@ -149,7 +150,6 @@ class Recovery:
 
     def loss(self, model: Model, pairs: Sequence[IdPair]) -> Loss:
         """MSE / variance by layer, and 1 - cosine of the pooled segments, of given pairs."""
-        _refuse(model.config, self.source.config)
         packed, texts, rows = _joint(self.source, pairs)
         wanted = self.source.layers(self.source.pack(texts), self.weights)
         batch = tensors(packed)

@@ -21,7 +21,7 @@ from turborank.distill.inner import parse as parse_inner
 from turborank.distill.loop import Progress, Run, Schedule
 from turborank.distill.losses import mix
 from turborank.distill.records import read_records
-from turborank.distill.recover import Reading, Recovery, Texts
+from turborank.distill.recover import Reading, Recovery, Texts, check
 from turborank.distill.report import write_report
 from turborank.distill.students import Student
 from turborank.distill.train import Examination, Ranking, Serving, teacher_scores
@@ -55,6 +55,7 @@ def recover(
     _threads(threads)
     reading = Reading(budget=budget, long_tokens=tuple(long_tokens))
     folder, teacher, start = TrainingFolder.load(texts), BiEncoder.load(source), Student.load(student)
+    check(start.config, teacher.config)
     facts = {
         "kind": "recover", "student": _hash(student), "source": teacher.revision, "texts": folder.fingerprint,
         "long": [_hash(path) for path in long], "reading": asdict(reading), "bf16": bf16, "seed": seed,
@@ -104,13 +105,13 @@ def train(
         "drawing": _plain(asdict(drawing)), "inner": list(inner), "seed": seed, "train_words": train_words,
         "dev": [_of(one) for one in examined.values()], "dev_queries": dev_queries, "max_length": max_length,
     }  # fmt: skip
-    _manifest(out, facts, schedule)
     terms = [Inner(parse_inner(text), start, _dtype(bf16)) for text in inner]
     run = Run(start, out, schedule, dtype=_dtype(bf16), freeze_words=not train_words, recompute=recompute)
     run.add([matrix for term in terms for matrix in term.projections if matrix is not None])
-    run.resume()
     encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length)
     drawer = Drawer(lists, encoder, fused, drawing, seed=seed, rank=run.rank)
+    _manifest(out, facts, schedule)  # after whatever may refuse the options, so that they can be corrected
+    run.resume()
     examination = None
     if dev:
         names = [path.name for path in examined]

@@ -85,6 +85,13 @@ def checked_id(name: str, at: object) -> str:
     return name
 
 
+def check_folder(path: Path) -> None:
+    """Raises InputError where no folder can be made at ``path``, because there, or above, is a file."""
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise InputError(f"expected a folder to write to, got a file at {there}")
+
+
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """The file's checksum, in hexadecimal."""
     with path.open("rb") as file:

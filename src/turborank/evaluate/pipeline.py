@@ -22,7 +22,7 @@ from turborank.errors import InputError
 from turborank.evaluate import report, scores
 from turborank.evaluate.datasets import Dataset, called, default_data_dir, expand, load
 from turborank.evaluate.download import Told, _quiet
-from turborank.evaluate.files import file_hash, read_lines, write_json, write_text
+from turborank.evaluate.files import check_folder, file_hash, read_lines, write_json, write_text
 from turborank.evaluate.first_stage import bm25_run, parameters
 from turborank.evaluate.manifest import about_dataset, about_scores, about_system, score_header
 from turborank.evaluate.measures import MEASURES, SEED, means, paired_bootstrap, parse, per_query
@@ -133,9 +133,7 @@ def _check(plan: Plan, names: Sequence[str], models: Sequence[str | Reranker]) -
         raise InputError("expected a model to evaluate in parts, got the first stage alone, which is made whole")
     for name in plan.measures:
         parse(name)
-    place = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise InputError(f"expected a folder for the results, got a file at {place}")
+    check_folder(plan.out)
     _refuse_one_folder_for_two(names)
 
 
