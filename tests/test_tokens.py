@@ -14,7 +14,7 @@ from turborank.errors import InputError, TooLongError, UnknownKeyError
 from turborank.tokens import PairEncoder, longest_first, pack, plain, window_starts
 from turborank.types import Pair
 
-# Reference encodings of the published tokenizer, JINABERT specification §4.
+# Reference encodings of the published tokenizer, docs/model.md §4.2.
 PUBLISHED_PAIRS = [
     (
         ("What is the capital of France?", "Paris is the capital of France."),
