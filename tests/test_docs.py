@@ -1,5 +1,6 @@
 """The documentation is true: generated pages are current, cited sections exist, and the code of every page runs."""
 
+import functools
 import glob
 import gzip
 import json
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from helpers import write_checkpoint
 from random_models import model_config
 from safetensors.numpy import load_file, save_file
@@ -249,6 +251,17 @@ def test_no_page_with_code_is_forgotten_and_no_rule_is_stale():
     for name, page in PAGES.items():
         text = "".join(block for _, block in code(name))
         assert [before for before in page.replaced if before not in text] == [], name
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_options_of_every_example_of_a_command_exist(name):
+    """docs/cli.md and --help print these lines; they are parsed here, not run."""
+    command = functools.reduce(
+        lambda group, word: group.commands[word], name.split(), typer.main.get_command(cli.build())
+    )
+    for _, line in cli.COMMANDS[name].examples:
+        [arguments] = re.findall(rf"turborank {name}\b([^|&]*)", line)
+        command.make_context(name, shlex.split(arguments))
 
 
 def test_make_has_the_verbs_that_the_pages_name():
