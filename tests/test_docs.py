@@ -81,6 +81,19 @@ def test_sections_of_the_model_page_refer_to_one_another():
     assert set(cited) <= sections(page)
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_to_headings_lead_to_one():
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            there = page.parent / target if target else page
+            assert anchor in anchors(there), f"{page.name} links to {target}#{anchor}"
+
+
 # --- the code of the pages, run in a scratch folder whose files have the names that a page uses -------------------
 
 FENCE = re.compile(r"^```(console|python)\n(.*?)^```$", flags=re.M | re.S)
