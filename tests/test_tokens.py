@@ -15,7 +15,7 @@ from turborank.text import plain
 from turborank.tokens import PairEncoder, longest_first, pack, window_starts
 from turborank.types import Pair
 
-# Reference encodings of the published tokenizer, JINABERT specification §4.
+# Reference encodings of the published tokenizer, docs/model.md §4.2.
 PUBLISHED_PAIRS = [
     (
         ("What is the capital of France?", "Paris is the capital of France."),
