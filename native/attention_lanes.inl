@@ -42,12 +42,21 @@ float longest_key(const AttendJob& job) {
     return __builtin_sqrtf(hmax(longest));
 }
 
-template <class E, bool exact>
+// Where scores start: what depends on the distance alone.
+struct DistanceBias {
+    const float* zero;  // zero[i - j] = -slope |i - j|
+    template <class Tile>
+    TR_INLINE void begin(const Tile&) {}
+    TR_INLINE float bound(float longest_query, float longest_key) const { return longest_query * longest_key; }
+    TR_INLINE void get(int first, int key, F& x, F& y) const { x = load(zero + (first - key)), y = load(zero + (first - key) + W); }
+};
+
+template <class E, bool exact, class Bias>
 struct LaneTile {
     static constexpr int kStep = kKeysAtOnce;
     const AttendJob& job;
     const E* values;    // see above
-    const float* bias;  // bias[i - j] = -slope |i - j|
+    Bias& bias;
     float longest;      // max |k|
     E *queries, *probabilities;
     float* context;
@@ -67,7 +76,8 @@ struct LaneTile {
         store(top, set(0.0f)), store(top + W, set(0.0f));
         float largest = 0.0f;
         for (int r = 0; r < rows; ++r) largest = size[r] > largest ? size[r] : largest;
-        online = !(largest * longest <= kNoMaxBelow);
+        online = !(bias.bound(largest, longest) <= kNoMaxBelow);
+        bias.begin(*this);
     }
 
     // Scores of keys j .. j + kKeysAtOnce: take(r, left, right), one call for each key.
@@ -77,7 +87,7 @@ struct LaneTile {
         block<E>(typename MakeIndices<kKeysAtOnce>::type{}, static_cast<const E*>(job.k) + static_cast<size_t>(j) * job.D, job.D, kWord<E>,
             reinterpret_cast<const std::byte*>(queries), job.D / kWord<E>,
             [&](int r, F& x, F& y) TR_LAMBDA {
-                x = load(bias + (first - j - r)), y = load(bias + (first - j - r) + W);
+                bias.get(first, j + r, x, y);
                 if (shifted) x = x - t0, y = y - t1;
             }, take);
     }
@@ -174,18 +184,25 @@ struct LaneTile {
     }
 };
 
-// ALiBi attention of one head, queries [from, to).
-template <class E, bool exact>
-void attend(const AttendJob& job, Scratch& s) {
-    const Lap lap(s, kAttention);
-    const float* bias = fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile);
+template <class E, bool exact, class Bias>
+TR_INLINE void attend_tiles(const AttendJob& job, Bias bias, Scratch& s) {
     const float longest = longest_key<E>(job);
     const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
     for (int first = job.from; first < job.to; first += kLanes) {
-        LaneTile<E, exact> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
-                             first, at_most(kLanes, job.to - first), false, {}, {}, {}};
+        LaneTile<E, exact, Bias> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
+                                   first, at_most(kLanes, job.to - first), false, {}, {}, {}};
         t.begin();
         walk(t, kKeyChunk, kLanes);
         t.end();
     }
+}
+
+#include "attention_relative.inl"
+
+// Attention of one head, queries [from, to).
+template <class E, bool exact>
+void attend(const AttendJob& job, Scratch& s) {
+    const Lap lap(s, kAttention);
+    if (job.relative.count > 0) return attend_relative<E, exact>(job, s);
+    attend_tiles<E, exact>(job, DistanceBias{fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile)}, s);
 }

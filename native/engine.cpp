@@ -45,7 +45,13 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     bias.reserve((2 * keys + 4 * kTile) * 4);
     probabilities.reserve(kTile * kKeyChunk * 4);
     context.reserve(kTile * D * 4);
-    if (!s.cosine) asked.reserve(static_cast<size_t>(s.H * s.C) * 4), weights.reserve(static_cast<size_t>(s.H) * keys * 4);
+    if (s.keyless_last()) asked.reserve(static_cast<size_t>(s.H * s.C) * 4), weights.reserve(static_cast<size_t>(s.H) * keys * 4);
+    if (s.relative > 0) {
+        const size_t table = static_cast<size_t>(s.relative + kTile);
+        relative_queries.reserve((keys + kTile) * table * 4);
+        relative_keys.reserve(table * kTile * 4);
+        skewed.reserve((keys + 2 * kTile) * kTile * 4);
+    }
 }
 
 namespace {
@@ -175,11 +181,19 @@ struct Call {
             }
     }
 
-    AttendJob job(const Group& g, const AttendTask& task, const Memory& m) const {
+    Relative relative(int l, size_t h) const {
+        if (s.relative == 0) return {};
+        const Layer& layer = w.layers[l];
+        const size_t at = h * static_cast<size_t>(s.relative * s.D) * k.exchange_bytes;
+        return {layer.relative_keys + at, layer.relative_queries + at, layer.relative_longest[2 * h], layer.relative_longest[2 * h + 1], w.relative_rows, s.relative};
+    }
+
+    // One head of one layer, queries [task.from, task.to) of a pair, whose output goes to row `row` of `to`.
+    AttendJob job(int l, const Group& g, const AttendTask& task, const Memory& m, const Buffer& to, size_t row) const {
         const size_t start = static_cast<size_t>(g.starts[task.pair]), h = static_cast<size_t>(task.head), D = static_cast<size_t>(s.D);
-        const size_t row = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (start * C + h * D) * k.exchange_bytes;
-        return {m.q.as<std::byte>() + row, m.k.as<std::byte>() + row, m.v.as<std::byte>() + row, m.attention.as<std::byte>() + out,
-                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h]};
+        const size_t at = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (row * C + h * D) * k.exchange_bytes;
+        return {m.q.as<std::byte>() + at, m.k.as<std::byte>() + at, m.v.as<std::byte>() + at, to.as<std::byte>() + out,
+                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h], relative(l, h)};
     }
 
     // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
@@ -205,7 +219,8 @@ struct Call {
         const auto fine_types = [&](int row) { return s.cosine ? m.types.as<int32_t>() + row : nullptr; };
         const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
         const auto project = [&](int l, int from, int rows) {  // q, k and v of layer l
-            if (l < whole) k.project_heads(s, w.layers[l], x(from), fine_types(from), rows, heads, from, scratch);
+            if (l == s.L || (l == whole && s.keyless_last())) return;
+            k.project_heads(s, w.layers[l], l < whole ? Columns::all : Columns::keys_and_values, x(from), fine_types(from), rows, heads, from, scratch);
         };
         each_block(team, g.tokens, sharing, [&](int from, int rows) {
             k.embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, x(from), scratch);
@@ -213,7 +228,10 @@ struct Call {
         });
         note(team, m.x, g.tokens);
         for (int l = 0; l < whole; ++l) {
-            team.phase(static_cast<int>(g.attention.size()), [&](int i) { k.attend(job(g, g.attention[i], m), scratch); });
+            team.phase(static_cast<int>(g.attention.size()), [&](int i) {
+                const AttendTask& task = g.attention[i];
+                k.attend(job(l, g, task, m, m.attention, static_cast<size_t>(g.starts[task.pair])), scratch);
+            });
             each_block(team, g.tokens, sharing, [&](int from, int rows) {
                 const std::byte* attention = m.attention.as<std::byte>() + static_cast<size_t>(from) * C * k.exchange_bytes;
                 k.finish_layer(s, w.layers[l], attention, x(from), fine_types(from), rows, scratch);
@@ -240,7 +258,10 @@ struct Call {
         team.phase(pairs, [&](int i) {
             const float* x = m.x.as<float>() + static_cast<size_t>(g.starts[i]) * C;
             std::copy_n(x, C, first_x(i));
-            k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
+            if (s.keyless_last()) return k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
+            const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
+            k.project_heads(s, w.layers.back(), Columns::queries, x, nullptr, 1, heads, g.starts[i], scratch);
+            for (int h = 0; h < s.H; ++h) k.attend(job(s.L - 1, g, {i, h, 0, 1}, m, m.first_attention, static_cast<size_t>(i)), scratch);
         });
         team.phase((pairs + kTile - 1) / kTile, [&](int b) {
             const int from = b * kTile, count = std::min(kTile, pairs - from);

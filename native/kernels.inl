@@ -124,11 +124,15 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
 }
 
 template <class Op, class E>
-void project_heads(const Shape& shape, const Layer& layer, const float* x, const int32_t* types, int rows, Heads heads, int at, Scratch& s) {
+void project_heads(const Shape& shape, const Layer& layer, Columns columns, const float* x, const int32_t* types, int rows, Heads heads, int at, Scratch& s) {
     const auto a = put_operands<Op>(x, shape.C, rows, types, layer.qkv, s);
     const Lap lap(s, kQkv);
-    const int C = shape.C, D = shape.D;
-    multiply_all<Op>(a, layer.qkv, rows, s, nullptr, [=](int column) TR_LAMBDA {
+    const int C = shape.C, D = shape.D, skipped = columns == Columns::keys_and_values ? C : 0;
+    Linear w = layer.qkv;
+    w.out = columns == Columns::all ? 3 * C : columns == Columns::queries ? C : 2 * C;
+    w.panels = w.panel(skipped / kPanel), w.scale += skipped, w.bias += skipped;
+    multiply_all<Op>(a, w, rows, s, nullptr, [=](int from) TR_LAMBDA {
+        const int column = from + skipped;
         void* base = column < C ? heads.q : column < 2 * C ? heads.k : heads.v;
         const int c = column % C;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(c / D) * heads.capacity + at) * D + c % D;
@@ -185,9 +189,14 @@ void classify(const Weights& w, const float* first, int rows, float* logits, Scr
     const Lap lap(s, kHead);
     const int C = w.shape.C;
     float* pooled = s.hidden.as<float>();  // (rows, C)
+    const bool gelu_head = w.shape.gelu_head;
     multiply<float>(Operand<float>{first, C}, w.pooler, rows, s, nullptr, [&](int column) {
         float* out = pooled + column;
-        return [=](int r, F left, F right) TR_LAMBDA { store2(out + static_cast<size_t>(r) * C, tanh_of(left), tanh_of(right)); };
+        return [=](int r, F left, F right) TR_LAMBDA {
+            float* y = out + static_cast<size_t>(r) * C;
+            if (gelu_head) store2(y, gelu<true>(left), gelu<true>(right));
+            else store2(y, tanh_of(left), tanh_of(right));
+        };
     });
     for (int r = 0; r < rows; ++r) {
         F sum = set(0.0f);

@@ -22,12 +22,13 @@ Shape shape_of(const nb::dict& config) {
     const std::pair<const char*, int Shape::*> sizes[] = {
         {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
         {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
-        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}};
+        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}, {"relative", &Shape::relative}};
     for (const auto& [key, size] : sizes) s.*size = nb::cast<int>(config[key]);
     s.D = s.C / s.H;
     s.stored = static_cast<Stored>(nb::cast<int>(config["stored"]));
     for (const auto& [key, value] : {std::pair{"layer_norm_eps", &Shape::eps}, {"least", &Shape::least}}) s.*value = nb::cast<float>(config[key]);
-    for (const auto& [key, flag] : {std::pair{"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed}})
+    for (const auto& [key, flag] : {std::pair{"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed},
+                                    {"gelu_head", &Shape::gelu_head}})
         s.*flag = nb::cast<bool>(config[key]);
     return s;
 }
@@ -45,7 +46,7 @@ nb::dict isas() {
     for (const IsaRow& row : isa_table()) {
         nb::dict precisions;
         for (const char* name : kPrecisions)
-            if (const Kernels* k = kernels_of(row, name)) precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes);
+            if (const Kernels* k = kernels_of(row, name)) precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes);
         if (nb::len(precisions)) rows[row.name] = precisions;
     }
     return rows;

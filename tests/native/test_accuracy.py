@@ -40,7 +40,7 @@ def isa(request, monkeypatch):
     return request.param
 
 
-# The law is slow and the same for every instruction set: each case is computed once.
+# The reference is slow and the same for every instruction set: each case is computed once.
 
 
 @functools.cache
@@ -139,6 +139,27 @@ def test_every_length_follows_the_law(isa, length):
     model, tensors, tokens, expected = long_case(length)
     assert np.abs(native.prepare(tensors, model, precision="fp32").logits(tokens) - expected).max() <= 1e-4
     assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
+
+
+@functools.cache
+def relative_case(factor, buckets, furthest):
+    model = shapes.deberta(max_length=2100, buckets=buckets, furthest=furthest, layers=3)
+    tensors, tokens = shapes.weights(model), shapes.batch([2050, 257, 31, 1])
+    for name in tensors:
+        if "query_proj" in name or "key_proj" in name:
+            tensors[name] *= factor
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+@pytest.mark.parametrize(("factor", "buckets", "furthest"), [(1, 256, 512), (8, 256, 512), (40, 20, 400)])
+def test_relative_positions_at_any_distance(isa, factor, buckets, furthest):
+    """Near and far rows of the table, tables that are no multiple of 32, scores beyond the range of a fixed offset."""
+    model, tensors, tokens, expected = relative_case(factor, buckets, furthest)
+    engine = native.prepare(tensors, model, precision="fp32", threads=2)
+    assert engine.isa == isa
+    assert np.abs(engine.logits(tokens) - expected).max() <= 1e-4
+    if factor == 1:
+        assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""BERT and XLM-RoBERTa in the native engine, against transformers' own classes and, layer by layer, the law."""
+"""BERT, XLM-RoBERTa and DeBERTa in the native engine, against transformers' own classes and, layer by layer, the law."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.ops import reference  # noqa: E402
 from turborank.types import PackedBatch  # noqa: E402
 
-FAMILIES = ("bert", "xlm_roberta")
+FAMILIES = ("bert", "xlm_roberta", "deberta")
 ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turborank.architectures import deberta
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import panels
@@ -29,7 +30,7 @@ except ImportError as missing:  # built without a compiler, or for another Pytho
 else:
     _REASON = None
 
-ARCHITECTURES = ("jinabert", "bert", "xlm_roberta")
+ARCHITECTURES = ("jinabert", "bert", "xlm_roberta", "deberta")
 PRECISIONS = ("int8", "fp32", "bf16")
 ISA_VARIABLE = "TURBORANK_ISA"
 
@@ -46,7 +47,9 @@ def automatic() -> str:
 
 def supports(config: ModelConfig) -> bool:
     """Whether the C++ side knows the architecture and its sizes."""
-    return config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
+    known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
+    # Neighbouring distances have neighbouring rows, unless many buckets end at a short distance (attention_relative.inl).
+    return known and (not config.position_buckets or max(np.diff(deberta.relative_rows(config))) <= 1)
 
 
 def isas() -> list[str]:
@@ -136,6 +139,7 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     plain["alibi"] = bool(config.slopes)
     plain["geglu"] = config.feed_forward == "geglu"
     plain["cosine"] = config.head in COSINES
+    plain["gelu_head"] = config.architecture == "deberta"
     plain["passage"] = PASSAGE if config.head == "focus" else 0
     return plain
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from turborank.architectures import deberta, encoder
 from turborank.architectures.jinabert import COSINES
 from turborank.checkpoint.tensors import TensorFile
 from turborank.errors import CheckpointError
+from turborank.ops.reference import layer_norm, linear
 from turborank.quantised import SCALE
 from turborank.types import Float32, ModelConfig
 
@@ -23,6 +25,7 @@ Array = npt.NDArray[Any]
 
 STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 is bfloat16's bits
 PANEL = 32  # output columns that a product computes together
+SLACK_DISTANCES = 128  # kernels.h, kSlackDistances
 MIXED_CHANNELS = 16  # native/mix.inl: channels that are mixed with the same ones of other groups
 LEAST_GELU = -0.171875  # gelu(-0.75) is -0.16997; the kernels' may be 5e-4 below
 _LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 4 << 20  # bytes
@@ -37,6 +40,7 @@ class Layout(NamedTuple):
     tiles: bool  # words of int8 and bf16 lie in matrix tiles
     offset: int  # what the kernels add to int8 activations
     lanes: int  # floats of a vector
+    exchange: int  # bytes of an element of q, k and v: 2 is bf16, 4 float
 
 
 class Columns(NamedTuple):
@@ -58,12 +62,14 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
     """
     packer = _Packer(weights, config, layout)
     packer.embeddings()
+    packer.relative()
     for layer in range(config.num_hidden_layers):
         packer.layer(layer)
     packer.head()
     facts = {
         "stored": STORED.index(packer.raw("embeddings.word_embeddings.weight").dtype.name),
         "positions": packer.positions,
+        "relative": packer.relative_rows,
         "mixed": packer.mixed,
         "least": packer.least,
     }
@@ -76,7 +82,7 @@ class _Packer:
         self._stored = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
         self._arena = _Arena()
         self.arrays: dict[str, Bytes] = {}
-        self.positions = 0
+        self.positions = self.relative_rows = 0
         int8 = layout.precision == "int8"
         self.least = LEAST_GELU if int8 and config.feed_forward != "geglu" else 0.0
         # Where the head's own rows are rounded twice mixing helps less than a second rounding of int8 weights costs.
@@ -100,17 +106,52 @@ class _Packer:
         slopes = config.slopes or (0.0,) * config.num_attention_heads
         self._put("slopes", np.asarray(slopes, np.float32) * np.float32(math.log2(math.e)))
 
+    def relative(self) -> None:
+        """DeBERTa's relative positions: the row of the table for each distance, and the table, normalised."""
+        config = self._config
+        if not config.position_buckets:
+            return
+        rows = np.pad(np.asarray(deberta.relative_rows(config), np.int32), SLACK_DISTANCES + 1, "edge")
+        self._put("relative.rows", rows)
+        self.relative_rows = _whole(2 * config.position_buckets, PANEL)
+        table = self._wide(deberta.RELATIVE, 2 * config.position_buckets, config.hidden_size)
+        weight, bias = (self._wide(f"encoder.LayerNorm.{part}", config.hidden_size) for part in ("weight", "bias"))
+        self._table = layer_norm(table, weight, bias, config.layer_norm_eps)
+
+    def _relative_layer(self, name: str, to: str, factor: np.float32) -> None:
+        """The table as one layer's queries and keys, head by head; the queries as panels, which multiply keys."""
+        config, kind = self._config, "bf16" if self._layout.exchange == 2 else "fp32"
+        heads, size, width = config.num_attention_heads, config.head_size, config.hidden_size
+        longest = np.empty((heads, 2), np.float32)  # of a key, of a query
+        for place, part, scale in ((1, "query", factor), (0, "key", np.float32(1.0))):
+            weight = self._wide(f"{name}.attention.self.{part}_proj.weight", width, width)
+            bias = self._wide(f"{name}.attention.self.{part}_proj.bias", width)
+            rows = np.zeros((self.relative_rows, width), np.float32)
+            rows[: len(self._table)] = linear(self._table, weight, bias) * scale
+            longest[:, place] = np.sqrt(np.square(rows).reshape(-1, heads, size).sum(axis=2).max(axis=0))
+            codes: Array = _bf16(rows) if kind == "bf16" else rows
+            codes = np.ascontiguousarray(codes.reshape(-1, heads, size).swapaxes(0, 1))  # (H, rows, D)
+            if part == "query":
+                group, tiles = (2, self._layout.tiles) if kind == "bf16" else (1, False)
+                self._put(to + "relative.queries", np.stack([_panels(head, group, tiles) for head in codes]))
+            else:
+                self._put(to + "relative.keys", codes)
+        self._put(to + "relative.longest", longest)
+
     def layer(self, number: int) -> None:
-        """One layer's products and norms. A classifier's last layer projects the first row alone."""
+        """One layer's products and norms. A classifier's last layer that needs no keys projects the first row alone."""
         width, inner = self._config.hidden_size, self._config.intermediate_size
         name, to, mixed = f"encoder.layer.{number}", f"{number}.", self.mixed
-        first = self._config.head not in COSINES and number == self._config.num_hidden_layers - 1
-        # q carries log2(e) / sqrt(D): scores are in log2 units.
-        factor = np.float32(math.log2(math.e)) / np.sqrt(np.float32(self._config.head_size))
-        query = self._columns(f"{name}.attention.self.query", width, width, mixed, factor)
+        relative = self._config.position_buckets > 0
+        first = not relative and self._config.head not in COSINES and number == self._config.num_hidden_layers - 1
+        # q carries log2(e) / sqrt(D): scores are in log2 units. DeBERTa's have three terms.
+        terms = np.float32(3 if relative else 1)
+        factor = np.float32(math.log2(math.e)) / np.sqrt(terms * np.float32(self._config.head_size))
+        parts = deberta.PROJECTIONS if relative else encoder.PROJECTIONS
+        query = self._columns(f"{name}.attention.self.{parts[0]}", width, width, mixed, factor)
         others = [
             self._columns(f"{name}.attention.self.{part}", width, width, mixed and not first)
-            for part in ("key", "value")
+            for part in parts[1:]
         ]
         if first:
             for part, columns in zip(("keys", "values"), others, strict=True):
@@ -119,6 +160,8 @@ class _Packer:
             self._linear(to + "qkv", query)
         else:
             self._linear(to + "qkv", Columns(*(np.concatenate(parts) for parts in zip(query, *others, strict=True))))
+        if relative:
+            self._relative_layer(name, to, factor)
         self._linear(to + "out", self._columns(f"{name}.attention.output.dense", width, width))
         self._norm(to + "norm1", f"{name}.attention.output.LayerNorm")
         if self._config.feed_forward == "geglu":
