@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from turborank.architectures import bert, deberta, jinabert, xlm_roberta
+from turborank.architectures import bert, deberta, jinabert, modernbert, xlm_roberta
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
 
@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(bert.recognise, bert.parameters, bert.forward),
     "xlm_roberta": Architecture(xlm_roberta.recognise, xlm_roberta.parameters, xlm_roberta.forward),
     "deberta": Architecture(deberta.recognise, deberta.parameters, deberta.forward),
+    "modernbert": Architecture(modernbert.recognise, modernbert.parameters, modernbert.forward),
 }
 
 

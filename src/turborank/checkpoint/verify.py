@@ -21,7 +21,7 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 REQUIRED = (CONFIG, WEIGHTS, TOKENIZER)
 
 # The encoder's name in front of its tensors, as transformers writes it; optional in every family.
-PREFIXES = ("bert.", "roberta.", "deberta.")
+PREFIXES = ("bert.", "roberta.", "deberta.", "model.")
 # Constants that some versions of transformers stored beside the weights. The forward has no use for them.
 BUFFERS = frozenset({"embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi"})
 CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
@@ -36,6 +36,8 @@ _LEAST = {
     "max_position_embeddings": 1,
     "type_vocab_size": 0,
 }
+# Keys of the above, and layer_norm_eps, that a family's config.json does without, by model_type.
+_NEEDLESS = {"modernbert": ("type_vocab_size", "layer_norm_eps")}
 # Activations that the forwards have. The tensors of the others look the same, so only the config can tell.
 _KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
 _MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
@@ -113,13 +115,17 @@ def one_logit(shapes: Shapes, path: Path) -> None:
 
 
 def _config_faults(raw: Mapping[str, Any]) -> list[str]:
-    faults = []
+    faults, needless = [], _NEEDLESS.get(str(raw.get("model_type")), ())
     for key, least in _LEAST.items():
+        if key in needless:
+            continue
         value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else _INT32
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             faults.append(f"{key}: expected an integer, {least} to {most}, got {_shown(raw, key)}")
     eps = raw.get("layer_norm_eps")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+    if "layer_norm_eps" in needless:
+        pass  # the family checks its own
+    elif isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
     for key, known in _KNOWN.items():
         if key in raw and raw[key] not in known:
