@@ -24,6 +24,11 @@ _JINA_TOKENIZER = {
 }
 
 
+def forbids_commerce(licence: str) -> bool:
+    """Whether a licence's identifier says so: Creative Commons' "NC", as in CC-BY-NC-4.0."""
+    return "nc" in licence.lower().split("-")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """One reranker. ``repo`` and ``revision`` are those of the Hugging Face Hub."""
@@ -45,6 +50,11 @@ class Model:
     loco: float | None = None
     hit_rate: float | None = None
     note: str = ""
+
+    @property
+    def noncommercial(self) -> bool:
+        """Whether the licence forbids commercial use."""
+        return forbids_commerce(self.licence)
 
     @property
     def folder(self) -> Path:

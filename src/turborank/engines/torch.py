@@ -45,7 +45,7 @@ def converted(weights: Mapping[str, Float32], dtype: Any, device: Any) -> dict[s
     import torch
 
     def exact(name: str) -> bool:
-        return "layernorm" in name.lower() or name.startswith("head.")
+        return "norm" in name.lower() or name in ("head.scale", "head.bias", "head.focus")
 
     return {
         name: torch.from_numpy(value).to(device, torch.float32 if exact(name) else dtype)
