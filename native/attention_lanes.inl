@@ -31,13 +31,14 @@ TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
     return squares + others;
 }
 
+// The largest norm of keys [from, to).
 template <class E>
-float longest_key(const AttendJob& job) {
+float longest_key(const AttendJob& job, int from, int to) {
     const E* k = static_cast<const E*>(job.k);
     F longest = set(0.0f);
-    for (int j = 0; j < job.n; j += W) {
+    for (int j = from; j < to; j += W) {
         const F squares = transpose_rows(k + static_cast<size_t>(j) * job.D, job.D, [](int, const F&) {});
-        longest = vmax(longest, keep_first(squares, job.n - j, 0.0f));
+        longest = vmax(longest, keep_first(squares, to - j, 0.0f));
     }
     return __builtin_sqrtf(hmax(longest));
 }
@@ -45,9 +46,11 @@ float longest_key(const AttendJob& job) {
 // Where scores start: what depends on the distance alone.
 struct DistanceBias {
     const float* zero;  // zero[i - j] = -slope |i - j|
+    static constexpr bool kWindow = false;
     template <class Tile>
     TR_INLINE void begin(const Tile&) {}
-    TR_INLINE float bound(float longest_query, float longest_key) const { return longest_query * longest_key; }
+    template <class Tile>
+    TR_INLINE float bound(const Tile& t, float query) const { return query * t.longest; }
     TR_INLINE void get(int first, int key, F& x, F& y) const { x = load(zero + (first - key)), y = load(zero + (first - key) + W); }
 };
 
@@ -76,7 +79,7 @@ struct LaneTile {
         store(top, set(0.0f)), store(top + W, set(0.0f));
         float largest = 0.0f;
         for (int r = 0; r < rows; ++r) largest = size[r] > largest ? size[r] : largest;
-        online = !(bias.bound(largest, longest) <= kNoMaxBelow);
+        online = !(bias.bound(*this, largest) <= kNoMaxBelow);
         bias.begin(*this);
     }
 
@@ -149,7 +152,7 @@ struct LaneTile {
         if (online) {
             raise(lo, hi, fresh);
             probability<true, true>(lo, hi, fresh);
-        } else if (kNoMaxBelow + job.slope * furthest < kDeep) {
+        } else if (!Bias::kWindow && kNoMaxBelow + job.slope * furthest < kDeep) {
             probability<false, false>(lo, hi, fresh);
         } else {
             probability<false, true>(lo, hi, fresh);
@@ -185,24 +188,27 @@ struct LaneTile {
 };
 
 template <class E, bool exact, class Bias>
-TR_INLINE void attend_tiles(const AttendJob& job, Bias bias, Scratch& s) {
-    const float longest = longest_key<E>(job);
+TR_INLINE void attend_tiles(const AttendJob& job, Bias bias, float longest, Scratch& s) {
     const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
     for (int first = job.from; first < job.to; first += kLanes) {
         LaneTile<E, exact, Bias> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
                                    first, at_most(kLanes, job.to - first), false, {}, {}, {}};
         t.begin();
-        walk(t, kKeyChunk, kLanes);
+        if constexpr (Bias::kWindow) bias.slide(t);
+        else walk(t, kKeyChunk, kLanes);
         t.end();
     }
 }
 
 #include "attention_relative.inl"
+#include "attention_window.inl"
 
 // Attention of one head, queries [from, to).
 template <class E, bool exact>
 void attend(const AttendJob& job, Scratch& s) {
     const Lap lap(s, kAttention);
     if (job.relative.count > 0) return attend_relative<E, exact>(job, s);
-    attend_tiles<E, exact>(job, DistanceBias{fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile)}, s);
+    if (job.window > 0) return attend_window<E, exact>(job, s);
+    const DistanceBias bias{fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile)};
+    attend_tiles<E, exact>(job, bias, longest_key<E>(job, 0, job.n), s);
 }

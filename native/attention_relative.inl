@@ -42,8 +42,10 @@ struct RelativeBias {
     float* skewed;
     const float* asked = nullptr;  // asked[d * 2 W + l]
 
-    TR_INLINE float bound(float longest_query, float longest_key) const {
-        return longest_query * (longest_key + table.longest_key) + table.longest_query * longest_key;
+    static constexpr bool kWindow = false;
+    template <class Tile>
+    TR_INLINE float bound(const Tile& t, float query) const {
+        return query * (t.longest + table.longest_key) + table.longest_query * t.longest;
     }
 
     template <class Tile>
@@ -87,5 +89,6 @@ void attend_relative(const AttendJob& job, Scratch& s) {
                 [&](int r, const F& x, const F& y) TR_LAMBDA { store2(given + static_cast<size_t>(j + r) * stride + column, x, y); });
         }
     }
-    attend_tiles<E, exact>(job, RelativeBias<E>{table, given, stride, s.relative_keys.as<float>(), s.skewed.as<float>()}, s);
+    attend_tiles<E, exact>(job, RelativeBias<E>{table, given, stride, s.relative_keys.as<float>(), s.skewed.as<float>()},
+                           longest_key<E>(job, 0, job.n), s);
 }

@@ -37,6 +37,8 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     operand.reserve(rows * depth * 4);
     row_scale.reserve(2 * rows * 4);
     mixed.reserve(depth * 4);
+    normed.reserve(depth * 4);
+    key_norms.reserve(keys / kTile * 4);
     if (s.cosine) low.reserve(rows * kPanel * 4), starts.reserve(rows * sizeof(float*));
     hidden.reserve(rows * static_cast<size_t>(std::max(s.F, 2 * s.C)) * 4);
     tiles.reserve(2 * kTile * kPanel * 4);
@@ -75,6 +77,7 @@ struct Memory {
     Buffer ids, types, positions;     // (T,)
     int capacity = 0;
 
+    Heads heads() const { return {q.as<void>(), k.as<void>(), v.as<void>(), capacity}; }
     void reserve(const Shape& s, const Group& g, size_t element) {
         capacity = std::max(capacity, g.tokens + kSlackRows);
         const size_t C = static_cast<size_t>(s.C), wide = static_cast<size_t>(capacity) * C, few = (g.pairs.size() + kSlackRows) * C;
@@ -193,7 +196,7 @@ struct Call {
         const size_t start = static_cast<size_t>(g.starts[task.pair]), h = static_cast<size_t>(task.head), D = static_cast<size_t>(s.D);
         const size_t at = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (row * C + h * D) * k.exchange_bytes;
         return {m.q.as<std::byte>() + at, m.k.as<std::byte>() + at, m.v.as<std::byte>() + at, to.as<std::byte>() + out,
-                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h], relative(l, h)};
+                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h], w.layers[l].window, relative(l, h)};
     }
 
     // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
@@ -213,14 +216,14 @@ struct Call {
 
     // All layers of a group, by `sharing` threads that all call this.
     void run(const Group& g, Memory& m, Team& team, int sharing, Scratch& scratch) const {
-        const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
+        const int whole = s.whole_layers();
         const auto x = [&](int row) { return m.x.as<float>() + static_cast<size_t>(row) * C; };
         // Which rows are to be rounded more finely: those that the head's first mean is of.
         const auto fine_types = [&](int row) { return s.cosine ? m.types.as<int32_t>() + row : nullptr; };
-        const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
         const auto project = [&](int l, int from, int rows) {  // q, k and v of layer l
             if (l == s.L || (l == whole && s.keyless_last())) return;
-            k.project_heads(s, w.layers[l], l < whole ? Columns::all : Columns::keys_and_values, x(from), fine_types(from), rows, heads, from, scratch);
+            k.project_heads(s, w.layers[l], l < whole ? Columns::all : Columns::keys_and_values, x(from), fine_types(from),
+                            m.positions.as<int32_t>() + from, rows, m.heads(), from, scratch);
         };
         each_block(team, g.tokens, sharing, [&](int from, int rows) {
             k.embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, x(from), scratch);
@@ -250,27 +253,27 @@ struct Call {
         });
     }
 
-    // The last layer, for each pair's first row, and the head.
+    // The head behind all layers or, where it reads first rows, behind the last layer of those.
     void classify(const Group& g, Memory& m, Team& team, Scratch& scratch) const {
         const int pairs = static_cast<int>(g.pairs.size());
         const auto first_x = [&](int i) { return m.first_x.as<float>() + static_cast<size_t>(i) * C; };
         const auto attention = [&](int i) { return m.first_attention.as<std::byte>() + static_cast<size_t>(i) * C * k.exchange_bytes; };
         team.phase(pairs, [&](int i) {
             const float* x = m.x.as<float>() + static_cast<size_t>(g.starts[i]) * C;
+            if (s.mean) return k.average(w, x, batch.length(g.pairs[i]), first_x(i), scratch);
             std::copy_n(x, C, first_x(i));
             if (s.keyless_last()) return k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
-            const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
-            k.project_heads(s, w.layers.back(), Columns::queries, x, nullptr, 1, heads, g.starts[i], scratch);
+            k.project_heads(s, w.layers.back(), Columns::queries, x, nullptr, m.positions.as<int32_t>() + g.starts[i], 1, m.heads(), g.starts[i], scratch);
             for (int h = 0; h < s.H; ++h) k.attend(job(s.L - 1, g, {i, h, 0, 1}, m, m.first_attention, static_cast<size_t>(i)), scratch);
         });
         team.phase((pairs + kTile - 1) / kTile, [&](int b) {
             const int from = b * kTile, count = std::min(kTile, pairs - from);
             float found[kTile];
-            k.finish_layer(s, w.layers.back(), attention(from), first_x(from), nullptr, count, scratch);
+            if (!s.mean) k.finish_layer(s, w.layers.back(), attention(from), first_x(from), nullptr, count, scratch);
             k.classify(w, first_x(from), count, found, scratch);
             for (int i = 0; i < count; ++i) logits[g.pairs[from + i]] = found[i];
         });
-        note(team, m.first_x, g.pairs.size());
+        if (!s.mean) note(team, m.first_x, g.pairs.size());
     }
 };
 

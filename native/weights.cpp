@@ -42,6 +42,13 @@ Weights weights_of(const Shape& s, const Arrays& arrays, const Kernels& kernels)
         }
     }
     w.embedding_norm = norm("norm");
+    const float* rope[2] = {nullptr, nullptr};  // of sliding layers, of the others
+    const int32_t* whole = nullptr;             // (L,) whether a layer attends to all keys
+    if (s.prenorm) {
+        for (int kind = 0; kind < 2; ++kind) rope[kind] = floats("rope." + std::to_string(kind), s.max_length * s.D);
+        whole = reinterpret_cast<const int32_t*>(floats("whole", s.L));
+        w.final_norm = norm("final_norm"), w.head_norm = norm("head_norm");
+    }
     for (int l = 0; l < s.L; ++l) {
         const std::string name = std::to_string(l) + ".";
         const bool first = s.keyless_last() && l == s.L - 1;
@@ -57,7 +64,9 @@ Weights weights_of(const Shape& s, const Arrays& arrays, const Kernels& kernels)
         layer.out = linear(name + "out", s.C, s.C, p);
         layer.up = linear(name + "up", s.C, s.geglu ? 2 * s.F : s.F, p, s.mixed);
         layer.down = linear(name + "down", s.F, s.C, p, false, s.least);
-        layer.norm1 = norm(name + "norm1"), layer.norm2 = norm(name + "norm2");
+        if (!s.prenorm || l > 0) layer.norm1 = norm(name + "norm1");
+        layer.norm2 = norm(name + "norm2");
+        if (whole) layer.rope = rope[whole[l] != 0], layer.window = whole[l] ? 0 : s.window;
     }
     if (!s.cosine) w.pooler = linear("pooler", s.C, s.C, Precision::fp32);
     w.head = floats("head", s.cosine ? (s.passage > 0 ? 3 : 2) : s.C + 1);

@@ -70,6 +70,39 @@ def deberta(
     )
 
 
+def modernbert(
+    *,
+    hidden: int = 128,
+    heads: int = 2,
+    layers: int = 4,
+    inner: int = 96,
+    vocab: int = 500,
+    max_length: int = 1000,
+    half_window: int = 64,
+    pooling: str = "cls",
+    head_bias: bool = False,
+) -> ModelConfig:
+    """A small ModernBERT: every third layer attends to all keys, the others to 129, unless told otherwise."""
+    return ModelConfig(
+        architecture="modernbert",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_length=max_length,
+        type_vocab_size=0,
+        layer_norm_eps=1e-5,
+        feed_forward="geglu",
+        half_window=half_window,
+        global_layers=tuple(range(0, layers, 3)),
+        global_theta=160_000.0,
+        local_theta=10_000.0,
+        pooling=pooling,
+        head_bias=head_bias,
+    )
+
+
 def weights(model: ModelConfig, seed: int = 0) -> Weights:
     """Normal(0, 0.02) matrices as the published initialiser has them, wider embeddings, gains around 1."""
     rng = np.random.default_rng(seed)

@@ -23,6 +23,8 @@ def engine(row, threads, head="classifier"):
     if (row, head) not in ENGINES:
         if head == "deberta":
             model = shapes.deberta(max_length=2000, buckets=32, furthest=300)
+        elif head in ("modernbert", "mean"):
+            model = shapes.modernbert(max_length=2000, half_window=20, pooling="mean" if head == "mean" else "cls")
         else:
             model = shapes.config(hidden=128, heads=4, inner=256, layers=2, head=head)
         with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +37,7 @@ def engine(row, threads, head="classifier"):
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     row=st.sampled_from(ROWS),
-    head=st.sampled_from(["classifier", "focus", "deberta"]),
+    head=st.sampled_from(["classifier", "focus", "deberta", "modernbert", "mean"]),
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
     threads=st.integers(1, 5),
     seed=st.integers(0, 1000),
@@ -47,7 +49,7 @@ def test_neighbours_order_and_threads_change_no_bit(row, head, lengths, threads,
 
 
 @pytest.mark.parametrize("lengths", [[1500, 40, 700], [600, 1500, 603, 30, 597]], ids=["unlike", "like"])
-@pytest.mark.parametrize("head", ["classifier", "deberta"])
+@pytest.mark.parametrize("head", ["classifier", "deberta", "modernbert", "mean"])
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row, head, lengths):
     tokens = shapes.batch(lengths)

@@ -1,4 +1,4 @@
-"""BERT, XLM-RoBERTa and DeBERTa in the native engine, against transformers' own classes and, layer by layer, the law."""
+"""The families of the catalog in the native engine, against transformers' own classes and, layer by layer, the law."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ native = pytest.importorskip("turborank.engines.native")
 if native.available() is not None:
     pytest.skip(native.available(), allow_module_level=True)
 
-from families import family_config, family_weights, save_family, their_logits, their_model  # noqa: E402
+from families import FAMILIES, family_config, family_weights, save_family, their_logits, their_model  # noqa: E402
 from test_architectures_parity import LENGTHS, TOLERANCE, batch_of, theirs  # noqa: E402
 
 from turborank import Reranker  # noqa: E402
@@ -19,7 +19,6 @@ from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.ops import reference  # noqa: E402
 from turborank.types import PackedBatch  # noqa: E402
 
-FAMILIES = ("bert", "xlm_roberta", "deberta")
 ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
 
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from turborank.architectures import deberta, encoder
+from turborank.architectures import deberta, encoder, modernbert
 from turborank.architectures.jinabert import COSINES
 from turborank.checkpoint.tensors import TensorFile
 from turborank.errors import CheckpointError
-from turborank.ops.reference import layer_norm, linear
+from turborank.ops.reference import angles, layer_norm, linear
 from turborank.quantised import SCALE
 from turborank.types import Float32, ModelConfig
 
@@ -60,14 +60,14 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
     Word embeddings are not copied: they are read where they lie. Raises CheckpointError where a tensor
     is missing, misshapen or of a type that is not STORED.
     """
-    packer = _Packer(weights, config, layout)
+    packer = (_PreNormPacker if config.architecture == "modernbert" else _Packer)(weights, config, layout)
     packer.embeddings()
-    packer.relative()
+    packer.places()
     for layer in range(config.num_hidden_layers):
         packer.layer(layer)
     packer.head()
     facts = {
-        "stored": STORED.index(packer.raw("embeddings.word_embeddings.weight").dtype.name),
+        "stored": STORED.index(packer.raw(packer.words).dtype.name),
         "positions": packer.positions,
         "relative": packer.relative_rows,
         "mixed": packer.mixed,
@@ -77,6 +77,8 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
 
 
 class _Packer:
+    words, norm = "embeddings.word_embeddings.weight", "embeddings.LayerNorm"
+
     def __init__(self, weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> None:
         self._weights, self._config, self._layout = weights, config, layout
         self._stored = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
@@ -92,21 +94,21 @@ class _Packer:
     def embeddings(self) -> None:
         """The tables, their norm and ALiBi's slopes."""
         config, width = self._config, self._config.hidden_size
-        words = self.raw("embeddings.word_embeddings.weight", config.vocab_size, width)
+        words = self.raw(self.words, config.vocab_size, width)
         self.arrays["words"] = _bytes(words)
         if words.dtype == np.int8:
-            self.arrays["words.scale"] = _bytes(self._scales("embeddings.word_embeddings.weight", len(words)))
+            self.arrays["words.scale"] = _bytes(self._scales(self.words, len(words)))
         if config.type_vocab_size > 0:
             self._put("types", self._wide("embeddings.token_type_embeddings.weight", config.type_vocab_size, width))
         places = "embeddings.position_embeddings.weight"
         if places in self._weights:
             self.positions = len(self.raw(places))
             self._put("positions", self._wide(places, self.positions, width))
-        self._norm("norm", "embeddings.LayerNorm")
+        self._norm("norm", self.norm)
         slopes = config.slopes or (0.0,) * config.num_attention_heads
         self._put("slopes", np.asarray(slopes, np.float32) * np.float32(math.log2(math.e)))
 
-    def relative(self) -> None:
+    def places(self) -> None:
         """DeBERTa's relative positions: the row of the table for each distance, and the table, normalised."""
         config = self._config
         if not config.position_buckets:
@@ -150,8 +152,7 @@ class _Packer:
         parts = deberta.PROJECTIONS if relative else encoder.PROJECTIONS
         query = self._columns(f"{name}.attention.self.{parts[0]}", width, width, mixed, factor)
         others = [
-            self._columns(f"{name}.attention.self.{part}", width, width, mixed and not first)
-            for part in parts[1:]
+            self._columns(f"{name}.attention.self.{part}", width, width, mixed and not first) for part in parts[1:]
         ]
         if first:
             for part, columns in zip(("keys", "values"), others, strict=True):
@@ -165,10 +166,8 @@ class _Packer:
         self._linear(to + "out", self._columns(f"{name}.attention.output.dense", width, width))
         self._norm(to + "norm1", f"{name}.attention.output.LayerNorm")
         if self._config.feed_forward == "geglu":
-            lanes = self._layout.lanes  # gates of one vector, then the values that belong to them
-            turns = np.arange(2 * inner).reshape(2, -1, lanes).swapaxes(0, 1).reshape(-1)
             gated = self._columns(f"{name}.mlp.gated_layers", 2 * inner, width, mixed)
-            self._linear(to + "up", gated.ordered(turns))
+            self._linear(to + "up", gated.ordered(self._turns(2 * inner)))  # gates, then the values that belong to them
             self._linear(to + "down", self._columns(f"{name}.mlp.wo", width, inner))
             self._norm(to + "norm2", f"{name}.mlp.layernorm")
         else:
@@ -187,6 +186,10 @@ class _Packer:
         width = self._config.hidden_size
         self._linear("pooler", self._columns(dense, width, width, precision="fp32"), precision="fp32")
         self._put("head", np.append(self._wide(last + ".weight", 1, width), self._wide(last + ".bias", 1)))
+
+    def _turns(self, columns: int) -> npt.NDArray[np.intp]:
+        """As many columns of the first half as a vector has lanes, then those of the second half, and so on."""
+        return np.arange(columns).reshape(2, -1, self._layout.lanes).swapaxes(0, 1).reshape(-1)
 
     def raw(self, name: str, *shape: int) -> Array:
         """A tensor as it is stored, of this shape where one is given ((1, n) and (n,) are the same)."""
@@ -221,7 +224,7 @@ class _Packer:
     def _columns(
         self, name: str, out: int, width: int, mixed: bool = False, factor: Any = _ONE, precision: str | None = None
     ) -> Columns:
-        """One linear layer of the checkpoint, times `factor`; a missing bias is zero."""
+        """One linear layer of the checkpoint, times `factor`, one or (out,); a missing bias is zero."""
         precision, weight = precision or self._layout.precision, name + ".weight"
         bias = self._wide(name + ".bias", out) if name + ".bias" in self._weights else np.zeros(out, np.float32)
         stored = self.raw(weight, out, width)
@@ -232,7 +235,7 @@ class _Packer:
             codes, scale = _int8(_mix(rows) if mixed else rows)
             # The kernels' mixing multiplies by the square root of the groups on either side.
             return Columns(codes, scale / np.float32(_groups(width) if mixed else 1) * factor, bias * factor)
-        rows = rows * factor
+        rows = rows * np.reshape(factor, (-1, 1))
         return Columns(_bf16(rows) if precision == "bf16" else rows, np.ones(out, np.float32), bias * factor)
 
     def _linear(self, to: str, columns: Columns, least: float = 0.0, precision: str | None = None) -> None:
@@ -258,6 +261,53 @@ class _Packer:
 
     def _put(self, name: str, array: Array) -> None:
         self.arrays[name] = self._arena.put(array)
+
+
+class _PreNormPacker(_Packer):
+    """ModernBERT."""
+
+    words, norm = modernbert.WORDS, "embeddings.norm"
+
+    def places(self) -> None:
+        """Cosines and sines of RoPE's angles for either kind of layer, and which layers attend to all keys."""
+        config = self._config
+        for kind, theta in enumerate((config.local_theta, config.global_theta)):
+            turns = angles(np.arange(config.max_length, dtype=np.int32), config.head_size, theta)  # (N, D/2)
+            self._put(f"rope.{kind}", np.stack([np.cos(turns), np.sin(turns)], axis=1))
+        self._put("whole", np.isin(np.arange(config.num_hidden_layers), config.global_layers).astype(np.int32))
+        self._norm("final_norm", "final_norm")
+        self._norm("head_norm", "head.norm")
+
+    def layer(self, number: int) -> None:
+        """One layer's products and norms; the first has no norm before its attention."""
+        config, name, to = self._config, f"layers.{number}", f"{number}."
+        width, inner, size = config.hidden_size, config.intermediate_size, config.head_size
+        factor = np.ones(3 * width, np.float32)
+        factor[:width] = np.float32(math.log2(math.e)) / np.sqrt(np.float32(size))  # of q: scores are in log2 units
+        # A head's columns of q and of k: what RoPE turns together is in neighbouring vectors.
+        order = np.arange(3 * width).reshape(-1, size)
+        order[: 2 * config.num_attention_heads] = order[: 2 * config.num_attention_heads, self._turns(size)]
+        packed = self._columns(f"{name}.attn.Wqkv", 3 * width, width, self.mixed, factor)
+        self._linear(to + "qkv", packed.ordered(order.reshape(-1)))
+        self._linear(to + "out", self._columns(f"{name}.attn.Wo", width, width))
+        self._linear(
+            to + "up", self._columns(f"{name}.mlp.Wi", 2 * inner, width, self.mixed).ordered(self._turns(2 * inner))
+        )
+        self._linear(to + "down", self._columns(f"{name}.mlp.Wo", width, inner))
+        if number:
+            self._norm(to + "norm1", f"{name}.attn_norm")
+        self._norm(to + "norm2", f"{name}.mlp_norm")
+
+    def head(self) -> None:
+        """The two linears, of which the first is float, whatever the precision."""
+        width = self._config.hidden_size
+        self._linear("pooler", self._columns("head.dense", width, width, precision="fp32"), precision="fp32")
+        self._put("head", np.append(self._wide("classifier.weight", 1, width), self._wide("classifier.bias", 1)))
+
+    def _norm(self, to: str, name: str) -> None:
+        width, bias = self._config.hidden_size, f"{name}.bias"
+        self._put(f"{to}.weight", self._wide(f"{name}.weight", width))
+        self._put(f"{to}.bias", self._wide(bias, width) if bias in self._weights else np.zeros(width, np.float32))
 
 
 class _Arena:
