@@ -93,7 +93,8 @@ def models() -> str:
 
 
 WORK = """Work is computed from the shape: multiply-adds a token in the linear layers, as a multiple of MiniLM-L6's
-10.6 million. It decides the speed class ({limits}; {last} beyond).
+10.6 million. It decides the speed class:
+{limits}; {last} beyond.
 Attention comes on top: it grows with the square of the length, except in the sliding layers of ModernBERT, two of
 three. Measured speed is in `bench/`. The licence is that of the published model; one that forbids commercial use is
 said again when the model is loaded."""

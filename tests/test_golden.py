@@ -1,7 +1,8 @@
 """Published scores against published weights, for every model of the table that is on this machine.
 
-The records are facts with their sources (``../shared/reference/golden_scores.json`` and ``golden_families.json``); the weights are looked for in
-the Hugging Face cache only. What is not here is skipped by name. Run: ``pytest -m golden -rs``.
+The records are facts with their sources (``golden_scores.json`` and ``golden_families.json`` in
+``../shared/reference``); the weights are looked for in the Hugging Face cache only. What is not here is skipped by
+name. Run: ``pytest -m golden -rs``.
 """
 
 import dataclasses
