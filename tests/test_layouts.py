@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from sample_tokenizers import bpe_tokenizer
 from turborank import Reranker, catalog, checkpoint
 from turborank.architectures import ARCHITECTURES, recognise
 from turborank.checkpoint import hub, load, save
+from turborank.engines import ENGINES
 from turborank.engines.reference import ReferenceEngine
 from turborank.errors import CheckpointError
 from turborank.types import Float32
@@ -456,3 +459,55 @@ def test_a_folder_s_card_is_read_for_its_licence(
     with caplog.at_level("WARNING", "turborank"):
         load(random_checkpoint)
     assert ("forbids commercial use" in caplog.text) == said
+
+
+# ---------------------------------------------------------------- memory
+
+PROGRAM = """
+import sys
+import numpy as np
+from turborank import checkpoint, engines
+from turborank.types import PackedBatch
+model = checkpoint.load(sys.argv[1])
+engine = engines.prepare(model.weights, model.config, name=sys.argv[2], precision=sys.argv[3], threads=1)
+ids = np.asarray([0, 7, model.config.vocab_size - 1], np.int32)
+print(float(engine.logits(PackedBatch(ids, ids * 0, np.asarray([0, 3], np.int32), 3))[0]))
+# VmHWM is this process's own peak; getrusage's would be at least its parent's.
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("engine", "precision"), [("native", "int8"), ("reference", "fp32"), ("torch", "fp32")])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_a_large_table_of_words_is_never_copied(tmp_path: Path, engine: str, precision: str, dtype: str) -> None:
+    """100 MiB of words in 16 bits, 200 in float32. Beside the same model with few words, the process's peak may grow by
+    the pages of the file that are read to look for NaN, and by nothing else."""
+    if (reason := ENGINES[engine].available()) is not None:
+        pytest.skip(reason)
+    peaks, logits = [], []
+    rows = 100 * 2**20 // (64 * 2)
+    for vocab in (64, rows):
+        raw = XLMR | {
+            "model_type": "xlm-roberta",
+            "vocab_size": vocab,
+            "hidden_size": 64,
+            "max_position_embeddings": 514,
+        }
+        weights = random_weights(recognise(raw, {}))
+        table = weights["embeddings.word_embeddings.weight"]
+        table[[7, -1]] = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)  # what is read is the same in both
+        table[0] = 0.5
+        folder = tmp_path / str(vocab)
+        folder.mkdir()
+        write_safetensors(folder / "model.safetensors", {n: stored(w, dtype) for n, w in weights.items()})
+        (folder / "config.json").write_text(json.dumps(raw))
+        bpe_tokenizer().save(str(folder / "tokenizer.json"))
+        run = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(folder), engine, precision], capture_output=True, text=True, check=True
+        )
+        logit, peak = map(float, run.stdout.split())
+        peaks.append(peak)
+        logits.append(logit)
+    assert all(map(math.isfinite, logits))
+    assert peaks[1] - peaks[0] < 100 + 20
