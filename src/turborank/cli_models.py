@@ -11,9 +11,10 @@ EXAMPLES = (
 
 
 def models(as_json: options.AsJson = False) -> None:
-    """List the models known by name: size, length limit, licence, and where they are.
+    """List the models known by name: size, speed, length, languages, licence, published quality, and where they are.
 
-    Any folder in the published layout, and any Hugging Face id, can be given in place of a name.
+    Any folder in the published layout, and any Hugging Face id, can be given in place of a name. docs/models.md says
+    where the quality figures come from.
     """
     from turborank import catalog
 
@@ -22,8 +23,16 @@ def models(as_json: options.AsJson = False) -> None:
             "name": row.name,
             "architecture": row.architecture,
             "parameters": row.parameters,
+            "work": round(row.work, 2),
+            "speed": row.speed,
             "max_length": row.max_length,
+            "languages": row.languages,
             "licence": row.licence,
+            "noncommercial": row.noncommercial,
+            "mteb": row.mteb,
+            "nanobeir": row.nanobeir,
+            "beir": row.beir,
+            "mkqa": row.mkqa,
             "where": where(row),
             "default": row.name == catalog.DEFAULT,
             "note": row.note,
@@ -41,17 +50,38 @@ def models(as_json: options.AsJson = False) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column, justify in (
         ("name", "left"),
-        ("parameters", "right"),
+        ("size", "right"),
+        ("speed", "left"),
         ("tokens", "right"),
+        ("languages", "left"),
+        ("MTEB", "right"),
         ("licence", "left"),
         ("where", "left"),
     ):
         table.add_column(column, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
         name = f"{row['name']} *" if row["default"] else str(row["name"])
-        table.add_row(name, f"{row['parameters']:,}", f"{row['max_length']:,}", str(row["licence"]), str(row["where"]))
+        table.add_row(
+            name,
+            size(int(str(row["parameters"]))),
+            str(row["speed"]),
+            f"{row['max_length']:,}",
+            str(row["languages"]),
+            "" if row["mteb"] is None else f"{row['mteb']:.1f}",
+            f"{row['licence']} (no commercial use)" if row["noncommercial"] else str(row["licence"]),
+            str(row["where"]),
+        )
     Console(width=options.width(), highlight=False, markup=False).print(table)
     print("\n* the default. A folder or a Hugging Face id can be given in place of a name.")
+    print("speed: by the work that the shape makes; fast is MiniLM-L6's class. MTEB: nDCG@10, English, as published.\n")
+    print("Where to begin:")
+    for need, name in catalog.PICKS:
+        print(f"  {need}: {name}")
+
+
+def size(parameters: int) -> str:
+    """A number of parameters in millions, as model names have it."""
+    return f"{parameters / 1e6:,.1f} M" if parameters < 1e8 else f"{parameters / 1e6:,.0f} M"
 
 
 def where(row: object) -> str:
@@ -67,5 +97,5 @@ def where(row: object) -> str:
         return "embedded" if (row.folder / "model.safetensors").is_file() else "embedded, but its files are missing"
     if row.repo is None:
         return "not public"
-    folder, missing = hub.cached(row.repo, row.revision)
+    folder, missing = hub.cached(row.repo, row.revision, [alias for alias in row.aliases if "/" in alias])
     return "cache" if folder is not None and not missing else "hub"

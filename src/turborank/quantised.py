@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ def quantise(weight: Float32) -> tuple[np.ndarray[Any, np.dtype[np.int8]], Float
     return np.rint(weight / scale[:, None]).astype(np.int8), scale
 
 
-def dense(weights: Mapping[str, Any]) -> dict[str, Float32]:
-    """Every tensor as float32, quantised ones multiplied out, without their scales."""
+def dense(weights: Mapping[str, Any], without: Container[str] = ()) -> dict[str, Float32]:
+    """Every tensor but those of ``without`` as float32, quantised ones multiplied out, without their scales."""
     out: dict[str, Float32] = {}
     for name in weights:
+        if name in without or name.removesuffix(SCALE) in without:
+            continue
         if name.endswith(SCALE) and name.removesuffix(SCALE) in weights:
             continue
         value = weights[name]

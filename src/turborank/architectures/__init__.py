@@ -31,6 +31,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "electra": Architecture(electra.recognise, electra.parameters, electra.forward),
 }
 
+# Tables of words: by far the largest tensors of multilingual models, and forwards take single rows of them only.
+WORD_TABLES = ("embeddings.word_embeddings.weight", modernbert.WORDS)
+
 # Parts of tensor names that give a family away, most telling first: (part, whose it is). Only for messages.
 _SIGNS = (
     ("mlp.gated_layers.", "JinaBERT's (position_embedding_type 'alibi')"),

@@ -267,7 +267,8 @@ def _one_of_two(weights: TensorFile, raw: dict[str, Any], relevant: str | int | 
         raise CheckpointError(
             f"expected a reranker, with one label, got a classifier with 2 labels ({', '.join(map(repr, labels))}; "
             f"{name} is {list(weights.shapes[name])}) and no word on which means relevant, in {weights.path}",
-            hint="if its card says that it ranks, name that label: relevant_label=1, or --relevant-label 1",
+            hint="if its card says that it ranks, name that label: Reranker(…, relevant_label=1), or in config.json "
+            '"id2label": {"0": "irrelevant", "1": "relevant"}',
         )
     for tensor in (name, name.removesuffix("weight") + "bias"):
         if tensor in weights:
