@@ -188,7 +188,8 @@ struct Call {
         if (s.relative == 0) return {};
         const Layer& layer = w.layers[l];
         const size_t at = h * static_cast<size_t>(s.relative * s.D) * k.exchange_bytes;
-        return {layer.relative_keys + at, layer.relative_queries + at, layer.relative_longest[2 * h], layer.relative_longest[2 * h + 1], w.relative_rows, s.relative};
+        const float* longest = layer.relative_longest + 2 * h;
+        return {layer.relative_keys + at, layer.relative_queries + at, longest[0], longest[1], w.relative_rows, s.relative};
     }
 
     // One head of one layer, queries [task.from, task.to) of a pair, whose output goes to row `row` of `to`.

@@ -209,7 +209,8 @@ struct Kernels {
     void (*leave)();
     void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch&);
     // The qkv product for `rows` rows that stand at row `at` of the heads.
-    void (*project_heads)(const Shape&, const Layer&, Columns, const float* x, const int32_t* types, const int32_t* positions, int rows, Heads, int at, Scratch&);
+    void (*project_heads)(const Shape&, const Layer&, Columns, const float* x, const int32_t* types, const int32_t* positions, int rows, Heads, int at,
+                          Scratch&);
     void (*attend)(const AttendJob&, Scratch&);
     // A classifier's last layer where scores depend on no position, or on it alone: the attention output (C,) of the first of a pair's n rows.
     void (*attend_first)(const Weights&, const float* x, int n, void* out, Scratch&);

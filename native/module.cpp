@@ -30,7 +30,8 @@ nb::dict isas() {
     for (const IsaRow& row : isa_table()) {
         nb::dict precisions;
         for (const char* name : kPrecisions)
-            if (const Kernels* k = kernels_of(row, name)) precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes);
+            if (const Kernels* k = kernels_of(row, name))
+                precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes);
         if (nb::len(precisions)) rows[row.name] = precisions;
     }
     return rows;

@@ -42,7 +42,8 @@ def test_logits_are_those_of_transformers(
 @pytest.mark.parametrize(("isa", "precision"), ROWS)
 def test_layers_follow_the_law(monkeypatch: pytest.MonkeyPatch, family: str, isa: str, precision: str) -> None:
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    config = family_config(family, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
+    sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = family_config(family, **sizes, **({"embedding_size": 384} if family == "electra" else {}))
     weights, batch = family_weights(config), batch_of([130, 40, 7])
     states: list[np.ndarray] = []
     ARCHITECTURES[family].forward(weights, config, batch, reference, states)
