@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from turborank import cli_options as options
+
+SHORT = {"English": "en", "English, Chinese": "en zh", "multilingual": "many"}  # for a narrow table
 
 EXAMPLES = (
     ("which models are there, and which need no download?", "turborank models"),
@@ -18,7 +22,7 @@ def models(as_json: options.AsJson = False) -> None:
     """
     from turborank import catalog
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": row.name,
             "architecture": row.architecture,
@@ -44,35 +48,35 @@ def models(as_json: options.AsJson = False) -> None:
 
         print(json.dumps(rows, ensure_ascii=False))
         return
+    _print(rows)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column, justify in (
-        ("name", "left"),
-        ("size", "right"),
-        ("speed", "left"),
-        ("tokens", "right"),
-        ("languages", "left"),
-        ("MTEB", "right"),
-        ("licence", "left"),
-        ("where", "left"),
-    ):
-        table.add_column(column, justify="right" if justify == "right" else "left", overflow="fold")
+    from turborank import catalog
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("name", no_wrap=True)
+    for column in ("size", "speed", "tokens", "texts", "MTEB", "licence", "where"):
+        justify: Literal["left", "right"] = "right" if column in ("size", "tokens", "MTEB") else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
-        name = f"{row['name']} *" if row["default"] else str(row["name"])
-        table.add_row(
-            name,
-            size(int(str(row["parameters"]))),
-            str(row["speed"]),
+        cells = [
+            f"{row['name']} *" if row["default"] else row["name"],
+            size(row["parameters"]),
+            row["speed"],
             f"{row['max_length']:,}",
-            str(row["languages"]),
+            SHORT.get(row["languages"], row["languages"]),
             "" if row["mteb"] is None else f"{row['mteb']:.1f}",
-            f"{row['licence']} (no commercial use)" if row["noncommercial"] else str(row["licence"]),
-            str(row["where"]),
-        )
+            f"{row['licence']} †" if row["noncommercial"] else row["licence"],
+            row["where"],
+        ]
+        table.add_row(*cells)
     Console(width=options.width(), highlight=False, markup=False).print(table)
     print("\n* the default. A folder or a Hugging Face id can be given in place of a name.")
+    print("† no commercial use.")
     print("speed: by the work that the shape makes; fast is MiniLM-L6's class. MTEB: nDCG@10, English, as published.\n")
     print("Where to begin:")
     for need, name in catalog.PICKS:

@@ -25,6 +25,8 @@ FLOATS = ("F32", "F16", "BF16")
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}
 # The bit patterns of +inf and -inf. Read as integers, every NaN lies beyond one of them.
 _INFINITIES = {"F32": (0x7F800000, 0xFF800000), "F16": (0x7C00, 0xFC00), "BF16": (0x7F80, 0xFF80)}
+_PIECE = 1 << 24  # numbers that are looked at in one go
+_LARGE = 1 << 20  # numbers of a tensor whose pages are given back once they have been looked at
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -114,8 +116,8 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         entry = self.table.pop(name)
         rows, rest = divmod(entry.shape[0] if entry.shape else 0, len(parts))
         if rest or not rows or entry.dtype not in _NUMPY:
-            shape = f"{entry.dtype} {list(entry.shape)}"
-            raise CheckpointError(f"expected {len(parts)} blocks of rows in {entry.name}, got {shape} in {self.path}")
+            got = f"{entry.dtype} {list(entry.shape)}"
+            raise CheckpointError(f"expected {len(parts)} blocks of rows in {entry.name}, got {got} in {self.path}")
         shape = (rows, *entry.shape[1:])
         size = math.prod(shape) * np.dtype(_NUMPY[entry.dtype]).itemsize
         for number, part in enumerate(parts):
@@ -132,8 +134,14 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         if entry.dtype not in _INFINITIES or raw.size == 0:
             return True
         plus, minus = _INFINITIES[entry.dtype]
-        bits = raw.dtype.itemsize
-        return int(raw.view(f"<i{bits}").max()) < plus and int(raw.view(f"<u{bits}").max()) < minus
+        bits, flat = raw.dtype.itemsize, raw.reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            piece = flat[start : start + _PIECE]
+            if int(piece.view(f"<i{bits}").max()) >= plus or int(piece.view(f"<u{bits}").max()) >= minus:
+                return False
+            if flat.size >= _LARGE:
+                self.release()
+        return True
 
     def rows(self, name: str) -> TableRows:
         """A table whose rows become float32 when they are taken, so that no float32 copy of the whole exists."""

@@ -25,7 +25,7 @@ STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 i
 PANEL = 32  # output columns that a product computes together
 MIXED_CHANNELS = 16  # native/mix.inl: channels that are mixed with the same ones of other groups
 LEAST_GELU = -0.171875  # gelu(-0.75) is -0.16997; the kernels' may be 5e-4 below
-_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 4 << 20  # bytes
+_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 32 << 20  # bytes; what of a block is never written costs no memory
 _ONE = np.float32(1.0)
 
 
@@ -60,6 +60,8 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
     packer.embeddings()
     for layer in range(config.num_hidden_layers):
         packer.layer(layer)
+        if isinstance(weights, TensorFile):
+            weights.release()  # or a large file would be in memory beside what is made of it
     packer.head()
     facts = {
         "stored": STORED.index(packer.raw("embeddings.word_embeddings.weight").dtype.name),
