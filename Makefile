@@ -22,7 +22,7 @@ help:
 	@echo "make conformance  real clients and tools against our server (conformance-core: fewer), and mteb, LlamaIndex,"
 	@echo "                ir_datasets and sentence-transformers beside our evaluation; CLIENTS=folder for their environments"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
-	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
+	@echo "make docs       write the generated pages of docs/ anew from the code"
 	@echo "make sanitize   the native engine under address, undefined-behaviour and thread sanitizers"
 	@echo "make emulate    the native engine on 64-bit Arm, by qemu"
 	@echo "make clean      remove builds and caches, not $(VENV)"
