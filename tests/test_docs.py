@@ -22,7 +22,8 @@ from helpers import write_checkpoint
 from random_models import model_config
 from safetensors.numpy import load_file, save_file
 
-from turborank import Reranker, __version__, cli
+from turborank import Reranker, __version__
+from turborank.cli import main as cli
 from turborank.engines import native
 from turborank.errors import InputError
 

@@ -131,8 +131,8 @@ def from_layers(teacher: str | Path, *, layers: int | Sequence[int]) -> Student:
     source = Student.load(teacher)
     if source.config.global_layers:
         raise CheckpointError(
-            f"expected a source whose layers are all alike, got {source.config.architecture}: its layers read windows of "
-            "their own, so leaving some out would change the others' meaning"
+            f"expected a source whose layers are all alike, got {source.config.architecture}: its layers read windows "
+            "of their own, so leaving some out would change the others' meaning"
         )
     kept = _chosen(layers, source.config.num_hidden_layers)
     raw = source.raw_config | {"num_hidden_layers": len(kept)}
