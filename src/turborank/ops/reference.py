@@ -85,12 +85,17 @@ def softmax(scores: Float32) -> Float32:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
+def angles(positions: Int32, size: int, theta: float) -> Float32:
+    """RoPE's angles (T, D/2) of positions (T,) for heads of ``size``: float32 products, as in the published code."""
+    frequencies = 1 / np.power(theta, np.arange(0, size, 2) / size).astype(np.float32)  # (D/2,)
+    return np.asarray(positions.astype(np.float32)[:, None] * frequencies)
+
+
 def rotate(x: Float32, cu_seqlens: Int32, heads: int, theta: float) -> Float32:
-    half = x.shape[1] // heads // 2
-    frequencies = 1 / np.power(theta, np.arange(half) / half).astype(np.float32)  # (D/2,)
-    angles = positions(cu_seqlens).astype(np.float32)[:, None] * frequencies  # (T, D/2)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    low, high = np.split(x.reshape(len(x), heads, 2 * half), 2, axis=-1)  # 2 × (T, H, D/2)
+    size = x.shape[1] // heads
+    turned = angles(positions(cu_seqlens), size, theta)
+    cos, sin = np.cos(turned)[:, None], np.sin(turned)[:, None]
+    low, high = np.split(x.reshape(len(x), heads, size), 2, axis=-1)  # 2 × (T, H, D/2)
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).reshape(x.shape)
 
 
