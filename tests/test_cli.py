@@ -338,7 +338,7 @@ def test_length_policies_in_help_are_all_there_are(turborank_command):
 
 # As processes: what only they can show.
 
-COMMAND = [sys.executable, "-c", "from turborank.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from turborank.cli.main import main; main()"]
 
 
 def test_starting_loads_nothing_heavy():
