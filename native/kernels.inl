@@ -3,7 +3,7 @@
 
 // A row (w.in,) rounded to int8 as row r of the operand: value = scale * int8, scale = max|row| / 127; or, where the
 // operand's values have a bound below (w.least) and this row's is `least`, value = least + scale * (int8 + 128): the sums of
-// products begin with the 128, and the bias has w.least (panels.py). Padding columns meet weights of zero. With `keep`
+// products begin with the 128, and the bias has w.least (native_weights.py). Padding columns meet weights of zero. With `keep`
 // s.mixed, which may be the row itself, receives what rounding left; of a row with a bound that is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {

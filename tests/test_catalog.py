@@ -29,7 +29,7 @@ def test_names_and_aliases_mean_one_row_each() -> None:
             assert lookup(name) is row
 
 
-# name -> parameters; JINABERT specification §3, §6 and the publishers' own counts (MTEB's metadata, sizes of files)
+# name -> parameters; docs/model.md and the publishers' own counts (MTEB's metadata, sizes of files)
 PARAMETERS = {
     "jina-reranker-v1-base-en": 137_369_089, "jina-reranker-v1-turbo-en": 37_771_777,
     "jina-reranker-v1-tiny-en": 33_046_273, "mxbai-rerank-base-v1": 184_422_913, "mxbai-rerank-xsmall-v1": 70_830_337,
@@ -101,7 +101,7 @@ def test_a_row_s_shape_has_its_parameters(row: catalog.Model) -> None:
     assert sum(math.prod(shape) for shape in shapes.values()) == row.parameters
 
 
-# FAMILIES: multiply-adds a token of the linear layers.
+# Multiply-adds a token of the linear layers, by hand: L(4H² + 2HF), or 3HF with GEGLU.
 WORK = {
     "ettin-reranker-17m-v1": 3_899_392, "ettin-reranker-1b-v1": 937_689_088, "bge-reranker-v2-m3": 301_989_888,
     "ms-marco-TinyBERT-L-2-v2": 393_216, "ms-marco-TinyBERT-L-4": 4_552_704, "jina-reranker-v1-turbo-en": 14_155_776,

@@ -36,9 +36,8 @@ ENGINE_NAMES = ("reference", "torch", "native")
 def records(*uses: str) -> Any:
     """One case a record of these uses, or one that skips where the file is not at hand."""
     chosen = [pytest.param(record, id=record["id"]) for record in RECORDS if record["use"] in uses]
-    absent = pytest.mark.skip(
-        reason=f"needs {' or '.join(path.name for path in RECORDS_FILES)}, which are not on this machine"
-    )
+    names = " and ".join(path.name for path in RECORDS_FILES)
+    absent = pytest.mark.skip(reason=f"needs the published scores, {names}, which are not on this machine")
     return pytest.mark.parametrize("record", chosen or [pytest.param(None, marks=absent)])
 
 
@@ -52,7 +51,7 @@ def load(model: str, engine: str) -> Reranker:
     try:
         reranker = Reranker(model, engine="reference", precision="fp32", offline=True, faithful=True)
     except ModelNotFoundError:
-        pytest.skip(f"needs the weights of {model}, which are not in the Hugging Face cache of this machine")
+        pytest.skip(f"needs the published weights of {model}, which are not in the Hugging Face cache of this machine")
     checkpoint = reranker.checkpoint
     if not row.supports(checkpoint.config):
         pytest.skip(f"engine {engine} does not run {checkpoint.config.architecture}")

@@ -481,12 +481,12 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**1
 @pytest.mark.parametrize(("engine", "precision"), [("native", "int8"), ("reference", "fp32"), ("torch", "fp32")])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_large_table_of_words_is_never_copied(tmp_path: Path, engine: str, precision: str, dtype: str) -> None:
-    """100 MiB of words in 16 bits, 200 in float32. Beside the same model with few words, the process's peak may grow by
-    the pages of the file that are read to look for NaN, and by nothing else."""
+    """200 MiB of words in 16 bits, 400 in float32. Beside the same model with few words, the process's peak may grow by
+    the pages of the file that are in memory while they are looked at, and by nothing else."""
     if (reason := ENGINES[engine].available()) is not None:
         pytest.skip(reason)
     peaks, logits = [], []
-    rows = 100 * 2**20 // (64 * 2)
+    rows = 200 * 2**20 // (64 * 2)
     for vocab in (64, rows):
         raw = XLMR | {
             "model_type": "xlm-roberta",
@@ -510,4 +510,4 @@ def test_a_large_table_of_words_is_never_copied(tmp_path: Path, engine: str, pre
         peaks.append(peak)
         logits.append(logit)
     assert all(map(math.isfinite, logits))
-    assert peaks[1] - peaks[0] < 100 + 20
+    assert peaks[1] - peaks[0] < 80

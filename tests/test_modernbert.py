@@ -94,7 +94,8 @@ def moved(weights: dict[str, Float32], batch: PackedBatch) -> tuple[dict[str, An
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_logits_are_those_of_transformers(spelling: str, pooling: str) -> None:
-    from turborank.ops import padded, pytorch
+    from turborank.ops import torch as torch_ops
+    from turborank.ops import torch_padded
 
     raw = SPELLINGS[spelling] | {"classifier_pooling": pooling}
     config = recognise(raw, {})
@@ -103,14 +104,14 @@ def test_logits_are_those_of_transformers(spelling: str, pooling: str) -> None:
     assert np.ptp(expected) > 1000 * TOLERANCE
     np.testing.assert_allclose(ours(config, weights, batch), expected, atol=TOLERANCE, rtol=0)
     tensors, packed_batch = moved(weights, batch)
-    got = modernbert.forward(tensors, config, packed_batch, pytorch)
+    got = modernbert.forward(tensors, config, packed_batch, torch_ops)
     np.testing.assert_allclose(got.numpy(), expected, atol=TOLERANCE, rtol=0)
     shape = batch.pairs, batch.max_seqlen
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for row, (start, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
         ids[row, : end - start] = torch.from_numpy(batch.input_ids[start:end].astype(np.int64))
         mask[row, : end - start] = 1
-    got = modernbert.forward(tensors, config, PackedBatch(ids, ids * 0, mask, batch.max_seqlen), padded)
+    got = modernbert.forward(tensors, config, PackedBatch(ids, ids * 0, mask, batch.max_seqlen), torch_padded)
     np.testing.assert_allclose(got.numpy(), expected, atol=TOLERANCE, rtol=0)
 
 
@@ -140,7 +141,7 @@ def test_published_width_and_window() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_eight_thousand_tokens(pooling: str) -> None:
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     raw = V4 | {"classifier_pooling": pooling, "num_hidden_layers": 3, "local_attention": 128}
     config = recognise(raw, {})
@@ -150,13 +151,13 @@ def test_eight_thousand_tokens(pooling: str) -> None:
     expected = theirs(model, batch)
     np.testing.assert_allclose(ours(config, weights, batch), expected, atol=TOLERANCE, rtol=0)
     tensors, packed_batch = moved(weights, batch)
-    got = modernbert.forward(tensors, config, packed_batch, pytorch)
+    got = modernbert.forward(tensors, config, packed_batch, torch_ops)
     np.testing.assert_allclose(got.numpy(), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_torch_agrees_layer_by_layer_and_learns(pooling: str) -> None:
-    from turborank.ops import training
+    from turborank.ops import torch_training
 
     config = recognise(V4 | {"classifier_pooling": pooling}, {})
     weights, batch = sharp(config), packed([4, 9, 300, 290, 9], 99)
@@ -164,7 +165,9 @@ def test_torch_agrees_layer_by_layer_and_learns(pooling: str) -> None:
     logits = modernbert.forward(weights, config, batch, reference, law)
     tensors, packed_batch = moved(weights, batch)
     twin: list[Any] = []
-    out = modernbert.forward({n: t.requires_grad_() for n, t in tensors.items()}, config, packed_batch, training, twin)
+    out = modernbert.forward(
+        {n: t.requires_grad_() for n, t in tensors.items()}, config, packed_batch, torch_training, twin
+    )
     assert len(law) == len(twin) == config.num_hidden_layers + 1
     for a, b in zip(law, twin, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=5e-4)  # sharp attention amplifies; up to 8 in size

@@ -12,8 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import shapes
 
-from turborank.engines import native, panels
-from turborank.quantised import SCALE, dense, quantise
+from turborank.checkpoint.tensors import SCALE, dense, quantise
+from turborank.engines import native, native_weights
 from turborank.types import ModelConfig, PackedBatch
 
 
@@ -47,7 +47,7 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
 
 def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str) -> None:
     """What one row of the instruction-set table reads."""
-    packed, facts = panels.pack(tensors, model, native.layout(isa, precision))
+    packed, facts = native_weights.pack(tensors, model, native.layout(isa, precision))
     config = native.plain_config(model) | facts
     numbers = [f"{name} {float(value):.9g}" for name, value in config.items()]
     file.write((f"model {isa} {precision} " + " ".join(numbers) + "\n").encode())

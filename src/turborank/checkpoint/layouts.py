@@ -128,7 +128,7 @@ def modules(folder: Path) -> list[_Module]:
     if not path.is_file():
         return []
     rows = verify.json_value(path)
-    chain = []
+    chain: list[_Module] = []
     for row in rows if isinstance(rows, list) else []:
         kind, name = (row.get(key) for key in ("type", "path")) if isinstance(row, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(name, str) or (name and not _PLAIN_NAME.fullmatch(name)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from turborank.errors import CheckpointError
-from turborank.quantised import SCALE
 from turborank.types import Float32
 
 FLOATS = ("F32", "F16", "BF16")
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}
 # The bit patterns of +inf and -inf. Read as integers, every NaN lies beyond one of them.
 _INFINITIES = {"F32": (0x7F800000, 0xFF800000), "F16": (0x7C00, 0xFC00), "BF16": (0x7F80, 0xFF80)}
+_PIECE = 1 << 24  # numbers that are looked at in one go
+_LARGE = 1 << 20  # numbers of a tensor whose pages are given back once they have been looked at
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -114,8 +115,8 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         entry = self.table.pop(name)
         rows, rest = divmod(entry.shape[0] if entry.shape else 0, len(parts))
         if rest or not rows or entry.dtype not in _NUMPY:
-            shape = f"{entry.dtype} {list(entry.shape)}"
-            raise CheckpointError(f"expected {len(parts)} blocks of rows in {entry.name}, got {shape} in {self.path}")
+            got = f"{entry.dtype} {list(entry.shape)}"
+            raise CheckpointError(f"expected {len(parts)} blocks of rows in {entry.name}, got {got} in {self.path}")
         shape = (rows, *entry.shape[1:])
         size = math.prod(shape) * np.dtype(_NUMPY[entry.dtype]).itemsize
         for number, part in enumerate(parts):
@@ -132,8 +133,14 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         if entry.dtype not in _INFINITIES or raw.size == 0:
             return True
         plus, minus = _INFINITIES[entry.dtype]
-        bits = raw.dtype.itemsize
-        return int(raw.view(f"<i{bits}").max()) < plus and int(raw.view(f"<u{bits}").max()) < minus
+        bits, flat = raw.dtype.itemsize, raw.reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            piece = flat[start : start + _PIECE]
+            if int(piece.view(f"<i{bits}").max()) >= plus or int(piece.view(f"<u{bits}").max()) >= minus:
+                return False
+            if flat.size >= _LARGE:
+                self.release()
+        return True
 
     def rows(self, name: str) -> TableRows:
         """A table whose rows become float32 when they are taken, so that no float32 copy of the whole exists."""
@@ -196,3 +203,30 @@ def _damage(path: Path, error: SafetensorError) -> tuple[str]:
     if size < whole:
         return (f"expected {whole:,} bytes, got {size:,}: the file is truncated at {path}; fetch it again",)
     return (f"expected a safetensors file, got a damaged one at {path} ({error}); fetch it again",)
+
+
+# Int8 tensors as turborank stores them: int8 under ``name``, one float32 scale a row under ``name_scale``.
+
+SCALE = "_scale"
+
+
+def quantise(weight: Float32) -> tuple[np.ndarray[Any, np.dtype[np.int8]], Float32]:
+    """Symmetric, to ±127: (rows, columns) float32 -> int8 of the same shape and scales (rows,)."""
+    scale = np.abs(weight).max(axis=1) / np.float32(127.0)
+    scale = np.where(scale == 0, np.float32(1.0), scale).astype(np.float32)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale
+
+
+def dense(weights: Mapping[str, Any], without: Container[str] = ()) -> dict[str, Float32]:
+    """Every tensor but those of ``without`` as float32, quantised ones multiplied out, without their scales."""
+    out: dict[str, Float32] = {}
+    for name in weights:
+        if name in without or name.removesuffix(SCALE) in without:
+            continue
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in weights:
+            continue
+        value = weights[name]
+        if value.dtype == np.int8:
+            value = value.astype(np.float32) * weights[name + SCALE][:, None]
+        out[name] = np.asarray(value, dtype=np.float32)
+    return out

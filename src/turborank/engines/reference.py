@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from turborank.architectures import ARCHITECTURES, WORD_TABLES
-from turborank.checkpoint.tensors import TensorFile
+from turborank.checkpoint.tensors import TensorFile, dense
 from turborank.ops import Array, reference
-from turborank.quantised import dense
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 PRECISIONS = ("fp32",)

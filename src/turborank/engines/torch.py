@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from turborank.architectures import ARCHITECTURES, WORD_TABLES
-from turborank.checkpoint.tensors import TensorFile
+from turborank.checkpoint.tensors import TensorFile, dense
 from turborank.errors import EngineUnavailableError
-from turborank.quantised import dense
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -89,20 +88,22 @@ class TorchEngine:
 
     def _replayed(self) -> Any:
         """The forward in Triton kernels, where they fit; if it never mixes rows of different pairs, as CUDA graphs."""
-        from turborank.engines import graphs
-        from turborank.ops import fused
+        from turborank.engines import cuda_graphs
+        from turborank.ops import triton as triton_ops
 
-        if not fused.supports(self.config):
+        if not triton_ops.supports(self.config):
             return None
         forward = ARCHITECTURES[self.config.architecture].forward
         fill = self.config.head == "classifier" and self.config.architecture != "deberta"
-        return graphs.Replayed(lambda batch: forward(self.weights, self.config, batch, fused), self.device, fill=fill)
+        return cuda_graphs.Replayed(
+            lambda batch: forward(self.weights, self.config, batch, triton_ops), self.device, fill=fill
+        )
 
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,)."""
         import torch
 
-        from turborank.ops import pytorch
+        from turborank.ops import torch as torch_ops
 
         if self.replayed is not None:
             replayed: Float32 = self.replayed.logits(batch)
@@ -114,9 +115,9 @@ class TorchEngine:
         moved = PackedBatch(move(batch.input_ids), move(batch.type_ids), move(batch.cu_seqlens), batch.max_seqlen)
 
         def take(table: Any, ids: Any) -> Any:
-            return pytorch.take(table, ids).to(self.dtype)
+            return torch_ops.take(table, ids).to(self.dtype)
 
-        ops: Any = SimpleNamespace(**{**vars(pytorch), "take": take})
+        ops: Any = SimpleNamespace(**{**vars(torch_ops), "take": take})
         with torch.inference_mode():
             out = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, moved, ops)
         result: Float32 = out.float().cpu().numpy()
