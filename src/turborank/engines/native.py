@@ -197,8 +197,9 @@ def prepare(
         raise EngineUnavailableError(_REASON or "", hint="pip install turborank where a C++ compiler is present")
     if not supports(config):
         raise EngineUnavailableError(
-            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, "
-            f"got {config.architecture} with {config.hidden_size} and {config.head_size}"
+            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, and no "
+            f"more position buckets than distances, got {config.architecture} with {config.hidden_size}, "
+            f"{config.head_size} and {config.position_buckets} buckets up to {config.max_relative_positions}"
         )
     if threads is not None and threads < 1:
         raise InputError(f"expected threads to be at least 1, got {threads}")
