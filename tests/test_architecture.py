@@ -24,14 +24,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A unit (a module or package directly under turborank) imports only from rows above its own.
 LADDER = (
     {"errors", "types"},
-    {"ops", "catalog", "quantised"},  # what a forward is written in; the models we know; int8 tensors
+    # what a forward is written in; the models we know; int8 tensors; what scores mean; lists into one
+    {"ops", "catalog", "quantised", "calibration", "fusion"},
+    {"depth"},
     {"architectures"},
     {"checkpoint", "tokens"},
     {"engines"},
     {"scheduler"},
+    {"score_cache"},
     {"reranker"},
     {"documents"},  # from files
-    {"evaluate", "serve", "compat"},
+    {"evaluate", "serve", "compat", "integrations"},
     {"distill", "benchmark"},
     {"__init__", "doctor"},
     {"cli_options"},
@@ -45,6 +48,7 @@ LADDER = (
         "cli_train",
         "cli_export",
         "cli_bench",
+        "cli_calibrate",
     },
     {"cli"},
     {"__main__"},
@@ -81,7 +85,12 @@ OWNERS = {
     "ir_measures": ("evaluate",),
     "matplotlib": ("evaluate",),
     "accelerate": ("distill",),
-    "scipy": ("distill",),
+    "scipy": ("distill", "evaluate"),
+    "langchain_core": ("integrations.langchain",),
+    "pydantic": ("integrations.langchain",),
+    "llama_index": ("integrations.llama_index",),
+    "haystack": ("integrations.haystack",),
+    "dspy": ("integrations.dspy",),
     "mteb": ("compat",),
     "tqdm": ("compat",),
     "typer": COMMANDS,

@@ -7,20 +7,24 @@ with a query are not retrieved; equal scores keep the order of the collection, a
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from turborank.errors import InputError
 from turborank.evaluate.corpus import Corpus, Step
 from turborank.evaluate.datasets import Dataset
-from turborank.evaluate.files import file_hash, write_json
+from turborank.evaluate.files import file_hash, read_lines, write_json
 from turborank.evaluate.runs import Run, Scored, read_run, write_run
+from turborank.fusion import K, reciprocal_rank_fusion
 from turborank.types import Float32
 
 K1, B = 0.9, 0.4
@@ -126,3 +130,75 @@ def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Step | None
     digest = file_hash(path)
     write_json(about, {"made_from": made_from, "sha256": digest})
     return read_run(path), digest
+
+
+def given_run(paths: Sequence[Path], dataset: Dataset, depth: int) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
+    """(run, hash of its file, what it is, what was noticed) of a run file, or of several, fused by their ranks.
+
+    Raises InputError for a run of another collection.
+    """
+    runs = [_read_run(path, dataset) for path in paths]
+    cuts = [_cut(run, dataset, depth) for run in runs]
+    for path, cut in zip(paths, cuts, strict=True):
+        _refuse_unknown(cut, dataset, path)
+    if len(runs) == 1:
+        path = paths[0]
+        return cuts[0], file_hash(path), {"method": "run file", "file": path.name}, _differences(runs[0], dataset)
+    fused = {
+        query_id: [
+            Scored(*one) for one in reciprocal_rank_fusion([[one.doc_id for one in cut[query_id]] for cut in cuts])
+        ]
+        for query_id in dataset.queries
+    }
+    digest = hashlib.sha256(" ".join(map(file_hash, paths)).encode()).hexdigest()
+    names = " + ".join(path.name for path in paths)
+    described = {"method": "reciprocal rank fusion", "k": K, "file": f"{names} (reciprocal rank fusion, k {K})"}
+    notes = (
+        f"{path.name}: {note}" for path, run in zip(paths, runs, strict=True) for note in _differences(run, dataset)
+    )
+    return _cut(fused, dataset, depth), digest, described, tuple(notes)
+
+
+def _read_run(path: Path, dataset: Dataset) -> Run:
+    run = read_run(path)
+    if not any(query_id in dataset.queries for query_id in run):
+        example = next(iter(run), None)
+        raise InputError(
+            f"expected a run for the queries of {dataset.name}, got none of them"
+            f"{f' (the first is {example!r})' if example else ''} in {path}",
+            hint="it may be a run of another collection or split",
+        )
+    return run
+
+
+def _cut(run: Run, dataset: Dataset, depth: int) -> Run:
+    """The first ``depth`` documents of each query of the dataset, without the query itself where it is one."""
+    cut: Run = {}
+    for query_id, query in dataset.queries.items():
+        without = query_id if dataset.queries_are_documents else None
+        listed = [scored for scored in run.get(query_id, []) if scored.doc_id != without] if query.strip() else []
+        cut[query_id] = listed[:depth]
+    return cut
+
+
+def _differences(run: Run, dataset: Dataset) -> tuple[str, ...]:
+    """What has to be said of a run that is not exactly for the queries of the dataset."""
+    unlisted = sum(query_id not in run for query_id in dataset.queries)
+    unjudged = sum(query_id not in dataset.queries for query_id in run)
+    notes = [f"{unlisted} queries are not in the run; they count as zero"] if unlisted else []
+    notes += [f"{unjudged} queries of the run are not judged in the dataset; they are left out"] if unjudged else []
+    return tuple(notes)
+
+
+def _refuse_unknown(run: Run, dataset: Dataset, path: Path) -> None:
+    """A run naming documents that are not in the corpus is a run of something else."""
+    listed = dict.fromkeys(scored.doc_id for documents in run.values() for scored in documents)
+    unknown = [doc_id for doc_id in listed if doc_id not in dataset.corpus]
+    if not unknown:
+        return
+    place = next((number for number, line in read_lines(path) if unknown[0] in line.split()), 0)
+    raise InputError(
+        f"expected documents of {dataset.name}, got {unknown[0]!r} at {path}:{place}"
+        f" (and {len(unknown) - 1} more of {len(listed)})",
+        hint="it may be a run of another collection",
+    )
