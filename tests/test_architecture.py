@@ -91,6 +91,7 @@ OWNERS = {
     "llama_index": ("integrations.llama_index",),
     "haystack": ("integrations.haystack",),
     "dspy": ("integrations.dspy",),
+    "txtai": ("integrations.txtai",),
     "mteb": ("compat",),
     "tqdm": ("compat",),
     "typer": COMMANDS,

@@ -93,6 +93,7 @@ FRAMEWORKS = {
     ),
     "haystack-adapter": Environment(("haystack-ai==3.4.1", *_OURS), "integrations/test_haystack.py"),
     "dspy-adapter": Environment(("dspy==3.4.1", "bm25s", *_OURS), "integrations/test_dspy.py"),
+    "txtai-adapter": Environment(("txtai==9.14.0", _TORCH, *_OURS), "integrations/test_txtai.py"),
 }
 
 
