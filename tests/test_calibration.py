@@ -13,7 +13,7 @@ from turborank.calibration import Calibration, parse_target
 pytest.importorskip("scipy")
 pytest.importorskip("ir_measures")
 
-from turborank.cli import run
+from turborank.cli.main import run
 from turborank.evaluate import calibrate as fitting
 
 # five relevant of ten, by falling logit: + + - + - + - - + -

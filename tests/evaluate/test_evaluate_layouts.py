@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from turborank import InputError
+from turborank.data.datasets import load
+from turborank.data.layouts import LAYOUTS
 from turborank.evaluate import DATASETS
-from turborank.evaluate.convert import LAYOUTS
-from turborank.evaluate.datasets import load
-from turborank.evaluate.scores import QueryScores, appending, read
+from turborank.evaluate.record import QueryScores, appending, read
 
 
 def test_scrolls_rows_are_a_summary_and_its_input(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_quote_without_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.group in ("rag", "collections")])
 def test_collections_at_hand_are_what_the_table_says(shared: Path, name: str) -> None:
     if not (shared / name).is_dir():
-        pytest.skip(f"{name} is not at {shared}")
+        pytest.skip(f"needs the published collection {name}, which is not at {shared}")
     dataset = load(name, data_dir=shared)  # the counts of the row are asserted
     assert len(dataset.queries) == DATASETS[name].queries
     if name == "chunking_evaluation":

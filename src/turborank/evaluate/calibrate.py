@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.calibration import Calibration, sigmoid
+from turborank.data.files import parse_object, read_lines
 from turborank.errors import InputError
-from turborank.evaluate.files import parse_object, read_lines
-from turborank.reranker import Reranker, document_text
+from turborank.reranker import Reranker
+from turborank.text import document_text
 from turborank.types import Pair
 
 FOLDS = 5

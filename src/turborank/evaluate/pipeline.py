@@ -7,6 +7,7 @@ run file, per-query CSV, manifest -> comparison -> Markdown and HTML.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 import time
@@ -19,16 +20,24 @@ from typing import Any
 import numpy as np
 
 from turborank import depth as depths
+from turborank.data.bm25 import bm25_run, parameters
+from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
+from turborank.data.download import Told, _quiet
+from turborank.data.files import check_folder, file_hash, read_lines, write_json, write_text
+from turborank.data.trec import Qrels, Run, Scored, read_run, write_run
 from turborank.errors import InputError
-from turborank.evaluate import report, scores
-from turborank.evaluate.datasets import Dataset, called, default_data_dir, expand, load
-from turborank.evaluate.download import Told, _quiet
-from turborank.evaluate.files import check_folder, write_json, write_text
-from turborank.evaluate.first_stage import bm25_run, given_run, parameters
-from turborank.evaluate.manifest import about_dataset, about_scores, about_system, score_header
+from turborank.evaluate import record, report
 from turborank.evaluate.measures import MEASURES, SEED, means, paired_bootstrap, parse, per_query
-from turborank.evaluate.results import Evaluation, Result, System
-from turborank.evaluate.runs import Qrels, Run, Scored, write_run
+from turborank.evaluate.record import (
+    Evaluation,
+    Result,
+    System,
+    about_dataset,
+    about_scores,
+    about_system,
+    score_header,
+)
+from turborank.fusion import K, reciprocal_rank_fusion
 from turborank.reranker import Reranker, order
 from turborank.types import Pair
 
@@ -239,7 +248,79 @@ def _first_stage(
         cache = folder / f"bm25-{plan.depth}"
         run, digest = bm25_run(dataset, plan.depth, cache, progress=progress(f"{dataset.name}: BM25 index"))
         return run, digest, parameters(), ()
-    return given_run(plan.runs, dataset, plan.depth)
+    return _given_run(plan.runs, dataset, plan.depth)
+
+
+def _given_run(paths: Sequence[Path], dataset: Dataset, depth: int) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
+    """(run, hash of its file, what it is, what was noticed) of a run file, or of several, fused by their ranks.
+
+    Raises InputError for a run of another collection.
+    """
+    runs = [_read_run(path, dataset) for path in paths]
+    cuts = [_cut(run, dataset, depth) for run in runs]
+    for path, cut in zip(paths, cuts, strict=True):
+        _refuse_unknown(cut, dataset, path)
+    if len(runs) == 1:
+        path = paths[0]
+        return cuts[0], file_hash(path), {"method": "run file", "file": path.name}, _differences(runs[0], dataset)
+    fused = {
+        query_id: [
+            Scored(*one) for one in reciprocal_rank_fusion([[one.doc_id for one in cut[query_id]] for cut in cuts])
+        ]
+        for query_id in dataset.queries
+    }
+    digest = hashlib.sha256(" ".join(map(file_hash, paths)).encode()).hexdigest()
+    names = " + ".join(path.name for path in paths)
+    described = {"method": "reciprocal rank fusion", "k": K, "file": f"{names} (reciprocal rank fusion, k {K})"}
+    notes = (
+        f"{path.name}: {note}" for path, run in zip(paths, runs, strict=True) for note in _differences(run, dataset)
+    )
+    return _cut(fused, dataset, depth), digest, described, tuple(notes)
+
+
+def _read_run(path: Path, dataset: Dataset) -> Run:
+    run = read_run(path)
+    if not any(query_id in dataset.queries for query_id in run):
+        example = next(iter(run), None)
+        raise InputError(
+            f"expected a run for the queries of {dataset.name}, got none of them"
+            f"{f' (the first is {example!r})' if example else ''} in {path}",
+            hint="it may be a run of another collection or split",
+        )
+    return run
+
+
+def _cut(run: Run, dataset: Dataset, depth: int) -> Run:
+    """The first ``depth`` documents of each query of the dataset, without the query itself where it is one."""
+    cut: Run = {}
+    for query_id, query in dataset.queries.items():
+        without = query_id if dataset.queries_are_documents else None
+        listed = [scored for scored in run.get(query_id, []) if scored.doc_id != without] if query.strip() else []
+        cut[query_id] = listed[:depth]
+    return cut
+
+
+def _differences(run: Run, dataset: Dataset) -> tuple[str, ...]:
+    """What has to be said of a run that is not exactly for the queries of the dataset."""
+    unlisted = sum(query_id not in run for query_id in dataset.queries)
+    unjudged = sum(query_id not in dataset.queries for query_id in run)
+    notes = [f"{unlisted} queries are not in the run; they count as zero"] if unlisted else []
+    notes += [f"{unjudged} queries of the run are not judged in the dataset; they are left out"] if unjudged else []
+    return tuple(notes)
+
+
+def _refuse_unknown(run: Run, dataset: Dataset, path: Path) -> None:
+    """A run naming documents that are not in the corpus is a run of something else."""
+    listed = dict.fromkeys(scored.doc_id for documents in run.values() for scored in documents)
+    unknown = [doc_id for doc_id in listed if doc_id not in dataset.corpus]
+    if not unknown:
+        return
+    place = next((number for number, line in read_lines(path) if unknown[0] in line.split()), 0)
+    raise InputError(
+        f"expected documents of {dataset.name}, got {unknown[0]!r} at {path}:{place}"
+        f" (and {len(unknown) - 1} more of {len(listed)})",
+        hint="it may be a run of another collection",
+    )
 
 
 def _rerank(
@@ -255,13 +336,13 @@ def _rerank(
     """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)
     header |= {"adaptive_depth": depths.STOP if plan.adaptive else None}
-    known = scores.read_all(folder, header)
+    known = record.read_all(folder, header)
     part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
     qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}
     wanted = _to_score(candidates, qrels, plan)
     todo = [query_id for query_id in wanted if query_id not in known]
     step = progress(f"{dataset.name}: {model.name}")
-    with scores.appending(folder / f"scores{part}.jsonl", header) as add:
+    with record.appending(folder / f"scores{part}.jsonl", header) as add:
         for done, scored in enumerate(_score(model, dataset, candidates, todo, plan.adaptive), 1):
             add(scored)
             known[scored.query_id] = scored
@@ -294,7 +375,7 @@ def _to_score(candidates: Run, qrels: Qrels, plan: Plan) -> list[str]:
 
 def _score(
     model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str], adaptive: bool
-) -> Iterator[scores.QueryScores]:
+) -> Iterator[record.QueryScores]:
     """Scores of each query's candidates, or of as many as are enough; one query's texts are in memory at a time."""
     for query_id in todo:
         query = dataset.queries[query_id]
@@ -302,12 +383,12 @@ def _score(
         start = time.perf_counter()
         result = model.score_adaptively(pairs, SHOWN) if adaptive else model.score_detailed(pairs)
         seconds = time.perf_counter() - start
-        yield scores.QueryScores(
+        yield record.QueryScores(
             query_id, result.logits.tolist(), result.tokens.tolist(), result.truncated.tolist(), round(seconds, 6)
         )
 
 
-def _reordered(candidates: Run, known: Mapping[str, scores.QueryScores]) -> Run:
+def _reordered(candidates: Run, known: Mapping[str, record.QueryScores]) -> Run:
     """Candidates by falling logit; equal logits, and queries not scored, keep the order of the first stage.
 
     Documents that adaptive depth did not read stand below the others, in the order of the first stage.
