@@ -195,7 +195,7 @@ PAGES = {
             "--texts lists --out student": "--texts lists --out student-alibi",
             "recover student": "recover student-alibi",
             "steps=1000": "steps=2",
-            "batches.Drawing()": "batches.Drawing(budget=256, documents=3, hard=1, long_every=0)",
+            "Drawing()": "Drawing(budget=256, documents=3, hard=1, long_every=0)",
         },
     ),
     "evaluation.md": Page(for_evaluation, replaced={"evaluate scifact": "evaluate my-data/ --models path/to/mine",

@@ -87,6 +87,8 @@ class Reranker:
             engines compute with, have their own settings (``torch.set_num_threads``).
         offline: never touch the network; by default as HF_HUB_OFFLINE says.
         faithful: honour special-token strings inside user text, as the published tokenizers do.
+        relevant_label: of a classifier with two labels, the one that means relevant, by name or number; needed only
+            where its config.json does not say.
 
     Raises:
         ModelNotFoundError, CheckpointError: the model is not to be had, or is damaged.
@@ -105,9 +107,10 @@ class Reranker:
         threads: int | None = None,
         offline: bool | None = None,
         faithful: bool = False,
+        relevant_label: str | int | None = None,
     ) -> None:
         threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
-        self.checkpoint = checkpoints.load(model, offline=offline)
+        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label)
         config = self.checkpoint.config
         if max_length is not None:
             max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
