@@ -1,12 +1,6 @@
-"""Pages about the steps around a reranker: what they show is run; and every adapter's page has its test."""
+"""Every adapter's page is run by the test of its framework, and is in the index."""
 
-import pytest
-from pages import PAGES, run
-
-
-@pytest.mark.parametrize("page", ["../depth.md", "../caching.md"])
-def test_the_code_of_a_page(page):
-    run(page)
+from pages import PAGES
 
 
 def test_every_page_is_run_by_the_test_of_its_framework_and_is_in_the_index():
