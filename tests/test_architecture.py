@@ -24,11 +24,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A unit (a module or package directly under turborank) imports only from rows above its own.
 LADDER = (
     {"errors", "types"},
-    {"text", "catalog", "ops"},  # strings; the models we know; what a forward is written in
-    {"architectures"},
+    # strings; the models we know; what a forward is written in; what scores mean; lists into one
+    {"text", "catalog", "ops", "calibration", "fusion"},
+    {"architectures", "depth"},
     {"checkpoint", "tokens"},
     {"engines"},
     {"scheduler"},
+    {"score_cache"},
     {"reranker"},
     {"data"},  # file formats and collections
     {"evaluate", "serve", "export", "integrations", "compat", "benchmark"},
@@ -58,7 +60,13 @@ OWNERS = {
     "ir_measures": ("evaluate",),
     "matplotlib": ("evaluate",),
     "accelerate": ("distill",),
-    "scipy": ("distill",),
+    "scipy": ("distill", "evaluate"),
+    "langchain_core": ("integrations.langchain",),
+    "pydantic": ("integrations.langchain",),
+    "llama_index": ("integrations.llama_index",),
+    "haystack": ("integrations.haystack",),
+    "dspy": ("integrations.dspy",),
+    "txtai": ("integrations.txtai",),
     "mteb": ("compat",),
     "tqdm": ("compat",),
     "typer": ("cli",),
