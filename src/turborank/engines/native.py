@@ -49,7 +49,7 @@ def supports(config: ModelConfig) -> bool:
     """Whether the C++ side knows the architecture and its sizes."""
     known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
     # attention_relative.inl: neighbouring distances have neighbouring rows (not so if many buckets end at a short one).
-    return known and (not config.position_buckets or max(np.diff(deberta.relative_rows(config))) <= 1)
+    return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
 def isas() -> list[str]:
