@@ -32,6 +32,19 @@ TR_INLINE F keep_first(F a, int n, float other) {
 TR_INLINE float hsum(F a) { return vaddvq_f32(a); }
 TR_INLINE float hmax(F a) { return vmaxvq_f32(a); }
 
+#define TR_LOOKUP  // attention_relative.inl
+TR_INLINE F lookup(const float* from, const int32_t* rows) {
+    const uint32x4_t lanes = vreinterpretq_u32_s32(vsubq_s32(vld1q_s32(rows), vdupq_n_s32(*rows)));
+    const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), lanes, 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(load(from + *rows)), vreinterpretq_u8_u32(bytes)));
+}
+#define TR_PICK
+template <int bit>
+TR_INLINE F pick(F a, F b) {
+    static constexpr uint32_t kTaken[4] = {0, bit == 1 ? ~0u : 0u, bit == 2 ? ~0u : 0u, ~0u};
+    return vbslq_f32(vld1q_u32(kTaken), b, a);
+}
+
 using Int8 = int8_t;
 TR_INLINE void store_int8(Int8* p, F x) {
     const int16x4_t n = vqmovn_s32(vcvtnq_s32_f32(x));

@@ -106,7 +106,8 @@ def test_a_contestant_that_fails_says_why(model: Path) -> None:
 def test_our_engine_in_a_process_gives_the_logits_of_the_law(model: Path) -> None:
     exact = benchmark.exact_logits(model, "1x64")
     with benchmark.processes([Contestant("law", "law", options={"engine": "reference"})], model, 1) as running:
-        assert running["law"].logits("1x64", BATCH) == exact
+        logits = running["law"].logits("1x64", BATCH)
+    assert logits == pytest.approx(exact, abs=1e-5)  # numpy rounds by its number of threads: one there, here any
 
 
 def test_unknown_workloads_are_named() -> None:

@@ -159,7 +159,7 @@ def test_whole_numbers_are_whole_numbers(folder: Path, option: str, wrong: objec
 
 @pytest.mark.parametrize("threshold", [math.nan, -1, 2, "0.5"])
 def test_a_threshold_is_between_0_and_1(reranker: Reranker, threshold: object) -> None:
-    with pytest.raises(InputError, match="threshold to be a number between 0 and 1, got"):
+    with pytest.raises(InputError, match=r"expected (threshold to be a number between 0 and 1|a threshold such as)"):
         reranker.rank("q", ["d"], threshold=threshold)  # type: ignore[arg-type]
 
 
@@ -200,11 +200,9 @@ def test_a_precision_that_no_engine_has_is_no_fault_of_one(folder: Path) -> None
 
 
 def test_a_precision_that_the_forced_instruction_set_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = [isa for isa in native.isas() if "bf16" not in native.precisions(isa)]
-    if not lacking:
-        pytest.skip("every instruction set here has bf16")
-    monkeypatch.setenv("TURBORANK_ISA", lacking[0])
-    with pytest.raises(EngineUnavailableError, match=f"with TURBORANK_ISA={lacking[0]}, got 'bf16'"):
+    assert "bf16" not in native.precisions("portable")  # the row that every machine has
+    monkeypatch.setenv(native.ISA_VARIABLE, "portable")
+    with pytest.raises(EngineUnavailableError, match="with TURBORANK_ISA=portable, got 'bf16'"):
         Reranker(precision="bf16")
 
 

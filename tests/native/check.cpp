@@ -1,4 +1,4 @@
-// Runs recorded cases (tests/native/cases.py: random models and batches with the numpy law's logits) through every
+// Runs recorded cases (tests/native/cases.py: random models and batches with the numpy reference's logits) through every
 // instruction set and precision of the machine, at several thread counts. Built with sanitizers by sanitize.sh, and
 // for other processors under emulation. Prints one line a run; the exit code counts the failures. With --layouts it prints
 // what cases.py must know of the rows that run here.
@@ -73,14 +73,11 @@ Case load(const char* path) {
         size_t size = 0;
         words >> kind >> name;
         if (kind == "model") {
-            std::string precision;
-            int stored = 0;
-            words >> precision;
+            std::string precision, key;
+            std::map<std::string, float> config;
+            for (words >> precision; words >> key;) words >> config[key];
             model = &c.models[{name, precision}];
-            Shape& s = model->shape;
-            words >> s.vocab >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine;
-            words >> s.passage >> s.alibi >> stored >> s.mixed >> s.least;
-            s.D = s.C / s.H, s.stored = static_cast<Stored>(stored);
+            model->shape = shape_of([&](const char* wanted) { return config.at(wanted); });
         } else if (kind == "array" && model) {
             words >> size;
             const auto bytes = read<std::byte>(in, size);
@@ -150,7 +147,7 @@ int layouts() {
     for (const IsaRow& row : isa_table())
         for (const auto& [precision, name] : {std::pair{Precision::int8, "int8"}, {Precision::bf16, "bf16"}, {Precision::fp32, "fp32"}}) {
             const Kernels* k = (row.needs & features) == row.needs ? row.kernels(precision, features) : nullptr;
-            if (k) std::printf("%s %s %d %d %d %d %s\n", row.name, name, k->int8_group, k->tiles, k->int8_offset, k->lanes, k->gemm);
+            if (k) std::printf("%s %s %d %d %d %d %zu %s\n", row.name, name, k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes, k->gemm);
         }
     return 0;
 }
