@@ -146,7 +146,7 @@ def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]
 
 
 def _instruction_set(engine: Engine) -> Iterator[Finding]:
-    """The native engine's row of the instruction-set table, and the better rows of this build with what speaks against each."""
+    """The native engine's instruction set, and the better ones of this build, each with what speaks against it."""
     from turborank.engines import native
 
     if not isinstance(engine, native.NativeEngine):
