@@ -1,8 +1,8 @@
-"""What an installation costs: seconds from nothing to the first score, and what import and first score take on each row.
+"""What an installation costs: seconds from nothing to the first score; and import and first score on each row.
 
 python bench/install.py WHEEL [--python PYTHON]
 
-Makes a fresh virtual environment and installs the wheel and its dependencies there from wheels alone, with no compiler on
+Makes a fresh virtual environment and installs the wheel and its dependencies there, from wheels alone, no compiler on
 the PATH. Prints JSON: bytes, seconds, MiB of peak memory (Linux).
 """
 
