@@ -243,7 +243,7 @@ def instruction_sets() -> dict[str, dict[str, str]]:
     """Row of native/isa_table.cpp -> precision -> instruction, read from the C++ tables: no machine has all rows."""
     table = (NATIVE / "isa_table.cpp").read_text(encoding="utf-8")
     sources = [path.read_text(encoding="utf-8") for path in sorted(NATIVE.glob("isa_*.cpp"))]
-    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", \w+, (\w+)\}', table)}
+    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", [\w |]+, (\w+)\}', table)}
 
 
 def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
@@ -255,7 +255,7 @@ def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
     if handed := re.search(r"return (\w+_kernels)\(", body):
         found.update(_kernels(handed[1], sources))
     for precision in ("int8", "bf16", "fp32"):
-        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&(\w+)", body)
+        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&(?:\w+::)?(\w+)", body)
         if chosen:
             found[precision] = f"`{instructions[chosen[2]]}`" + (", with AVX512-BF16" if chosen[1] == "kBf16" else "")
     if fallback := re.search(r"return &(\w+);\s*$", body):

@@ -12,33 +12,33 @@ namespace vex {
 #define TR_VPDPBUSD "%{vex%} vpdpbusd"
 #include "avxvnni.inl"
 #undef TR_VPDPBUSD
-constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd ymm", kBlockRows, nothing, nothing);
+constexpr Kernels kVex = table<Int8, float>("vpdpbusd ymm", kBlockRows, nothing, nothing);
 }  // namespace vex
 
 namespace evex {
 #define TR_VPDPBUSD "%{evex%} vpdpbusd"
 #include "avxvnni.inl"
 #undef TR_VPDPBUSD
-constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd ymm, EVEX", kBlockRows, nothing, nothing);
+constexpr Kernels kEvex = table<Int8, float>("vpdpbusd ymm, EVEX", kBlockRows, nothing, nothing);
 }  // namespace evex
 
 #if defined(TR_STAND_IN)
 namespace stand_in {
 #include "avxvnni.inl"
-constexpr Kernels kInt8 = table<Int8, float>("vpmaddwd for vpdpbusd", kBlockRows, nothing, nothing);
+constexpr Kernels kStandIn = table<Int8, float>("vpmaddwd for vpdpbusd", kBlockRows, nothing, nothing);
 }  // namespace stand_in
 #endif
 
 }  // namespace
 
 const Kernels* avxvnni_kernels(Precision precision, unsigned features) {
-    if (precision == Precision::int8) return features & kAvxVnni ? &vex::kInt8 : &evex::kInt8;
+    if (precision == Precision::int8) return features & kAvxVnni ? &vex::kVex : &evex::kEvex;
     return avx2_kernels(precision, features);
 }
 
 #if defined(TR_STAND_IN)
-const Kernels* evex_kernels(Precision precision, unsigned) { return precision == Precision::int8 ? &evex::kInt8 : nullptr; }
-const Kernels* stand_in_kernels(Precision precision, unsigned) { return precision == Precision::int8 ? &stand_in::kInt8 : nullptr; }
+const Kernels* evex_kernels(Precision precision, unsigned) { return precision == Precision::int8 ? &evex::kEvex : nullptr; }
+const Kernels* stand_in_kernels(Precision precision, unsigned) { return precision == Precision::int8 ? &stand_in::kStandIn : nullptr; }
 #endif
 
 }  // namespace turborank
