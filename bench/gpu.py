@@ -30,9 +30,7 @@ import numpy as np
 import peers
 
 from turborank import benchmark, catalog, checkpoint
-from turborank.benchmark import WORKLOADS, workloads
-from turborank.benchmark.comparison import error
-from turborank.benchmark.processes import EngineScorer
+from turborank.benchmark import WORKLOADS, EngineScorer, error
 
 DEVICE = "cuda"
 SIZES = (8, 32, 128)  # pairs in a padded batch
@@ -41,11 +39,11 @@ ROUNDS, TURN = 5, 0.15  # turns of every contestant on a workload; seconds of a 
 Scorer = Callable[..., np.ndarray]
 
 
-def _ragged(mean: int, pairs: int = 100, spread: float = 0.6) -> workloads.Workload:
+def _ragged(mean: int, pairs: int = 100, spread: float = 0.6) -> benchmark.Workload:
     """Log-normal lengths like those of search results, around ``mean``, from 16 to 8,192."""
     median = mean / math.exp(spread**2 / 2)
     drawn = np.random.default_rng(11).lognormal(math.log(median), spread, pairs)
-    return workloads.Workload(
+    return benchmark.Workload(
         f"{pairs} documents, about {mean:,} tokens", tuple(np.clip(drawn, 16, 8192).astype(int).tolist())
     )
 
@@ -56,7 +54,7 @@ ORDER = ("ragged", "ragged-128", "32x128", "8x512", "2x2048", "1x8192", "1x64", 
 
 def exact(out: Path, model: Path) -> None:
     score = benchmark.load_engine(model, 2, {"engine": "native", "precision": "fp32"})
-    np.savez(out, **{name: score(benchmark.encodings(name, *workloads.sizes(model))) for name in ORDER})
+    np.savez(out, **{name: score(benchmark.encodings(name, *benchmark.sizes(model))) for name in ORDER})
 
 
 # ---------------------------------------------------------------------------------------------------- contestants
@@ -270,7 +268,7 @@ def main() -> None:
         found: dict[str, Any] = {}
         about |= {"date": time.strftime("%Y-%m-%d"), "workloads": found}
         for workload in arguments.only:
-            pairs = benchmark.encodings(workload, *workloads.sizes(model))
+            pairs = benchmark.encodings(workload, *benchmark.sizes(model))
             found[workload] = measure(who, pairs, law[workload])
             print(table({workload: found[workload]}), flush=True)
             if arguments.out:

@@ -16,7 +16,7 @@ import typer
 
 from turborank import catalog
 from turborank.architectures import ARCHITECTURES
-from turborank.cli import COMMANDS, build
+from turborank.cli.main import COMMANDS, build
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py (make docs); do not edit. -->"

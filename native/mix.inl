@@ -1,5 +1,5 @@
 // Channels mixed before they are rounded to int8, so that a few large ones do not decide the step of all. Written against
-// the vector F of W floats; the weights of the same products went the same way (turborank/engines/panels.py).
+// the vector F of W floats; the weights of the same products went the same way (turborank/engines/native_weights.py).
 //
 // The channels stand in groups of 16. Eight neighbouring groups (fewer, where the row's length asks for it) meet in a
 // Hadamard transform, channel by channel, then three such eights in the reflection I - 2/3. Both are symmetric and

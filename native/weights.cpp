@@ -1,4 +1,4 @@
-// Packed arrays by name (turborank/engines/panels.py makes them) -> Weights. Nothing is copied.
+// Packed arrays by name (turborank/engines/native_weights.py makes them) -> Weights. Nothing is copied.
 #include <stdexcept>
 
 #include "model.h"

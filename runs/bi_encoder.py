@@ -10,11 +10,11 @@ import json
 import os
 from pathlib import Path
 
+from turborank.data import datasets
+from turborank.data.bm25 import bm25_run
+from turborank.data.trec import Scored, read_run
 from turborank.distill.biencoder import BiEncoder
-from turborank.evaluate import datasets
-from turborank.evaluate.first_stage import bm25_run
 from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import Scored, read_run
 
 SETS = ("med", "npl", "trec-dl21-pool", "cisi", "cranfield", "time", "scifact")
 GIVEN = {"trec-dl21-pool": "runs/bm25.txt"}

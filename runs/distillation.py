@@ -3,7 +3,7 @@
     python runs/distillation.py WORK              the little world; what is done is kept, a stopped run goes on
     python runs/distillation.py WORK REAL         and the table of what runs/distillation.sh has done in REAL
 
-Writes runs/results/distillation.md and .json. The world and its lessons are turborank.distill.proof's; everything is
+Writes runs/results/distillation.md and .json. The world and its lessons are proof.py's; everything is
 trained by the library's own loop and measured by its serving engine. CPU, one thread; the little world takes about 35
 seconds of a core for each seed of a row.
 """
@@ -16,11 +16,13 @@ import textwrap
 import time
 from pathlib import Path
 
-from turborank.distill import proof, train
-from turborank.distill.ensemble import parse
+import proof
+from proof import TEACHER, World
+
+from turborank.distill import train
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.proof import TEACHER, World
 from turborank.distill.students import Student
+from turborank.distill.teachers import parse_weighted
 from turborank.distill.train import Examination, Serving, held_out, pool_places, teacher_scores
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -120,7 +122,7 @@ def really(work: Path) -> dict:
     found = {
         "BM25": {name: ndcg(folder, folder.scores("bm25")) for name, folder in folders.items()},
         "the teachers, fused": {
-            name: ndcg(folder, teacher_scores(folder, [parse(text) for text in TEACHERS]))
+            name: ndcg(folder, teacher_scores(folder, [parse_weighted(text) for text in TEACHERS]))
             for name, folder in folders.items()
         },
         "the student, untrained": by_set(Examination(folders, SERVING)(Student.load(work / "four-layers"))),

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from turborank.evaluate.datasets import load
+from turborank.data.datasets import load
+from turborank.data.trec import Run, Scored, ranked, read_run
 from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import Run, Scored, ranked, read_run
 
 HERE = Path(__file__).resolve().parent
 MEASURE, LIMIT = "nDCG@10", 0.002

@@ -76,14 +76,14 @@ def ours(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", [[n] for n in LENGTHS] + [[17, 400, 3, 130, 17]], ids=str)
 def test_logits_are_those_of_transformers(family: str, lengths: list[int]) -> None:
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     config = family_config(family)
     weights = family_weights(config, seed=len(lengths))
     batch = batch_of(lengths)
     expected = theirs(family, their_model(family, weights), batch)
     np.testing.assert_allclose(ours(config, weights, batch), expected, atol=TOLERANCE, rtol=0)
-    got = ours(config, *tensors(weights, batch), ops=pytorch)
+    got = ours(config, *tensors(weights, batch), ops=torch_ops)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -106,7 +106,7 @@ def test_logits_are_those_of_transformers_at_published_width(family: str, width:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_torch_agrees_with_the_law_layer_by_layer_and_learns(family: str) -> None:
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     config = family_config(family)
     weights, batch = family_weights(config), batch_of([4, 9, 300, 9, 70])
@@ -115,7 +115,7 @@ def test_torch_agrees_with_the_law_layer_by_layer_and_learns(family: str) -> Non
     logits = forward(weights, config, batch, reference, law)
     parameters, moved = tensors(weights, batch)
     twin: list[Any] = []
-    out = forward({n: t.requires_grad_() for n, t in parameters.items()}, config, moved, pytorch, twin)
+    out = forward({n: t.requires_grad_() for n, t in parameters.items()}, config, moved, torch_ops, twin)
     assert len(law) == len(twin) == config.num_hidden_layers + 1
     for a, b in zip(law, twin, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
@@ -125,13 +125,13 @@ def test_torch_agrees_with_the_law_layer_by_layer_and_learns(family: str) -> Non
 
 
 def test_torch_attends_in_blocks_when_scores_would_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     config = family_config("deberta")
     weights, batch = family_weights(config), batch_of([200, 30])
-    whole = ours(config, *tensors(weights, batch), ops=pytorch)
-    monkeypatch.setattr(pytorch, "SCORE_BUDGET", 3 * 200 * 7)  # seven queries at a time
-    np.testing.assert_allclose(ours(config, *tensors(weights, batch), ops=pytorch), whole, atol=1e-5)
+    whole = ours(config, *tensors(weights, batch), ops=torch_ops)
+    monkeypatch.setattr(torch_ops, "SCORE_BUDGET", 3 * 200 * 7)  # seven queries at a time
+    np.testing.assert_allclose(ours(config, *tensors(weights, batch), ops=torch_ops), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,9 +25,8 @@ from tokenizers import Tokenizer, models
 
 from turborank import catalog, checkpoint
 from turborank.checkpoint import load, save, verify
-from turborank.checkpoint.tensors import TensorFile
+from turborank.checkpoint.tensors import TensorFile, quantise
 from turborank.errors import CheckpointError, InputError, ModelNotFoundError, UnknownKeyError
-from turborank.quantised import quantise
 
 CONFIG = small_config()
 Tensors = dict[str, tuple[str, Any]]

@@ -15,8 +15,9 @@ from helpers import small_config, write_checkpoint
 from random_models import random_weights
 
 import turborank
-from turborank import catalog, cli, cli_rank, engines, tokens
+from turborank import catalog, engines, tokens
 from turborank.checkpoint import hashes, read
+from turborank.cli import main, rank
 from turborank.types import ModelConfig
 
 LIMIT = 96
@@ -36,7 +37,7 @@ def turborank_command(model, capsys, monkeypatch):
     def call(*arguments, stdin=b"", columns="100"):
         monkeypatch.setenv("COLUMNS", columns)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = cli.run([str(argument) for argument in arguments])
+        code = main.run([str(argument) for argument in arguments])
         return (code, *capsys.readouterr())
 
     return call
@@ -119,11 +120,11 @@ def test_windows_are_advised_only_where_they_help(turborank_command, model, file
 
 def test_rows_without_text_are_ranked_and_named(turborank_command, model, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "bee"}\n' + '{"text": " "}\n' * (cli_rank.MAX_NOTES + 2))
+    path.write_text('{"text": "bee"}\n' + '{"text": " "}\n' * (rank.MAX_NOTES + 2))
     code, out, err = turborank_command("rank", "q", path, "-m", model, "--json")
-    assert (code, len(json.loads(out)["results"])) == (0, cli_rank.MAX_NOTES + 3)
+    assert (code, len(json.loads(out)["results"])) == (0, rank.MAX_NOTES + 3)
     assert err.splitlines()[0] == f"turborank: {path}:2 has no text"
-    assert err.splitlines()[cli_rank.MAX_NOTES :] == ["turborank: and 2 more have no text"]
+    assert err.splitlines()[rank.MAX_NOTES :] == ["turborank: and 2 more have no text"]
 
 
 def test_what_was_cut_is_said_even_of_documents_not_shown(turborank_command, model, files):
@@ -140,8 +141,8 @@ def test_many_cut_documents_are_counted(turborank_command, model, tmp_path):
     rows = [json.dumps({"text": "x" * (LIMIT - 4 - 1 + n)}) for n in range(1, 9)]  # n tokens too many each
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     out = turborank_command("rank", "q", tmp_path / "rows.jsonl", "-m", model)[1]
-    assert out.count(f": read {LIMIT} tokens") == cli_rank.MAX_NOTES
-    assert f"and {8 - cli_rank.MAX_NOTES} more: cut {6 + 7 + 8} tokens in all" in out
+    assert out.count(f": read {LIMIT} tokens") == rank.MAX_NOTES
+    assert f"and {8 - rank.MAX_NOTES} more: cut {6 + 7 + 8} tokens in all" in out
 
 
 def test_top_n_and_threshold_keep_the_best(turborank_command, model, files):
@@ -211,10 +212,10 @@ def test_an_error_is_one_line_and_nothing_else(turborank_command, model, files, 
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("library", "extra"), cli.EXTRAS.items())
+@pytest.mark.parametrize(("library", "extra"), main.EXTRAS.items())
 def test_a_library_that_is_not_installed_is_named_with_its_extra(turborank_command, monkeypatch, library, extra):
-    needing = cli.Command(lambda: __import__(library), ())
-    monkeypatch.setitem(cli.COMMANDS, "doctor", needing)
+    needing = main.Command(lambda: __import__(library), ())
+    monkeypatch.setitem(main.COMMANDS, "doctor", needing)
     monkeypatch.setitem(sys.modules, library, None)  # as import finds it where it is not installed
     code, out, err = turborank_command("doctor")
     assert (code, out) == (2, "")
@@ -298,9 +299,9 @@ def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypa
     assert re.search(r"chosen +reference, fp32", out)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_teaches_by_example(turborank_command, name):
-    command = cli.COMMANDS[name]
+    command = main.COMMANDS[name]
     code, out, _ = turborank_command(*name.split(), "--help", columns="200")
     assert code == 0
     assert command.examples
@@ -313,15 +314,15 @@ def test_help_teaches_by_example(turborank_command, name):
 def test_help_is_what_no_argument_gives(turborank_command):
     code, out, err = turborank_command()
     assert (code, err) == (0, "")
-    assert all(name.split()[0] in out for name in cli.COMMANDS)
+    assert all(name.split()[0] in out for name in main.COMMANDS)
     assert out == turborank_command("-h")[1]
 
 
-@pytest.mark.parametrize("group", cli.GROUPS)
+@pytest.mark.parametrize("group", main.GROUPS)
 def test_a_group_alone_shows_what_it_holds(turborank_command, group):
     code, out, err = turborank_command(group)
     assert (code, err) == (0, "")
-    assert all(name.removeprefix(f"{group} ") in out for name in cli.COMMANDS if name.startswith(f"{group} "))
+    assert all(name.removeprefix(f"{group} ") in out for name in main.COMMANDS if name.startswith(f"{group} "))
     assert out == turborank_command(group, "-h")[1]
 
 
@@ -342,7 +343,7 @@ COMMAND = [sys.executable, "-c", "from turborank.cli import main; main()"]
 
 def test_starting_loads_nothing_heavy():
     heavy = "{'torch', 'starlette', 'huggingface_hub', 'matplotlib', 'rich.table', 'turborank.serve.app'}"
-    code = f"import sys, turborank.cli; turborank.cli.build(); sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    code = f"import sys; from turborank.cli.main import build; build(); sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 

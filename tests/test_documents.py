@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turborank import documents
-from turborank.documents import Named, read
+from turborank.cli import documents
+from turborank.cli.documents import Named, read
 from turborank.errors import InputError
 
 NOTHING = io.BytesIO()

@@ -19,10 +19,11 @@ from random_models import model_config, packed, random_weights  # noqa: E402
 
 from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.architectures.jinabert import standard_slopes  # noqa: E402
-from turborank.engines import graphs  # noqa: E402
+from turborank.engines import cuda_graphs  # noqa: E402
 from turborank.engines.reference import ReferenceEngine  # noqa: E402
 from turborank.engines.torch import converted  # noqa: E402
-from turborank.ops import fused, reference  # noqa: E402
+from turborank.ops import reference  # noqa: E402
+from turborank.ops import triton as triton_ops  # noqa: E402
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -31,9 +32,9 @@ PRECISIONS = {"float32": 1e-4, "float16": 5e-3} | ({"bfloat16": 2e-2} if CUDA el
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # in filling, which nobody reads
 
 
-def layout(lengths: list[int]) -> tuple[Int32, fused.Layout]:
+def layout(lengths: list[int]) -> tuple[Int32, triton_ops.Layout]:
     cu = np.cumsum([0, *lengths]).astype(np.int32)
-    return cu, fused.Layout(*(torch.from_numpy(table).to(DEVICE) for table in fused.tables(cu)), max(lengths))
+    return cu, triton_ops.Layout(*(torch.from_numpy(table).to(DEVICE) for table in triton_ops.tables(cu)), max(lengths))
 
 
 def random_qkv(lengths: list[int], heads: int, scale: float, dtype: str = "float32") -> Any:
@@ -50,7 +51,7 @@ def compare(lengths: list[int], scale: float, slopes: tuple[float, ...], dtype: 
     exact = [x.float().cpu().numpy() for x in (q, k, v)]
     firsts = cu[:-1].tolist()
     for asked, rows in ((False, slice(None)), (True, firsts)):
-        got = fused.attention(q[rows], k, v, where, heads, slopes, asked)
+        got = triton_ops.attention(q[rows], k, v, where, heads, slopes, asked)
         law = reference.attention(exact[0][rows], exact[1], exact[2], cu, heads, slopes, asked)
         np.testing.assert_allclose(got.float().cpu().numpy(), law, atol=tolerance)
 
@@ -78,7 +79,7 @@ def test_keys_out_of_reach_are_not_read() -> None:
     q, k, v = random_qkv([1024], 2, 1.0)
     _, where = layout([1024])
     v[512:] = torch.nan
-    out = fused.attention(q, k, v, where, 2, slopes, False).view(1024, 2, 32)
+    out = triton_ops.attention(q, k, v, where, 2, slopes, False).view(1024, 2, 32)
     assert not out[:300, 0].isnan().any()
     assert out[:, 1].isnan().all()
 
@@ -89,7 +90,7 @@ def test_a_key_that_matters_is_read_however_far() -> None:
     q[0], k[900] = 0.0, 0.0
     q[0, 0], k[900, 0] = 32**0.5, 2.0**-5 * 900 + 40  # slope 2^-5: score less distance is 40
     cu, where = layout([1024])
-    got = fused.attention(q, k, v, where, 1, (2.0**-5,), False)
+    got = triton_ops.attention(q, k, v, where, 1, (2.0**-5,), False)
     law = reference.attention(*(x.cpu().numpy() for x in (q, k, v)), cu, 1, (2.0**-5,), False)
     np.testing.assert_allclose(got.cpu().numpy(), law, atol=1e-4)
     np.testing.assert_allclose(law[0], v[900].cpu().numpy(), atol=1e-4)  # it is all that the first query sees
@@ -103,23 +104,25 @@ def test_rows_are_the_laws(width: int) -> None:
     gated = rng.normal(size=(512, width)).astype(np.float32) / np.float32(width**0.5)
     args = [torch.from_numpy(a).to(DEVICE) for a in (x, residual, weight, bias)]
     law = reference.add_norm(x, residual, weight, bias, 1e-5)
-    np.testing.assert_allclose(fused.add_norm(*args, 1e-5).cpu().numpy(), law, atol=1e-5)
+    np.testing.assert_allclose(triton_ops.add_norm(*args, 1e-5).cpu().numpy(), law, atol=1e-5)
     law = reference.layer_norm(x, weight, bias, 1e-5)
-    np.testing.assert_allclose(fused.layer_norm(args[0], *args[2:], 1e-5).cpu().numpy(), law, atol=1e-5)
-    if width % fused.GEGLU_TILE["DEPTH"] == 0:
-        got = fused.geglu(args[0], torch.from_numpy(gated).to(DEVICE)).cpu().numpy()
+    np.testing.assert_allclose(triton_ops.layer_norm(args[0], *args[2:], 1e-5).cpu().numpy(), law, atol=1e-5)
+    if width % triton_ops.GEGLU_TILE["DEPTH"] == 0:
+        got = triton_ops.geglu(args[0], torch.from_numpy(gated).to(DEVICE)).cpu().numpy()
         np.testing.assert_allclose(got, reference.geglu(x, gated), atol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------- whole models
 
 
-def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> graphs.Replayed:
+def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> cuda_graphs.Replayed:
     """What engines.torch makes on a GPU."""
     moved = converted(weights, getattr(torch, dtype), DEVICE)
     forward = ARCHITECTURES[config.architecture].forward
     fill = config.head == "classifier" and config.architecture != "deberta"
-    return graphs.Replayed(lambda batch: forward(moved, config, batch, fused), torch.device(DEVICE), fill=fill)
+    return cuda_graphs.Replayed(
+        lambda batch: forward(moved, config, batch, triton_ops), torch.device(DEVICE), fill=fill
+    )
 
 
 NARROW = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "slopes": standard_slopes(2)}
@@ -173,7 +176,7 @@ def test_logits_in_half_precision_are_near_the_laws(family: str, dtype: str, req
 
 
 def test_sizes_beyond_those_kept_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "KEPT", 1)
+    monkeypatch.setattr(cuda_graphs, "KEPT", 1)
     config = CONFIGS["bert"]
     weights = family_weights(config)
     law, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
@@ -195,7 +198,7 @@ def test_the_engine_on_a_gpu_uses_these_kernels() -> None:
 @pytest.mark.skipif(not CUDA, reason="no CUDA device: tests/test_flex.py runs this kernel's forward on the CPU")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own doing
 def test_gradients_on_a_gpu_are_those_of_the_cpu() -> None:
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     config = model_config(num_hidden_layers=2)
     weights, batch = random_weights(config), packed([200, 17, 300])
@@ -204,7 +207,7 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu() -> None:
         leaves = {n: torch.from_numpy(w).to(device).requires_grad_() for n, w in weights.items()}
         parts = (torch.from_numpy(x).to(device) for x in (batch.input_ids, batch.type_ids, batch.cu_seqlens))
         moved = PackedBatch(*parts, batch.max_seqlen)
-        ARCHITECTURES["jinabert"].forward(leaves, config, moved, pytorch).square().sum().backward()
+        ARCHITECTURES["jinabert"].forward(leaves, config, moved, torch_ops).square().sum().backward()
         return [leaf.grad.cpu().numpy() for leaf in leaves.values()]
 
     for ours, theirs in zip(gradients("cuda"), gradients("cpu"), strict=True):
@@ -215,10 +218,10 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu() -> None:
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
 def test_a_size_has_room_for_its_batches(lengths: list[int]) -> None:
     cu = np.cumsum([0, *lengths]).astype(np.int32)
-    tokens, pairs, longest = graphs.rounded(int(cu[-1]), len(lengths), max(lengths))
+    tokens, pairs, longest = cuda_graphs.rounded(int(cu[-1]), len(lengths), max(lengths))
     assert tokens >= cu[-1]
-    assert tokens <= max(cu[-1] * 17 / 16 + 1, cu[-1] + graphs.FEWEST_TOKENS)
+    assert tokens <= max(cu[-1] * 17 / 16 + 1, cu[-1] + cuda_graphs.FEWEST_TOKENS)
     assert pairs >= len(lengths)
     assert longest >= max(lengths)
-    assert (longest > fused.SKIP_FROM) == (max(lengths) > fused.SKIP_FROM)
-    assert tokens // fused.QUERIES + pairs >= len(fused.tables(cu)[2])
+    assert (longest > triton_ops.SKIP_FROM) == (max(lengths) > triton_ops.SKIP_FROM)
+    assert tokens // triton_ops.QUERIES + pairs >= len(triton_ops.tables(cu)[2])

@@ -139,7 +139,7 @@ def test_equals_bert_where_they_are_the_same_model(length: int) -> None:
 @pytest.mark.parametrize("head", ["classifier", "cosine", "focus"])
 def test_torch_agrees_with_the_law_layer_by_layer(head: str, feed_forward: str) -> None:
     torch = pytest.importorskip("torch")
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     config = model_config(vocab_size=99, head=head, feed_forward=feed_forward)
     weights = random_weights(config)
@@ -149,7 +149,7 @@ def test_torch_agrees_with_the_law_layer_by_layer(head: str, feed_forward: str) 
     theirs: list[torch.Tensor] = []
     tensors = {name: torch.from_numpy(w).requires_grad_() for name, w in weights.items()}
     moved = PackedBatch(*(torch.from_numpy(x) for x in (batch.input_ids, batch.type_ids, batch.cu_seqlens)), 400)  # type: ignore[arg-type]
-    out = jinabert.forward(tensors, config, moved, pytorch, theirs)
+    out = jinabert.forward(tensors, config, moved, torch_ops, theirs)
     assert len(ours) == len(theirs) == config.num_hidden_layers + 1
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
@@ -160,15 +160,15 @@ def test_torch_agrees_with_the_law_layer_by_layer(head: str, feed_forward: str) 
 
 def test_torch_splits_long_attention_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from turborank.ops import pytorch
+    from turborank.ops import torch as torch_ops
 
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 90, 24)).astype(np.float32)
     cu = np.asarray([0, 50, 60, 90], np.int32)
     slopes = jinabert.standard_slopes(12)
     law = reference.attention(q, k, v, cu, 12, slopes, False)
-    monkeypatch.setattr(pytorch, "SCORE_BUDGET", 12 * 50 * 7)  # seven queries at a time
-    out = pytorch.attention(*(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(cu), 12, slopes, False)
+    monkeypatch.setattr(torch_ops, "SCORE_BUDGET", 12 * 50 * 7)  # seven queries at a time
+    out = torch_ops.attention(*(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(cu), 12, slopes, False)
     np.testing.assert_allclose(law, out.numpy(), atol=1e-6)
 
 

@@ -9,16 +9,10 @@ from helpers import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turborank import (
-    EngineUnavailableError,
-    InputError,
-    Ranked,
-    Reranker,
-    TooLongError,
-    UnknownKeyError,
-)
+from turborank import EngineUnavailableError, InputError, Ranked, Reranker, TooLongError, UnknownKeyError
 from turborank.engines import native
-from turborank.reranker import document_text, order, sigmoid
+from turborank.reranker import order, sigmoid
+from turborank.text import document_text
 
 
 @pytest.fixture(scope="module")

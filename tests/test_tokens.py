@@ -11,7 +11,8 @@ from sample_tokenizers import SHARED, bpe_tokenizer, published_tokenizer, wordpi
 from tokenizers import Tokenizer
 
 from turborank.errors import InputError, TooLongError, UnknownKeyError
-from turborank.tokens import PairEncoder, longest_first, pack, plain, window_starts
+from turborank.text import plain
+from turborank.tokens import PairEncoder, longest_first, pack, window_starts
 from turborank.types import Pair
 
 # Reference encodings of the published tokenizer, JINABERT specification §4.

@@ -16,10 +16,10 @@ from turborank import checkpoint as checkpoints
 from turborank import engines
 from turborank.errors import InputError, TooLongError
 from turborank.scheduler import Progress, Scores, score
+from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, PairEncoder
 from turborank.types import Document, Float32, Pair, Ranked
 
-DEFAULT_FIELDS = ("title", "text")
 MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
 MAX_THREADS = 4096  # more than any machine has cores
 
@@ -53,25 +53,6 @@ def listed(name: str, given: Any) -> list[Any]:
     if not isinstance(given, Iterable):
         raise InputError(f"expected a list of {name}, got {type(given).__name__}")
     return list(given)
-
-
-def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> str:
-    """The text the model reads: a string as it is, a mapping's ``fields`` joined by spaces.
-
-    Raises InputError for anything else, and for a mapping with none of the fields.
-    """
-    if isinstance(document, str):
-        return document
-    if not isinstance(document, Mapping):
-        raise InputError(f"expected a string or a mapping, got {type(document).__name__}")
-    values = [document[field] for field in fields if document.get(field) is not None]
-    if not values:
-        found = ", ".join(map(str, document)) or "no fields"
-        raise InputError(f"expected at least one of the fields {', '.join(fields)}, got {found}")
-    wrong = [type(value).__name__ for value in values if not isinstance(value, str | int | float)]
-    if wrong:
-        raise InputError(f"expected text in the fields {', '.join(fields)}, got {', '.join(wrong)}")
-    return " ".join(str(value) for value in values)
 
 
 def ranking(

@@ -11,7 +11,6 @@ than ``max_length``, the policy decides, and whatever is left out is counted on 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,14 +19,13 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from turborank.errors import CheckpointError, InputError, TooLongError, UnknownKeyError
+from turborank.text import plain
 from turborank.types import Encoding, Int32, PackedBatch, Pair
 
 LENGTH_POLICIES = ("truncate", "windows", "error")
 WINDOW_OVERLAP = 0.25  # share of a window that the next one reads again
 CHARACTERS_PER_TOKEN = 12  # a text of more than so many for each token that is read is certainly cut
 MIN_LENGTH = 16  # fewer tokens cannot hold a template, a question and an answer
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Template(NamedTuple):
@@ -89,15 +87,6 @@ def window_starts(document: int, window: int) -> list[int]:
     stride = max(1, window - int(window * WINDOW_OVERLAP))
     starts = list(range(0, document - window, stride))
     return [*starts, document - window]
-
-
-def plain(text: str) -> str:
-    """Lone surrogates cannot be encoded; each becomes U+FFFD, which keeps character offsets."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return _SURROGATE.sub("\ufffd", text)
-    return text
 
 
 class Limits(NamedTuple):

@@ -27,7 +27,7 @@ from helpers import write_checkpoint
 from serving import running
 
 from turborank.reranker import Reranker
-from turborank.serve import keys
+from turborank.serve import auth
 
 pytestmark = pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no folder for the clients")
 
@@ -80,7 +80,7 @@ def library(folder: Path) -> Reranker:
 def cases(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
     """Name of a case -> what to ask, against a server, or another one that refuses long pairs."""
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
-    good, spent = keys.new(file, "good"), keys.new(file, "spent", tokens=1)
+    good, spent = auth.new(file, "good"), auth.new(file, "spent", tokens=1)
     with running(folder, keys=str(file)) as up, running(folder, keys=str(file), length="error") as strict:
         for server in (up, strict):  # a thousand documents overdraw a token a minute for days
             body = {"query": QUERY, "documents": MANY}
@@ -88,7 +88,7 @@ def cases(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             assert answer.status == 200
         # of these a thousand documents use up a minute's tokens and PATIENCE seconds' worth
         tokens = int(answer.json["usage"]["total_tokens"] * 60 / (60 + PATIENCE))
-        hasty = {name: keys.new(file, f"hasty-{name}", tokens=tokens) for name in CLIENTS}
+        hasty = {name: auth.new(file, f"hasty-{name}", tokens=tokens) for name in CLIENTS}
         plain = {"base": up.url, "key": good, "model": "bees", "query": QUERY, "documents": DOCUMENTS, "top_n": 4}
         yield {
             "success": plain,

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("ir_datasets", reason="ir-datasets is not installed in this environment")
 
-from turborank.evaluate.table import DATASETS, Row
+from turborank.data.dataset_table import DATASETS, Row
 
 PUBLIC = [row for row in DATASETS.values() if row.group == "beir" and row.files]
 

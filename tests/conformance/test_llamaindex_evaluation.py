@@ -19,9 +19,9 @@ from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from turborank import Reranker
+from turborank.data.trec import Run, Scored
 from turborank.evaluate import evaluate
 from turborank.evaluate.measures import per_query
-from turborank.evaluate.runs import Run, Scored
 
 pytestmark = pytest.mark.filterwarnings("default")  # llama-index's own
 

@@ -19,14 +19,15 @@ from families import save_family
 from sample_tokenizers import bpe_tokenizer, wordpiece_tokenizer
 from tokenizers import Tokenizer
 
-from turborank import Reranker, catalog, checkpoint, cli
+from turborank import Reranker, catalog, checkpoint
 from turborank.architectures import ARCHITECTURES
-from turborank.distill import export as exporting
-from turborank.distill import onnx_graph
-from turborank.distill.export import EXPORTS, export
+from turborank.checkpoint.tensors import dense
+from turborank.cli import main
 from turborank.errors import CheckpointError, EngineError, InputError, UnknownKeyError
+from turborank.export import folder as exporting
+from turborank.export import onnx as onnx_export
+from turborank.export.folder import EXPORTS, export
 from turborank.ops import reference
-from turborank.quantised import dense
 
 pytestmark = pytest.mark.slow
 
@@ -156,13 +157,13 @@ def test_the_model_is_described_in_its_metadata(exported):
 def test_a_graph_of_other_weights_does_not_pass_the_check(exported):
     source, folder = exported("geglu")
     weights = dict(dense(source.weights))
-    assert onnx_graph.check(weights, source.config, folder / "model.onnx") < TOLERANCE
+    assert onnx_export.check(weights, source.config, folder / "model.onnx") < TOLERANCE
     weights["classifier.bias"] = weights["classifier.bias"] + 2e-4
     with pytest.raises(EngineError, match=r"within 0\.0001 of ours, got 2\.0\de-04"):
-        onnx_graph.check(weights, source.config, folder / "model.onnx")
+        onnx_export.check(weights, source.config, folder / "model.onnx")
     weights["classifier.bias"] = weights["classifier.bias"] * np.float32(np.nan)
     with pytest.raises(EngineError, match="got nan"):
-        onnx_graph.check(weights, source.config, folder / "model.onnx")
+        onnx_export.check(weights, source.config, folder / "model.onnx")
 
 
 # ---------------------------------------------------------------- what is said
@@ -170,7 +171,7 @@ def test_a_graph_of_other_weights_does_not_pass_the_check(exported):
 
 def test_the_embedded_model_from_text_to_logits(tmp_path, capsys):
     """As a user does: the command; then tokenizers and onnxruntime, and nothing of ours. Its weights are int8."""
-    assert cli.run(["export", catalog.DEFAULT, "--to", "onnx", "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["export", catalog.DEFAULT, "--to", "onnx", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{tmp_path / 'out'}: config.json, model.onnx, tokenizer.json, tokenizer_config.json"
     assert float(said[1].removeprefix("logits of ONNX Runtime and ours differ by at most ")) < TOLERANCE
@@ -189,7 +190,7 @@ def test_the_embedded_model_from_text_to_logits(tmp_path, capsys):
 def test_without_onnx_runtime_the_remark_says_that_nothing_was_compared(tmp_path, monkeypatch):
     model = save(tmp_path / "model", "geglu")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # importing it raises ModuleNotFoundError
-    monkeypatch.setattr(onnx_graph, "write", lambda *_: None)  # takes seconds
+    monkeypatch.setattr(onnx_export, "write", lambda *_: None)  # takes seconds
     assert "not compared" in export(str(model), "onnx", tmp_path / "out").remark
 
 

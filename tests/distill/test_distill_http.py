@@ -17,15 +17,15 @@ from helpers import write_checkpoint
 from little import pairs, tree, write_lines
 
 import turborank
-from turborank import cli
-from turborank.distill import http_teacher, mine
-from turborank.distill.collection import Recipe, Source
+from turborank.cli import main
+from turborank.data.download import _quiet
+from turborank.distill import http_teacher, pools
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.http_teacher import CLIENTS, HttpTeacher, Pacer, Settings, retry_after
 from turborank.distill.lists import build
-from turborank.distill.pairs import score_pairs
+from turborank.distill.scores import score_pairs
+from turborank.distill.sources import Recipe, Source
 from turborank.errors import InputError, UnknownKeyError
-from turborank.evaluate.download import _quiet
 
 sys.path.append(str(Path(__file__).parents[1] / "serve"))  # its server on loopback
 
@@ -35,7 +35,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
-    plan = mine.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+    plan = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
     build(Recipe((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")
 
@@ -313,13 +313,13 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(folder, monke
             "--documents",
             "5",
         ]
-        assert cli.run(["distill", "score", str(folder.path), *arguments]) == 0
+        assert main.run(["distill", "score", str(folder.path), *arguments]) == 0
         assert {headers["Authorization"] for headers in up.headers} == {"Bearer s3cret"}
         assert {asked["model"] for asked in up.asked} == {"jina-x"}
         assert max(len(asked["documents"]) for asked in up.asked) == 5
         assert len(up.answered) == len(folder.places)
         count = len(up.asked)
-        assert cli.run(["distill", "score", str(folder.path), *arguments]) == 0
+        assert main.run(["distill", "score", str(folder.path), *arguments]) == 0
         assert len(up.asked) == count
     files = {**tree(folder.path), "cache": b"".join(p.read_bytes() for p in (folder.path / "cache").iterdir())}
     assert not any(b"s3cret" in content for content in files.values())

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from little import ANIMALS, pairs, passages, read_lines, shuffled, tree, write_lines
 
-from turborank import cli, evaluate
-from turborank.distill import mine
-from turborank.distill.collection import Recipe, Source, collect
+from turborank import evaluate
+from turborank.cli import main
+from turborank.data.trec import read_run
+from turborank.distill import pools
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
+from turborank.distill.sources import Recipe, Source, collect
 from turborank.errors import InputError
-from turborank.evaluate.runs import read_run
 
-PLAN = mine.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
 def recipe(*sources: Source, **changes: object) -> Recipe:
@@ -46,7 +47,7 @@ def test_pools_hold_the_labelled_some_of_bm25s_best_and_strangers(tmp_path, sour
     build(recipe(source), tmp_path / "out", PLAN)
     folder = TrainingFolder.load(tmp_path / "out")
     assert len(folder) == len(pairs())
-    index = mine.index(folder.texts)
+    index = pools.index(folder.texts)
     strangers = 0
     for at, row in enumerate(pairs()):
         pool = folder.places[folder.pool(at)]
@@ -109,7 +110,7 @@ def test_held_out_queries_are_measured_over_a_first_stage_and_never_trained_on(t
     assert 0.1 < len(dev.queries) / len(pairs()) < 0.4
     folder = TrainingFolder.load(tmp_path / "out")
     run = read_run(tmp_path / "out" / "candidates.trec")
-    index = mine.index(folder.texts)
+    index = pools.index(folder.texts)
     for query_id, text in dev.queries.items():
         best = index.search(text, PLAN.bm25_depth)
         assert {one.doc_id for one in run[query_id]} == {f"d{one.doc_id}" for one in best}
@@ -139,19 +140,19 @@ def test_dense_candidates_are_the_nearest(tmp_path):
     """Unit vectors on a circle: the nearest of query k's angle are documents k, k±1, k±2."""
     angles = np.arange(36) * np.pi / 18
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    plan = mine.PoolPlan(bm25=0, bm25_depth=0, dense=5, dense_depth=5, random=0)
+    plan = pools.PoolPlan(bm25=0, bm25_depth=0, dense=5, dense_depth=5, random=0)
     texts = [f"document {n}" for n in range(36)]
-    pools = mine.mine(
+    mined = pools.mine(
         [f"query {n}" for n in range(36)],
         [[]] * 36,
         [False] * 36,
-        mine.index(texts),
+        pools.index(texts),
         36,
         plan,
         vectors=(circle, circle),
     )
     for query in range(36):
-        pool = pools.places[pools.bounds[query] : pools.bounds[query + 1]]
+        pool = mined.places[mined.bounds[query] : mined.bounds[query + 1]]
         assert set(pool.tolist()) == {(query + step) % 36 for step in (-2, -1, 0, 1, 2)}
 
 
@@ -159,8 +160,8 @@ def test_large_collections_are_searched_in_parts(monkeypatch):
     rng = np.random.default_rng(0)
     queries, documents = (rng.normal(size=(n, 8)).astype(np.float32) for n in (25, 60))
     expected = np.argsort(-(queries @ documents.T), axis=1)[:, :4]
-    monkeypatch.setattr(mine, "SCORES_AT_ONCE", 7 * 60)
-    assert np.array_equal(np.array(list(mine.nearest(queries, documents, 4))), expected)
+    monkeypatch.setattr(pools, "SCORES_AT_ONCE", 7 * 60)
+    assert np.array_equal(np.array(list(pools.nearest(queries, documents, 4))), expected)
 
 
 def test_scores_that_came_along_become_a_teacher(tmp_path):
@@ -175,7 +176,7 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
         {"query": "who flies?", "pos": ["bees"], "neg": ["dogs"], "pos_scores": [7], "neg_scores": [-8.25]},
     ]
     source = Source("mine", write_lines(tmp_path / "a.jsonl", rows))
-    only_given = mine.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert folder.teachers() == ["given"]
@@ -189,7 +190,7 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
         ("who flies?", "bees"): 7.0, ("who flies?", "dogs"): -8.25,
     }  # fmt: skip
     assert folder.labels.tolist() == [1 if folder.texts[place] == "bees" else 0 for place in folder.places]
-    manifest = build(recipe(source), tmp_path / "mined", mine.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2))
+    manifest = build(recipe(source), tmp_path / "mined", pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2))
     assert TrainingFolder.load(tmp_path / "mined").teachers() == []  # a stranger among them has no score
     assert any("came with the data" in why for why in manifest["left_out"])
 
@@ -208,7 +209,7 @@ def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection
     lines = [f"ask-{n} Q0 doc-{(n + k) % 72} {k} {9.5 - k} mine" for n in range(72) for k in range(6)]
     run = write_lines(tmp_path / "first.trec", lines)
     source = Source("mine", collection, run=run)
-    only_given = mine.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source, depth=4), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     for at, query in enumerate(folder.query_ids):
@@ -226,7 +227,7 @@ def test_a_collection_is_mined_whole(tmp_path, collection):
 
 
 def test_ids_of_several_sources_cannot_clash(tmp_path, collection, source):
-    only_given = mine.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(Source("one", collection), source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert {"one:doc-0", "one:ask-0"} <= {*folder.doc_ids, *folder.query_ids}
@@ -238,7 +239,7 @@ def test_the_command(tmp_path, source, capsys):
         "distill", "lists", f"animals={source.path}", "--out", str(tmp_path / "out"), "--held-out", "0.1",
         "--cap", "animals=30", "--sentences", "5", "--clean", "animals=treebank,spaces", "--bm25", "5", "--random", "2",
     ]  # fmt: skip
-    assert cli.run(arguments) == 0
+    assert main.run(arguments) == 0
     out = capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["counts"]["queries_of_source"] == {"animals": 30, "sentence": 5}
@@ -272,7 +273,7 @@ def test_the_command(tmp_path, source, capsys):
 )
 def test_a_bad_command_is_answered_in_one_line(tmp_path, source, capsys, arguments, expected):
     given = [one.format(source=source.path) for one in arguments]
-    assert cli.run(["distill", "lists", *given, "--out", str(tmp_path / "out")]) == 2
+    assert main.run(["distill", "lists", *given, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert err.count("\n") == 1
@@ -282,7 +283,7 @@ def test_a_bad_command_is_answered_in_one_line(tmp_path, source, capsys, argumen
 def test_a_run_that_did_not_finish_leaves_nothing_to_the_next(tmp_path):
     rows = [{**row, "score": 1.0, "label": 1} for row in pairs()]
     source = Source("animals", write_lines(tmp_path / "animals.jsonl", rows))
-    only_given = mine.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source, held_out=0.3), tmp_path / "out", only_given)
     (tmp_path / "out" / "manifest.json").unlink()
     build(recipe(source, held_out=0.0), tmp_path / "out", PLAN)

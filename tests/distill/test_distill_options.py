@@ -2,8 +2,8 @@
 
 import pytest
 
-from turborank import cli
-from turborank.distill import runs, students, vocabulary
+from turborank.cli import main
+from turborank.distill import students, train
 from turborank.distill.folder import TrainingFolder
 from turborank.errors import InputError
 
@@ -12,7 +12,7 @@ from turborank.errors import InputError
 def models(word_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     texts = TrainingFolder.load(word_folder).texts
-    students.from_scratch(vocabulary.train(texts, size=200), shape="micro").save(folder / "student")
+    students.from_scratch(students.train_tokenizer(texts, size=200), shape="micro").save(folder / "student")
     return folder
 
 
@@ -39,7 +39,7 @@ FAULTS = [
 @pytest.mark.parametrize(("line", "expected"), FAULTS)
 def test_a_bad_option_is_answered_in_one_line(word_folder, models, tmp_path, capsys, line, expected):
     arguments = line.format(lists=word_folder, student=models / "student").split(" ")
-    assert cli.run(["distill", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert main.run(["distill", *arguments, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert err.count("\n") == 1
@@ -56,10 +56,10 @@ def test_shares_are_of_sources_that_are_there(word_folder, models, tmp_path, cap
         "--out",
         str(tmp_path / "o"),
     ]
-    assert cli.run([*arguments, "--share", "nope=3"]) == 2
+    assert main.run([*arguments, "--share", "nope=3"]) == 2
     assert "got one of 'nope'" in capsys.readouterr().err
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(InputError, match=r"expected a file, got nothing at .*long.jsonl"):
-        runs._hash(tmp_path / "long.jsonl")
+        train._hash(tmp_path / "long.jsonl")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turborank.distill import passages, pseudo
+from turborank import text
+from turborank.distill import sources
 from turborank.errors import UnknownKeyError
 
 CLEANED = [  # rule, text, by hand
@@ -24,18 +25,18 @@ CLEANED = [  # rule, text, by hand
 
 @pytest.mark.parametrize(("rule", "text", "expected"), CLEANED)
 def test_cleaning(rule, text, expected):
-    assert passages.cleaner([rule])(text) == expected
+    assert text.cleaner([rule])(text) == expected
 
 
 def test_every_rule_is_tested_and_an_unknown_one_named():
-    assert {rule for rule, *_ in CLEANED} == set(passages.CLEANERS)
+    assert {rule for rule, *_ in CLEANED} == set(text.CLEANERS)
     with pytest.raises(UnknownKeyError, match="did you mean 'treebank'"):
-        passages.cleaner(["treebanks"])
+        text.cleaner(["treebanks"])
 
 
 def test_quotation_marks_hug_what_they_hold():
     """An opening mark loses the blank after it, a closing one the blank before it."""
-    assert passages.treebank("he said `` hello there '' to me") == 'he said "hello there" to me'
+    assert text.treebank("he said `` hello there '' to me") == 'he said "hello there" to me'
 
 
 sentence = st.integers(1, 300).map(lambda count: " ".join(["Word"] + ["word"] * (count - 1)) + ".")
@@ -44,12 +45,12 @@ sentence = st.integers(1, 300).map(lambda count: " ".join(["Word"] + ["word"] * 
 @given(st.lists(sentence, max_size=30), st.integers(0, 2**32))
 def test_passages_are_whole_sentences_of_the_promised_length(parts, seed):
     text = " ".join(parts)
-    cut = list(passages.cut(text, np.random.default_rng(seed)))
-    assert all(passages.MIN_WORDS <= len(passage.split()) <= passages.MAX_WORDS for passage in cut)
+    cut = list(text.cut(text, np.random.default_rng(seed)))
+    assert all(text.MIN_WORDS <= len(passage.split()) <= text.MAX_WORDS for passage in cut)
     joined = " ".join(cut)
     assert text.startswith(joined)  # nothing lost but the end, nothing twice, in order
-    assert len(text.split()) - len(joined.split()) < passages.MIN_WORDS
-    if all(len(part.split()) <= passages.LONGEST_SENTENCE for part in parts):
+    assert len(text.split()) - len(joined.split()) < text.MIN_WORDS
+    if all(len(part.split()) <= text.LONGEST_SENTENCE for part in parts):
         assert all(passage.endswith(".") and passage.startswith("Word") for passage in cut)
 
 
@@ -62,19 +63,19 @@ TEXTS = [
 
 
 def made(kind, count, seed=0):
-    return list(pseudo.make(TEXTS, np.ones(len(TEXTS)), {kind: count}, seed))
+    return list(sources.make(TEXTS, np.ones(len(TEXTS)), {kind: count}, seed))
 
 
 def test_sentences_are_sentences_of_their_passage():
     for query in made("sentence", 10):
-        assert query.text in passages.sentences(TEXTS[query.place])
-        assert len(query.text.split()) in pseudo.SENTENCE_WORDS
+        assert query.text in text.sentences(TEXTS[query.place])
+        assert len(query.text.split()) in sources.SENTENCE_WORDS
     assert sorted(query.place for query in made("sentence", 10)) == [0, 1]  # each passage once, the last has none
 
 
 def test_spans_are_consecutive_sentences():
     [query] = made("span", 10)
-    first, second, third = passages.sentences(TEXTS[0])
+    first, second, third = text.sentences(TEXTS[0])
     assert query.text in (f"{first} {second}", f"{second} {third}", f"{first} {second} {third}")
 
 
@@ -87,7 +88,7 @@ def test_keywords_are_the_rarest_words_in_their_order(seed):
     counts = Counter(word for text in TEXTS for word in words_of(text))
     for query in made("keywords", 10, seed):
         words = query.text.split()
-        [there] = [found for one in passages.sentences(TEXTS[query.place]) if set(words) <= set(found := words_of(one))]
+        [there] = [found for one in text.sentences(TEXTS[query.place]) if set(words) <= set(found := words_of(one))]
         assert words == [word for word in there if word in words]
         assert max(counts[word] for word in words) <= min(counts[word] for word in there if word not in words)
 
@@ -100,6 +101,6 @@ def test_made_queries_depend_on_the_seed_alone():
 def test_a_passage_of_half_the_weight_comes_half_as_often():
     texts = [f"Number {n} is a sentence of eight words." for n in range(2000)]
     weights = np.where(np.arange(2000) < 1000, 1.0, 0.5)
-    places = [query.place for query in pseudo.make(texts, weights, {"sentence": 300}, 0)]
+    places = [query.place for query in sources.make(texts, weights, {"sentence": 300}, 0)]
     light = sum(place >= 1000 for place in places) / len(places)
     assert 0.25 < light < 0.42  # a third, within three standard deviations of the binomial

@@ -2,16 +2,20 @@
 
 import collections
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("ir_measures")
+sys.path.append(str(Path(__file__).parents[2] / "runs"))
 
-from turborank.distill import proof  # noqa: E402
+import proof  # noqa: E402
+from proof import PERFECT, TEACHER, World  # noqa: E402
+
 from turborank.distill.folder import TrainingFolder  # noqa: E402
-from turborank.distill.proof import PERFECT, TEACHER, World  # noqa: E402
 
 TINY = World(concepts=30, names=2, queries=150, held_out=60, pool=12)
 

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from turborank import Reranker
-from turborank.distill import inner, runs, students, vocabulary
+from turborank.distill import students, train
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.loop import Run, Schedule
-from turborank.distill.model import Model, tensors
 from turborank.distill.recover import Reading, Recovery, Texts, _joint, check
+from turborank.distill.trainer import Model, Run, Schedule, tensors
 from turborank.errors import CheckpointError, InputError
-from turborank.ops import pytorch, reference, training
+from turborank.ops import reference, torch_training
+from turborank.ops import torch as torch_ops
 from turborank.types import Pair
 
 WORDS = ["the", "red", "fox", "saw", "a", "blue", "heron", "near", "old", "mills", "and", "ran", "over", "bridges"]
@@ -27,7 +27,7 @@ def bert_folder(tmp_path_factory):
     """A small random BERT by transformers, in sentence-transformers' layout."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
-    tokenizer = vocabulary.train(TEXTS, size=200)
+    tokenizer = students.train_tokenizer(TEXTS, size=200)
     config = transformers.BertConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=96, max_position_embeddings=64,
@@ -121,7 +121,7 @@ def test_every_student_can_be_served(bert_folder, tmp_path, head):
     students.from_bert(folder, head=head).save(tmp_path / head)
     ranking = Reranker(tmp_path / head, engine="reference").rank("red fox", ["blue heron", "a red fox"])
     assert sorted(r.index for r in ranking) == [0, 1]
-    scratch = students.from_scratch(vocabulary.train(TEXTS, size=200, kind="bpe"), shape="micro", head=head)
+    scratch = students.from_scratch(students.train_tokenizer(TEXTS, size=200, kind="bpe"), shape="micro", head=head)
     scratch.save(tmp_path / f"{head}-scratch")
     assert Reranker(tmp_path / f"{head}-scratch").rank("red fox", ["blue heron"])[0].index == 0
 
@@ -144,7 +144,7 @@ def test_layers_of_a_cross_encoder(bert_folder, tmp_path):
 @pytest.mark.parametrize("layers", [0, -1])
 def test_a_student_from_scratch_has_a_layer(layers):
     with pytest.raises(InputError, match="expected one layer or more"):
-        students.from_scratch(vocabulary.train(TEXTS, size=200), shape="micro", layers=layers)
+        students.from_scratch(students.train_tokenizer(TEXTS, size=200), shape="micro", layers=layers)
 
 
 def test_what_the_source_reads_of_a_pair():
@@ -179,7 +179,7 @@ def test_recovery_recovers(bert_folder, word_folder, tmp_path):
     students.from_bert(folder).save(tmp_path / "student")
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": " ".join(TEXTS)}) + "\n")
-    runs.recover(
+    train.recover(
         tmp_path / "student", folder, word_folder, [long], tmp_path / "run",
         Schedule(steps=120, learning_rate=3e-3, warmup=4, save_every=120), budget=300, long_tokens=(60,), bf16=False,
     )  # fmt: skip
@@ -208,12 +208,12 @@ def test_what_cannot_be_recovered_is_named(bert_folder, tmp_path):
             check(student.config, source.config)
 
 
-@pytest.mark.parametrize("kind", inner.KINDS)
+@pytest.mark.parametrize("kind", train.KINDS)
 def test_inner_terms_are_zero_for_the_teacher_itself_and_fall(bert_folder, word_folder, tmp_path, kind):
     folder, _ = bert_folder
     teacher = students.from_bert(folder, head="classifier")
     teacher.save(tmp_path / "teacher")
-    term = inner.Inner(inner.parse(f"{kind}:{tmp_path / 'teacher'}:2"), teacher, torch.float32)
+    term = train.Inner(train.parse_inner(f"{kind}:{tmp_path / 'teacher'}:2"), teacher, torch.float32)
     batch = tensors_of(teacher, TEXTS[0], TEXTS[1])
     trace: list[torch.Tensor] = []
     record: list[tuple[torch.Tensor, ...]] = []
@@ -222,7 +222,7 @@ def test_inner_terms_are_zero_for_the_teacher_itself_and_fall(bert_folder, word_
     student = students.from_layers(tmp_path / "teacher", layers=2)
     for weight in student.weights.values():  # a random BERT's layers change little: make the two differ
         weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    term = inner.Inner(inner.parse(f"{kind}:{tmp_path / 'teacher'}"), student, torch.float32)
+    term = train.Inner(train.parse_inner(f"{kind}:{tmp_path / 'teacher'}"), student, torch.float32)
     run = Run(student, tmp_path / "run", Schedule(steps=15, learning_rate=1e-3, warmup=1), freeze_words=False)
     values = []
     for _ in range(15):
@@ -240,24 +240,26 @@ def test_inner_terms_are_zero_for_the_teacher_itself_and_fall(bert_folder, word_
 def test_an_inner_teacher_must_read_the_same_tokens(bert_folder, tmp_path):
     folder, _ = bert_folder
     students.from_bert(folder, head="classifier").save(tmp_path / "teacher")
-    other = students.from_scratch(vocabulary.train([*TEXTS, "entirely different words"], size=250), shape="micro")
+    other = students.from_scratch(
+        students.train_tokenizer([*TEXTS, "entirely different words"], size=250), shape="micro"
+    )
     with pytest.raises(InputError, match="another vocabulary"):
-        inner.Inner(inner.parse(f"hidden:{tmp_path / 'teacher'}"), other, torch.float32)
+        train.Inner(train.parse_inner(f"hidden:{tmp_path / 'teacher'}"), other, torch.float32)
     for text in ("hidden", "hidden:", "outer:model:1", "hidden:model:inf"):
         with pytest.raises(InputError, match="expected hidden:MODEL"):
-            inner.parse(text)
-    assert inner.parse("relations:org/name:0.5") == ("relations", "org/name", 0.5)
+            train.parse_inner(text)
+    assert train.parse_inner("relations:org/name:0.5") == ("relations", "org/name", 0.5)
 
 
 @pytest.mark.parametrize("slopes", [(), (0.25, 0.5, 0.1, 0.0)])
 def test_training_attention_is_the_law_forward_and_backward(slopes, monkeypatch):
-    monkeypatch.setattr(training, "QUERY_BLOCK", 16)  # several blocks a pair
+    monkeypatch.setattr(torch_training, "QUERY_BLOCK", 16)  # several blocks a pair
     rng = np.random.default_rng(0)
     cu = np.asarray([0, 5, 45, 46], np.int32)
     q, k, v, up = rng.normal(size=(4, 46, 32)).astype(np.float32)
     law = reference.attention(q, k, v, cu, 4, slopes, False)
     results = []
-    for ops in (training, pytorch):
+    for ops in (torch_training, torch_ops):
         parts = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
         out = ops.attention(*parts, torch.from_numpy(cu), 4, slopes, False)
         (out * torch.from_numpy(up)).sum().backward()
@@ -269,10 +271,10 @@ def test_training_attention_is_the_law_forward_and_backward(slopes, monkeypatch)
 
 def test_vocabularies_hold_their_texts(word_folder):
     folder = TrainingFolder.load(word_folder)
-    for kind in vocabulary.KINDS:
-        tokenizer = vocabulary.train(folder.texts, kind=kind, size=400)
+    for kind in students.TOKENIZERS:
+        tokenizer = students.train_tokenizer(folder.texts, kind=kind, size=400)
         encoded = tokenizer.encode("amber heron", "kelp")
         assert tokenizer.decode(encoded.ids).split() == ["amber", "heron", "kelp"]
         assert tokenizer.num_special_tokens_to_add(True) == (3 if kind == "wordpiece" else 4)
     with pytest.raises(InputError, match="at least 64 pieces"):
-        vocabulary.train(["a"], size=10)
+        students.train_tokenizer(["a"], size=10)

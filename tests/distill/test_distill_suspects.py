@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from little import write_lines
 
-from turborank import cli
-from turborank.distill import suspects
+from turborank.cli import main
+from turborank.distill import scores
 from turborank.distill.folder import TrainingFolder
 
 # query, document, a teacher's score, label or None
@@ -42,17 +42,17 @@ def folder(tmp_path):
     ],
 )
 def test_suspects_by_hand(folder, margin, expected):
-    found = suspects.find(folder, folder.scores("t"), margin)
+    found = scores.find(folder, folder.scores("t"), margin)
     assert {(q, d) for (q, d, *_), one in zip(PLACES, found, strict=True) if one} == expected
 
 
 def test_the_summary_by_hand(folder):
-    found = suspects.find(folder, folder.scores("t"), 0.0)
-    assert suspects.summaries(folder, found) == [suspects.Summary("x", 2, 2, 3, 3 + 2)]
+    found = scores.find(folder, folder.scores("t"), 0.0)
+    assert scores.summaries(folder, found) == [scores.Summary("x", 2, 2, 3, 3 + 2)]
 
 
 def test_the_command_writes_a_table_with_the_largest_difference_first(folder, capsys):
-    assert cli.run(["distill", "suspects", str(folder.path), "-t", "t:2", "--margin", "0"]) == 0
+    assert main.run(["distill", "suspects", str(folder.path), "-t", "t:2", "--margin", "0"]) == 0
     out = capsys.readouterr().out
     assert "100.0%" in out
     assert "60.0%" in out
@@ -61,5 +61,5 @@ def test_the_command_writes_a_table_with_the_largest_difference_first(folder, ca
     found = [(row["query_id"], row["labelled_id"], row["suspect_id"], float(row["difference"])) for row in rows]
     assert found == [("a", "d0", "d1", 4.0), ("b", "d0", "d2", 4.0), ("a", "d0", "d2", 1.0)]
     assert rows[0]["suspect_text"] == "text 1"  # a tab would be a column
-    assert cli.run(["distill", "suspects", str(folder.path), "-t", "nobody"]) == 2
+    assert main.run(["distill", "suspects", str(folder.path), "-t", "nobody"]) == 2
     assert "expected the scores of 'nobody'" in capsys.readouterr().err

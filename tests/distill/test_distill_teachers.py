@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from little import pairs, read_lines, shuffled, tree, write_lines
 
 import turborank
-from turborank import cli
-from turborank.distill import cache as caches
-from turborank.distill import mine, teacher
-from turborank.distill.collection import Recipe, Source
+from turborank.cli import main
+from turborank.data.download import _quiet
+from turborank.data.trec import read_run
+from turborank.distill import pools, teachers
+from turborank.distill import score_cache as caches
 from turborank.distill.folder import TrainingFolder, read_pairs
 from turborank.distill.lists import build
-from turborank.distill.pairs import Question, score_pairs
+from turborank.distill.scores import Question, score_pairs
+from turborank.distill.sources import Recipe, Source
 from turborank.errors import EngineError, InputError
-from turborank.evaluate.download import _quiet
-from turborank.evaluate.runs import read_run
 from turborank.types import Float32
 
-PLAN = mine.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def texts_of(folder: TrainingFolder, values: Float32) -> dict[tuple[str, str], f
     return {(folder.queries[query], folder.texts[place]): score for query, place, score in rows}
 
 
-def spec(text: str) -> teacher.Spec:
-    return teacher.parse(text)
+def spec(text: str) -> teachers.Spec:
+    return teachers.parse(text)
 
 
 class Counting:
@@ -78,12 +78,12 @@ class Counting:
 
 
 def test_bm25_is_the_first_stage(folder):
-    teacher.score(folder, spec("bm25"))
+    teachers.score(folder, spec("bm25"))
     assert folder.scores("bm25").tolist() == folder.first_stage.tolist()
 
 
 def test_a_checkpoint_says_what_it_says_elsewhere(folder, model):
-    teacher.score(folder, spec(f"slow=checkpoint:{model}"), teacher.Settings({"engine": "reference"}))
+    teachers.score(folder, spec(f"slow=checkpoint:{model}"), teachers.Settings({"engine": "reference"}))
     reranker = turborank.Reranker(model, engine="reference")
     found = texts_of(folder, folder.scores("slow"))
     asked = list(found)
@@ -103,11 +103,11 @@ def test_a_run_file_is_a_teacher_of_what_it_holds(folder, tmp_path):
     moved = tmp_path / "other.trec"
     (folder.path / "scores" / "mine.trec").rename(moved)
     moved.write_text("\n".join(shuffled(moved.read_text().splitlines(), 0)) + "\n")
-    teacher.score(folder, spec(f"old=run:{moved}"))
+    teachers.score(folder, spec(f"old=run:{moved}"))
     assert folder.scores("old").tolist() == values.tolist()
     moved.write_text("\n".join(moved.read_text().splitlines()[2:]) + "\n")
     with pytest.raises(InputError, match=f"expected scores of all {len(values)} pool places, got 2 without"):
-        teacher.score(folder, spec(f"old=run:{moved}"))
+        teachers.score(folder, spec(f"old=run:{moved}"))
 
 
 def test_nothing_is_asked_twice(folder):
@@ -167,16 +167,16 @@ def test_the_order_of_documents_and_of_pools_is_irrelevant(folder, model, tmp_pa
     lines = shuffled((folder.path / "candidates.trec").read_text().splitlines(), 5)
     write_lines(other / "candidates.trec", lines)
     again = TrainingFolder.load(other)
-    options = teacher.Settings({"engine": "reference"})
+    options = teachers.Settings({"engine": "reference"})
     for one in (folder, again):
         for text in ("bm25", f"slow=checkpoint:{model}"):
-            teacher.score(one, spec(text), options)
+            teachers.score(one, spec(text), options)
     for name in ("bm25", "slow"):
         assert texts_of(folder, folder.scores(name)) == texts_of(again, again.scores(name))
 
 
 def test_scores_of_other_pools_are_refused(folder):
-    teacher.score(folder, spec("bm25"))
+    teachers.score(folder, spec("bm25"))
     lines = (folder.path / "candidates.trec").read_text().splitlines()
     write_lines(folder.path / "candidates.trec", lines[:-1])
     with pytest.raises(InputError, match=r"got those of other texts or pools at .*bm25.json"):
@@ -209,7 +209,7 @@ sys.exit(cli.run(sys.argv[1:]))
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, capsys):
     """The process is killed without warning, twice; every pair that it had kept is not scored again."""
-    monkeypatch.setattr(teacher, "PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr(teachers, "PAIRS_AT_ONCE", 16)
     arguments = ["distill", "score", str(folder.path), "-t", f"slow=checkpoint:{model}", "--engine", "reference"]
     kept = 0
     for _ in range(2):
@@ -236,10 +236,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, caps
         return score_detailed(self, given, **options)
 
     monkeypatch.setattr(turborank.Reranker, "score_detailed", counted)
-    assert cli.run(arguments) == 0
+    assert main.run(arguments) == 0
     assert scored == len(folder.places) - kept
     resumed = tree(folder.path)
-    assert cli.run([*arguments, "--cache", str(folder.path / "other" / "cache")]) == 0
+    assert main.run([*arguments, "--cache", str(folder.path / "other" / "cache")]) == 0
     assert scored == 2 * len(folder.places) - kept
     assert tree(folder.path) == resumed
     assert capsys.readouterr().out.count("slow.trec") == 2
@@ -296,7 +296,7 @@ def test_a_teacher_on_the_command_line(text, expected):
     ],
 )
 def test_a_bad_teacher_is_answered_in_one_line(folder, capsys, text, expected):
-    assert cli.run(["distill", "score", str(folder.path), "--teacher", text]) == 2
+    assert main.run(["distill", "score", str(folder.path), "--teacher", text]) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert err.count("\n") == 1

@@ -7,13 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from turborank.distill.terms import (  # noqa: E402
-    attention_relations,
-    hidden_states,
-    layer_map,
-    projection,
-    relations,
-)
+from turborank.distill.losses import attention_relations, hidden_states, layer_map, projection, relations  # noqa: E402
 from turborank.errors import InputError  # noqa: E402
 
 

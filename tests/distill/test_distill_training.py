@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from turborank import Reranker, TrainingError
-from turborank.distill import runs, students, vocabulary
+from turborank.distill import students, train
 from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.loop import CURVE, Run, Schedule, checkpoints
 from turborank.distill.train import Examination, Serving, held_out
+from turborank.distill.trainer import CURVE, Run, Schedule, checkpoints
 from turborank.errors import InputError, ModelNotFoundError
 from turborank.tokens import PairEncoder
 
@@ -24,7 +24,7 @@ DRAWING = Drawing(budget=256, documents=4, hard=2, document_tokens=(8, 16), long
 @pytest.fixture(scope="module")
 def student(word_folder, tmp_path_factory):
     folder = TrainingFolder.load(word_folder)
-    tokenizer = vocabulary.train([*folder.texts, *folder.queries], size=300)
+    tokenizer = students.train_tokenizer([*folder.texts, *folder.queries], size=300)
     path = tmp_path_factory.mktemp("student")
     students.from_scratch(tokenizer, shape="micro", seed=1).save(path)
     return path
@@ -32,7 +32,7 @@ def student(word_folder, tmp_path_factory):
 
 def run(word_folder, student, out, dev=None, dev_queries=200, **schedule):
     plan = Schedule(**({"steps": 6, "learning_rate": 1e-3, "warmup": 2, "save_every": 3, "average": 0.9} | schedule))
-    return runs.train(
+    return train.train(
         word_folder,
         student,
         out,
@@ -84,7 +84,7 @@ def test_checkpoints_are_models(word_folder, student, tmp_path):
 
 
 def test_training_teaches(word_folder, student, tmp_path):
-    before = runs.train(
+    before = train.train(
         word_folder, student, tmp_path / "none", Schedule(steps=1, learning_rate=0.0), DRAWING, teachers=["t"],
         bf16=False, train_words=True,
     )  # fmt: skip
@@ -121,8 +121,8 @@ def test_a_run_is_not_continued_on_other_data(word_folder, student, tmp_path, fi
 def test_refused_options_can_be_corrected_in_the_same_folder(word_folder, student, tmp_path):
     plan = Schedule(steps=1)
     with pytest.raises(InputError, match="expected shares of the sources"):
-        runs.train(word_folder, student, tmp_path, plan, replace(DRAWING, shares={"nope": 3.0}), bf16=False)
-    runs.train(word_folder, student, tmp_path, plan, DRAWING, bf16=False)
+        train.train(word_folder, student, tmp_path, plan, replace(DRAWING, shares={"nope": 3.0}), bf16=False)
+    train.train(word_folder, student, tmp_path, plan, DRAWING, bf16=False)
     assert len(curve(tmp_path)) == 1
 
 
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(word_folder, student, tmp_path)
 
     def not_finite(model, step):
         loss = model.log_scale.sum() * torch.nan
-        from turborank.distill.loop import Loss
+        from turborank.distill.trainer import Loss
 
         return Loss(loss, {"kl": float("nan")}, 1)
 
@@ -196,7 +196,7 @@ def test_recomputing_changes_no_gradient(word_folder, student):
     drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING)
     gradients = []
     for recompute in (False, True):
-        from turborank.distill.model import Model, tensors
+        from turborank.distill.trainer import Model, tensors
 
         model = Model(start)
         model.recompute = recompute
@@ -207,7 +207,7 @@ def test_recomputing_changes_no_gradient(word_folder, student):
 
 
 def test_the_scale_is_part_of_the_saved_head(word_folder, student):
-    from turborank.distill.model import Model, tensors
+    from turborank.distill.trainer import Model, tensors
 
     start = students.Student.load(student)
     folder = TrainingFolder.load(word_folder)
@@ -320,7 +320,7 @@ def test_two_processes_train_one_student(word_folder, student, tmp_path):
 
 
 def losing(model, step):
-    from turborank.distill.loop import Loss
+    from turborank.distill.trainer import Loss
 
     return Loss(model.log_scale.square().sum() + 1.0, {}, 1)
 
@@ -379,10 +379,10 @@ def test_a_fault_of_the_loss_is_not_taken_for_memory(student, tmp_path):
 
 def test_a_missing_student_or_folder_is_named(word_folder, student, tmp_path):
     with pytest.raises(InputError, match="expected a training folder"):
-        runs.train(tmp_path, student, tmp_path / "run", Schedule(steps=1), DRAWING)
+        train.train(tmp_path, student, tmp_path / "run", Schedule(steps=1), DRAWING)
     with pytest.raises(ModelNotFoundError, match="expected a model folder"):
-        runs.train(word_folder, tmp_path / "none", tmp_path / "run", Schedule(steps=1), DRAWING)
+        train.train(word_folder, tmp_path / "none", tmp_path / "run", Schedule(steps=1), DRAWING)
     with pytest.raises(InputError, match="expected the scores of 'absent'"):
-        runs.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, teachers=["absent"])
+        train.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, teachers=["absent"])
     with pytest.raises(InputError, match="expected a teacher for these losses"):
-        runs.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, loss="kl:1")
+        train.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, loss="kl:1")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from little import pairs, write_lines
 
-from turborank.distill import mine, teacher, vectors
-from turborank.distill.collection import Recipe, Source
+from turborank.distill import biencoder, pools, teachers
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
+from turborank.distill.sources import Recipe, Source
 
 families = pytest.importorskip("families", reason="needs torch and transformers")
 torch, transformers = families.torch, families.transformers
@@ -44,7 +44,7 @@ def their_vectors(folder: Path, texts: list[str]) -> np.ndarray:
 
 def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
     source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
-    plan = mine.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
+    plan = pools.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
     build(Recipe((source,)), tmp_path / "lists", plan, dense=model)
     return TrainingFolder.load(tmp_path / "lists")
 
@@ -52,7 +52,7 @@ def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
 def test_a_bi_encoder_s_scores_are_cosines(tmp_path, model):
     """Computed in bfloat16, whose rounding (2^-9) a cosine of unit vectors shows about once."""
     folder = made(tmp_path, model)
-    teacher.score(folder, teacher.parse(f"mini=biencoder:{model}"))
+    teachers.score(folder, teachers.parse(f"mini=biencoder:{model}"))
     queries, documents = their_vectors(model, folder.queries), their_vectors(model, folder.texts)
     expected = (queries[folder.query_of] * documents[folder.places]).sum(axis=1)
     np.testing.assert_allclose(folder.scores("mini"), expected, atol=2**-8)
@@ -91,18 +91,18 @@ class Counting:
 
 
 def test_no_block_is_embedded_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(vectors, "BLOCK", 10)
+    monkeypatch.setattr(biencoder, "BLOCK", 10)
     texts = ["x" * n for n in range(47)]
     first = Counting(blocks=2)
     with pytest.raises(KeyboardInterrupt):
-        vectors.embed(first, texts, tmp_path)
+        biencoder.embed(first, texts, tmp_path)
     second = Counting()
-    found = vectors.embed(second, texts, tmp_path)
+    found = biencoder.embed(second, texts, tmp_path)
     assert first.embedded + second.embedded == texts
     assert found[:, 0].tolist() == [*range(47)]
     third = Counting()
-    assert vectors.embed(third, texts, tmp_path).tobytes() == found.tobytes()
+    assert biencoder.embed(third, texts, tmp_path).tobytes() == found.tobytes()
     assert third.embedded == []
     third.revision = "another"
-    vectors.embed(third, texts, tmp_path)
+    biencoder.embed(third, texts, tmp_path)
     assert third.embedded == texts

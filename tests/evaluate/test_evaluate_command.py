@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import write_checkpoint
 
-from turborank.cli import run
+from turborank.cli.main import run
 
 pytest.importorskip("bm25s")
 

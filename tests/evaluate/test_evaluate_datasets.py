@@ -11,14 +11,14 @@ import pytest
 from mini import DOCUMENTS, append
 
 from turborank import InputError, UnknownKeyError
+from turborank.data.bm25 import bm25_run
+from turborank.data.corpus import JsonlCorpus, MemoryCorpus
+from turborank.data.dataset_table import PUBLISHED
+from turborank.data.datasets import expand, load
+from turborank.data.layouts import cut, holder
+from turborank.data.trec import Scored, read_qrels, read_run, write_run
 from turborank.evaluate import DATASETS, GROUPS
-from turborank.evaluate.convert import cut, holder
-from turborank.evaluate.corpus import JsonlCorpus, MemoryCorpus
-from turborank.evaluate.datasets import expand, load
-from turborank.evaluate.first_stage import bm25_run
 from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import Scored, read_qrels, read_run, write_run
-from turborank.evaluate.table import PUBLISHED
 
 
 def test_a_folder_in_beir_layout(mini: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_corpus_far_larger_than_what_is_kept_of_it(tmp_path: Path) -> None:
 
 
 def test_ids_with_equal_hashes_are_told_apart(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turborank.evaluate.corpus._hash", lambda doc_id: 7)
+    monkeypatch.setattr("turborank.data.corpus._hash", lambda doc_id: 7)
     corpus = JsonlCorpus(mini / "corpus.jsonl")
     assert [corpus.text(name) for name in DOCUMENTS] == list(corpus.texts())
     assert "d9" not in corpus

@@ -15,10 +15,11 @@ import pytest
 from mini import write_mini
 
 from turborank import InputError
-from turborank.evaluate import DATASETS, datasets
-from turborank.evaluate.convert import LAYOUTS
-from turborank.evaluate.download import fetch, obtain
-from turborank.evaluate.table import Download, Row
+from turborank.data import datasets
+from turborank.data.dataset_table import Download, Row
+from turborank.data.download import fetch, obtain
+from turborank.data.layouts import LAYOUTS
+from turborank.evaluate import DATASETS
 
 
 class Server(ThreadingHTTPServer):

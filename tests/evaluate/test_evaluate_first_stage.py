@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from mini import DOCUMENTS
 
-from turborank.evaluate.corpus import MemoryCorpus
-from turborank.evaluate.datasets import load
-from turborank.evaluate.first_stage import BM25, Analyzer, bm25_run
+from turborank.data.bm25 import BM25, Analyzer, bm25_run
+from turborank.data.corpus import MemoryCorpus
+from turborank.data.datasets import load
+from turborank.data.trec import read_run
 from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import read_run
 
 pytest.importorskip("bm25s")
 pytest.importorskip("Stemmer")

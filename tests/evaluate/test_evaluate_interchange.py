@@ -10,8 +10,8 @@ from helpers import write_checkpoint
 from mini import QRELS
 
 from turborank import Reranker
+from turborank.data.trec import read_qrels, read_run
 from turborank.evaluate import evaluate
-from turborank.evaluate.runs import read_qrels, read_run
 
 pytest.importorskip("bm25s")
 pytrec_eval = pytest.importorskip("pytrec_eval")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from turborank import InputError
+from turborank.data.datasets import load
+from turborank.data.layouts import LAYOUTS
 from turborank.evaluate import DATASETS
-from turborank.evaluate.convert import LAYOUTS
-from turborank.evaluate.datasets import load
-from turborank.evaluate.scores import QueryScores, appending, read
+from turborank.evaluate.record import QueryScores, appending, read
 
 
 def test_scrolls_rows_are_a_summary_and_its_input(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from turborank import InputError
+from turborank.data.trec import Qrels, Run, Scored, ranked
 from turborank.evaluate.measures import means, paired_bootstrap, parse, per_query
-from turborank.evaluate.runs import Qrels, Run, Scored, ranked
 
 pytrec_eval = pytest.importorskip("pytrec_eval")
 

@@ -13,8 +13,8 @@ from helpers import small_config, write_checkpoint
 from mini import QUERIES, append, write_mini
 
 from turborank import InputError, Reranker
+from turborank.data.trec import read_run
 from turborank.evaluate import Evaluation, evaluate
-from turborank.evaluate.runs import read_run
 
 pytest.importorskip("bm25s")
 

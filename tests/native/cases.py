@@ -13,8 +13,8 @@ import numpy as np
 import shapes
 
 from turborank.architectures import jinabert
-from turborank.engines import native, panels
-from turborank.quantised import SCALE, dense, quantise
+from turborank.checkpoint.tensors import SCALE, dense, quantise
+from turborank.engines import native, native_weights
 from turborank.types import ModelConfig, PackedBatch
 
 
@@ -38,7 +38,7 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
 
 def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str) -> None:
     """What one row of the instruction-set table reads."""
-    packed, facts = panels.pack(tensors, model, native.layout(isa, precision))
+    packed, facts = native_weights.pack(tensors, model, native.layout(isa, precision))
     m = model
     numbers = (m.vocab_size, m.hidden_size, m.num_hidden_layers, m.num_attention_heads, m.intermediate_size)
     more = (m.type_vocab_size, facts["positions"], m.position_offset, m.max_length, m.layer_norm_eps)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import shapes
 
-from turborank import quantised
 from turborank.engines import native
 
 if native.available() is not None:
@@ -91,9 +90,9 @@ def stored_case(feed_forward):
     given = dict(tensors)
     for name, weight in tensors.items():
         if name.startswith("encoder") and weight.ndim == 2:
-            given[name], given[f"{name}_scale"] = quantised.quantise(weight)
+            given[name], given[f"{name}_scale"] = tensors.quantise(weight)
     trace = []
-    shapes.law(quantised.dense(given), model, tokens, trace)
+    shapes.law(tensors.dense(given), model, tokens, trace)
     return model, given, tokens, trace[-1]
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import shapes
 
+from turborank.checkpoint.tensors import SCALE, dense, quantise
 from turborank.engines import native
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
-from turborank.quantised import SCALE, dense, quantise
 from turborank.types import PackedBatch
 
 if native.available() is not None:

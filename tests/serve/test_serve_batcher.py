@@ -10,8 +10,8 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 
 from serving import CountingEngine, until
 
-from turborank.serve.batcher import Batcher
-from turborank.serve.problems import Problem
+from turborank.serve.queue import Batcher
+from turborank.serve.wire import Problem
 from turborank.types import Encoding
 
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
 
 from turborank.errors import InputError
-from turborank.serve import config, logs
+from turborank.serve import config, telemetry
 from turborank.serve.config import FIELDS, Settings, load
 
 EXAMPLES = {str: "x", int: 7, float: 7.5, bool: True}
@@ -100,14 +100,14 @@ def test_logs_are_json_and_carry_fields():
     stream = StringIO()
     record = logging.LogRecord("x", logging.INFO, "", 0, "request", (), None)
     record.fields = {"status": 200}
-    stream.write(logs.JsonFormatter().format(record))
+    stream.write(telemetry.JsonFormatter().format(record))
     line = json.loads(stream.getvalue())
     assert (line["event"], line["status"], line["level"]) == ("request", 200, "info")
 
 
 def test_the_command_serves_logs_no_text_and_ends_on_sigterm(model, tmp_path):
     environment = {**os.environ, "TURBORANK_PORT": "0", "TURBORANK_ENGINE": "reference", "TURBORANK_MODEL": str(model)}
-    code = "import sys; from turborank import cli_serve; cli_serve.serve(log_level='info')"
+    code = "import sys; from turborank.cli import serve; serve.serve(log_level='info')"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
     lines = []
     try:

@@ -11,10 +11,10 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 from serving import running
 
 from turborank.errors import InputError
-from turborank.serve import keys, limits, server
+from turborank.serve import auth, server
 from turborank.serve.config import Settings
-from turborank.serve.problems import Problem
 from turborank.serve.service import Service
+from turborank.serve.wire import Problem
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
 
@@ -29,18 +29,18 @@ def ring_file(tmp_path):
 
 
 def test_a_new_key_is_shown_once_and_kept_as_a_hash(ring_file):
-    secret = keys.new(ring_file, "team", models=("bees",), requests=60)
+    secret = auth.new(ring_file, "team", models=("bees",), requests=60)
     assert re.fullmatch(r"tr-[\w-]{43}", secret)
     assert secret not in ring_file.read_text()
     assert stat.S_IMODE(os.stat(ring_file).st_mode) == 0o600
-    [key] = keys.read(ring_file)
+    [key] = auth.read(ring_file)
     assert (key.name, key.models, key.requests_per_minute, key.tokens_per_minute) == ("team", ("bees",), 60, 0)
-    other = keys.new(ring_file, "other")
-    assert [key.name for key in keys.read(ring_file)] == ["team", "other"]
-    ring = keys.KeyRing(ring_file)
+    other = auth.new(ring_file, "other")
+    assert [key.name for key in auth.read(ring_file)] == ["team", "other"]
+    ring = auth.KeyRing(ring_file)
     assert [ring.find(one).name for one in (secret, other)] == ["team", "other"]
     assert ring.find(secret + "x") is None
-    assert ring.find(keys.digest(secret)) is None
+    assert ring.find(auth.digest(secret)) is None
 
 
 @pytest.mark.parametrize(
@@ -58,45 +58,45 @@ def test_a_new_key_is_shown_once_and_kept_as_a_hash(ring_file):
 def test_a_broken_key_file_is_refused_with_the_place(ring_file, text, message):
     ring_file.write_text(text)
     with pytest.raises(InputError, match=message):
-        keys.read(ring_file)
+        auth.read(ring_file)
 
 
 def test_a_name_is_given_once(ring_file):
-    keys.new(ring_file, "team")
+    auth.new(ring_file, "team")
     for name in ("team", "", "a/b", "x" * 65):
         with pytest.raises(InputError, match="name"):
-            keys.new(ring_file, name)
+            auth.new(ring_file, name)
 
 
 def test_the_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(ring_file):
     now, complaints = [0.0], []
-    first = keys.new(ring_file, "first")
-    ring = keys.KeyRing(ring_file, complain=complaints.append, clock=lambda: now[0])
-    second = keys.new(ring_file, "second")
-    now[0] += keys.CHECK_EVERY
+    first = auth.new(ring_file, "first")
+    ring = auth.KeyRing(ring_file, complain=complaints.append, clock=lambda: now[0])
+    second = auth.new(ring_file, "second")
+    now[0] += auth.CHECK_EVERY
     assert ring.find(second).name == "second"
     ring_file.write_text("[[keys")
-    now[0] += keys.CHECK_EVERY
+    now[0] += auth.CHECK_EVERY
     assert ring.find(first).name == "first"
     assert "the keys stay as they were" in complaints[0]
     ring_file.write_text("")
-    now[0] += keys.CHECK_EVERY
+    now[0] += auth.CHECK_EVERY
     assert ring.find(first) is None
     assert ring.required
 
 
 def test_every_key_is_compared_and_each_in_constant_time(ring_file, monkeypatch):
-    secrets = [keys.new(ring_file, name) for name in "abc"]
-    ring, compared = keys.KeyRing(ring_file), []
-    compare = keys.hmac.compare_digest
-    monkeypatch.setattr(keys.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b))
+    secrets = [auth.new(ring_file, name) for name in "abc"]
+    ring, compared = auth.KeyRing(ring_file), []
+    compare = auth.hmac.compare_digest
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b))
     ring.find(secrets[0])
     assert len(compared) == 3
 
 
 def test_over_http(model, ring_file):
-    good = keys.new(ring_file, "good")
-    narrow = keys.new(ring_file, "narrow", models=("other",))
+    good = auth.new(ring_file, "good")
+    narrow = auth.new(ring_file, "narrow", models=("other",))
     with running(model, keys=str(ring_file)) as up:
         assert up.ask("/v1/rerank", BODY, bearer(good)).status == 200
         assert up.ask("/v1/rerank", BODY, {"authorization": f"bearer  {good} "}).status == 200
@@ -123,12 +123,12 @@ def test_over_http(model, ring_file):
 
 
 def test_two_authorization_headers_are_none(ring_file):
-    good = keys.new(ring_file, "good").encode()
-    ring = keys.KeyRing(ring_file)
+    good = auth.new(ring_file, "good").encode()
+    ring = auth.KeyRing(ring_file)
     header = (b"Authorization", b"Bearer " + good)
-    assert limits.authorise(ring, [header]).name == "good"
+    assert auth.authorise(ring, [header]).name == "good"
     with pytest.raises(Problem, match="got 2"):
-        limits.authorise(ring, [header, (b"authorization", b"Bearer x")])
+        auth.authorise(ring, [header, (b"authorization", b"Bearer x")])
 
 
 def test_a_single_key_may_come_from_the_environment(model, monkeypatch):
@@ -148,10 +148,10 @@ def test_a_key_of_the_environment_may_end_in_a_newline_and_must_fit_a_header(mod
 def test_a_file_that_no_key_can_be_appended_to_stays_as_it_was(tmp_path, ring_file):
     ring_file.write_text("keys = []\n")
     with pytest.raises(InputError, match=r"expected a file that \[\[keys\]\] can be appended to"):
-        keys.new(ring_file, "late")
+        auth.new(ring_file, "late")
     assert ring_file.read_text() == "keys = []\n"
     with pytest.raises(InputError, match=r"expected to write the key file .*No such file or directory"):
-        keys.new(tmp_path / "nowhere" / "keys.toml", "late")
+        auth.new(tmp_path / "nowhere" / "keys.toml", "late")
 
 
 def test_strangers_need_a_key(model):
@@ -164,7 +164,7 @@ def test_strangers_need_a_key(model):
 
 def test_a_bucket_refills_steadily():
     now = [0.0]
-    bucket = limits.Bucket(60, lambda: now[0])
+    bucket = auth.Bucket(60, lambda: now[0])
     bucket.take(60)
     assert bucket.wait() == 1.0
     now[0] = 0.5
@@ -176,7 +176,7 @@ def test_a_bucket_refills_steadily():
 
 
 def test_rates_over_http(model, ring_file):
-    slow, free = keys.new(ring_file, "slow", requests=2), keys.new(ring_file, "free")
+    slow, free = auth.new(ring_file, "slow", requests=2), auth.new(ring_file, "free")
     with running(model, keys=str(ring_file)) as up:
         first, second, third = (up.ask("/v1/rerank", BODY, bearer(slow)) for _ in range(3))
         assert [one.status for one in (first, second, third)] == [200, 200, 429]
@@ -189,7 +189,7 @@ def test_rates_over_http(model, ring_file):
 
 
 def test_token_rates_count_what_was_read(model, ring_file):
-    secret = keys.new(ring_file, "slow", tokens=30)
+    secret = auth.new(ring_file, "slow", tokens=30)
     with running(model, keys=str(ring_file)) as up:
         first = up.ask("/v1/rerank", BODY, bearer(secret))
         assert first.headers["x-ratelimit-remaining-tokens"] == str(30 - first.json["usage"]["total_tokens"])

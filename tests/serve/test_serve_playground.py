@@ -16,7 +16,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright import sync_api as playwright
 from serving import running
 
-from turborank.serve import keys
+from turborank.serve import auth
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if not CHROMIUM:
@@ -280,7 +280,7 @@ def test_the_offered_call_works_as_it_stands(up, visit, tmp_path):
 
 
 def test_a_server_with_keys_can_be_used(model, visit, tmp_path):
-    secret = keys.new(tmp_path / "keys.toml", "me")
+    secret = auth.new(tmp_path / "keys.toml", "me")
     with running(model, keys=str(tmp_path / "keys.toml")) as up:
         page = visit(up)
         page.get_by_role("button", name="Rank", exact=True).click()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serving import JSON, head, running, until
 
 from turborank.serve.dialects import DIALECTS, by_path
-from turborank.serve.passages import LONGEST, passages
+from turborank.text import LONGEST, passages
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
 PATHS = sorted(by_path())

@@ -11,7 +11,7 @@ pytest.importorskip("opentelemetry.sdk", reason="needs pip install 'turborank[ot
 from opentelemetry.sdk.trace.export import in_memory_span_exporter as memory
 from serving import running, until
 
-from turborank.serve.tracing import Tracer
+from turborank.serve.telemetry import Tracer
 
 BODY = {"query": "my private question", "documents": ["my private text", "tides"]}
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -43,7 +43,7 @@ class Checkpoint:
     config: ModelConfig
     raw_config: dict[str, Any]
     # By canonical name. float32, newly made at each access; or int8 (rows, columns), its float32 scales (rows,) beside
-    # it under "<name>_scale" (see turborank.quantised).
+    # it under "<name>_scale" (see turborank.checkpoint.tensors).
     weights: Mapping[str, npt.NDArray[Any]]
     tokenizer: Tokenizer
 

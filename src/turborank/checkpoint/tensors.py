@@ -18,6 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from turborank.errors import CheckpointError
+from turborank.types import Float32
 
 FLOATS = ("F32", "F16", "BF16")
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}
@@ -143,3 +144,28 @@ def _damage(path: Path, error: SafetensorError) -> tuple[str]:
     if size < whole:
         return (f"expected {whole:,} bytes, got {size:,}: the file is truncated at {path}; fetch it again",)
     return (f"expected a safetensors file, got a damaged one at {path} ({error}); fetch it again",)
+
+
+# Int8 tensors as turborank stores them: int8 under ``name``, one float32 scale a row under ``name_scale``.
+
+SCALE = "_scale"
+
+
+def quantise(weight: Float32) -> tuple[np.ndarray[Any, np.dtype[np.int8]], Float32]:
+    """Symmetric, to ±127: (rows, columns) float32 -> int8 of the same shape and scales (rows,)."""
+    scale = np.abs(weight).max(axis=1) / np.float32(127.0)
+    scale = np.where(scale == 0, np.float32(1.0), scale).astype(np.float32)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale
+
+
+def dense(weights: Mapping[str, Any]) -> dict[str, Float32]:
+    """Every tensor as float32, quantised ones multiplied out, without their scales."""
+    out: dict[str, Float32] = {}
+    for name in weights:
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in weights:
+            continue
+        value = weights[name]
+        if value.dtype == np.int8:
+            value = value.astype(np.float32) * weights[name + SCALE][:, None]
+        out[name] = np.asarray(value, dtype=np.float32)
+    return out

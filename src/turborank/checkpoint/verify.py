@@ -10,9 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from turborank.architectures import ARCHITECTURES, recognise
-from turborank.checkpoint.tensors import FLOATS, TensorFile
+from turborank.checkpoint.tensors import FLOATS, SCALE, TensorFile
 from turborank.errors import CheckpointError
-from turborank.quantised import SCALE
 from turborank.types import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]

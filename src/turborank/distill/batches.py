@@ -156,7 +156,7 @@ class Drawer:
 
 def _ids(encoder: PairEncoder, texts: Sequence[str], limit: int) -> list[Int32]:
     """Token ids of each text without the template."""
-    from turborank.tokens import plain
+    from turborank.text import plain
 
     out: list[Int32] = []
     for start in range(0, len(texts), 10_000):

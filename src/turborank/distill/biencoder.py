@@ -21,10 +21,12 @@ from torch import Tensor
 
 from turborank.architectures import bert, encoder
 from turborank.checkpoint import verify
+from turborank.data.corpus import Step
+from turborank.data.files import replacing
 from turborank.errors import CheckpointError, InputError
-from turborank.ops import training
+from turborank.ops import torch_training
 from turborank.scheduler import plan
-from turborank.tokens import plain
+from turborank.text import plain
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 TOKEN_BUDGET = 8_192  # tokens embedded at once
@@ -113,8 +115,8 @@ class BiEncoder:
         chosen = weights or self.weights
         trace: list[Tensor] = []
         with torch.no_grad():
-            x = bert.embed(chosen, self.config, batch, training)
-            encoder.encode(chosen, self.config, x, batch.cu_seqlens, training, first_only=False, trace=trace)
+            x = bert.embed(chosen, self.config, batch, torch_training)
+            encoder.encode(chosen, self.config, x, batch.cu_seqlens, torch_training, first_only=False, trace=trace)
         return trace
 
     def embed(
@@ -152,3 +154,34 @@ def is_biencoder(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(modules, list) and bool(modules) and "Transformer" in str(modules[0].get("type", ""))
+
+
+# A bi-encoder's vectors of many texts, kept in blocks under the hash of what they were made from.
+
+BLOCK = 1024  # texts embedded and kept together: what a kill can cost
+
+
+def embed(model: BiEncoder, texts: Sequence[str], cache: Path, *, progress: Step | None = None) -> Float32:
+    """Unit vectors (N, C) of texts, block by block; a block that is in ``cache`` is not computed again."""
+    found: list[Float32] = []
+    for start in range(0, len(texts), BLOCK):
+        block = texts[start : start + BLOCK]
+        path = cache / f"{_key(model, block)}.npy"
+        if path.is_file():
+            found.append(np.load(path))
+        else:
+            vectors = model.embed(block)
+            with replacing(path) as file:
+                np.save(file, vectors)
+            found.append(vectors)
+        if progress is not None:
+            progress(start + len(block), len(texts))
+    return np.concatenate(found)
+
+
+def _key(model: BiEncoder, texts: Sequence[str]) -> str:
+    digest = hashlib.sha256(f"{model.revision}\0{model.max_tokens}".encode())
+    for text in texts:
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()[:40]

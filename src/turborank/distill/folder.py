@@ -26,18 +26,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from turborank.distill.records import identity, read_records
-from turborank.errors import InputError
-from turborank.evaluate.corpus import document_text
-from turborank.evaluate.files import (
+from turborank.data.corpus import beir_text
+from turborank.data.files import (
     file_hash,
+    identity,
     open_binary,
     parse_object,
+    read_records,
     replacing,
     string_field,
     write_json,
 )
-from turborank.evaluate.runs import Scored, format_run, read_qrels
+from turborank.data.trec import Scored, format_run, read_qrels
+from turborank.errors import InputError
 from turborank.types import Float32
 
 CORPUS, QUERIES, CANDIDATES, MANIFEST = "corpus.jsonl", "queries.jsonl", "candidates.trec", "manifest.json"
@@ -228,7 +229,7 @@ def _read_texts(path: Path, what: str) -> tuple[Ids, list[str], list[str]]:
             raise InputError(f"expected each {what} id once, got {name!r} again at {at}")
         names[name] = None
         title = string_field(record, "title", path, at.number, default="")
-        texts.append(document_text(title, string_field(record, "text", path, at.number)))
+        texts.append(beir_text(title, string_field(record, "text", path, at.number)))
         source = string_field(record, "source", path, at.number, default="")
         sources.append(kept.setdefault(source, source))
     if not names:
@@ -267,7 +268,7 @@ def _refuse_overlap(folder: Path, judged: Mapping[str, tuple[Places, Places, Any
 def read_pairs(path: Path, queries: Ids, documents: Ids) -> tuple[Places, Places, Float32]:
     """A TREC run as arrays (N,): places of the query and of the document, score; in the order of the file.
 
-    Raises InputError, with file and line, as :func:`turborank.evaluate.runs.read_run` does, and for unknown ids.
+    Raises InputError, with file and line, as :func:`turborank.data.trec.read_run` does, and for unknown ids.
     """
     which, places, scores, lines = array("i"), array("i"), array("f"), array("q")
     with open_binary(path) as file:

@@ -20,11 +20,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turborank.distill.records import Place, identity, read_records
+from turborank.data.corpus import JsonlCorpus
+from turborank.data.files import Place, identity, read_records, string_field
+from turborank.data.trec import Qrels, Run, read_qrels, read_run
 from turborank.errors import InputError
-from turborank.evaluate.corpus import JsonlCorpus
-from turborank.evaluate.files import string_field
-from turborank.evaluate.runs import Qrels, Run, read_qrels, read_run
 
 QUERY_FIELDS = ("query", "anchor")
 PASSAGE_FIELDS = ("passage", "positive", "document", "text")

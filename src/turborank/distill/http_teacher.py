@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from turborank.distill.pairs import Question
+from turborank.distill.scores import Question
 from turborank.errors import InputError, UnknownKeyError
 from turborank.types import Float32
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from turborank.distill import mine, vectors
-from turborank.distill.collection import Collection, Recipe, collect
+from turborank.data.bm25 import parameters
+from turborank.data.download import Told, _quiet
+from turborank.data.files import check_folder, file_hash, replacing, write_json
+from turborank.distill import biencoder
 from turborank.distill.folder import (
     CACHE,
     CANDIDATES,
@@ -25,10 +27,9 @@ from turborank.distill.folder import (
     run_path,
     write_pools,
 )
+from turborank.distill.pools import PoolPlan, Pools, index, mine
+from turborank.distill.sources import Collection, Recipe, collect
 from turborank.errors import InputError
-from turborank.evaluate.download import Told, _quiet
-from turborank.evaluate.files import check_folder, file_hash, replacing, write_json
-from turborank.evaluate.first_stage import parameters
 from turborank.types import Float32
 
 FORMAT = 1
@@ -36,7 +37,7 @@ GIVEN = "given"  # the teacher whose scores came with the data
 
 
 def build(
-    recipe: Recipe, out: Path, plan: mine.PoolPlan, *, dense: Path | None = None, progress: Told = _quiet
+    recipe: Recipe, out: Path, plan: PoolPlan, *, dense: Path | None = None, progress: Told = _quiet
 ) -> dict[str, Any]:
     """A training folder at ``out``; its manifest.
 
@@ -50,9 +51,9 @@ def build(
         return known
     made = collect(recipe, whole=plan.mines)
     embedded = _embed(dense, made, out / CACHE / "vectors", progress) if dense and plan.dense else None
-    pools = mine.mine(
+    pools = mine(
         made.queries, [list(places) for places in made.known], made.held_out,
-        mine.index(made.texts, progress=progress("index passages")), len(made.texts), plan,
+        index(made.texts, progress=progress("index passages")), len(made.texts), plan,
         vectors=embedded, seed=recipe.seed, progress=progress("choose candidates"),
     )  # fmt: skip
     _clear(out)
@@ -76,7 +77,7 @@ def _clear(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _about(recipe: Recipe, plan: mine.PoolPlan, dense: Path | None) -> dict[str, Any]:
+def _about(recipe: Recipe, plan: PoolPlan, dense: Path | None) -> dict[str, Any]:
     """Everything the folder depends on, as JSON keeps it."""
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -140,8 +141,8 @@ def _embed(dense: Path, made: Collection, cache: Path, progress: Told) -> tuple[
 
     model = BiEncoder.load(dense)
     return (
-        vectors.embed(model, made.queries, cache, progress=progress("embed queries")),
-        vectors.embed(model, made.texts, cache, progress=progress("embed passages")),
+        biencoder.embed(model, made.queries, cache, progress=progress("embed queries")),
+        biencoder.embed(model, made.texts, cache, progress=progress("embed passages")),
     )
 
 
@@ -153,7 +154,7 @@ def _names(given: list[str | None], letter: str) -> list[str]:
     return [f"{letter}{place}" if name is None else name for place, name in enumerate(given)]
 
 
-def _write(out: Path, made: Collection, pools: mine.Pools) -> None:
+def _write(out: Path, made: Collection, pools: Pools) -> None:
     query_ids, doc_ids = _names(made.query_ids, "q"), _names(made.doc_ids, "d")
     with replacing(out / CORPUS) as file:
         for name, text in zip(doc_ids, made.texts, strict=True):
@@ -193,7 +194,7 @@ def _line(record: dict[str, str]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
-def _counts(made: Collection, pools: mine.Pools) -> dict[str, Any]:
+def _counts(made: Collection, pools: Pools) -> dict[str, Any]:
     sizes = np.diff(pools.bounds)
     return {
         "passages": len(made.texts),

@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turborank.distill.biencoder import BiEncoder
-from turborank.distill.loop import Loss
-from turborank.distill.model import Model, tensors
+from turborank.distill.trainer import Loss, Model, tensors
 from turborank.errors import InputError
-from turborank.ops import training
+from turborank.ops import torch_training
 from turborank.types import Int32, ModelConfig, PackedBatch
 
 IdPair = tuple[Sequence[int], Sequence[int]]  # token ids of query and document, without the template
@@ -136,7 +135,7 @@ def check(student: ModelConfig, source: ModelConfig) -> None:
 
 
 class Recovery:
-    """A loss for :meth:`turborank.distill.loop.Run.train`."""
+    """A loss for :meth:`turborank.distill.trainer.Run.train`."""
 
     def __init__(
         self, source: BiEncoder, texts: Texts, *, layers: Sequence[int], dtype: torch.dtype, rank: int = 0
@@ -161,8 +160,8 @@ class Recovery:
             layers.append(F.mse_loss(have.float(), target) / target.var())
         types: Any = batch.type_ids
         bounds: Any = batch.cu_seqlens
-        have_q, have_d = training.segment_means(trace[-1], types, bounds)
-        want_q, want_d = training.segment_means(wanted[-1][rows], types, bounds)
+        have_q, have_d = torch_training.segment_means(trace[-1], types, bounds)
+        want_q, want_d = torch_training.segment_means(wanted[-1][rows], types, bounds)
         pooled = 1 - torch.cat([F.cosine_similarity(have_q, want_q), F.cosine_similarity(have_d, want_d)]).mean()
         hidden = torch.stack(layers).mean()
         parts = {"hidden": hidden.item(), "last_layer": layers[-1].item(), "pooled": pooled.item()}

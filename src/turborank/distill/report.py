@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.errors import InputError
-from turborank.evaluate.page import labelled, table
-from turborank.evaluate.plots import ABOVE, SERIES, colour, figure
+from turborank.evaluate.html import ABOVE, SERIES, colour, figure, labelled, table
 
 CURVE, MANIFEST, PAGE = "curve.jsonl", "manifest.json", "report.html"
 BOOKKEEPING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "log_scale")

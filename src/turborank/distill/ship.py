@@ -17,12 +17,12 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from turborank.checkpoint import verify
+from turborank.checkpoint.tensors import SCALE, quantise
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.model import LAST
 from turborank.distill.students import Student
 from turborank.distill.train import Serving, held_out_logits
+from turborank.distill.trainer import LAST
 from turborank.errors import InputError
-from turborank.quantised import SCALE, quantise
 
 
 def average(folders: Sequence[str | Path]) -> Student:
@@ -80,7 +80,7 @@ def calibrate(student: Student, folder: TrainingFolder, serving: Serving) -> tup
 
 
 def write_int8(student: Student, folder: Path) -> None:
-    """A model folder with int8 matrices (see :mod:`turborank.quantised`)."""
+    """A model folder with int8 matrices (see :mod:`turborank.checkpoint.tensors`)."""
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     for name, weight in sorted(student.weights.items()):
         value = weight.detach().float().numpy()

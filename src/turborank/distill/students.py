@@ -14,19 +14,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from turborank import checkpoint
-from turborank.architectures import ARCHITECTURES, jinabert, recognise
+from turborank.architectures import ARCHITECTURES, encoder, jinabert, recognise
 from turborank.checkpoint import verify
-from turborank.distill.heads import match_heads
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
-from turborank.types import ModelConfig
+from turborank.ops import torch_training
+from turborank.types import ModelConfig, PackedBatch
+
+if TYPE_CHECKING:
+    from turborank.distill.biencoder import BiEncoder
 
 WORDS = "embeddings.word_embeddings.weight"
 COSINE_SCALE = 20.0  # the logit of a cosine of 1, before training
@@ -83,7 +86,7 @@ class Student:
     @classmethod
     def load(cls, model: str | Path | None) -> Student:
         """A checkpoint that turborank loads (name or folder), int8 multiplied out."""
-        from turborank.quantised import dense
+        from turborank.checkpoint.tensors import dense
 
         loaded = checkpoint.load(model)
         weights = {name: torch.from_numpy(w.copy()) for name, w in dense(loaded.weights).items()}
@@ -200,7 +203,7 @@ def from_scratch(
     slopes: str = "standard",
     seed: int = 0,
 ) -> Student:
-    """Random weights of a row of SHAPES, for a tokenizer with a pair template (:mod:`turborank.distill.vocabulary`)."""
+    """Random weights of a row of SHAPES, for a tokenizer with a pair template (:mod:`turborank.distill.students`)."""
     if shape not in SHAPES:
         raise UnknownKeyError("shape", shape, SHAPES)
     if slopes not in SLOPES:
@@ -247,3 +250,118 @@ RECIPES: dict[str, Recipe] = {
     "alibi": Recipe(from_bert, "a BERT encoder, positions replaced by ALiBi: reads 8,192 tokens after `recover`"),
     "scratch": Recipe(from_scratch, "random weights, with a vocabulary of its own"),
 }
+
+
+# Which ALiBi slope suits which attention head of a BERT? An assignment that costs no training.
+
+PROBE_TOKENS = 200  # read of each text
+
+
+def match_heads(weights: dict[str, Tensor], config: ModelConfig, source: BiEncoder, texts: Sequence[str]) -> None:
+    """Permute the heads of ``weights`` in place, layer by layer: each slope is served by the head it hurts least.
+
+    Cost of a head under a slope: cross entropy between the source's attention and the head's own scores with that
+    slope's bias, over the source's hidden states and the student's (its lower layers already permuted). The cheapest
+    assignment is found by the Hungarian algorithm.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    batches = [source.pack([ids]) for ids in source.token_ids(texts, PROBE_TOKENS)]
+    size = config.head_size
+    for layer in range(config.num_hidden_layers):
+        name = f"encoder.layer.{layer}.attention"
+        cost = sum(_costs(weights, config, source, name, layer, batch) for batch in batches)
+        heads, places = linear_sum_assignment(cost.numpy())  # type: ignore[union-attr]
+        order = torch.empty(len(heads), dtype=torch.long)
+        order[torch.as_tensor(places)] = torch.as_tensor(heads)  # slope h is served by the old head order[h]
+        rows = (order[:, None] * size + torch.arange(size)).flatten()
+        for part in encoder.PROJECTIONS:
+            for kind in ("weight", "bias"):
+                key = f"{name}.self.{part}.{kind}"
+                weights[key] = weights[key][rows]
+        weights[f"{name}.output.dense.weight"] = weights[f"{name}.output.dense.weight"][:, rows]
+
+
+def _costs(
+    weights: dict[str, Tensor], config: ModelConfig, source: BiEncoder, name: str, layer: int, batch: PackedBatch
+) -> Tensor:
+    """(H heads, H slopes), of one text."""
+    heads = config.num_attention_heads
+    want = torch.softmax(_scores(source.weights, name, source.layers(batch)[layer], heads), dim=-1)
+    have = _scores(weights, name, _layers(weights, config, batch)[layer], heads)
+    steps = torch.arange(have.shape[-1])
+    distance = (steps[:, None] - steps[None, :]).abs()
+    columns = [-(want * torch.log_softmax(have - slope * distance, dim=-1)).sum(-1).mean(-1) for slope in config.slopes]
+    return torch.stack(columns, dim=1)
+
+
+def _scores(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
+    """Scaled products of queries and keys of one text: (H, n, n)."""
+    q, k = (encoder.dense(weights, f"{name}.self.{part}", x, torch_training) for part in ("query", "key"))
+    q, k = (y.view(y.shape[0], heads, -1).transpose(0, 1) for y in (q, k))
+    scores: Tensor = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    return scores
+
+
+def _layers(weights: dict[str, Tensor], config: ModelConfig, batch: PackedBatch) -> list[Tensor]:
+    """The student's hidden states of a text that is read alone."""
+    trace: list[Tensor] = []
+    bounds: Any = batch.cu_seqlens
+    with torch.no_grad():
+        x = torch_training.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # type: ignore[arg-type]
+        x = encoder.norm(weights, "embeddings.LayerNorm", x, config, torch_training)
+        encoder.encode(weights, config, x, bounds, torch_training, first_only=False, trace=trace)
+    return trace
+
+
+# A vocabulary of one's own, from one's own texts, with the pair template a cross-encoder needs.
+
+TOKENIZERS = ("wordpiece", "bpe")
+LEAST = 64  # pieces: fewer are not even an alphabet
+
+
+def train_tokenizer(texts: Sequence[str], *, kind: str = "wordpiece", size: int = 16_384) -> Tokenizer:
+    """A tokenizer of at most ``size`` pieces.
+
+    ``wordpiece`` is BERT's (uncased, `[CLS] q [SEP] d [SEP]`, arXiv 1810.04805); ``bpe`` is byte-level, as RoBERTa's
+    and the published jina rerankers' (`<s> q </s></s> d </s>`), and so knows every text.
+    """
+    if kind not in TOKENIZERS:
+        raise UnknownKeyError("vocabulary", kind, TOKENIZERS)
+    if size < LEAST or not texts:
+        raise InputError(f"expected texts and at least {LEAST} pieces, got {len(texts)} texts and {size} pieces")
+    if kind == "wordpiece":
+        return _wordpiece(texts, size)
+    return _bpe(texts, size)
+
+
+def _wordpiece(texts: Sequence[str], size: int) -> Tokenizer:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    begin, end = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", begin), ("[SEP]", end)]
+    )
+    return tokenizer
+
+
+def _bpe(texts: Sequence[str], size: int) -> Tokenizer:
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(size, 256 + len(special)), special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    begin, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B:1 </s>:1", special_tokens=[("<s>", begin), ("</s>", end)]
+    )
+    return tokenizer

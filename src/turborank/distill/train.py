@@ -9,8 +9,12 @@ What decides is nDCG@10 of held-out queries, ranked by the engine that will serv
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,26 +22,30 @@ import torch
 from torch import Tensor
 
 from turborank import engines
-from turborank.distill.batches import Drawer
-from turborank.distill.ensemble import TeacherSpec, fuse
-from turborank.distill.folder import TrainingFolder
-from turborank.distill.inner import Inner
-from turborank.distill.loop import Loss
-from turborank.distill.losses import Mix, Targets
-from turborank.distill.model import Model, tensors
+from turborank.architectures.jinabert import COSINES
+from turborank.checkpoint import verify
+from turborank.data.files import read_records, write_json
+from turborank.data.trec import Scored, read_qrels
+from turborank.distill.batches import Drawer, Drawing
+from turborank.distill.biencoder import BiEncoder
+from turborank.distill.folder import TrainingFolder, run_path
+from turborank.distill.losses import Mix, Targets, attention_relations, hidden_states, layer_map, mix, projection
+from turborank.distill.recover import Reading, Recovery, Texts, check
+from turborank.distill.report import write_report
 from turborank.distill.students import Student
+from turborank.distill.teachers import TeacherSpec, fuse, parse_weighted
+from turborank.distill.trainer import Loss, Model, Progress, Run, Schedule, tensors
 from turborank.errors import InputError
 from turborank.evaluate.measures import means, per_query
-from turborank.evaluate.runs import Scored, read_qrels
 from turborank.scheduler import score
-from turborank.tokens import PairEncoder
-from turborank.types import Float32, Pair
+from turborank.tokens import PairEncoder, read_template
+from turborank.types import Float32, ModelConfig, PackedBatch, Pair
 
 MEASURE = "nDCG@10"
 
 
 class Ranking:
-    """A loss for :meth:`turborank.distill.loop.Run.train`: a mix of list losses over drawn lists."""
+    """A loss for :meth:`turborank.distill.trainer.Run.train`: a mix of list losses over drawn lists."""
 
     def __init__(self, drawer: Drawer, mix: Mix, inner: Sequence[Inner] = ()) -> None:
         self.drawer, self.mix, self.inner = drawer, mix, inner
@@ -140,3 +148,250 @@ def held_out_logits(
     """(logits, labels) of the held-out queries' pools."""
     members = pool_places(folder, held_out(folder, serving.queries))
     return serve(student, folder, members, serving), folder.labels[members]
+
+
+# Learning from inside a teacher: :mod:`turborank.distill.losses`, for a teacher that reads the same tokens.
+
+KINDS = ("hidden", "relations")
+
+
+class InnerSpec(NamedTuple):
+    """One term, as KIND:MODEL[:WEIGHT] says it."""
+
+    kind: str
+    model: str
+    weight: float = 1.0
+
+
+def parse_inner(text: str) -> InnerSpec:
+    """``hidden:teacher-folder:0.5`` -> InnerSpec. Raises InputError for anything else."""
+    kind, _, rest = text.partition(":")
+    model, colon, number = rest.rpartition(":")
+    try:
+        weight = float(number) if colon else 1.0
+    except ValueError:
+        model, weight = rest, 1.0  # a colon that belongs to the model's name
+    if not colon:
+        model = rest
+    if kind not in KINDS or not model or not math.isfinite(weight):
+        raise InputError(f"expected hidden:MODEL[:WEIGHT] or relations:MODEL[:WEIGHT], got {text!r}")
+    return InnerSpec(kind, model, weight)
+
+
+class Inner:
+    """A teacher's hidden states or attention relations as one more loss on a step's batch.
+
+    Raises InputError where teacher and student do not read a pair as the same tokens.
+    """
+
+    def __init__(self, spec: InnerSpec, student: Student, dtype: torch.dtype) -> None:
+        self.spec = spec
+        teacher = Student.load(spec.model)
+        if _reading(teacher) != _reading(student):
+            raise InputError(
+                f"expected a teacher that reads the student's tokens, got another vocabulary in {spec.model}",
+                hint="a student of recipe layers or alibi has its source's; scores (--teacher) need no shared tokens",
+            )
+        self.teacher = Model(teacher, dtype=dtype, freeze_words=True).requires_grad_(False)
+        ours, theirs = student.config, teacher.config
+        self.layers = layer_map(ours.num_hidden_layers, theirs.num_hidden_layers)
+        if not (ours.head in COSINES and theirs.head in COSINES):
+            self.layers = self.layers[:-1]  # a classifier computes its last layer for first tokens only
+        self.heads = math.gcd(ours.num_attention_heads, theirs.num_attention_heads)
+        self.places = _last_whole(ours), _last_whole(theirs)
+        self.projections: list[torch.nn.Parameter | None] = [None] * len(self.layers)
+        if spec.kind == "hidden" and ours.hidden_size != theirs.hidden_size:
+            matrices = [projection(ours.hidden_size, theirs.hidden_size, seed) for seed in range(len(self.layers))]
+            self.projections = [torch.nn.Parameter(matrix) for matrix in matrices]
+
+    def __call__(self, batch: PackedBatch, trace: list[Tensor], record: list[tuple[Tensor, ...]]) -> Tensor:
+        """The term, weighted; ``trace`` and ``record`` are the student's, of the same batch."""
+        wanted: list[Tensor] = []
+        kept: list[tuple[Tensor, ...]] = []
+        with torch.no_grad():
+            self.teacher(batch, wanted, kept)
+        if self.spec.kind == "hidden":
+            return self.spec.weight * hidden_states(trace, wanted, self.layers, self.projections)
+        ours, theirs = record[self.places[0]], kept[self.places[1]]
+        bounds = torch.as_tensor(batch.cu_seqlens)
+        return self.spec.weight * attention_relations(ours, theirs, bounds, self.heads)
+
+
+def _reading(student: Student) -> tuple[object, ...]:
+    return student.tokenizer.get_vocab(), read_template(student.tokenizer)
+
+
+def _last_whole(config: ModelConfig) -> int:
+    """The last layer whose queries are computed for all tokens."""
+    last = config.num_hidden_layers - 1
+    return last if config.head in COSINES else max(0, last - 1)
+
+
+# Whole runs, from folders to folders: what the command line calls, and a program may.
+
+MANIFEST = "manifest.json"
+WITH_TEACHER, LABELS_ALONE = "infonce:1,kl:1", "infonce:1"
+# What may differ between the runs of one folder: how far it goes, not what it does.
+FREE = ("stop", "save_every", "evaluate_every", "patience")
+
+
+def recover(
+    student: Path,
+    source: Path,
+    texts: Path,
+    long: Sequence[Path],
+    out: Path,
+    schedule: Schedule,
+    *,
+    budget: int = 4096,
+    long_tokens: Sequence[int] = (1024, 2048, 4096),
+    bf16: bool = True,
+    recompute: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Student:
+    """:mod:`turborank.distill.recover` as a resumable run; the student is written to ``out/final``."""
+    _threads(threads)
+    reading = Reading(budget=budget, long_tokens=tuple(long_tokens))
+    folder, teacher, start = TrainingFolder.load(texts), BiEncoder.load(source), Student.load(student)
+    check(start.config, teacher.config)
+    facts = {
+        "kind": "recover", "student": _hash(student), "source": teacher.revision, "texts": folder.fingerprint,
+        "long": [_hash(path) for path in long], "reading": asdict(reading), "bf16": bf16, "seed": seed,
+    }  # fmt: skip
+    _manifest(out, facts, schedule)
+    run = Run(start, out, schedule, dtype=_dtype(bf16), recompute=recompute)
+    run.resume()
+    queries = [text for text, held in zip(folder.queries, folder.held_out, strict=True) if not held]
+    read = Texts(teacher, queries, folder.texts, _long_documents(long), reading, seed)
+    layers = _matching(start.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    result = run.train(Recovery(teacher, read, layers=layers, dtype=_dtype(bf16), rank=run.rank), progress=progress)
+    return _finish(run, result)
+
+
+def train(
+    folder: Path,
+    student: str | Path,
+    out: Path,
+    schedule: Schedule,
+    drawing: Drawing,
+    *,
+    teachers: Sequence[str] = (),
+    loss: str | None = None,
+    dev: Sequence[Path] = (),
+    dev_queries: int = 200,
+    max_length: int = 512,
+    inner: Sequence[str] = (),
+    bf16: bool = True,
+    recompute: bool = False,
+    train_words: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Train on lists (:mod:`turborank.distill.train`); the folder of the best student, without ``dev`` of the last."""
+    _threads(threads)
+    specs = [parse_weighted(text) for text in teachers]
+    losses = mix(loss or (WITH_TEACHER if specs else LABELS_ALONE))
+    lists, start = TrainingFolder.load(folder), Student.load(student)
+    if "teacher" in losses.needs and not specs:
+        raise InputError("expected a teacher for these losses, got none", hint="name one with --teacher")
+    fused = teacher_scores(lists, specs)
+    examined = {path: lists if path == folder else TrainingFolder.load(path) for path in dev}
+    facts = {
+        "kind": "train", "student": _hash(start.weights), "lists": _of(lists), "loss": loss, "bf16": bf16,
+        "teachers": [[*spec, _hash(run_path(folder, spec.name))] for spec in specs],
+        "drawing": _plain(asdict(drawing)), "inner": list(inner), "seed": seed, "train_words": train_words,
+        "dev": [_of(one) for one in examined.values()], "dev_queries": dev_queries, "max_length": max_length,
+    }  # fmt: skip
+    terms = [Inner(parse_inner(text), start, _dtype(bf16)) for text in inner]
+    run = Run(start, out, schedule, dtype=_dtype(bf16), freeze_words=not train_words, recompute=recompute)
+    run.add([matrix for term in terms for matrix in term.projections if matrix is not None])
+    encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length)
+    drawer = Drawer(lists, encoder, fused, drawing, seed=seed, rank=run.rank)
+    _manifest(out, facts, schedule)  # after whatever may refuse the options, so that they can be corrected
+    run.resume()
+    examination = None
+    if dev:
+        names = [path.name for path in examined]
+        folders = {path.name if names.count(path.name) == 1 else str(path): one for path, one in examined.items()}
+        serving = Serving(threads=threads, max_length=max_length, queries=dev_queries)
+        examination = Examination(folders, serving)
+    _finish(run, run.train(Ranking(drawer, losses, terms), examination, progress))
+    return out / ("best" if (out / "best").is_dir() else "final")
+
+
+def _finish(run: Run, student: Student) -> Student:
+    run.finish(student)
+    if run.accelerator.is_main_process:
+        write_report(run.out)
+    return student
+
+
+def _threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _matching(student: int, source: int) -> list[int]:
+    """The source's layer behind each of the student's: evenly, the last one for the last."""
+    return [round((layer + 1) * source / student) - 1 for layer in range(student)]
+
+
+def _long_documents(paths: Sequence[Path]) -> list[str]:
+    """Each different ``text`` (or ``passage``) of some files of JSON lines."""
+    found: dict[str, None] = {}
+    for path in paths:
+        for at, record in read_records(path):
+            text = record.get("text", record.get("passage"))
+            if not isinstance(text, str):
+                raise InputError(f"expected a string at text or passage, got {type(text).__name__} at {at}")
+            found[" ".join(text.split())] = None
+    return list(found)
+
+
+def _hash(what: Path | Mapping[str, torch.Tensor]) -> str:
+    """sha256 of a file, of a model folder's weights, or of tensors."""
+    if isinstance(what, Path):
+        path = what / verify.WEIGHTS if what.is_dir() else what
+        if not path.is_file():
+            raise InputError(f"expected a file, got nothing at {path}")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(what):
+        digest.update(name.encode())
+        digest.update(what[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _of(folder: TrainingFolder) -> dict[str, str]:
+    """What a training folder holds: its texts, pools and labels."""
+    labels = sorted((folder.path / "qrels").glob("*.tsv"))
+    return folder.fingerprint | {path.name: _hash(path) for path in labels}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _manifest(out: Path, facts: dict[str, Any], schedule: Schedule) -> None:
+    """Write what the run is made of; refuse to continue another one."""
+    facts = _plain(facts | {"schedule": {k: v for k, v in asdict(schedule).items() if k not in FREE}})
+    path = out / MANIFEST
+    if path.is_file():
+        known = verify.json_object(path)
+        differing = [key for key in facts if known.get(key) != facts[key]]
+        if differing:
+            raise InputError(
+                f"expected the run that is there to be of the same, got another {', '.join(differing)} at {path}",
+                hint="choose another --out, or delete the folder",
+            )
+        return
+    facts["versions"] = {"torch": torch.__version__}
+    write_json(path, facts)

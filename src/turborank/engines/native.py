@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
-from turborank.engines import panels
+from turborank.engines import native_weights
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
@@ -59,9 +59,9 @@ def precisions(isa: str) -> list[str]:
     return [] if _native is None else list(_native.isas().get(isa, []))
 
 
-def layout(isa: str, precision: str) -> panels.Layout:
+def layout(isa: str, precision: str) -> native_weights.Layout:
     """How that row wants that precision's weights."""
-    return panels.Layout(precision, *_native.isas()[isa][precision])
+    return native_weights.Layout(precision, *_native.isas()[isa][precision])
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -197,7 +197,7 @@ def prepare(
         raise InputError(f"expected threads to be at least 1, got {threads}")
     _check(config)
     isa = _isa(precision)
-    packed, facts = panels.pack(weights, config, layout(isa, precision))
+    packed, facts = native_weights.pack(weights, config, layout(isa, precision))
     model = _native.Model(_plain(config) | facts, packed, precision, isa)
     if isinstance(weights, TensorFile):
         weights.release()  # what is packed; word embeddings stay in the file and are read there

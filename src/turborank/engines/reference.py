@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from turborank.architectures import ARCHITECTURES
+from turborank.checkpoint.tensors import dense
 from turborank.ops import Array, reference
-from turborank.quantised import dense
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 PRECISIONS = ("fp32",)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from turborank.architectures import ARCHITECTURES
+from turborank.checkpoint.tensors import dense
 from turborank.errors import EngineUnavailableError
-from turborank.quantised import dense
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -77,20 +77,22 @@ class TorchEngine:
 
     def _replayed(self) -> Any:
         """The forward in Triton kernels, where they fit; if it never mixes rows of different pairs, as CUDA graphs."""
-        from turborank.engines import graphs
-        from turborank.ops import fused
+        from turborank.engines import cuda_graphs
+        from turborank.ops import triton as triton_ops
 
-        if not fused.supports(self.config):
+        if not triton_ops.supports(self.config):
             return None
         forward = ARCHITECTURES[self.config.architecture].forward
         fill = self.config.head == "classifier" and self.config.architecture != "deberta"
-        return graphs.Replayed(lambda batch: forward(self.weights, self.config, batch, fused), self.device, fill=fill)
+        return cuda_graphs.Replayed(
+            lambda batch: forward(self.weights, self.config, batch, triton_ops), self.device, fill=fill
+        )
 
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,)."""
         import torch
 
-        from turborank.ops import pytorch
+        from turborank.ops import torch as torch_ops
 
         if self.replayed is not None:
             replayed: Float32 = self.replayed.logits(batch)
@@ -101,7 +103,7 @@ class TorchEngine:
 
         moved = PackedBatch(move(batch.input_ids), move(batch.type_ids), move(batch.cu_seqlens), batch.max_seqlen)
         with torch.inference_mode():
-            out = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, moved, pytorch)
+            out = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, moved, torch_ops)
         result: Float32 = out.float().cpu().numpy()
         return result
 

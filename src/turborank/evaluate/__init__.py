@@ -4,11 +4,11 @@
 >>> evaluate(["scifact"], out="results")  # doctest: +SKIP
 """
 
-from turborank.evaluate.datasets import Dataset, load
+from turborank.data.dataset_table import DATASETS, GROUPS
+from turborank.data.datasets import Dataset, load
 from turborank.evaluate.measures import MEASURES, Comparison, paired_bootstrap
 from turborank.evaluate.pipeline import evaluate
-from turborank.evaluate.results import Evaluation, Result, System
-from turborank.evaluate.table import DATASETS, GROUPS
+from turborank.evaluate.record import Evaluation, Result, System
 
 __all__ = [
     "DATASETS",

@@ -1,7 +1,7 @@
 """Measures by ir-measures (trec_eval itself behind most of them), and what chance has to say about differences.
 
 Every measure is over the queries of the judgements: a query without results counts as zero. Ties are broken by
-:func:`turborank.evaluate.runs.ranked` before any measure sees them, so all of them agree with trec_eval.
+:func:`turborank.data.trec.ranked` before any measure sees them, so all of them agree with trec_eval.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turborank.data.trec import Qrels, Run, ranked
 from turborank.errors import InputError
-from turborank.evaluate.runs import Qrels, Run, ranked
 
 MEASURES = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10", "Judged@10")
 ALIASES = {

@@ -18,16 +18,23 @@ from typing import Any
 
 import numpy as np
 
+from turborank.data.bm25 import bm25_run, parameters
+from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
+from turborank.data.download import Told, _quiet
+from turborank.data.files import check_folder, file_hash, read_lines, write_json, write_text
+from turborank.data.trec import Qrels, Run, Scored, read_run, write_run
 from turborank.errors import InputError
-from turborank.evaluate import report, scores
-from turborank.evaluate.datasets import Dataset, called, default_data_dir, expand, load
-from turborank.evaluate.download import Told, _quiet
-from turborank.evaluate.files import check_folder, file_hash, read_lines, write_json, write_text
-from turborank.evaluate.first_stage import bm25_run, parameters
-from turborank.evaluate.manifest import about_dataset, about_scores, about_system, score_header
+from turborank.evaluate import record, report
 from turborank.evaluate.measures import MEASURES, SEED, means, paired_bootstrap, parse, per_query
-from turborank.evaluate.results import Evaluation, Result, System
-from turborank.evaluate.runs import Qrels, Run, Scored, read_run, write_run
+from turborank.evaluate.record import (
+    Evaluation,
+    Result,
+    System,
+    about_dataset,
+    about_scores,
+    about_system,
+    score_header,
+)
 from turborank.reranker import Reranker, order
 from turborank.types import Pair
 
@@ -274,13 +281,13 @@ def _rerank(
 ) -> System:
     """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)
-    known = scores.read_all(folder, header)
+    known = record.read_all(folder, header)
     part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
     qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}
     wanted = _to_score(candidates, qrels, plan)
     todo = [query_id for query_id in wanted if query_id not in known]
     step = progress(f"{dataset.name}: {model.name}")
-    with scores.appending(folder / f"scores{part}.jsonl", header) as add:
+    with record.appending(folder / f"scores{part}.jsonl", header) as add:
         for done, scored in enumerate(_score(model, dataset, candidates, todo), 1):
             add(scored)
             known[scored.query_id] = scored
@@ -311,7 +318,7 @@ def _to_score(candidates: Run, qrels: Qrels, plan: Plan) -> list[str]:
     return [query_id for query_id, found in grades.items() if len(found) >= enough]
 
 
-def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str]) -> Iterator[scores.QueryScores]:
+def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str]) -> Iterator[record.QueryScores]:
     """Scores of each query's candidates; only one query's texts are in memory at a time."""
     for query_id in todo:
         query = dataset.queries[query_id]
@@ -319,12 +326,12 @@ def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[st
         start = time.perf_counter()
         result = model.score_detailed(pairs)
         seconds = time.perf_counter() - start
-        yield scores.QueryScores(
+        yield record.QueryScores(
             query_id, result.logits.tolist(), result.tokens.tolist(), result.truncated.tolist(), round(seconds, 6)
         )
 
 
-def _reordered(candidates: Run, known: Mapping[str, scores.QueryScores]) -> Run:
+def _reordered(candidates: Run, known: Mapping[str, record.QueryScores]) -> Run:
     """Candidates by falling logit; equal logits, and queries not scored, keep the order of the first stage."""
     run: Run = {query_id: list(documents) for query_id, documents in candidates.items()}
     for query_id, scored in known.items():

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from turborank.evaluate.files import write_json, write_text
+from turborank.data.dataset_table import FORUMS, PUBLISHED, PUBLISHED_MEANS, Published
+from turborank.data.files import write_json, write_text
+from turborank.evaluate.html import page
 from turborank.evaluate.measures import RESAMPLES, SEED, Comparison
-from turborank.evaluate.page import page
-from turborank.evaluate.results import Evaluation, Line, Result
-from turborank.evaluate.table import FORUMS, PUBLISHED, PUBLISHED_MEANS, Published
+from turborank.evaluate.record import Evaluation, Line, Result
 
 
 def write(evaluation: Evaluation, out: Path, *, finished: bool = True) -> None:

@@ -1,6 +1,6 @@
 """The few array functions every forward pass is written in.
 
-``reference`` (numpy) is the law: slow, plain, obviously correct. ``pytorch`` is its differentiable twin, ``fused`` the
+``reference`` (numpy) is the law: slow, plain, obviously correct. ``torch`` is its differentiable twin, ``triton`` the
 same in Triton kernels for GPUs. A forward takes one of these modules as its ``ops`` argument and never imports any.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-Array = Any  # numpy.ndarray under ops.reference, torch.Tensor under ops.pytorch
+Array = Any  # numpy.ndarray under ops.reference, torch.Tensor under ops.torch
 
 
 class Ops(Protocol):

@@ -3,8 +3,8 @@
 config    every setting, from flags, environment and a TOML file, under one name each
 wire      requests and responses as typed values, and the Ask every request becomes
 dialects  DIALECTS: paths, decode, encode, error - one row each
-limits    keys, rates and sizes
-batcher   one queue for all requests, by tokens
+auth      keys, rates and sizes
+queue     one queue for all requests, by tokens
 models    the models a process serves, loaded when first asked for
 service   an Ask to an Answer
 app       the ASGI application;  server  the process around it

@@ -14,10 +14,10 @@ import msgspec
 from msgspec import UNSET
 
 from turborank.errors import InputError
-from turborank.reranker import DEFAULT_FIELDS, document_text, sigmoid
+from turborank.reranker import sigmoid
 from turborank.serve import wire
-from turborank.serve.problems import Problem
-from turborank.serve.wire import Answer, Ask
+from turborank.serve.wire import Answer, Ask, Problem
+from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, Limits
 from turborank.types import Document, Pair, Ranked
 

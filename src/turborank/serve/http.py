@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turborank.serve import logs
+from turborank.serve import telemetry
 from turborank.serve.config import Settings, is_loopback
 from turborank.serve.dialects import error_superset
-from turborank.serve.problems import Problem
+from turborank.serve.wire import Problem
 
 JSON = "application/json"
 CLIENT_GONE = 499  # only ever seen in logs and metrics
@@ -209,7 +209,7 @@ class Front:
             code, message = _PLAIN.get(error.status_code, ("http_error", str(error.detail)))
             error = Problem(error.status_code, code, message)
         if not isinstance(error, Problem):
-            logs.event("failed", {"request_id": record["request_id"]}, level=logging.ERROR, error=error)
+            telemetry.event("failed", {"request_id": record["request_id"]}, level=logging.ERROR, error=error)
             error = Problem(500, "internal_error", "something failed here; see the server's log under this request id")
         record["code"] = error.code
         status, body = error_superset(error, record["request_id"])
@@ -220,4 +220,4 @@ class Front:
         self._count(record.get("dialect", "none"), status)
         record["total_ms"] = round(seconds * 1000, 3)
         quiet = record.get("quiet") and status < 400
-        logs.event("request", record, level=logging.DEBUG if quiet else logging.INFO)
+        telemetry.event("request", record, level=logging.DEBUG if quiet else logging.INFO)

@@ -16,7 +16,7 @@ from turborank.architectures import ARCHITECTURES
 from turborank.errors import InputError, TurborankError
 from turborank.reranker import Reranker
 from turborank.serve.config import Settings
-from turborank.serve.problems import Problem, from_error
+from turborank.serve.wire import Problem, from_error
 from turborank.types import Pair
 
 _MIB = 1024 * 1024

@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turborank.errors import InputError
-from turborank.serve import app, logs
+from turborank.serve import app, telemetry
 from turborank.serve.config import Settings
 from turborank.serve.service import Service
 
@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
             return
         self._service.draining = True
         self._close_at = time.monotonic() + self._service.settings.drain
-        logs.event("draining", {"signal": signal.Signals(sig).name, "seconds": self._service.settings.drain})
+        telemetry.event("draining", {"signal": signal.Signals(sig).name, "seconds": self._service.settings.drain})
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
@@ -165,13 +165,13 @@ def make(settings: Settings) -> Server:
         service.close()
         raise
     names = [model.name for model in service.models.all]
-    logs.event("starting", {"models": names, "host": settings.host, "port": settings.port, "keys": doors})
+    telemetry.event("starting", {"models": names, "host": settings.host, "port": settings.port, "keys": doors})
     return server
 
 
 def run(settings: Settings) -> None:
     """Serve until told to stop. Raises what kept the first model from being loaded."""
-    logs.set_up(settings.log_level)
+    telemetry.set_up(settings.log_level)
     server = make(settings)
     server.run()
     if server.failure is not None:

@@ -16,16 +16,14 @@ import numpy as np
 from turborank.errors import InputError, TooLongError, TurborankError
 from turborank.reranker import Reranker, ranking, sigmoid
 from turborank.scheduler import Scores, chunks, gather
-from turborank.serve import limits, logs
-from turborank.serve.batcher import Batcher, Ticket
+from turborank.serve import auth, telemetry
+from turborank.serve.auth import Key, KeyRing
 from turborank.serve.config import PREFIX, Settings
-from turborank.serve.keys import Key, KeyRing
-from turborank.serve.metrics import Metrics
 from turborank.serve.models import Model, Models
-from turborank.serve.passages import passages
-from turborank.serve.problems import Problem, from_error
-from turborank.serve.tracing import Tracer
-from turborank.serve.wire import Answer, Ask, Span, SpanOptions
+from turborank.serve.queue import Batcher, Ticket
+from turborank.serve.telemetry import Metrics, Tracer
+from turborank.serve.wire import Answer, Ask, Problem, Span, SpanOptions, from_error
+from turborank.text import passages
 from turborank.tokens import NO_LIMITS, WINDOW_OVERLAP, Limits, PairEncoder
 from turborank.types import Encoding, Pair
 
@@ -50,12 +48,12 @@ class Service:
         self.ring = KeyRing(
             Path(settings.keys) if settings.keys else None,
             secret=secret,
-            complain=lambda message: logs.event("keys_unreadable", {"error": message}),
+            complain=lambda message: telemetry.event("keys_unreadable", {"error": message}),
         )
-        self.rates = limits.Rates(settings)
+        self.rates = auth.Rates(settings)
         self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="turborank-tokens")
         self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-load")  # never in a request's way
-        self.models = Models(settings, self.loader, lambda name, fields: logs.event(name, fields))
+        self.models = Models(settings, self.loader, lambda name, fields: telemetry.event(name, fields))
         self.batcher = Batcher(
             batch_tokens=settings.batch_tokens,
             queue_tokens=settings.queue_tokens,
@@ -100,7 +98,7 @@ class Service:
                 f"expected a model that the key {key.name!r} may use ({', '.join(key.models)}), got {model.name!r}"
             )
             raise Problem(403, "model_not_allowed", message, param="model")
-        limits.check_sizes(self.settings, ask.pairs, field=ask.field)
+        auth.check_sizes(self.settings, ask.pairs, field=ask.field)
         seconds = min(ask.timeout or self.settings.timeout, self.settings.timeout)
         try:
             with self.models.using(model):
@@ -194,7 +192,7 @@ class Service:
             part = await loop.run_in_executor(self.pool, _encode, encoder, chunk, length, start, field)
             encoded += part
             windows = list(itertools.chain.from_iterable(part))
-            limits.check_tokens(self.settings, ticket.known + sum(map(len, windows)))
+            auth.check_tokens(self.settings, ticket.known + sum(map(len, windows)))
             self.batcher.add(ticket, windows, last=len(encoded) == len(pairs))
         return encoded
 
@@ -221,7 +219,7 @@ class Service:
     def _failed(self, error: TurborankError) -> Problem:
         problem = from_error(error)
         if problem.status >= 500:
-            logs.event("engine_failed", {"error": str(error)}, error=error)
+            telemetry.event("engine_failed", {"error": str(error)}, error=error)
         return problem
 
     def _count(self, scores: Scores) -> None:

@@ -1,0 +1,267 @@
+"""``turborank distill lists``, ``score`` and ``suspects``: training lists, what teachers say, doubtful labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turborank.cli import options
+
+LISTS_EXAMPLES = (
+    ("questions with their passages, one JSON object a line", "turborank distill lists faq=pairs.jsonl.gz --out lists"),
+    (
+        "a collection in BEIR's layout, with the candidates of your own first stage and no others",
+        "turborank distill lists mine=my-data/ --candidates mine=first.trec --bm25 0 --random 0",
+    ),
+    (
+        "documents alone: queries are made from them",
+        "turborank distill lists --passages wiki=wiki.jsonl --sentences 5000 --keywords 2000",
+    ),
+    (
+        "candidates of a bi-encoder, too, and 2 % of the queries kept for measuring",
+        "turborank distill lists faq=pairs.jsonl --dense-model all-MiniLM-L6-v2/ --held-out 0.02",
+    ),
+)
+SCORE_EXAMPLES = (
+    (
+        "BM25 and a bi-encoder as teachers",
+        "turborank distill score lists -t bm25 -t minilm=biencoder:all-MiniLM-L6-v2/",
+    ),
+    ("a cross-encoder", "turborank distill score lists -t base=checkpoint:BAAI/bge-reranker-base --precision bf16"),
+    (
+        "an endpoint that wants a key, twice a second",
+        "turborank distill score lists -t jina=http:jina:https://api.jina.ai/v1/rerank "
+        "--http-model jina-reranker-v2-base-multilingual --key-env JINA_API_KEY --rate 2",
+    ),
+)
+SUSPECTS_EXAMPLES = (
+    ("what a teacher puts above the labelled passage", "turborank distill suspects lists -t minilm --margin 0.05"),
+    ("what two teachers do together", "turborank distill suspects lists -t minilm:20 -t bm25:0.9:z"),
+)
+
+Out = Annotated[Path, typer.Option(help="The training folder to make.")]
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(help="NAME=PATH: JSON lines (.gz too) or a folder; see docs/distillation.md.", show_default=False),
+]
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=RUN: a TREC run over the BEIR folder of that name.", show_default=False),
+]
+Depth = Annotated[int | None, typer.Option(help="Candidates read of each query of those runs.", show_default="all")]
+Long = Annotated[
+    list[str] | None,
+    typer.Option("--passages", help="NAME=FILE: long documents, cut into passages.", show_default=False),
+]
+Caps = Annotated[
+    list[str] | None,
+    typer.Option("--cap", help="NAME=NUMBER: at most so many examples (passages) of a source.", show_default=False),
+]
+Clean = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="RULE,… for all texts or NAME=RULE,… for a source's: treebank, transcript, alternatives, spaces.",
+        show_default=False,
+    ),
+]
+Words = Annotated[int | None, typer.Option(help="Keep this many words of a passage.", show_default="all")]
+MinWords = Annotated[int, typer.Option(help="Leave out shorter passages.")]
+Sentences = Annotated[int, typer.Option(help="Queries to make: a sentence each.")]
+Spans = Annotated[int, typer.Option(help="Queries to make: two or three consecutive sentences each.")]
+Keywords = Annotated[int, typer.Option(help="Queries to make: a sentence's rarest words each.")]
+HeldOut = Annotated[float, typer.Option(help="Share of the labelled queries that is kept for measuring.")]
+Bm25 = Annotated[int, typer.Option(help="Documents of a pool that are drawn from BM25's best.")]
+Bm25Depth = Annotated[int, typer.Option(help="How many those are.")]
+DenseModel = Annotated[
+    Path | None, typer.Option(help="A bi-encoder (sentence-transformers folder) that brings candidates.")
+]
+Dense = Annotated[int, typer.Option(help="Documents of a pool that are drawn from the bi-encoder's best.")]
+DenseDepth = Annotated[int, typer.Option(help="How many those are.")]
+Random = Annotated[int, typer.Option(help="Documents of a pool that are drawn from all.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+
+Folder = Annotated[Path, typer.Argument(help="The training folder.")]
+Teachers = Annotated[
+    list[str],
+    typer.Option(
+        "--teacher",
+        "-t",
+        help="bm25, or NAME= and one of biencoder:FOLDER, checkpoint:MODEL, http:DIALECT:URL, run:FILE.",
+        show_default=False,
+    ),
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder where teachers' answers are kept.", show_default="cache/ in the folder")
+]
+
+HttpModel = Annotated[str | None, typer.Option(help="HTTP: the model's name at the endpoint.", show_default="none")]
+KeyEnv = Annotated[str, typer.Option(help="HTTP: the environment variable with the key, if one is needed.")]
+Scale = Annotated[str, typer.Option(help="HTTP: auto, logit (make logits of probabilities) or raw.")]
+Documents = Annotated[int, typer.Option(help="HTTP: documents in a request.")]
+Parallel = Annotated[int, typer.Option(help="HTTP: requests under way at a time.")]
+Rate = Annotated[float | None, typer.Option(help="HTTP: requests a second.", show_default="as fast as it answers")]
+Timeout = Annotated[float, typer.Option(help="HTTP: seconds to wait for an answer.")]
+Attempts = Annotated[int, typer.Option(help="HTTP: how often a request is made before giving up.")]
+Ensemble = Annotated[
+    list[str],
+    typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]]; norms: raw, z, minmax.", show_default=False),
+]
+Margin = Annotated[float, typer.Option(help="How far above the labelled document, in the teacher's scores.")]
+Table = Annotated[Path | None, typer.Option("--out", help="The table.", show_default="suspects.tsv in the folder")]
+
+
+def lists(
+    sources: Sources = None,
+    out: Out = Path("lists"),
+    passages: Long = None,
+    candidates: Candidates = None,
+    depth: Depth = None,
+    cap: Caps = None,
+    clean: Clean = None,
+    words: Words = None,
+    min_words: MinWords = 1,
+    sentences: Sentences = 0,
+    spans: Spans = 0,
+    keywords: Keywords = 0,
+    held_out: HeldOut = 0.0,
+    bm25: Bm25 = 20,
+    bm25_depth: Bm25Depth = 50,
+    dense_model: DenseModel = None,
+    dense: Dense = 12,
+    dense_depth: DenseDepth = 30,
+    random: Random = 6,
+    seed: Seed = 0,
+) -> None:
+    """Make a training folder: queries, passages, and of each query a pool of candidates.
+
+    Identical texts are merged; labels that came with the data are kept. The folder is in BEIR's layout with a TREC
+    run, so turborank evaluate reads it, too. The same command makes the same bytes.
+    """
+    from turborank.distill.lists import build
+    from turborank.distill.pools import PoolPlan
+    from turborank.distill.sources import Recipe, Source
+
+    runs = {name: Path(path) for name, path in _named(candidates, "--candidates")}
+    read = [Source(name, Path(path), run=runs.pop(name, None)) for name, path in _named(sources, "SOURCES")]
+    if runs:
+        raise typer.BadParameter(f"expected the name of a source, got {', '.join(runs)}", param_hint="--candidates")
+    recipe = Recipe(
+        sources=(*read, *(Source(name, Path(path), long=True) for name, path in _named(passages, "--passages"))),
+        caps={name: _number(value, "--cap") for name, value in _named(cap, "--cap")},
+        clean=_cleaning(clean or ()),
+        words=words,
+        min_words=min_words,
+        depth=depth,
+        pseudo={"sentence": sentences, "span": spans, "keywords": keywords},
+        held_out=held_out,
+        seed=seed,
+    )
+    plan = PoolPlan(bm25, bm25_depth, dense if dense_model else 0, dense_depth, random)
+    with options.progress() as progress:
+        manifest = build(recipe, out, plan, dense=dense_model, progress=progress)
+    counts = manifest["counts"]
+    print(
+        f"{out}: {counts['queries']:,} queries, {counts['passages']:,} passages, {counts['pool_places']:,} pool places"
+    )
+    for source, count in counts["queries_of_source"].items():
+        print(f"  {count:>7,} queries of {source}")
+    print(f"  {counts['held_out_queries']:>7,} of them held out (qrels/dev.tsv)")
+    for what, count in manifest["left_out"].items():
+        print(f"  left out: {count:,} {what}")
+
+
+def score(
+    folder: Folder,
+    teacher: Teachers,
+    cache: Cache = None,
+    engine: options.Engine = "auto",
+    precision: options.Precision = "auto",
+    length: options.Length = "truncate",
+    max_length: options.MaxLength = None,
+    threads: options.Threads = None,
+    offline: options.Offline = False,
+    http_model: HttpModel = None,
+    key_env: KeyEnv = "TURBORANK_TEACHER_KEY",
+    scale: Scale = "auto",
+    documents: Documents = 32,
+    parallel: Parallel = 4,
+    rate: Rate = None,
+    timeout: Timeout = 60.0,
+    attempts: Attempts = 6,
+) -> None:
+    """Let teachers score the pools of a training folder.
+
+    Writes scores/NAME.trec and scores/NAME.json, which says whose the scores are. What a teacher has said is
+    remembered: a run that was interrupted goes on, and nothing is asked twice.
+    """
+    from turborank.distill import http_teacher, teachers
+    from turborank.distill.folder import TrainingFolder
+
+    specs = [teachers.parse(text) for text in teacher]
+    reranker = {
+        "engine": engine, "precision": precision, "length": length, "max_length": max_length, "threads": threads,
+        "offline": offline or None,
+    }  # fmt: skip
+    http = http_teacher.Settings(http_model, key_env, scale, documents, parallel, rate, timeout, attempts)
+    with options.progress() as progress:
+        lists = TrainingFolder.load(folder)
+        for spec in specs:
+            print(teachers.score(lists, spec, teachers.Settings(reranker, http), cache=cache, progress=progress))
+
+
+def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table = None) -> None:
+    """Find documents without a label that a teacher puts above a labelled one: suspected false negatives.
+
+    Writes a table (TSV) of them, the largest difference first, and prints how many there are. Training leaves them out
+    as negatives.
+    """
+    from rich.console import Console
+    from rich.table import Table as Printed
+
+    from turborank.distill import scores as doubts
+    from turborank.distill import teachers
+    from turborank.distill.folder import TrainingFolder
+
+    specs = [teachers.parse_weighted(text) for text in teacher]
+    lists = TrainingFolder.load(folder)
+    scores = teachers.fuse(specs, {spec.name: lists.scores(spec.name) for spec in specs}, lists.bounds)
+    found = doubts.find(lists, scores, margin)
+    path = out or folder / "suspects.tsv"
+    doubts.write(lists, scores, found, path)
+    table = Printed(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("source", "labelled queries", "with suspects", "suspects", "of unlabelled"):
+        table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
+    for row in doubts.summaries(lists, found):
+        share = row.suspects / row.unlabelled if row.unlabelled else 0.0
+        counts = (f"{row.queries:,}", f"{row.with_suspects / row.queries:.1%}", f"{row.suspects:,}", f"{share:.1%}")
+        table.add_row(row.source or "–", *counts)
+    Console(width=options.width(), highlight=False, markup=False).print(table)
+    print(f"\n{path}")
+
+
+def _named(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
+    """NAME=VALUE arguments."""
+    pairs = [value.partition("=") for value in values or ()]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"expected NAME=VALUE, got {name + equals + value!r}", param_hint=option)
+    return [(name, value) for name, _, value in pairs]
+
+
+def _number(text: str, option: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"expected a number, got {text!r}", param_hint=option)
+    return int(text)
+
+
+def _cleaning(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Rules by source, those without a source under ""; a source's own rules replace the general ones."""
+    rules: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        name, equals, named = value.partition("=")
+        source, chosen = (name, named) if equals else ("", value)
+        rules[source] = (*rules.get(source, ()), *chosen.split(","))
+    return rules

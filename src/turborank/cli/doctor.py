@@ -1,0 +1,176 @@
+"""``turborank doctor``: what is installed, what was chosen, and whether it works."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from turborank.cli import options
+from turborank.errors import TurborankError
+
+if TYPE_CHECKING:
+    from turborank.reranker import Reranker
+    from turborank.types import ModelConfig
+
+EXAMPLES = (
+    ("is everything well, and which engine is used?", "turborank doctor"),
+    ("check a model of your own, run by numpy", "turborank doctor --model ./my-model --engine reference"),
+)
+
+
+def doctor(
+    model: options.Model = None,
+    engine: options.Engine = "auto",
+    precision: options.Precision = "auto",
+    as_json: options.AsJson = False,
+) -> int:
+    """Examine this installation: versions, CPU, engines, model files, and two real scores.
+
+    The exit code is 1 when something is broken. Paste the output when you report a problem.
+    """
+    findings = list(examine(model, engine=engine, precision=precision))
+    broken = [finding for finding in findings if not finding.well]
+    if as_json:
+        import json
+
+        print(json.dumps([finding._asdict() for finding in findings], ensure_ascii=False))
+        return 1 if broken else 0
+    topic = ""
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            print(f"{topic}")
+        print(f"  {'ok    ' if finding.well else 'BROKEN'}  {finding.what:<24} {finding.value}")
+    print(f"\n{len(broken)} broken: {', '.join(finding.what for finding in broken)}" if broken else "\nall is well")
+    return 1 if broken else 0
+
+
+# Is this installation well? Facts about it, each with a verdict; nothing is printed here.
+
+LIBRARIES = ("turborank", "numpy", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich")
+OPTIONAL = ("torch", "starlette", "msgspec", "ir-measures", "bm25s")
+# What the fast kernels look for, in the names of /proc/cpuinfo.
+CPU_FLAGS = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
+# One question with an answer and a non-answer; far apart for any reranker that works.
+QUERY = "What is the capital of France?"
+DOCUMENTS = ("Paris is the capital and largest city of France.", "Yeast makes bread rise by giving off gas.")
+MAX_DIFFERENCE = 0.5  # of the engine's logits from the reference engine's; int8 usually stays below a tenth of it
+
+
+class Finding(NamedTuple):
+    """One fact. ``well`` is False when something is broken."""
+
+    topic: str
+    what: str
+    value: str
+    well: bool = True
+
+
+def examine(model: str | None = None, *, engine: str = "auto", precision: str = "auto") -> Iterator[Finding]:
+    """Everything worth knowing before asking for help, in the order in which things depend on each other."""
+    yield from versions()
+    yield from machine()
+    yield from available_engines()
+    yield from ranking(model, engine, precision)
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
+    for name in (*LIBRARIES, *OPTIONAL):
+        try:
+            yield Finding("versions", name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            needed = name in LIBRARIES and name != "turborank"  # a source tree on the path has no version, and may work
+            yield Finding("versions", name, "not installed" + ("" if needed else " (optional)"), well=not needed)
+
+
+def machine() -> Iterator[Finding]:
+    from turborank import engines
+
+    name, flags = _cpu()
+    yield Finding("machine", "cpu", name)
+    yield Finding("machine", "features", " ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown")
+    yield Finding("machine", "cores", f"{engines.allowed_cores()} of {os.cpu_count()} may be used")
+
+
+def _cpu() -> tuple[str, set[str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags") or facts.get("Features") or ""
+    return facts.get("model name") or platform.machine(), set(flags.split())
+
+
+def available_engines() -> Iterator[Finding]:
+    from turborank import engines
+
+    for name, row in engines.ENGINES.items():
+        reason = row.available()
+        usable = f"usable: {', '.join(row.precisions)}; {row.note}"
+        yield Finding("engines", name, usable if reason is None else f"not usable: {reason}")
+
+
+def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]:
+    """The model's files, the engine chosen and why, and two real scores compared with the reference engine's."""
+    from turborank import checkpoint as checkpoints
+    from turborank.reranker import Reranker
+
+    try:
+        reranker = Reranker(model, engine=engine, precision=precision)
+    except TurborankError as error:
+        yield Finding("model", "loading", str(error), well=False)
+        return
+    checkpoint, chosen = reranker.checkpoint, reranker.engine
+    yield Finding("model", "name", f"{reranker.name} ({checkpoint.origin}, revision {checkpoint.revision or 'none'})")
+    yield Finding("model", "folder", str(checkpoint.folder))
+    for name, digest in checkpoints.hashes(checkpoint).items():
+        yield Finding("model", name, f"sha256 {digest}")
+    isa = f", {chosen.isa}" if chosen.isa else ""
+    yield Finding("engine", "chosen", f"{chosen.name}, {chosen.precision}{isa}, {chosen.threads} threads")
+    yield Finding("engine", "because", _why(engine, chosen.name, checkpoint.config))
+    try:
+        yield from _scores(reranker)
+    except TurborankError as error:
+        yield Finding("score", "ranking", str(error), well=False)
+
+
+def _why(asked: str, got: str, config: ModelConfig) -> str:
+    from turborank import engines
+
+    if asked != "auto":
+        return "it was asked for"
+    if override := os.environ.get("TURBORANK_ENGINE"):
+        return f"TURBORANK_ENGINE={override}"
+    better = engines.AUTOMATIC[: engines.AUTOMATIC.index(got)]
+    why_not = [f"{name} {_why_not(name, config)}" for name in better]
+    return "; ".join([*why_not, f"{got} is the {'first' if not better else 'next'} choice"])
+
+
+def _why_not(name: str, config: ModelConfig) -> str:
+    from turborank import engines
+
+    row = engines.ENGINES[name]
+    if row.available() is not None:
+        return "is not usable"
+    return "does not have this precision" if row.supports(config) else "does not support this model's shape"
+
+
+def _scores(reranker: Reranker) -> Iterator[Finding]:
+    from turborank.reranker import Reranker
+
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    logits = reranker.score(pairs)
+    law = Reranker(str(reranker.checkpoint.folder), engine="reference").score(pairs)
+    difference = float(abs(logits - law).max())
+    yield Finding("score", "answer", f"logit {logits[0]:+.4f} for {DOCUMENTS[0]!r}")
+    yield Finding("score", "other", f"logit {logits[1]:+.4f} for {DOCUMENTS[1]!r}")
+    yield Finding("score", "error", f"{difference:.4f} from the reference engine", well=difference <= MAX_DIFFERENCE)

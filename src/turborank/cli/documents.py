@@ -1,0 +1,197 @@
+"""Documents from files and streams: every fault is found before anything is ranked.
+
+    a text file               one document, named by its path
+    .jsonl                    one document a line, a JSON object (or a string)
+    .csv, .tsv                one document a row, the first row names the columns; double quotes quote, in both
+    "-", or no file at all    standard input, one document a line
+
+Rows are named by their ``id`` (``_id``, ``doc_id``) if they have one, else ``file:line``. Lines of only white space are
+skipped in line-wise input. Text is UTF-8, with or without a byte order mark.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from turborank.errors import InputError
+from turborank.text import DEFAULT_FIELDS, document_text
+
+MAX_BYTES = 256 << 20  # of one file: more is a collection, and wants a first stage
+MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
+ID_FIELDS = ("id", "_id", "doc_id")
+STDIN = "standard input"
+
+
+class Named(NamedTuple):
+    """A document and what to call it."""
+
+    name: str
+    text: str
+
+
+class FaultError(Exception):
+    """What is wrong with one place of the input; collected, never raised to the caller."""
+
+
+Row = tuple[int, object]  # line (1-based) and what stands there
+
+
+def read(paths: Sequence[str], stdin: BinaryIO, *, fields: Sequence[str] | None = None) -> list[Named]:
+    """All documents of ``paths`` in order; ``stdin`` is read for "-" and when there are no paths.
+
+    ``fields`` are the fields of a row that make up its text, by default title and text.
+    Raises InputError that names every unusable file and row.
+    """
+    documents: list[Named] = []
+    faults: list[str] = []
+    for path in paths or ("-",):
+        try:
+            documents.extend(_documents(path, _bytes(path, stdin), fields, faults))
+        except FaultError as fault:
+            faults.append(f"{shown(path)}: {fault}")
+    if faults:
+        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise InputError("; ".join(faults[:MAX_FAULTS]) + more)
+    return documents
+
+
+def shown(path: str) -> str:
+    """A path as it can be printed, whatever bytes it has."""
+    return STDIN if path == "-" else os.fsencode(path).decode("utf-8", "replace")
+
+
+def _bytes(path: str, stdin: BinaryIO) -> bytes:
+    try:
+        if path == "-":
+            data = stdin.read(MAX_BYTES + 1)
+        elif Path(path).is_dir():
+            raise FaultError("expected a file, got a directory; name the files in it")
+        else:
+            with Path(path).open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise FaultError("expected a file, got nothing of that name") from None
+    except (OSError, ValueError) as error:
+        raise FaultError(f"expected a readable file, got {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > MAX_BYTES:
+        raise FaultError(f"expected at most {MAX_BYTES >> 20} MiB, got more; search it first and rank what was found")
+    return data
+
+
+def _text(data: bytes) -> str:
+    if data.startswith(b"%PDF-"):
+        raise FaultError("expected text, got a PDF; convert it first, for instance with pdftotext")
+    if (place := data.find(b"\0")) >= 0:
+        raise FaultError(
+            f"expected text, got binary data (a zero byte at offset {place}); convert it to UTF-8 text first"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FaultError(
+            f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} in line {line}; convert it, say with iconv"
+        ) from None
+
+
+def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: list[str]) -> Iterator[Named]:
+    """The documents of one file. Faults of rows are appended to ``faults``, a fault of the whole is raised."""
+    name, text = shown(path), _text(data)
+    if not text.strip():
+        raise FaultError(
+            "expected some text, got nothing but white space" if text else "expected some text, got an empty file"
+        )
+    rows = None if path == "-" else ROWS.get(Path(path).suffix.lower())
+    if path == "-":
+        yield from (Named(f"line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    elif rows is None:
+        yield Named(name, text)
+    else:
+        yield from _table(name, rows(text), fields, faults)
+
+
+def _table(name: str, rows: Iterator[Row], fields: Sequence[str] | None, faults: list[str]) -> Iterator[Named]:
+    wanted = fields or DEFAULT_FIELDS
+    seen: set[str] = set()
+    lacking: list[str] = []  # faults of rows with none of the fields
+    count = 0
+    for line, row in rows:
+        count += 1
+        try:
+            if isinstance(row, FaultError):
+                raise row
+            seen.update(row if isinstance(row, Mapping) else ())
+            yield Named(_row_name(name, line, row), document_text(row, wanted))
+        except (FaultError, InputError) as fault:
+            hint = "; choose fields with --field" if isinstance(fault, InputError) and isinstance(row, Mapping) else ""
+            lacks = isinstance(row, Mapping) and not row.keys() & set(wanted)
+            (lacking if lacks else faults).append(f"{name}:{line}: {fault}{hint}")
+    if not count:
+        raise FaultError("expected some rows, got none")
+    absent = [field for field in fields or () if field not in seen]
+    if absent and seen:
+        raise FaultError(f"expected the field {', '.join(absent)}, got only {', '.join(sorted(seen))}")
+    faults += lacking
+
+
+def _row_name(name: str, line: int, row: object) -> str:
+    if isinstance(row, Mapping):
+        for field in ID_FIELDS:
+            if isinstance(row.get(field), str | int) and str(row[field]).strip():
+                return str(row[field]).strip()
+    return f"{name}:{line}"
+
+
+def _jsonl(text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+            if not isinstance(row, dict | str):
+                row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
+        except json.JSONDecodeError as error:
+            row = FaultError(f"expected a JSON object, got broken JSON ({error.msg}, column {error.colno})")
+        except ValueError:  # Python's limit of digits
+            row = FaultError("expected a JSON object, got a number of too many digits")
+        except RecursionError:
+            row = FaultError("expected a JSON object, got one nested too deeply")
+        yield number, row
+
+
+def _delimited(delimiter: str) -> Callable[[str], Iterator[Row]]:
+    def rows(text: str) -> Iterator[Row]:
+        csv.field_size_limit(MAX_BYTES)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        names: list[str] = []
+        line = 1
+        try:
+            for cells in reader:
+                if names and cells:
+                    fits = len(cells) == len(names)
+                    fault = FaultError(f"expected {len(names)} columns, got {len(cells)}")
+                    yield line, dict(zip(names, cells, strict=True)) if fits else fault
+                elif twice := [name for name in dict.fromkeys(cells) if name and cells.count(name) > 1]:
+                    yield line, FaultError(f"expected each column once, got {', '.join(twice)} more often")
+                    return
+                names = names or cells
+                line = reader.line_num + 1  # a row may have several
+        except csv.Error as error:
+            yield line, FaultError(f"expected well-formed columns, got {error}")
+
+    return rows
+
+
+# Ending of a file's name -> its rows. Everything else is one document.
+ROWS: dict[str, Callable[[str], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+}

@@ -1,0 +1,204 @@
+"""The command ``turborank``: parses, calls, prints.
+
+COMMANDS is the table of subcommands. A row's function has a typed signature and imports what is heavy inside its body,
+so that one subcommand never pays for another. A name of two words is a subcommand of a group, which GROUPS describes.
+Errors are one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from turborank.cli.bench import EXAMPLES as BENCH_EXAMPLES
+from turborank.cli.bench import bench
+from turborank.cli.distill import LISTS_EXAMPLES, SCORE_EXAMPLES, SUSPECTS_EXAMPLES, lists, score, suspects
+from turborank.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
+from turborank.cli.doctor import doctor
+from turborank.cli.evaluate import EXAMPLES as EVALUATE_EXAMPLES
+from turborank.cli.evaluate import evaluate
+from turborank.cli.export import EXAMPLES as EXPORT_EXAMPLES
+from turborank.cli.export import export
+from turborank.cli.models import EXAMPLES as MODELS_EXAMPLES
+from turborank.cli.models import models
+from turborank.cli.rank import EXAMPLES as RANK_EXAMPLES
+from turborank.cli.rank import rank
+from turborank.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from turborank.cli.serve import KEYS_EXAMPLES, keys, serve
+from turborank.cli.train import (
+    RECOVER_EXAMPLES,
+    REPORT_EXAMPLES,
+    SHIP_EXAMPLES,
+    STUDENT_EXAMPLES,
+    TRAIN_EXAMPLES,
+    recover,
+    report,
+    ship,
+    student,
+    train,
+)
+from turborank.errors import TurborankError
+
+SIGPIPE = 13  # not every system's signal module has it
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
+
+
+class Command(NamedTuple):
+    """One subcommand: what it runs, and examples as (what for, command line)."""
+
+    run: Callable[..., Any]
+    examples: tuple[tuple[str, str], ...]
+
+
+COMMANDS: dict[str, Command] = {
+    "rank": Command(rank, RANK_EXAMPLES),
+    "serve": Command(serve, SERVE_EXAMPLES),
+    "keys": Command(keys, KEYS_EXAMPLES),
+    "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
+    "distill lists": Command(lists, LISTS_EXAMPLES),
+    "distill score": Command(score, SCORE_EXAMPLES),
+    "distill suspects": Command(suspects, SUSPECTS_EXAMPLES),
+    "distill student": Command(student, STUDENT_EXAMPLES),
+    "distill recover": Command(recover, RECOVER_EXAMPLES),
+    "distill train": Command(train, TRAIN_EXAMPLES),
+    "distill report": Command(report, REPORT_EXAMPLES),
+    "distill ship": Command(ship, SHIP_EXAMPLES),
+    "export": Command(export, EXPORT_EXAMPLES),
+    "bench": Command(bench, BENCH_EXAMPLES),
+    "models": Command(models, MODELS_EXAMPLES),
+    "doctor": Command(doctor, DOCTOR_EXAMPLES),
+}
+
+# The first word of names of two words, which has no work of its own.
+GROUPS: dict[str, str] = {
+    "distill": "Make a small reranker of your own: lists, a teacher's scores, and a student that learns from them.",
+}
+
+# Libraries that only some subcommands need -> the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
+    **dict.fromkeys(("torch", "accelerate", "scipy"), "train"),
+}
+
+
+def epilog(examples: Sequence[tuple[str, str]]) -> str:
+    """Examples in the markup of typer's help; each paragraph becomes a line."""
+    return "\n\n".join(f"[dim]# {purpose}[/dim]\n{_escaped(line)}" for purpose, line in examples)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def build() -> typer.Typer:
+    """The application, from COMMANDS."""
+    app = typer.Typer(
+        name="turborank",
+        help="Rank documents by how well they answer a question, on your own machine.",
+        epilog=epilog([("the documents that answer best, first", 'turborank rank "why is the sky blue?" notes/*.md')]),
+        rich_markup_mode="rich",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    groups: dict[str, typer.Typer] = {}
+    for name, command in COMMANDS.items():
+        group, _, leaf = name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = typer.Typer(help=GROUPS[group], rich_markup_mode="rich")
+            app.add_typer(groups[group], name=group)
+        (groups[group] if group else app).command(leaf, epilog=epilog(command.examples))(command.run)
+    app.callback()(_global)
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from turborank import __version__
+
+        print(f"turborank {__version__}")
+        raise typer.Exit
+
+
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code. Everything that goes wrong on purpose ends in one line."""
+    try:
+        alone = " ".join(arguments) in ("", *GROUPS)
+        code = build()(
+            args=[*arguments, "--help"] if alone else list(arguments), prog_name="turborank", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TurborankError as error:
+        return _fail(str(error))
+    except typer.Abort:
+        return 130
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"expected the library {error.name}, got none of that name; pip install 'turborank[{extra}]'")
+    except BrokenPipeError:
+        return _unread()
+    except OSError as error:
+        return _refused(error)
+    except SystemExit as leaving:  # what click makes of a broken pipe, before anyone else sees it
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return _unread()
+        raise
+    except Exception as error:  # click's usage errors, whichever click typer brings along
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "turborank"
+        return _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+
+
+def _unread() -> int:
+    """The reader, say head, has seen enough. That is no fault: the code is that of any program whose pipe is closed."""
+    _discard_output()
+    return 128 + SIGPIPE
+
+
+def _refused(error: OSError) -> int:
+    """The system said no: the disk is full, a file may not be written."""
+    reason = error.strerror or str(error)
+    if error.errno in UNWRITTEN:
+        _discard_output()
+        return _fail(f"cannot write {error.filename or 'the output'}: {reason}")
+    return _fail(f"{reason}: {error.filename}" if error.filename else reason)
+
+
+def _discard_output() -> None:
+    """What is still buffered would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"turborank: {line}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us; in this order, each gets its own descriptor
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets a substitute, not a traceback
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,266 @@
+"""``turborank rank``: a question, some files, and the files in order."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turborank.cli import options
+from turborank.errors import InputError, TooLongError
+
+if TYPE_CHECKING:
+    from turborank.cli.documents import Named
+    from turborank.reranker import Reranker
+    from turborank.types import Ranked
+
+EXAMPLES = (
+    ("each file is a document", 'turborank rank "how do bees choose a home?" examples/*.md --top-n 3'),
+    ("each row is a document", 'turborank rank "can I keep a book longer?" examples/faq.jsonl'),
+    ("choose the fields of a row", 'turborank rank "red wine" wines.csv --field name --field notes'),
+    ("each line of standard input is a document", 'grep -i error app.log | turborank rank "disk full" --top-n 5'),
+    ("for programs", 'turborank rank "tides" examples/*.md --json | jq -r ".results[].name"'),
+    ("read long documents to their end", 'turborank rank "sun valve" examples/lighthouses.md --length windows'),
+)
+MAX_NOTES = 5  # cut, or blank, documents that are named; the rest are counted
+PATIENCE = 0.5  # seconds before a progress bar appears
+
+
+def rank(
+    query: Annotated[str, typer.Argument(help="The question.", show_default=False)],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text files, one document each; .jsonl, .csv or .tsv files (in both, double quotes quote), "
+            'one document a row; "-" or nothing: standard input, one document a line.',
+            show_default=False,
+        ),
+    ] = None,
+    model: options.Model = None,
+    top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Show the best.", show_default="all")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Least score to show, 0 to 1.", show_default="none")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="Field of a row to read; repeatable.", show_default="title, text")
+    ] = None,
+    as_json: options.AsJson = False,
+    length: options.Length = "truncate",
+    max_length: options.MaxLength = None,
+    engine: options.Engine = "auto",
+    precision: options.Precision = "auto",
+    threads: options.Threads = None,
+    offline: options.Offline = False,
+) -> None:
+    """Rank documents by how well they answer a question.
+
+    The score, between 0 and 1, is the sigmoid of the model's logit and is about the whole document.
+    The passage shown is the sentence that shares most words with the question; words that few sentences have count
+    more, and words of up to three letters only where the question has no longer ones.
+    What was not read is said below the table.
+    """
+    from turborank.reranker import Reranker
+
+    documents = _documents(query, files or [], field, threshold, top_n)
+    reranker = Reranker(
+        model,
+        engine=engine,
+        precision=precision,
+        max_length=max_length,
+        length=length,
+        threads=threads,
+        offline=offline or None,
+    )
+    started = time.perf_counter()
+    ranking = _ranking(reranker, query, documents)
+    seconds = time.perf_counter() - started
+    _warn_of_blanks(documents)
+    kept = [ranked for ranked in ranking if threshold is None or ranked.score >= threshold][:top_n]
+    if as_json:
+        print(_json(query, documents, kept, reranker, seconds))
+        return
+    _print_table(query_words(query), documents, kept)
+    for line in _notes(documents, ranking, len(kept), f"{seconds:.2f} s · {reranker.name} · {described(reranker)}"):
+        print(line)
+    if length != "windows" and any(ranked.span[1] < len(documents[ranked.index].text) for ranked in ranking):
+        print("--length windows reads long documents to their end")
+
+
+def described(reranker: Reranker) -> str:
+    """Engine, precision and instruction set in a few words."""
+    engine = reranker.engine
+    return " ".join(dict.fromkeys(part for part in (engine.name, engine.precision, engine.isa) if part))
+
+
+def _documents(
+    query: str, files: Sequence[str], fields: Sequence[str] | None, threshold: float | None, top_n: int | None
+) -> list[Named]:
+    """All that can be wrong with the request is found before the model is loaded."""
+    from turborank.cli import documents
+
+    if not query.strip():
+        raise InputError("expected a question, got an empty one")
+    if any("\ud800" <= character <= "\udfff" for character in query):
+        raise InputError("expected the question in UTF-8, got bytes that are not")
+    if top_n is not None and top_n < 1:
+        raise InputError(f"expected --top-n to be a positive integer, got {top_n}")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"expected --threshold between 0 and 1, got {threshold}")
+    if not files and sys.stdin.isatty():
+        raise InputError(
+            "expected documents, got none", hint="name files, or pipe lines into it; see turborank rank --help"
+        )
+    return documents.read(files, sys.stdin.buffer, fields=fields)
+
+
+def _ranking(reranker: Reranker, query: str, documents: Sequence[Named]) -> list[Ranked]:
+    """All documents in order. What is too long is named as the user knows it."""
+    progress = _Progress()
+    try:
+        return reranker.rank(query, [document.text for document in documents], progress=progress)
+    except TooLongError as error:
+        raise error.at(error.place, printable(documents[error.place].name)) from None
+    finally:
+        progress.stop()
+
+
+class _Progress:
+    """A bar on standard error, if that is a terminal and the work turns out to be long."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.update: Callable[[int, int], None] | None = None
+        self.stop: Callable[[], None] = lambda: None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.update is None and sys.stderr.isatty() and time.perf_counter() - self.started > PATIENCE:
+            self._start(total)
+        if self.update is not None:
+            self.update(done, total)
+
+    def _start(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("ranking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        task = bar.add_task("", total=total)
+        bar.start()
+        self.update = lambda done, total: bar.update(task, completed=done, total=total)
+        self.stop = bar.stop
+
+
+def _json(query: str, documents: Sequence[Named], ranking: Sequence[Ranked], reranker: Reranker, seconds: float) -> str:
+    import json
+
+    results = [
+        {
+            "index": ranked.index,
+            "name": documents[ranked.index].name,
+            "score": ranked.score,
+            "logit": ranked.logit,
+            "tokens": ranked.tokens,
+            "truncated": ranked.truncated,
+        }
+        for ranked in ranking
+    ]
+    answer = {
+        "model": reranker.name,
+        "engine": described(reranker),
+        "query": query,
+        "results": results,
+        "seconds": round(seconds, 4),
+    }
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def _print_table(words: Sequence[str], documents: Sequence[Named], ranking: Sequence[Ranked]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not ranking:
+        return
+    width = options.width()
+    name_width = min(max(len(documents[ranked.index].name) for ranked in ranking), width // 3)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("document", overflow="fold", width=max(name_width, len("document")))
+    table.add_column("passage", overflow="fold")
+    for place, ranked in enumerate(ranking, 1):
+        document = documents[ranked.index]
+        best = passage(words, document.text[slice(*ranked.span)])
+        shown = Text(shorten(best, 2 * (width - name_width - 24)))
+        shown.highlight_regex(_any_word(words), "bold")
+        table.add_row(str(place), f"{ranked.score:.3f}", Text(printable(document.name)), shown)
+    Console(width=width, highlight=False).print(table)
+    print()
+
+
+def _notes(documents: Sequence[Named], ranking: Sequence[Ranked], shown: int, how: str) -> list[str]:
+    """What there is to say below the table: how many, how fast, by what, and every token that was not read."""
+    count = f"{shown} of {len(documents)}" if shown < len(documents) else str(len(documents))
+    lines = [f"{count} {'document' if len(documents) == 1 else 'documents'} · {how}"]
+    if not shown:
+        lines.insert(0, f"no document reaches the threshold; the best score is {ranking[0].score:.3f}")
+    cut = sorted((ranked for ranked in ranking if ranked.truncated), key=lambda ranked: ranked.index)
+    for ranked in cut[:MAX_NOTES]:
+        name = printable(documents[ranked.index].name)
+        lines.append(f"{name}: read {ranked.tokens:,} tokens, cut {ranked.truncated:,}")
+    if len(cut) > MAX_NOTES:
+        tokens = sum(ranked.truncated for ranked in cut[MAX_NOTES:])
+        lines.append(f"and {len(cut) - MAX_NOTES} more: cut {tokens:,} tokens in all")
+    return lines
+
+
+def _warn_of_blanks(documents: Sequence[Named]) -> None:
+    """Rows without text are ranked, but it is seldom meant."""
+    blank = [printable(document.name) for document in documents if not document.text.strip()]
+    for name in blank[:MAX_NOTES]:
+        print(f"turborank: {name} has no text", file=sys.stderr)
+    if len(blank) > MAX_NOTES:
+        print(f"turborank: and {len(blank) - MAX_NOTES} more have no text", file=sys.stderr)
+
+
+def query_words(query: str) -> list[str]:
+    """The words of a question that say something: four letters or more, or digits; all of them if there are none."""
+    words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
+    return [word for word in words if len(word) > 3 or word.isdigit()] or words
+
+
+def _any_word(words: Sequence[str]) -> str:
+    return r"(?i)\b(?:" + "|".join(re.escape(_stem(word)) for word in words) + r")\w*"
+
+
+def _stem(word: str) -> str:
+    """A crude stem: enough for ``bees``/``bee`` and ``choosing``/``choose``; only what is displayed depends on it."""
+    if len(word) > 6:
+        return word[:-3]
+    return word.removesuffix("s").removesuffix("e") if len(word) > 3 else word
+
+
+def passage(words: Sequence[str], text: str) -> str:
+    """The sentence of ``text`` that shares most with ``words``, rarer words counting more; the first if none does."""
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip(" #*-=\n")] or [text]
+    stems = [_stem(word) for word in words]
+    found = [{stem for stem in stems if re.search(rf"\b{re.escape(stem)}", sentence.lower())} for sentence in sentences]
+    frequency = Counter(stem for stems_here in found for stem in stems_here)
+    weights = [sum(1 / frequency[stem] for stem in sorted(stems_here)) for stems_here in found]
+    return sentences[max(range(len(sentences)), key=lambda i: (weights[i], -i))]
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which could otherwise rewrite the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def shorten(text: str, width: int) -> str:
+    """At most ``width`` characters, cut between words and marked where it was cut."""
+    line = printable(text).lstrip("#*- ")
+    if len(line) <= width:
+        return line
+    return line[: width - 1].rsplit(" ", 1)[0].rstrip(" ,;:") + "…"

@@ -1,0 +1,368 @@
+"""``turborank distill student``, ``recover``, ``train`` and ``ship``: from a teacher's scores to a model folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turborank.cli import options
+
+if TYPE_CHECKING:
+    from turborank.distill.trainer import Schedule
+
+STUDENT_EXAMPLES = (
+    ("a BERT that reads 512 tokens, made to read 8,192", "turborank distill student alibi --from all-MiniLM-L6-v2/"),
+    ("four layers of a cross-encoder", "turborank distill student layers --from ms-marco-MiniLM-L-6-v2 --layers 4"),
+    ("from nothing, with its own vocabulary", "turborank distill student scratch --shape tiny --texts lists/"),
+)
+RECOVER_EXAMPLES = (
+    (
+        "teach the student without positions what its source reads",
+        "turborank distill recover student/ --source all-MiniLM-L6-v2/ --texts lists/ --steps 600 --out recovered/",
+    ),
+)
+TRAIN_EXAMPLES = (
+    (
+        "labels and two teachers",
+        "turborank distill train lists/ --student recovered/final -t minilm:20 -t bm25:0.9:z --loss infonce:1,kl:1",
+    ),
+    ("labels alone", "turborank distill train lists/ --student student/ --loss infonce"),
+    ("four GPUs", "torchrun --nproc-per-node 4 -m turborank distill train lists/ --student student/ -t ce"),
+)
+REPORT_EXAMPLES = (("how is it going?", "turborank distill report run"),)
+SHIP_EXAMPLES = (
+    (
+        "two runs averaged, scores calibrated on held-out queries, int8",
+        "turborank distill ship run-0/best run-1/best --calibrate lists/ --int8 --out my-reranker/",
+    ),
+)
+
+Out = Annotated[Path, typer.Option(help="Folder of the run; what is there is continued.")]
+Steps = Annotated[int, typer.Option(help="Steps of the schedule.")]
+Stop = Annotated[int | None, typer.Option(help="Leave at this step, to be continued.", show_default=False)]
+Budget = Annotated[int, typer.Option(help="Tokens of a step.")]
+Rate = Annotated[float, typer.Option("--learning-rate", "--lr", help="The highest one.")]
+Warmup = Annotated[int, typer.Option(help="Steps until it is reached.")]
+Average = Annotated[
+    float, typer.Option(help="Keep a moving average of the weights with this factor, and ship that; 0: none.")
+]
+Save = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
+Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Type of products; the weights are kept in fp32.")]
+Recompute = Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, a third slower.")]
+TrainWords = Annotated[bool, typer.Option("--train-words", help="Train the word embeddings, too.")]
+
+Folder = Annotated[Path, typer.Argument(help="The training folder (turborank distill lists).")]
+StudentModel = Annotated[str, typer.Option(help="The model training begins with: folder or name.")]
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]] of scores in the folder.", show_default=False),
+]
+Losses = Annotated[
+    str | None, typer.Option(help="NAME:WEIGHT,…", show_default="infonce:1,kl:1; without a teacher infonce")
+]
+Dev = Annotated[
+    list[Path] | None, typer.Option(help="Folders with held-out queries.", show_default="the training folder")
+]
+Documents = Annotated[int, typer.Option(min=2, help="Documents of a list.")]
+QueryTokens = Annotated[int, typer.Option(help="Tokens read of a query.")]
+DocumentTokens = Annotated[str, typer.Option(help="Tokens read of a document; each step draws one.")]
+LongTokens = Annotated[
+    str, typer.Option(help="Tokens of the long steps, where documents hide among others; empty: none.")
+]
+LongEvery = Annotated[int, typer.Option(help="Steps between long ones.")]
+Shares = Annotated[
+    list[str] | None, typer.Option(help="SOURCE=NUMBER: draws per query, relative.", show_default="1 each")
+]
+EvaluateEvery = Annotated[int, typer.Option(help="Steps between measurements of nDCG@10.")]
+Patience = Annotated[int, typer.Option(help="Measurements without a better one before it ends; 0: never.")]
+DevQueries = Annotated[int, typer.Option(min=1, help="Held-out queries that are measured, of each folder.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of a pair when measuring.")]
+Margin = Annotated[float, typer.Option(help="Teacher's margin over the labelled one of a suspected false negative.")]
+InnerTerms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--inner",
+        help="hidden:MODEL[:WEIGHT] or relations:MODEL[:WEIGHT]: also learn from inside a cross-encoder.",
+        show_default=False,
+    ),
+]
+
+
+def student(
+    recipe: Annotated[str, typer.Argument(help="alibi, layers or scratch.")],
+    source: Annotated[str | None, typer.Option("--from", help="The model it is made from.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="The model folder to write.")] = Path("student"),
+    layers: Annotated[
+        str | None,
+        typer.Option(help="How many, or which (0,2,4).", show_default="the source's or shape's; recipe layers: 4"),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Of alibi or scratch: focus, cosine or classifier.", show_default="alibi: focus; scratch: classifier"
+        ),
+    ] = None,
+    slopes: Annotated[
+        str | None, typer.Option(help="gentle, standard or halved-tail.", show_default="the recipe's")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Of scratch: turbo, tiny, embedded or micro.")] = "tiny",
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="A training folder: its texts match heads, or make the vocabulary.", show_default=False),
+    ] = None,
+    vocabulary: Annotated[str, typer.Option(help="Of scratch: wordpiece or bpe.")] = "wordpiece",
+    vocabulary_size: Annotated[int, typer.Option(help="Of scratch: pieces at most.")] = 16_384,
+    seed: Seed = 0,
+) -> None:
+    """Make the model that training begins with."""
+    from turborank.distill import students
+    from turborank.errors import InputError, UnknownKeyError
+
+    if recipe not in students.RECIPES:
+        raise UnknownKeyError("recipe", recipe, students.RECIPES)
+    if recipe != "scratch" and source is None:
+        raise InputError(f"expected --from for recipe {recipe!r}: {students.RECIPES[recipe].note}")
+    chosen: dict[str, Any] = {name: value for name, value in (("head", head), ("slopes", slopes)) if value is not None}
+    if recipe == "layers":
+        made = students.from_layers(source or "", layers=_layers("4" if layers is None else layers))
+    elif recipe == "alibi":
+        made = students.from_bert(
+            source or "", layers=None if layers is None else _layers(layers), probes=_probes(texts), seed=seed, **chosen
+        )
+    else:
+        from turborank.distill import students as vocabularies
+
+        if texts is None:
+            raise InputError("expected --texts for recipe 'scratch': a training folder to make a vocabulary from")
+        count = None if layers is None else _layers(layers)
+        if isinstance(count, list):
+            raise InputError(f"expected a number of layers for recipe 'scratch', got {layers!r}")
+        tokenizer = vocabularies.train_tokenizer(_all_texts(texts), kind=vocabulary, size=vocabulary_size)
+        made = students.from_scratch(tokenizer, shape=shape, layers=count, seed=seed, **chosen)
+    made.save(out)
+    print(
+        f"{out}: {sum(w.numel() for w in made.weights.values()):,} parameters, {made.config.num_hidden_layers} layers"
+    )
+
+
+def recover(
+    student: Annotated[Path, typer.Argument(help="A student of recipe alibi.")],
+    source: Annotated[Path, typer.Option(help="The BERT it was made from (sentence-transformers folder).")],
+    texts: Annotated[Path, typer.Option(help="A training folder: queries and passages to read.")],
+    long: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines with long documents (text or passage).", show_default=False)
+    ] = None,
+    out: Out = Path("recovered"),
+    steps: Steps = 600,
+    stop: Stop = None,
+    budget: Budget = 4096,
+    learning_rate: Rate = 5e-4,
+    warmup: Warmup = 20,
+    average: Average = 0.98,
+    save_every: Save = 50,
+    long_tokens: Annotated[str, typer.Option(help="Tokens of the long documents.")] = "1024,2048,4096",
+    bf16: Bf16 = True,
+    recompute: Recompute = False,
+    threads: options.Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Teach an ALiBi student, layer by layer, the hidden states of the BERT it was made from.
+
+    Reads plain text; needs no label. Ends where the bi-encoder ranks; `train` goes on from there.
+    """
+    from turborank.distill import train
+
+    plan = _schedule(steps, stop, learning_rate, warmup, average, save_every, 0, 0)
+    with _curve("recover") as progress:
+        train.recover(
+            student, source, texts, long or [], out, plan, budget=budget, long_tokens=_numbers(long_tokens),
+            bf16=bf16, recompute=recompute, threads=threads, seed=seed, progress=progress,
+        )  # fmt: skip
+    print(out / "final")
+
+
+def train(
+    folder: Folder,
+    student: StudentModel,
+    out: Out = Path("run"),
+    teacher: Teachers = None,
+    loss: Losses = None,
+    dev: Dev = None,
+    steps: Steps = 1000,
+    stop: Stop = None,
+    budget: Budget = 6144,
+    documents: Documents = 8,
+    query_tokens: QueryTokens = 128,
+    document_tokens: DocumentTokens = "96,160,256",
+    long_tokens: LongTokens = "512,1024,2048",
+    long_every: LongEvery = 16,
+    share: Shares = None,
+    learning_rate: Rate = 1e-4,
+    warmup: Warmup = 20,
+    average: Average = 0.99,
+    save_every: Save = 50,
+    evaluate_every: EvaluateEvery = 100,
+    patience: Patience = 0,
+    dev_queries: DevQueries = 200,
+    max_length: MaxLength = 512,
+    margin: Margin = 0.0,
+    inner: InnerTerms = None,
+    bf16: Bf16 = True,
+    recompute: Recompute = False,
+    train_words: TrainWords = False,
+    threads: options.Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a student on lists of documents: labels, teachers' scores, or both.
+
+    Measures nDCG@10 of held-out queries with the engine that will serve it; keeps the best in best/, the last in
+    final/, the curves in report.html. Interrupted, the same command goes on, to the same bits on a CPU.
+    """
+    from turborank.distill import train
+    from turborank.distill.batches import Drawing
+
+    plan = _schedule(steps, stop, learning_rate, warmup, average, save_every, evaluate_every, patience)
+    drawing = Drawing(
+        budget=budget, documents=documents, query_tokens=query_tokens,
+        document_tokens=_sizes(document_tokens, "--document-tokens"),
+        long_every=long_every if long_tokens.strip() else 0, shares=_shares(share or ()), margin=margin,
+        long_tokens=_sizes(long_tokens, "--long-tokens") if long_tokens.strip() else (),
+    )  # fmt: skip
+    with _curve("train") as progress:
+        result = train.train(
+            folder, student, out, plan, drawing, teachers=teacher or [], loss=loss, dev=dev or [folder],
+            dev_queries=dev_queries, max_length=max_length, inner=inner or [], bf16=bf16, recompute=recompute,
+            train_words=train_words, threads=threads, seed=seed, progress=progress,
+        )  # fmt: skip
+    print(result)
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run, under way or finished.")]) -> None:
+    """Write report.html: the curves of a run of recover or train so far, as one page that needs no network."""
+    from turborank.distill.report import write_report
+
+    print(write_report(run))
+
+
+def ship(
+    models: Annotated[list[Path], typer.Argument(help="Model folders; several are averaged.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A training folder: fit scores on its held-out queries.", show_default=False)
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Store matrices as int8: a quarter of the bytes.")] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens of a pair when calibrating.")] = 512,
+    threads: options.Threads = None,
+) -> None:
+    """Average trained models, calibrate their scores, write the folder that Reranker loads."""
+    from turborank.distill import ship as shipping
+    from turborank.distill.folder import TrainingFolder
+    from turborank.distill.train import Serving
+
+    student = shipping.average(models)
+    if calibrate is not None:
+        serving = Serving(max_length=max_length, threads=threads)
+        factor, bias = shipping.calibrate(student, TrainingFolder.load(calibrate), serving)
+        print(f"logits × {factor:.4g} {bias:+.4g}")
+    if int8:
+        shipping.write_int8(student, out)
+    else:
+        student.save(out)
+    print(out)
+
+
+def _layers(text: str) -> int | list[int]:
+    numbers = _numbers(text)
+    if not numbers:
+        raise typer.BadParameter(f"expected how many layers, or which, got {text!r}", param_hint="--layers")
+    return list(numbers) if "," in text else numbers[0]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+
+
+def _sizes(text: str, option: str) -> tuple[int, ...]:
+    numbers = _numbers(text)
+    if min(numbers, default=0) < 1:
+        raise typer.BadParameter(f"expected numbers of tokens, each 1 or more, got {text!r}", param_hint=option)
+    return numbers
+
+
+def _shares(values: Sequence[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for text in values:
+        name, _, value = text.partition("=")
+        try:
+            shares[name] = float(value)
+        except ValueError:
+            shares[name] = math.nan
+        if not (name and 0 <= shares[name] < math.inf):
+            raise typer.BadParameter(f"expected SOURCE=NUMBER, 0 or more, got {text!r}", param_hint="--share")
+    return shares
+
+
+def _probes(texts: Path | None) -> Sequence[str]:
+    """Sixteen longer texts of a training folder."""
+    if texts is None:
+        return ()
+    found = [text for text in _all_texts(texts) if len(text.split()) >= 50]
+    return found[:: max(1, len(found) // 16)][:16]
+
+
+def _all_texts(path: Path) -> list[str]:
+    from turborank.distill.folder import TrainingFolder
+
+    folder = TrainingFolder.load(path)
+    return [*folder.texts, *folder.queries]
+
+
+def _schedule(
+    steps: int, stop: int | None, rate: float, warmup: int, average: float, save: int, evaluate: int, patience: int
+) -> Schedule:
+    from turborank.distill.trainer import Schedule
+
+    if not 0 <= average < 1:
+        raise typer.BadParameter(f"expected a factor of 0 to 1, 1 left out, got {average}", param_hint="--average")
+    return Schedule(
+        steps=steps, learning_rate=rate, warmup=warmup, average=average, save_every=save,
+        evaluate_every=evaluate or steps + 1, patience=patience, stop=stop,
+    )  # fmt: skip
+
+
+def _told(name: str, value: float) -> str:
+    return f"{value:,.0f} tokens/s" if name == "tokens_per_s" else f"{name} {value:.4f}"
+
+
+@contextmanager
+def _curve(what: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
+    """Live loss, nDCG, speed and time left, on standard error; without a terminal a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns: tuple[Any, ...] = (TextColumn(what), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[told]}"), console=console, disable=not console.is_terminal
+    ) as bars:
+        task = bars.add_task(what, total=None, told="")
+        measured: dict[str, float] = {}
+
+        def step(row: dict[str, Any], steps: int) -> None:
+            measured.update({k: v for k, v in row.items() if k.startswith("ndcg")})
+            parts = {k: v for k, v in row.items() if k in ("loss", "ndcg@10", "tokens_per_s")} | measured
+            told = " · ".join(_told(name, value) for name, value in parts.items())
+            bars.update(task, completed=row["step"], total=steps, told=told)
+            if not console.is_terminal and (row["step"] % 20 == 0 or "ndcg@10" in row):
+                console.print(f"{what} {row['step']}/{steps} · {told}", highlight=False)
+
+        yield step

@@ -1,0 +1,1 @@
+"""Files and collections: TREC and BEIR formats, datasets, the first stage. Knows no model."""

@@ -1,0 +1,152 @@
+"""Reading text line by line, with the place of every fault; writing so that a kill leaves the old file or the new."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from turborank.errors import InputError
+from turborank.text import plain
+
+
+@contextlib.contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked when its name ends in ``.gz``.
+
+    Raises InputError when there is none, and, while it is read, when what is packed is damaged or cut off.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        file = cast(BinaryIO, opened(path, "rb"))
+    except OSError as error:
+        raise InputError(f"expected a readable file, got {error.strerror or error} at {path}") from error
+    try:
+        with file:
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"expected a whole gzip file, got {error} at {path}") from error
+
+
+def decode(raw: bytes, path: Path, number: int) -> str:
+    """One line as text, without its line end (and without a byte-order mark on the first line)."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        raise InputError(
+            f"expected UTF-8, got byte 0x{byte:02x} at {path}:{number}",
+            hint="convert the file to UTF-8, with iconv say",
+        ) from error
+    return text.removeprefix("\ufeff").rstrip("\r\n") if number == 1 else text.rstrip("\r\n")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of every line that is not blank."""
+    with open_binary(path) as file:
+        for number, raw in enumerate(file, 1):
+            text = decode(raw, path, number)
+            if text.strip():
+                yield number, text
+
+
+def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
+    """A line of JSON that must be an object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"expected one JSON object on the line, got {error.msg} at {path}:{number}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object, got {type(value).__name__} at {path}:{number}")
+    return value
+
+
+def string_field(record: dict[str, Any], field: str, path: Path, number: int, *, default: str | None = None) -> str:
+    """A text field of a record; ``default`` stands for a missing or null one."""
+    value = record.get(field, default)
+    value = default if value is None else value
+    if not isinstance(value, str):
+        got = "nothing" if value is None else type(value).__name__
+        raise InputError(f"expected a string in the field {field!r}, got {got} at {path}:{number}")
+    return value
+
+
+def checked_id(name: str, at: object) -> str:
+    """An id as it is. Raises InputError for one with a lone surrogate, which no run could hold."""
+    if plain(name) != name:
+        raise InputError(f"expected an id without lone surrogates, got {name!r} at {at}")
+    return name
+
+
+def check_folder(path: Path) -> None:
+    """Raises InputError where no folder can be made at ``path``, because there, or above, is a file."""
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise InputError(f"expected a folder to write to, got a file at {there}")
+
+
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """The file's checksum, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes ``path``'s place only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` at ``path``, whole or not at all; a lone surrogate is written as U+FFFD."""
+    with replacing(path) as file:
+        file.write(plain(text).encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """``value`` as readable JSON at ``path``, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# Records of JSON lines, each with its place, so that every fault can say where it is.
+
+
+class Place(NamedTuple):
+    """Where a record stands."""
+
+    path: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number}"
+
+
+def read_records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Every record of a file of JSON lines (``.gz`` too)."""
+    for number, line in read_lines(path):
+        yield Place(path, number), parse_object(line, path, number)
+
+
+def identity(value: Any, field: str, at: object) -> str:
+    """An id, which may be a number. Raises InputError for what a TREC run could not hold."""
+    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if not name or name.split() != [name]:
+        raise InputError(f"expected an id without white space in the field {field!r}, got {value!r} at {at}")
+    return name

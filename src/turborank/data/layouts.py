@@ -1,0 +1,212 @@
+"""LAYOUTS: the shapes in which collections come, each read into queries, documents and judgements."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from turborank.data.corpus import Corpus, JsonlCorpus, MemoryCorpus, Step, beir_text
+from turborank.data.files import checked_id, decode, open_binary, parse_object, read_lines, string_field
+from turborank.data.trec import Qrels, read_qrels
+from turborank.errors import InputError
+
+MAX_FIELD = 1 << 24  # characters of a CSV field: references may quote pages
+CHUNK_WORDS = 200  # words of a chunk, where a collection is whole texts
+
+
+class Parts(NamedTuple):
+    """A collection as read, before it is checked."""
+
+    queries: dict[str, str]
+    corpus: Corpus
+    qrels: Qrels
+    repeated: int = 0  # judgements that only repeat one
+
+
+Layout = Callable[[Path, str, Step | None], Parts]  # (folder or file, split, progress)
+
+
+def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dict[str, str]:
+    """(id, text, line) as a mapping; a repeated id is an error."""
+    known: dict[str, str] = {}
+    for name, text, number in pairs:
+        if name in known:
+            raise InputError(f"expected each {what} id once, got {name!r} again at {path}:{number}")
+        known[checked_id(name, f"{path}:{number}")] = text
+    return known
+
+
+def _whole_text(path: Path) -> str:
+    with open_binary(path) as file:
+        return "".join(decode(raw, path, number) + "\n" for number, raw in enumerate(file, 1))
+
+
+def _json_file(path: Path) -> Any:
+    text = _whole_text(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise InputError(f"expected each key once in a JSON object, got {twice!r} again in {path}")
+        return value
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise InputError(f"expected JSON, got {error.msg} at {path}:{error.lineno}") from error
+
+
+def beir(folder: Path, split: str, progress: Step | None) -> Parts:
+    """``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``."""
+    qrels_path, queries_path = folder / "qrels" / f"{split}.tsv", folder / "queries.jsonl"
+    if not qrels_path.exists():
+        splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv")) or ["none"]
+        raise InputError(f"expected the split {split!r} at {qrels_path}, got {', '.join(splits)}")
+    qrels, repeated = read_qrels(qrels_path)
+    records = ((parse_object(line, queries_path, number), number) for number, line in read_lines(queries_path))
+    queries = _unique(
+        (
+            (
+                string_field(record, "_id", queries_path, number),
+                string_field(record, "text", queries_path, number),
+                number,
+            )
+            for record, number in records
+        ),
+        "query",
+        queries_path,
+    )
+    return Parts(queries, JsonlCorpus(folder / "corpus.jsonl", progress=progress), qrels, repeated)
+
+
+def _text_mapping(value: object, field: str, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise InputError(f"expected {field!r} to map ids to strings, got {type(value).__name__} in {path}")
+    return {checked_id(name, path): text for name, text in value.items()}
+
+
+def llamaindex(path: Path, split: str, progress: Step | None) -> Parts:
+    """LlamaIndex's ``EmbeddingQAFinetuneDataset`` as JSON: queries, corpus, relevant_docs."""
+    value = _json_file(path)
+    found = value if isinstance(value, dict) else {}
+    missing = [field for field in ("queries", "corpus", "relevant_docs") if field not in found]
+    if missing:
+        raise InputError(f"expected an EmbeddingQAFinetuneDataset, got no {', '.join(missing)} in {path}")
+    relevant = value["relevant_docs"]
+    if not isinstance(relevant, dict) or not all(isinstance(docs, list) for docs in relevant.values()):
+        raise InputError(f"expected 'relevant_docs' to map query ids to lists of ids in {path}")
+    corpus = MemoryCorpus(_text_mapping(value["corpus"], "corpus", path))
+    qrels = {query_id: {checked_id(str(doc), path): 1 for doc in docs} for query_id, docs in relevant.items()}
+    return Parts(_text_mapping(value["queries"], "queries", path), corpus, qrels)
+
+
+def scrolls(folder: Path, split: str, progress: Step | None) -> Parts:
+    """A SCROLLS task as LoCoV0 reads it: row by row, the output is the query and the input its one document."""
+    path = folder / f"{split}.jsonl"
+    queries, documents = {}, {}
+    for number, line in read_lines(path):
+        record = parse_object(line, path, number)
+        queries[f"Query_{number - 1}"] = string_field(record, "output", path, number)
+        documents[f"Passage_{number - 1}"] = string_field(record, "input", path, number)
+    qrels = {query: {passage: 1} for query, passage in zip(queries, documents, strict=True)}
+    return Parts(queries, MemoryCorpus(documents), qrels)
+
+
+def qasper(folder: Path, field: str) -> Parts:
+    """QASPER's test papers as LoCoV0 reads them: ``field`` is the query, the sections the document."""
+    archive = folder / "qasper-test.tgz"
+    with tarfile.open(archive) as tar:
+        member = next((name for name in tar.getnames() if name.endswith("qasper-test-v0.3.json")), None)
+        file = tar.extractfile(member) if member else None
+        if file is None:
+            raise InputError(f"expected qasper-test-v0.3.json inside {archive}")
+        papers: Mapping[str, Any] = json.load(file)
+    queries, documents, qrels = {}, {}, {}
+    for paper_id, paper in papers.items():
+        sections = ((part["section_name"], "\n".join(part["paragraphs"])) for part in paper["full_text"])
+        documents[paper_id] = "\n".join(text for section in sections for text in section if text).strip()
+        queries[f"q{paper_id}"] = paper[field]
+        qrels[f"q{paper_id}"] = {paper_id: 1}
+    return Parts(queries, MemoryCorpus(documents), qrels)
+
+
+def anthropic_docs(folder: Path, split: str, progress: Step | None) -> Parts:
+    """Anthropic's RAG cookbook: documentation chunks, and questions with their correct chunks."""
+    if (folder / "corpus.jsonl").exists():
+        return beir(folder, split, progress)
+    chunks, questions = _json_file(folder / "anthropic_docs.json"), _json_file(folder / "docs_evaluation_dataset.json")
+    documents = {chunk["chunk_link"]: beir_text(chunk["chunk_heading"], chunk["text"]) for chunk in chunks}
+    queries = {question["id"]: question["question"] for question in questions}
+    qrels = {question["id"]: dict.fromkeys(question["correct_chunks"], 1) for question in questions}
+    return Parts(queries, MemoryCorpus(documents), qrels)
+
+
+def cut(text: str, words: int = CHUNK_WORDS) -> list[tuple[int, int]]:
+    """(start, end) of consecutive chunks of ``words`` words, every character in exactly one chunk."""
+    starts, count, inside = [0], 0, False
+    for place, character in enumerate(text):
+        if not character.isspace() and not inside:
+            if count and count % words == 0:
+                starts.append(place)
+            count += 1
+        inside = not character.isspace()
+    return list(zip(starts, [*starts[1:], len(text)], strict=True))
+
+
+def holder(chunks: list[tuple[int, int]], start: int, end: int) -> int:
+    """The chunk that holds most characters of ``start`` … ``end``; the first of equals."""
+    return max(range(len(chunks)), key=lambda i: (min(end, chunks[i][1]) - max(start, chunks[i][0]), -i))
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(io.StringIO(_whole_text(path)), strict=True)
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise InputError(f"expected comma-separated values, got {error} at {path}:{reader.reader.line_num}") from error
+
+
+def chunks(folder: Path, split: str, progress: Step | None) -> Parts:
+    """chunking_evaluation: ``questions_df.csv`` with the spans that answer, over ``corpora/*.md``."""
+    texts = {path.stem: _whole_text(path) for path in sorted((folder / "corpora").glob("*.md"))}
+    spans = {name: cut(text) for name, text in texts.items()}
+    documents = {f"{name}:{a}-{b}": texts[name][a:b].strip() for name, places in spans.items() for a, b in places}
+    path = folder / "questions_df.csv"
+    queries: dict[str, str] = {}
+    qrels: Qrels = {}
+    for number, row in enumerate(_rows(path), 1):
+        try:
+            name, references = row["corpus_id"], json.loads(row["references"])
+            places = [holder(spans[name], int(ref["start_index"]), int(ref["end_index"])) for ref in references]
+            for ref in references:
+                if texts[name][ref["start_index"] : ref["end_index"]] != ref["content"]:
+                    raise InputError(
+                        f"expected every reference at its offsets, got another text for question {number} of {path}"
+                    )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"expected question, references and corpus_id, got {error!r} in question {number} of {path}"
+            ) from error
+        queries[f"q{number}"] = row["question"]
+        qrels[f"q{number}"] = {f"{name}:{a}-{b}": 1 for a, b in (spans[name][place] for place in places)}
+    return Parts(queries, MemoryCorpus(documents), qrels)
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "beir": beir,
+    "llamaindex": llamaindex,
+    "scrolls": scrolls,
+    "qasper-title": lambda folder, split, progress: qasper(folder, "title"),
+    "qasper-abstract": lambda folder, split, progress: qasper(folder, "abstract"),
+    "anthropic-docs": anthropic_docs,
+    "chunks": chunks,
+}

@@ -1,0 +1,126 @@
+"""Runs and judgements as TREC writes them.
+
+A run line is ``query Q0 document rank score tag``; a run *is* its scores, and the rank column is not believed.
+Ties are ordered as trec_eval orders them: by document id, descending. trec_eval holds scores in 32 bits, so
+scores are compared after rounding to float32. :func:`ranked` is the one statement of that rule.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from turborank.data.files import read_lines, replacing
+from turborank.errors import InputError
+
+GRADES = range(-1000, 1001)  # trec_eval makes a table as long as the highest grade
+_SPACE = re.compile(r"[ \t\r\f\v]+")  # of ASCII only: ids may hold any other character
+
+
+class Scored(NamedTuple):
+    """A document in a run."""
+
+    doc_id: str
+    score: float
+
+
+Run = dict[str, list[Scored]]  # query id -> its documents, best first
+Qrels = dict[str, dict[str, int]]  # query id -> document id -> graded relevance
+
+
+def ranked(documents: Iterable[Scored]) -> list[Scored]:
+    """Best first: by float32 score, ties by document id, both descending."""
+    return sorted(documents, key=lambda scored: (np.float32(scored.score), scored.doc_id), reverse=True)
+
+
+def read_run(path: Path) -> Run:
+    """A TREC run file, plain or ``.gz``.
+
+    Raises InputError, with file and line, for anything but six columns and a finite score, and for a document
+    listed twice for one query.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for number, line in read_lines(path):
+        columns = _SPACE.split(line.strip(" \t"))
+        if len(columns) != 6:
+            raise InputError(
+                f"expected six columns (query Q0 document rank score tag), got {len(columns)} at {path}:{number}"
+            )
+        query_id, _, doc_id, _, text, _ = columns
+        try:
+            score = float(text)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise InputError(f"expected a finite score in column five, got {text!r} at {path}:{number}")
+        documents = rows.setdefault(query_id, {})
+        if doc_id in documents:
+            raise InputError(f"expected each document once a query, got {doc_id!r} again at {path}:{number}")
+        documents[doc_id] = score
+    return {query_id: ranked(Scored(*pair) for pair in documents.items()) for query_id, documents in rows.items()}
+
+
+def format_run(query_id: str, documents: Iterable[Scored], tag: str) -> str:
+    """The lines of one query, ranks from 1; nine digits give a float32 back exactly."""
+    tag = _SPACE.sub("_", tag)
+    return "".join(
+        f"{query_id} Q0 {scored.doc_id} {rank} {scored.score:.9g} {tag}\n" for rank, scored in enumerate(documents, 1)
+    )
+
+
+def write_run(path: Path, run: Mapping[str, Iterable[Scored]], tag: str) -> None:
+    """A run as a TREC file, queries in the order given.
+
+    Raises InputError for an id with white space in it, which the format cannot hold.
+    """
+    for query_id, documents in run.items():
+        for name in (query_id, *(scored.doc_id for scored in documents)):
+            if not name or _SPACE.search(name) or "\n" in name:
+                raise InputError(f"expected an id without white space, got {name!r}, which a TREC run cannot hold")
+    with replacing(path) as file:
+        for query_id, documents in run.items():
+            file.write(format_run(query_id, documents, tag).encode())
+
+
+def read_qrels(path: Path) -> tuple[Qrels, int]:
+    """Judgements, and the number of lines that only repeat one.
+
+    Reads BEIR's three columns (query, document, score; a header line or none) and TREC's four (query, iteration,
+    document, relevance). Raises InputError, with file and line, for anything else, for a grade outside GRADES and
+    for two different grades of one document.
+    """
+    qrels: Qrels = {}
+    repeated = 0
+    for number, line in read_lines(path):
+        columns = [column.strip(" ") for column in line.split("\t")] if "\t" in line else _SPACE.split(line.strip(" "))
+        if number == 1 and columns[-1] in ("score", "relevance", "rel"):
+            continue
+        if len(columns) not in (3, 4) or not all(columns):
+            raise InputError(f"expected three columns (query, document, score), got {line!r:.80} at {path}:{number}")
+        query_id, doc_id = columns[0], columns[-2]
+        try:
+            relevance = int(columns[-1])
+        except ValueError:
+            raise InputError(
+                f"expected an integer relevance in the last column, got {columns[-1]!r} at {path}:{number}"
+            ) from None
+        if relevance not in GRADES:
+            raise InputError(
+                f"expected a relevance between {GRADES[0]} and {GRADES[-1]}, got {relevance} at {path}:{number}"
+            )
+        judged = qrels.setdefault(query_id, {})
+        if judged.setdefault(doc_id, relevance) != relevance:
+            raise InputError(
+                f"expected one relevance of {doc_id!r} for {query_id!r}, got {judged[doc_id]} and {relevance} "
+                f"at {path}:{number}"
+            )
+        repeated += 1
+    repeated -= sum(len(judged) for judged in qrels.values())
+    if not qrels:
+        raise InputError(f"expected judgements, got none at {path}")
+    return qrels, repeated

@@ -1,0 +1,292 @@
+"""Weights as a checkpoint has them -> arrays as the C++ kernels read them (native/kernels.h, native/weights.cpp).
+
+The rounding to int8 is explained in docs/kernels.md, "Numbers in int8".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from turborank.architectures.jinabert import COSINES
+from turborank.checkpoint.tensors import SCALE, TensorFile
+from turborank.errors import CheckpointError
+from turborank.types import Float32, ModelConfig
+
+Bytes = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
+
+STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 is bfloat16's bits
+PANEL = 32  # output columns that a product computes together
+MIXED_CHANNELS = 16  # native/mix.inl: channels that are mixed with the same ones of other groups
+LEAST_GELU = -0.171875  # gelu(-0.75) is -0.16997; the kernels' may be 5e-4 below
+_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 4 << 20  # bytes
+_ONE = np.float32(1.0)
+
+
+class Layout(NamedTuple):
+    """How a row of the instruction-set table wants a precision's weights."""
+
+    precision: str
+    group: int  # int8 weights of one column that lie side by side: a word
+    tiles: bool  # words of int8 and bf16 lie in matrix tiles
+    offset: int  # what the kernels add to int8 activations
+    lanes: int  # floats of a vector
+
+
+class Columns(NamedTuple):
+    """Output columns of a product as the precision's type, W[c] = scale[c] * codes[c]."""
+
+    codes: Array  # (out, in)
+    scale: Float32  # (out,)
+    bias: Float32  # (out,)
+
+    def ordered(self, order: npt.NDArray[np.intp]) -> Columns:
+        return Columns(self.codes[order], self.scale[order], self.bias[order])
+
+
+def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> tuple[dict[str, Bytes], dict[str, Any]]:
+    """(arrays by the names of native/weights.cpp, what the kernels must know of them).
+
+    Word embeddings are not copied: they are read where they lie. Raises CheckpointError where a tensor
+    is missing, misshapen or of a type that is not STORED.
+    """
+    packer = _Packer(weights, config, layout)
+    packer.embeddings()
+    for layer in range(config.num_hidden_layers):
+        packer.layer(layer)
+    packer.head()
+    facts = {
+        "stored": STORED.index(packer.raw("embeddings.word_embeddings.weight").dtype.name),
+        "positions": packer.positions,
+        "mixed": packer.mixed,
+        "least": packer.least,
+    }
+    return packer.arrays, facts
+
+
+class _Packer:
+    def __init__(self, weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> None:
+        self._weights, self._config, self._layout = weights, config, layout
+        self._stored = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
+        self._arena = _Arena()
+        self.arrays: dict[str, Bytes] = {}
+        self.positions = 0
+        int8 = layout.precision == "int8"
+        self.least = LEAST_GELU if int8 and config.feed_forward != "geglu" else 0.0
+        # Where the head's own rows are rounded twice mixing helps less than a second rounding of int8 weights costs.
+        given = "encoder.layer.0.attention.self.query.weight"
+        self.mixed = int8 and not (config.head in COSINES and given in weights and self.raw(given).dtype == np.int8)
+
+    def embeddings(self) -> None:
+        """The tables, their norm and ALiBi's slopes."""
+        config, width = self._config, self._config.hidden_size
+        words = self.raw("embeddings.word_embeddings.weight", config.vocab_size, width)
+        self.arrays["words"] = _bytes(words)
+        if words.dtype == np.int8:
+            self.arrays["words.scale"] = _bytes(self._scales("embeddings.word_embeddings.weight", len(words)))
+        if config.type_vocab_size > 0:
+            self._put("types", self._wide("embeddings.token_type_embeddings.weight", config.type_vocab_size, width))
+        places = "embeddings.position_embeddings.weight"
+        if places in self._weights:
+            self.positions = len(self.raw(places))
+            self._put("positions", self._wide(places, self.positions, width))
+        self._norm("norm", "embeddings.LayerNorm")
+        slopes = config.slopes or (0.0,) * config.num_attention_heads
+        self._put("slopes", np.asarray(slopes, np.float32) * np.float32(math.log2(math.e)))
+
+    def layer(self, number: int) -> None:
+        """One layer's products and norms. A classifier's last layer projects the first row alone."""
+        width, inner = self._config.hidden_size, self._config.intermediate_size
+        name, to, mixed = f"encoder.layer.{number}", f"{number}.", self.mixed
+        first = self._config.head not in COSINES and number == self._config.num_hidden_layers - 1
+        # q carries log2(e) / sqrt(D): scores are in log2 units.
+        factor = np.float32(math.log2(math.e)) / np.sqrt(np.float32(self._config.head_size))
+        query = self._columns(f"{name}.attention.self.query", width, width, mixed, factor)
+        others = [
+            self._columns(f"{name}.attention.self.{part}", width, width, mixed and not first)
+            for part in ("key", "value")
+        ]
+        if first:
+            for part, columns in zip(("keys", "values"), others, strict=True):
+                self._put(to + part + ".rows", columns.codes)
+                self._put_scale_and_bias(to + part, columns)
+            self._linear(to + "qkv", query)
+        else:
+            self._linear(to + "qkv", Columns(*(np.concatenate(parts) for parts in zip(query, *others, strict=True))))
+        self._linear(to + "out", self._columns(f"{name}.attention.output.dense", width, width))
+        self._norm(to + "norm1", f"{name}.attention.output.LayerNorm")
+        if self._config.feed_forward == "geglu":
+            lanes = self._layout.lanes  # gates of one vector, then the values that belong to them
+            turns = np.arange(2 * inner).reshape(2, -1, lanes).swapaxes(0, 1).reshape(-1)
+            gated = self._columns(f"{name}.mlp.gated_layers", 2 * inner, width, mixed)
+            self._linear(to + "up", gated.ordered(turns))
+            self._linear(to + "down", self._columns(f"{name}.mlp.wo", width, inner))
+            self._norm(to + "norm2", f"{name}.mlp.layernorm")
+        else:
+            self._linear(to + "up", self._columns(f"{name}.intermediate.dense", inner, width, mixed))
+            self._linear(to + "down", self._columns(f"{name}.output.dense", width, inner), self.least)
+            self._norm(to + "norm2", f"{name}.output.LayerNorm")
+
+    def head(self) -> None:
+        """The cosine's numbers, or the pooler (float, whatever the precision) and the classifier."""
+        if self._config.head in COSINES:
+            names = ("head.scale", "head.bias", *(("head.focus",) if self._config.head == "focus" else ()))
+            self._put("head", np.concatenate([self._wide(name, 1) for name in names]))
+            return
+        roberta = "classifier.dense.weight" in self._weights  # XLM-R's names for the same head
+        dense, last = ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
+        width = self._config.hidden_size
+        self._linear("pooler", self._columns(dense, width, width, precision="fp32"), precision="fp32")
+        self._put("head", np.append(self._wide(last + ".weight", 1, width), self._wide(last + ".bias", 1)))
+
+    def raw(self, name: str, *shape: int) -> Array:
+        """A tensor as it is stored, of this shape where one is given ((1, n) and (n,) are the same)."""
+        if name not in self._weights:
+            raise CheckpointError(f"expected a tensor {_plain(shape)}, got none at {name}")
+        array = np.ascontiguousarray(self._stored(name))
+        if array.dtype.name not in STORED or array.ndim not in (1, 2):
+            what = f"{array.ndim} dimensions of {array.dtype}"
+            raise CheckpointError(f"expected a vector or matrix of {', '.join(STORED)}, got {what} at {name}")
+        if shape and _plain(array.shape) != _plain(shape):
+            raise CheckpointError(f"expected shape {_plain(shape)}, got {_plain(array.shape)} at {name}")
+        return array
+
+    def _scales(self, name: str, rows: int) -> Float32:
+        scale: Array = np.asarray(self._stored(name + SCALE)) if name + SCALE in self._weights else np.empty(0)
+        if scale.dtype != np.float32 or scale.size != rows:
+            got = f"{scale.size} of {scale.dtype} at {name}{SCALE}"
+            raise CheckpointError(f"expected {rows} float32 row scales, got {got}")
+        return np.ascontiguousarray(scale.reshape(-1))
+
+    def _wide(self, name: str, *shape: int) -> Float32:
+        """A tensor as float32."""
+        array = self.raw(name, *shape)
+        if array.dtype == np.uint16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        wide = array.astype(np.float32, copy=False)
+        if array.dtype != np.int8:
+            return wide
+        rows = array.reshape(-1, array.shape[-1])
+        return (wide.reshape(rows.shape) * self._scales(name, len(rows))[:, None]).reshape(array.shape)
+
+    def _columns(
+        self, name: str, out: int, width: int, mixed: bool = False, factor: Any = _ONE, precision: str | None = None
+    ) -> Columns:
+        """One linear layer of the checkpoint, times `factor`; a missing bias is zero."""
+        precision, weight = precision or self._layout.precision, name + ".weight"
+        bias = self._wide(name + ".bias", out) if name + ".bias" in self._weights else np.zeros(out, np.float32)
+        stored = self.raw(weight, out, width)
+        if precision == "int8" and stored.dtype == np.int8 and not mixed:
+            return Columns(stored, self._scales(weight, out) * factor, bias * factor)
+        rows = self._wide(weight, out, width)
+        if precision == "int8":
+            codes, scale = _int8(_mix(rows) if mixed else rows)
+            # The kernels' mixing multiplies by the square root of the groups on either side.
+            return Columns(codes, scale / np.float32(_groups(width) if mixed else 1) * factor, bias * factor)
+        rows = rows * factor
+        return Columns(_bf16(rows) if precision == "bf16" else rows, np.ones(out, np.float32), bias * factor)
+
+    def _linear(self, to: str, columns: Columns, least: float = 0.0, precision: str | None = None) -> None:
+        precision = precision or self._layout.precision
+        group = {"int8": self._layout.group, "bf16": 2, "fp32": 1}[precision]
+        panels = _panels(columns.codes, group, self._layout.tiles and precision != "fp32")
+        if precision == "int8":
+            # Activations are stored plus `offset`; with a bound below, their int8 is 128 less than the steps above it.
+            sums = columns.codes.sum(axis=1, dtype=np.int32)
+            starts = sums * np.int32((128 if least else 0) - self._layout.offset)
+            panels = np.concatenate([panels, starts.view(np.uint8).reshape(len(panels), -1)], axis=1)
+            columns = columns._replace(bias=columns.bias + np.float32(least) * columns.scale * sums.astype(np.float32))
+        self._put(to + ".panels", panels)
+        self._put_scale_and_bias(to, columns)
+
+    def _put_scale_and_bias(self, to: str, columns: Columns) -> None:
+        self._put(to + ".scale", columns.scale)
+        self._put(to + ".bias", columns.bias)
+
+    def _norm(self, to: str, name: str) -> None:
+        for part in ("weight", "bias"):
+            self._put(f"{to}.{part}", self._wide(f"{name}.{part}", self._config.hidden_size))
+
+    def _put(self, name: str, array: Array) -> None:
+        self.arrays[name] = self._arena.put(array)
+
+
+class _Arena:
+    """Copies of arrays, end to end, each on a cache line of its own, in few large blocks of whole huge pages."""
+
+    def __init__(self) -> None:
+        self._block: Bytes = np.empty(0, np.uint8)
+
+    def put(self, array: Array) -> Bytes:
+        size = _whole(array.nbytes, _LINE)
+        if size > len(self._block):
+            room = _whole(max(size, _BLOCK), _HUGE_PAGE)
+            given: Bytes = np.empty(room + _HUGE_PAGE, np.uint8)  # numpy asks for huge pages where it is so large
+            start = -given.ctypes.data % _HUGE_PAGE
+            self._block = given[start : start + room]
+        place, self._block = self._block[: array.nbytes], self._block[size:]
+        place[:] = _bytes(np.ascontiguousarray(array))
+        return place
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _bytes(array: Array) -> Bytes:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A row matrix's shape as a vector's."""
+    return shape[1:] if len(shape) == 2 and shape[0] == 1 else shape
+
+
+def _bf16(x: Float32) -> npt.NDArray[np.uint16]:
+    """The bits of the nearest bfloat16, ties to even."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def _int8(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
+    """Symmetric to ±127: codes (out, in) and scales (out,)."""
+    largest = np.abs(rows).max(axis=1)
+    inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(rows * inverse[:, None]).astype(np.int8), largest / np.float32(127.0)
+
+
+def _groups(width: int) -> int:
+    return math.gcd(width // MIXED_CHANNELS, 8)
+
+
+def _mix(rows: Float32) -> Float32:
+    """Each row (width,) as mix.inl mixes an activation: Hadamard over groups of channels, then I - 2/3 over three."""
+    groups, count = _groups(rows.shape[1]), len(rows)
+    x, span = rows, MIXED_CHANNELS
+    while span < groups * MIXED_CHANNELS:
+        pairs = x.reshape(count, -1, 2, span)
+        x = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2)
+        span *= 2
+    if rows.shape[1] // span % 3 == 0:
+        threes = x.reshape(count, -1, 3, span)
+        x = threes - (threes[:, :, 0] + threes[:, :, 1] + threes[:, :, 2])[:, :, None] * (np.float32(2) / np.float32(3))
+    return x.reshape(rows.shape)
+
+
+def _panels(codes: Array, group: int, tiles: bool) -> Bytes:
+    """(out, in) -> (out / 32, bytes of a panel), the depth filled up with zeros to whole steps of 16 words."""
+    out, width = codes.shape
+    depth = _whole(width, 16 * group)
+    padded = np.zeros((out, depth), codes.dtype)
+    padded[:, :width] = codes
+    words = padded.view(f"u{group * codes.itemsize}")
+    if tiles:  # [steps][2 halves of the columns][16 words][16 columns]
+        placed = words.reshape(-1, 2, 16, depth // (16 * group), 16).transpose(0, 3, 1, 4, 2)
+    else:  # [words][32 columns]
+        placed = words.reshape(-1, PANEL, depth // group).transpose(0, 2, 1)
+    return np.ascontiguousarray(placed).reshape(out // PANEL, -1).view(np.uint8)

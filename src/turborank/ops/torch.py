@@ -1,0 +1,216 @@
+"""The same ops in torch: differentiable, and on whatever device the tensors live.
+
+Everything but attention works on the packed rows directly. Attention pads *inside* the op, over groups
+of pairs of like length, so that the two batched matrix products stay dense; a pair never sees its neighbours.
+On CUDA :mod:`turborank.ops.torch_flex` does without even that, where there is Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TRITON = importlib.util.find_spec("triton") is not None  # what FlexAttention is compiled with
+
+# Score elements (pairs · heads · queries · keys) computed at once; bounds memory at 8,192 tokens.
+SCORE_BUDGET = 1 << 26
+
+# Queries (B, H, b, D), keys (B, H, n, D), place of the first query -> scores (B, H, b, n) in float32.
+Score = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def take(table: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids, table)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """In the type of ``weight``, which may be wider than x's."""
+    return F.layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return layer_norm(x.to(weight.dtype) + residual, weight, bias, eps).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def geglu(x: Tensor, weight: Tensor) -> Tensor:
+    y, middle = linear(x, weight), weight.shape[0] // 2
+    return gelu(y[..., :middle]) * y[..., middle:]
+
+
+def _groups(lengths: list[int], heads: int) -> Iterator[list[int]]:
+    """Pairs of like length (at most an eighth of padding), few enough to keep the scores within budget."""
+    group: list[int] = []
+    for pair in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        longest = lengths[group[0]] if group else lengths[pair]
+        if group and (lengths[pair] * 8 < longest * 7 or (len(group) + 1) * heads * longest**2 > SCORE_BUDGET):
+            yield group
+            group = []
+        group.append(pair)
+    if group:
+        yield group
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, n, C) -> (B, H, n, D)."""
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
+def _offsets(q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Distances i - j (b, n) of q (B, H, b, D), whose rows stand at positions ``first``…, from k (B, H, n, D)."""
+    queries = torch.arange(first, first + q.shape[2], device=q.device)
+    return queries[:, None] - torch.arange(k.shape[2], device=q.device)[None, :]
+
+
+def _softmax_sum(scores: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Values (B, H, n, D) weighted by scores (B, H, b, n), in which only the first ``lengths`` (B,) keys are real."""
+    real = torch.arange(v.shape[2], device=v.device)[None, :] < lengths[:, None]
+    scores = scores.masked_fill(~real[:, None, None, :], -torch.inf)
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def _alibi(slopes: Tensor, q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Scores (B, H, b, n) in float32."""
+    distance = _offsets(q, k, first).abs()
+    return (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance
+
+
+def _disentangled(pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], q: Tensor, k: Tensor, first: int) -> Tensor:
+    """Scores (B, H, b, n) in float32. Of pos_q and pos_k (H, R, D) only rows of distances at hand are multiplied."""
+    offsets, zero = _offsets(q, k, first), len(rows) // 2
+    low, high = rows[zero + first - k.shape[2] + 1], rows[zero + first + q.shape[2] - 1]
+    pos_q, pos_k = pos_q[:, low : high + 1], pos_k[:, low : high + 1]
+    r = (torch.tensor(rows, device=q.device) - low)[zero + offsets]  # (b, n)
+    scores = (q @ k.transpose(-1, -2)).float()
+    c2p = (q @ pos_k.transpose(-1, -2)).float()  # (B, H, b, R)
+    p2c = (k @ pos_q.transpose(-1, -2)).float()  # (B, H, n, R)
+    scores = scores + c2p.gather(-1, r.expand(scores.shape))
+    scores = scores + p2c.gather(-1, r.T.expand(*scores.shape[:2], *r.T.shape)).transpose(-1, -2)
+    return scores / math.sqrt(3 * q.shape[-1])
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], first_only: bool
+) -> Tensor:
+    if q.is_cuda and not first_only and _TRITON:
+        from turborank.ops import torch_flex  # compiles on first use, so only where it pays
+
+        return torch_flex.attention(q, k, v, cu_seqlens, heads, slopes)
+    bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
+    return _attention(q, k, v, cu_seqlens, heads, first_only, functools.partial(_alibi, bias))
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_q: Tensor,
+    pos_k: Tensor,
+    rows: Sequence[int],
+    cu_seqlens: Tensor,
+    heads: int,
+    first_only: bool,
+) -> Tensor:
+    pos_q, pos_k = (_heads(x[None], heads)[0] for x in (pos_q, pos_k))  # (H, R, D)
+    score = functools.partial(_disentangled, pos_q, pos_k, rows)
+    return _attention(q, k, v, cu_seqlens, heads, first_only, score)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, first_only: bool, score: Score
+) -> Tensor:
+    """Attention by groups of pairs and blocks of queries, under the given rule."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    rows_out: list[Tensor] = []
+    parts: list[Tensor] = []
+    for group in _groups(lengths, heads):
+        n = lengths[group[0]]
+        size = torch.tensor([lengths[p] for p in group], device=q.device)
+        start = torch.tensor([bounds[p] for p in group], device=q.device)
+        steps = torch.arange(n, device=q.device)
+        real = steps[None, :] < size[:, None]  # (B, n)
+        rows = torch.where(real, start[:, None] + steps[None, :], start[:, None])  # (B, n)
+        keys, values = (_heads(x[rows], heads) for x in (k, v))  # (B, H, n, D)
+        if first_only:
+            wanted = torch.tensor(group, device=q.device)
+            queries = _heads(q[wanted][:, None], heads)  # (B, H, 1, D)
+            parts.append(_softmax_sum(score(queries, keys, 0), values, size).flatten(1))
+            rows_out.append(wanted)
+            continue
+        queries = _heads(q[rows], heads)
+        step = max(1, SCORE_BUDGET // (len(group) * heads * n))
+        blocks = [_softmax_sum(score(queries[:, :, i : i + step], keys, i), values, size) for i in range(0, n, step)]
+        context = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+        parts.append(context.transpose(1, 2).flatten(2)[real])
+        rows_out.append(rows[real])
+    order = torch.cat(rows_out)
+    return torch.cat(parts)[torch.argsort(order)]
+
+
+def layer(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
+
+
+def positions(cu_seqlens: Tensor) -> Tensor:
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    firsts = torch.repeat_interleave(starts, lengths)
+    return torch.arange(firsts.shape[0], device=cu_seqlens.device) - firsts
+
+
+def first_tokens(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x[cu_seqlens[:-1].long()]
+
+
+def segment_means(x: Tensor, type_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = cu_seqlens.shape[0] - 1
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    pair_of = torch.repeat_interleave(torch.arange(pairs, device=x.device), lengths)
+    slot = pair_of * 2 + type_ids.long()
+    sums = torch.zeros(2 * pairs, x.shape[1], dtype=torch.float32, device=x.device).index_add(0, slot, x.float())
+    counts = torch.bincount(slot, minlength=2 * pairs)
+    means = (sums / counts[:, None]).view(pairs, 2, -1)
+    return means[:, 0], means[:, 1]
+
+
+def focused_means(
+    x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, cu_seqlens: Tensor, passage: int
+) -> Tensor:
+    rows = torch.nonzero(type_ids == 1)[:, 0]
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    pair_of = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)[rows]
+    counts = torch.bincount(pair_of, minlength=len(lengths))  # tokens of each document
+    passages = (counts + passage - 1) // passage
+    place = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[pair_of]
+    slot = (passages.cumsum(0) - passages)[pair_of] + place // passage
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), passages)  # of each passage
+    sums = torch.zeros(len(owner), x.shape[1], device=x.device).index_add(0, slot, x[rows].float())
+    score = focus.float() * cosine(sums, query.float()[owner])
+    top = torch.full((len(lengths),), -torch.inf, device=x.device).scatter_reduce(0, owner, score.detach(), "amax")
+    weight = torch.exp(score - top[owner])
+    total = torch.zeros(len(lengths), x.shape[1], device=x.device).index_add(0, owner, weight[:, None] * sums)
+    mass = torch.zeros(len(lengths), device=x.device).index_add(0, owner, weight * torch.bincount(slot))
+    return total / mass[:, None]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a, b, dim=-1, eps=1e-12)

@@ -1,0 +1,105 @@
+"""The same ops in torch over padded batches, for programs that exchange models as graphs of such batches (ONNX).
+
+Where a forward expects packed rows (T, C) it gets (P, N, C), and the attention mask (P, N), 1 at real tokens, takes the
+place of ``cu_seqlens``; pairs are padded on the right. Nothing here depends on the sizes of a batch but through
+operations a graph can hold, and the biases of attention are computed from positions: no N×N tensor is ever a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from turborank.ops import torch as torch_ops
+
+take, linear, gelu, geglu, tanh, layer, cosine = (
+    torch_ops.take, torch_ops.linear, torch_ops.gelu, torch_ops.geglu, torch_ops.tanh, torch_ops.layer,
+    torch_ops.cosine,
+)  # fmt: skip
+layer_norm, add_norm = torch_ops.layer_norm, torch_ops.add_norm
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Each token's place in its pair, from 0: (P, N) -> (N,), which broadcasts."""
+    return torch.arange(mask.shape[1], device=mask.device)
+
+
+def first_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+def segment_means(x: Tensor, type_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    means = []
+    for segment in (0, 1):
+        chosen = ((type_ids == segment) & (mask > 0)).to(x.dtype)[..., None]  # (P, N, 1)
+        means.append((x * chosen).sum(dim=1) / chosen.sum(dim=1))
+    return means[0], means[1]
+
+
+def focused_means(x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, mask: Tensor, passage: int) -> Tensor:
+    chosen = (type_ids == 1) & (mask > 0)  # (P, N)
+    slot = (chosen.long().cumsum(dim=1) - 1) // passage  # the passage of each document token
+    slots = torch.arange((x.shape[1] + passage - 1) // passage, device=x.device)  # S of them, the last ones empty
+    members = ((slot[:, None, :] == slots[:, None]) & chosen[:, None, :]).to(x.dtype)  # (P, S, N)
+    sums, lengths = members @ x, members.sum(dim=2)  # (P, S, C), (P, S)
+    score = focus * cosine(sums, query[:, None])
+    score = score.masked_fill(lengths == 0, torch.finfo(score.dtype).min)
+    weight = torch.exp(score - score.amax(dim=1, keepdim=True))
+    return (weight[..., None] * sums).sum(dim=1) / (weight * lengths).sum(dim=1, keepdim=True)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(…, n, C) -> (…, H, n, D)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
+
+
+def _distances(asked: Tensor, k: Tensor) -> Tensor:
+    """Distances i - j (m, n) of the first m tokens, which ask (P, H, m, D), from keys (P, H, n, D)."""
+    return torch.arange(asked.shape[2], device=k.device)[:, None] - torch.arange(k.shape[2], device=k.device)[None, :]
+
+
+def _weigh(scores: Tensor, v: Tensor, mask: Tensor, first_only: bool) -> Tensor:
+    """Values (P, H, n, D) weighted by scores (P, H, m, n) of real keys: (P, m, C), or (P, C) of the first tokens."""
+    scores = scores.masked_fill(mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
+    context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+    return context[:, 0] if first_only else context
+
+
+def _asked(q: Tensor, heads: int, first_only: bool) -> Tensor:
+    """(P, N, C), or (P, C) when ``first_only`` -> (P, H, m, D)."""
+    return _heads(q[:, None] if first_only else q, heads)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int, slopes: Sequence[float], first_only: bool
+) -> Tensor:
+    asked, keys, values = _asked(q, heads, first_only), _heads(k, heads), _heads(v, heads)
+    scores = asked @ keys.transpose(-1, -2) / math.sqrt(asked.shape[-1])
+    if len(slopes):
+        bias = torch.tensor(list(slopes), dtype=scores.dtype, device=scores.device)[:, None, None]
+        scores = scores - bias * _distances(asked, keys).abs()
+    return _weigh(scores, values, mask, first_only)
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_q: Tensor,
+    pos_k: Tensor,
+    rows: Sequence[int],
+    mask: Tensor,
+    heads: int,
+    first_only: bool,
+) -> Tensor:
+    asked, keys, values = _asked(q, heads, first_only), _heads(k, heads), _heads(v, heads)
+    r = torch.tensor(list(rows), device=q.device)[len(rows) // 2 + _distances(asked, keys)]  # (m, n)
+    scores = asked @ keys.transpose(-1, -2)
+    c2p = asked @ _heads(pos_k, heads).transpose(-1, -2)  # (P, H, m, R)
+    p2c = keys @ _heads(pos_q, heads).transpose(-1, -2)  # (P, H, n, R)
+    scores = scores + c2p.gather(-1, r.expand(scores.shape))
+    scores = scores + p2c.gather(-1, r.T.expand(*scores.shape[:2], *r.T.shape)).transpose(-1, -2)
+    return _weigh(scores / math.sqrt(3 * asked.shape[-1]), values, mask, first_only)

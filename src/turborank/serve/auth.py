@@ -1,0 +1,319 @@
+"""API keys: made once, kept only as hashes, read again whenever their file changes.
+
+A key is 256 random bits, so one round of SHA-256 hides it well: there is nothing to guess, and a slow hash would
+only make requests slow. Passwords chosen by people would need one; keys are never chosen by people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turborank.errors import InputError
+from turborank.serve.config import Settings
+from turborank.serve.wire import Problem
+from turborank.types import Pair
+
+SECRET_PREFIX = "tr-"
+ANY_MODEL = "*"
+CHECK_EVERY = 1.0  # seconds between looks at the file
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FIELDS = {"name", "sha256", "models", "requests_per_minute", "tokens_per_minute"}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One caller: who it is, what it may use, and how fast."""
+
+    name: str
+    sha256: str
+    models: tuple[str, ...] = (ANY_MODEL,)
+    requests_per_minute: int = 0  # 0: as the settings say
+    tokens_per_minute: int = 0
+
+    def allows(self, model: str) -> bool:
+        return ANY_MODEL in self.models or model in self.models
+
+
+ANONYMOUS = Key("anonymous", "")
+
+
+def digest(secret: str) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 0, tokens: int = 0) -> str:
+    """Append a new key to the file, which is made if need be, and return its secret: the only time anyone sees it.
+
+    Raises InputError when the name is taken or unusable, or the file is not a key file.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"expected a name of letters, digits, dots, dashes and underscores, got {name!r}")
+    present = read(path) if path.exists() else ()
+    if name in {key.name for key in present}:
+        raise InputError(
+            f"expected a new name, got {name!r}, which {path} has already", hint="choose another, or remove its entry"
+        )
+    secret = SECRET_PREFIX + secrets.token_urlsafe(32)
+    lines = ["", "[[keys]]", f"name = {json.dumps(name)}", f"sha256 = {json.dumps(digest(secret))}"]
+    if models:
+        lines.append(f"models = {json.dumps(list(models))}")
+    lines += [f"requests_per_minute = {requests}"] if requests else []
+    lines += [f"tokens_per_minute = {tokens}"] if tokens else []
+    text = "\n".join(lines) + "\n"
+    try:
+        tomllib.loads((path.read_text("utf-8") if path.exists() else "") + text)  # what we leave, we can read
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(
+            f"expected a file that [[keys]] can be appended to, got {path}: {error}",
+            hint="write its keys as [[keys]] tables, or begin a new file",
+        ) from None
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"expected to write the key file {path}, got: {error.strerror}") from None
+    return secret
+
+
+def read(path: Path) -> tuple[Key, ...]:
+    """The keys of a file. Raises InputError naming the entry at fault."""
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"expected a TOML file of keys at {path}, got: {error}", hint="make one with: turborank keys new NAME"
+        ) from None
+    entries = table.get("keys", [])
+    if set(table) - {"keys"} or not isinstance(entries, list):
+        raise InputError(f"expected only [[keys]] entries in {path}, got {', '.join(table)}")
+    keys = tuple(_key(entry, f"keys[{place}] in {path}") for place, entry in enumerate(entries))
+    names = [key.name for key in keys]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"expected each name once in {path}, got {', '.join(twice)} more than once")
+    return keys
+
+
+def _key(entry: Any, where: str) -> Key:
+    if not isinstance(entry, dict) or set(entry) - _FIELDS:
+        raise InputError(
+            f"expected the fields {', '.join(sorted(_FIELDS))} at {where}, got {', '.join(map(str, entry))}"
+        )
+    name, sha256 = entry.get("name"), entry.get("sha256")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"expected a name of letters, digits, dots, dashes and underscores at {where}, got {name!r}")
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(f"expected sha256 to be 64 hexadecimal digits at {where}, for the key {name!r}")
+    models = entry.get("models", [ANY_MODEL])
+    if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
+        raise InputError(f"expected models to be a list of names at {where}, got {models!r}")
+    rates = [entry.get(field, 0) for field in ("requests_per_minute", "tokens_per_minute")]
+    if any(type(rate) is not int or rate < 0 for rate in rates):
+        raise InputError(f"expected rates of 0 or more at {where}, got {rates}")
+    return Key(name, sha256, tuple(models), *rates)
+
+
+class KeyRing:
+    """The keys that are valid now.
+
+    A file that becomes unreadable while the server runs changes nothing but the log (``complain``): locking everyone
+    out, or letting everyone in, would both be worse.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        secret: str = "",
+        complain: Callable[[str], None] = lambda message: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._fixed = (Key("environment", digest(secret)),) if secret else ()
+        self._complain = complain
+        self._clock = clock
+        self._seen = self._stamp()
+        self._checked = clock()
+        self._keys = (*self._fixed, *(read(path) if path else ()))
+
+    @property
+    def required(self) -> bool:
+        """Whether callers need a key at all. An empty key file needs one that nobody has."""
+        return self._path is not None or bool(self._fixed)
+
+    def find(self, secret: str) -> Key | None:
+        """The key with this secret. Every key is compared, each in constant time."""
+        self._reload()
+        presented, found = digest(secret), None
+        for key in self._keys:
+            if hmac.compare_digest(presented, key.sha256):
+                found = key
+        return found
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        if self._path is None:
+            return None
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _reload(self) -> None:
+        now = self._clock()
+        if self._path is None or now - self._checked < CHECK_EVERY:
+            return
+        self._checked = now
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            self._keys = (*self._fixed, *read(self._path))
+        except InputError as error:
+            self._complain(f"the keys stay as they were: {error}")
+
+
+# Who may ask how much: bearer keys, rates per key, sizes per request. Every refusal names the setting behind it.
+
+MINUTE = 60.0
+
+
+def authorise(ring: KeyRing, headers: Iterable[tuple[bytes, bytes]]) -> Key:
+    """The caller's key, from exactly one Authorization header. Raises Problem 401."""
+    if not ring.required:
+        return ANONYMOUS
+    given = [value for name, value in headers if name.lower() == b"authorization"]
+    if len(given) != 1:
+        got = "none" if not given else f"{len(given)}"
+        raise Problem(401, "missing_api_key", f"expected one header 'Authorization: Bearer KEY', got {got}")
+    scheme, _, secret = given[0].decode("latin-1").strip().partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise Problem(401, "missing_api_key", "expected 'Authorization: Bearer KEY', got another form of that header")
+    key = ring.find(secret.strip())
+    if key is None:
+        raise Problem(401, "invalid_api_key", "expected a valid API key, got one this server does not know")
+    return key
+
+
+class Bucket:
+    """A rate per minute that may be used in bursts: full at first, refilled steadily.
+
+    What a request costs is known only when it has been tokenised, so ``take`` may overdraw; the next caller waits.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._when = clock()
+
+    def level(self) -> float:
+        """What may be taken now."""
+        now = self._clock()
+        self._level = min(float(self.per_minute), self._level + (now - self._when) * self.per_minute / MINUTE)
+        self._when = now
+        return self._level
+
+    def wait(self, need: float = 1.0) -> float:
+        """Seconds until ``need`` may be taken; 0 when it may be now."""
+        return max(0.0, (min(need, self.per_minute) - self.level()) * MINUTE / self.per_minute)
+
+    def take(self, amount: float) -> None:
+        self._level = self.level() - amount
+
+
+class Rates:
+    """Requests and tokens per minute, for each key by itself."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._default = {"requests": settings.requests_per_minute, "tokens": settings.tokens_per_minute}
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+
+    def _bucket(self, key: Key, kind: str) -> Bucket | None:
+        own = key.requests_per_minute if kind == "requests" else key.tokens_per_minute
+        per_minute = own or self._default[kind]
+        if not per_minute:
+            return None
+        bucket = self._buckets.get((key.name, kind))
+        if bucket is None or bucket.per_minute != per_minute:  # new, or changed in the key file
+            bucket = self._buckets[key.name, kind] = Bucket(per_minute, self._clock)
+        return bucket
+
+    def enter(self, key: Key) -> None:
+        """Count a request. Raises Problem 429 when the key's requests or tokens are used up."""
+        requests, tokens = self._bucket(key, "requests"), self._bucket(key, "tokens")
+        for kind, bucket in (("requests", requests), ("tokens", tokens)):
+            wait = bucket.wait() if bucket else 0.0
+            if bucket and wait > 0:
+                raise Problem(
+                    429,
+                    "rate_limit_exceeded",
+                    f"expected at most {bucket.per_minute} {kind} per minute for the key {key.name!r} "
+                    f"({kind}_per_minute), got more; try again in {wait:.1f} s",
+                    retry_after=wait,
+                )
+        if requests:
+            requests.take(1)
+
+    def spend(self, key: Key, tokens: int) -> None:
+        """Count the tokens of a request, once they are known."""
+        bucket = self._bucket(key, "tokens")
+        if bucket:
+            bucket.take(tokens)
+
+    def headers(self, key: Key) -> dict[str, str]:
+        """The x-ratelimit headers that OpenAI clients read; none where there is no limit."""
+        headers = {}
+        for kind in ("requests", "tokens"):
+            bucket = self._bucket(key, kind)
+            if bucket:
+                headers[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, int(bucket.level())))
+                headers[f"x-ratelimit-reset-{kind}"] = f"{bucket.wait(bucket.per_minute):.3f}s"
+        return headers
+
+
+def check_sizes(settings: Settings, pairs: Sequence[Pair], *, field: str = "documents") -> None:
+    """Raises Problem 413 when a request has too many documents or characters, naming the setting and the place."""
+    if len(pairs) > settings.max_documents:
+        raise _too_large("max_documents", settings.max_documents, f"{len(pairs)} documents", field)
+    most = settings.max_document_characters
+    queries = dict.fromkeys(pair.query for pair in pairs)
+    for query in queries:
+        if len(query) > most:
+            raise _too_large("max_document_characters", most, f"a query of {len(query)} characters", "query")
+    total = sum(map(len, queries))
+    for place, (_, document) in enumerate(pairs):
+        if len(document) > most:
+            what = f"{len(document)} characters"
+            raise _too_large("max_document_characters", most, what, f"{field}[{place}]")
+        total += len(document)
+    if total > settings.max_characters:
+        raise _too_large("max_characters", settings.max_characters, f"{total} characters", field)
+
+
+def _too_large(setting: str, limit: int, got: str, param: str) -> Problem:
+    message = f"expected at most {limit} ({setting}), got {got} at {param}; send less, or raise the server's setting"
+    return Problem(413, "too_large", message, param=param)
+
+
+def check_tokens(settings: Settings, tokens: int) -> None:
+    """Raises Problem 413 when a request needs more computing than the setting allows."""
+    if tokens > settings.max_tokens:
+        raise _too_large("max_tokens", settings.max_tokens, f"{tokens} tokens or more", "documents")

@@ -1,0 +1,172 @@
+"""Texts: fields of documents, lone surrogates, cleaning, sentences and passages."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from turborank.errors import InputError, UnknownKeyError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEFAULT_FIELDS = ("title", "text")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+MIN_WORDS, MAX_WORDS = 40, 240  # of a passage cut from a long document
+LONGEST_SENTENCE = MAX_WORDS - MIN_WORDS  # longer ones (speech without full stops) are cut
+
+# The Penn treebank's spellings of brackets and quotation marks; an opening mark takes the blank after it along.
+_TREEBANK = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
+_TREEBANK_TOKEN = re.compile("|".join(_TREEBANK), flags=re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z\"(])")
+
+
+def plain(text: str) -> str:
+    """Lone surrogates cannot be encoded; each becomes U+FFFD, which keeps character offsets."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> str:
+    """The text the model reads: a string as it is, a mapping's ``fields`` joined by spaces.
+
+    Raises InputError for anything else, and for a mapping with none of the fields.
+    """
+    if isinstance(document, str):
+        return document
+    if not isinstance(document, Mapping):
+        raise InputError(f"expected a string or a mapping, got {type(document).__name__}")
+    values = [document[field] for field in fields if document.get(field) is not None]
+    if not values:
+        found = ", ".join(map(str, document)) or "no fields"
+        raise InputError(f"expected at least one of the fields {', '.join(fields)}, got {found}")
+    wrong = [type(value).__name__ for value in values if not isinstance(value, str | int | float)]
+    if wrong:
+        raise InputError(f"expected text in the fields {', '.join(fields)}, got {', '.join(wrong)}")
+    return " ".join(str(value) for value in values)
+
+
+def spaces(text: str) -> str:
+    """White space of any kind and length as one blank."""
+    return " ".join(text.split())
+
+
+def treebank(text: str) -> str:
+    """Tokens of the Penn treebank as written text: brackets, quotation marks, no blank before a comma or an n't."""
+    text = _TREEBANK_TOKEN.sub(lambda found: _TREEBANK[found[0].lower()], spaces(text))
+    text = re.sub(r"`` ?| ?''", '"', text)
+    text = re.sub(r" ([.,;:?!%)\]])", r"\1", text)
+    text = re.sub(r"([(\[]) ", r"\1", text)
+    return re.sub(r" ('s|n't|'re|'ve|'ll|'d|'m)\b", r"\1", text, flags=re.IGNORECASE)
+
+
+def transcript(text: str) -> str:
+    """Without a transcriber's marks in braces, as ``{disfmarker}`` and ``{vocalsound}``."""
+    return spaces(re.sub(r"\{[a-z]+\}", " ", text))
+
+
+def alternatives(text: str) -> str:
+    """Without bracketed alternatives, as in ``What is (are) …`` and ``symptom(s)``."""
+    return spaces(re.sub(r"\((?:are|is|was|were|s|es)\)", "", text))
+
+
+CLEANERS: Mapping[str, Callable[[str], str]] = {
+    "spaces": spaces,
+    "treebank": treebank,
+    "transcript": transcript,
+    "alternatives": alternatives,
+}
+
+
+def cleaner(names: Iterable[str]) -> Callable[[str], str]:
+    """The rules of CLEANERS named, one after the other; white space is always made even, at the end."""
+    chosen = list(names)
+    for name in chosen:
+        if name not in CLEANERS:
+            raise UnknownKeyError("a cleaning rule", name, CLEANERS)
+    rules = [CLEANERS[name] for name in dict.fromkeys([*chosen, "spaces"])]
+
+    def clean(text: str) -> str:
+        for rule in rules:
+            text = rule(text)
+        return text
+
+    return clean
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a text of one line: a full stop, then a capital letter, a quotation mark or a bracket."""
+    return _SENTENCE_END.split(text)
+
+
+def cut(text: str, rng: np.random.Generator) -> Iterator[str]:
+    """A long text as passages of whole sentences, each of a random length of MIN_WORDS to MAX_WORDS words.
+
+    What is left at the end is a passage, too, if it has MIN_WORDS; a sentence of more than LONGEST_SENTENCE is cut.
+    """
+    wanted = int(rng.integers(MIN_WORDS, MAX_WORDS))
+    words: list[str] = []
+    for piece in _pieces(text):
+        if len(words) >= wanted or (len(words) >= MIN_WORDS and len(words) + len(piece) > MAX_WORDS):
+            yield " ".join(words)
+            wanted, words = int(rng.integers(MIN_WORDS, MAX_WORDS)), []
+        words += piece
+    if len(words) >= MIN_WORDS:
+        yield " ".join(words)
+
+
+def _pieces(text: str) -> Iterator[list[str]]:
+    for sentence in sentences(text):
+        words = sentence.split()
+        for start in range(0, len(words), LONGEST_SENTENCE):
+            yield words[start : start + LONGEST_SENTENCE]
+
+
+# A document's passages by character offsets: sentences, joined when short and split when long.
+
+SHORTEST, LONGEST = 40, 600  # characters of a passage
+MOST = 64  # passages of a document; longer documents get longer passages
+_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n\s*\n")
+_SPACE = re.compile(r"\s+")
+
+
+def passages(text: str) -> list[tuple[int, int]]:
+    """Offsets (start, end) of the passages of ``text`` in reading order, without white space around them.
+
+    Together they hold every character that is not white space.
+    """
+    shortest = max(SHORTEST, -(-len(text) // MOST))
+    longest = max(LONGEST, shortest)
+    cuts: list[int] = []
+    start = 0
+    for match in _END.finditer(text):
+        end = match.end()
+        if end - start >= shortest:
+            cuts += [*_split(text, start, end, longest), end]
+            start = end
+    cuts += _split(text, start, len(text), longest)
+    bounds = [0, *cuts, len(text)]
+    trimmed = (_trim(text, first, last) for first, last in itertools.pairwise(bounds))
+    return [(first, last) for first, last in trimmed if first < last]
+
+
+def _split(text: str, start: int, end: int, longest: int) -> list[int]:
+    """Where to cut text[start:end] so that no piece is longer than ``longest``: about evenly, at white space if any."""
+    cuts = []
+    while end - start > longest:
+        size = end - start
+        even = start + -(-size // -(-size // longest))
+        spaces = [match.end() for match in _SPACE.finditer(text, start + longest // 2, start + longest)]
+        start = min(spaces, key=lambda place: abs(place - even), default=even)
+        cuts.append(start)
+    return cuts
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
