@@ -16,7 +16,7 @@ from torch import Tensor
 from turborank import checkpoint, engines
 from turborank.architectures import bert
 from turborank.checkpoint.tensors import dense
-from turborank.distill.students import tensors
+from turborank.distill.trainer import tensors
 from turborank.ops import torch as torch_ops
 from turborank.types import PackedBatch
 

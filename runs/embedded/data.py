@@ -22,7 +22,8 @@ from common import save, write_lines
 
 from turborank.data.bm25 import Analyzer, best
 from turborank.distill.pools import index, text_hash
-from turborank.distill.sources import cleaner, make_queries
+from turborank.distill.sources import make as make_queries
+from turborank.text import cleaner
 
 WORDS, MIN_WORDS = 180, 8  # of a passage
 DEPTH, COVERAGE = 50, 0.6

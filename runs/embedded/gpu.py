@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from common import TorchCrossEncoder, load
 from train import Corpus, Lists, Recovery, Student, make
 
@@ -49,7 +50,7 @@ def joined(folder: Path, out: Path) -> None:
 
 
 def pack(work: Path, out: Path) -> None:
-    """Token ids, pools and the teacher in int8, in parts."""
+    """Token ids, pools and the teacher in float16, in parts."""
     out.mkdir(parents=True, exist_ok=True)
     teacher = work / "teachers" / TEACHER
     Corpus(work, teacher)
@@ -59,7 +60,11 @@ def pack(work: Path, out: Path) -> None:
     np.savez_compressed(whole / "pools-000.npz", **{n: np.concatenate([s[n] for s in shards]) for n in shards[0]})
     np.savez_compressed(whole / "tokens.npz", **load(work / "tokens.npz"))
     np.savez_compressed(whole / "pool.npz", **load(work / "pool.npz"))
-    write_int8(Student.load(teacher), whole / "teacher")
+    (whole / "teacher").mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(teacher / name, whole / "teacher" / name)
+    half = {name: w.astype(np.float16) for name, w in load_file(teacher / "model.safetensors").items()}
+    save_file(half, whole / "teacher" / "model.safetensors", metadata={"format": "pt"})
     for path in [*whole.glob("*.npz"), *(whole / "teacher").iterdir()]:
         cut(path, out, PART)
     print(f"{len(list(out.iterdir()))} parts, {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.0f} MB")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turborank.architectures import bert, encoder
 from turborank.distill.biencoder import BiEncoder
-from turborank.distill.model import tensors
+from turborank.distill.trainer import tensors
 from turborank.distill.students import ALIBI, WORDS, Student, gentle_slopes, keep_layers
 from turborank.ops import torch_training as training
 

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from turborank import checkpoint
 from turborank.distill.losses import Targets, mix
-from turborank.distill.model import Model, tensors
 from turborank.distill.students import Student
-from turborank.distill.trainer import Loss, Run, Schedule
+from turborank.distill.trainer import Loss, Model, Run, Schedule, tensors
 from turborank.types import PackedBatch
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300
