@@ -11,16 +11,18 @@ READY  := $(VENV)/.turborank-ready
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: conformance conformance-core help install check test bench docs sanitize emulate clean
+.PHONY: conformance conformance-core coverage help install check test test-engine bench docs sanitize emulate clean
 
 help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
 	@echo "make check      ruff (lint, format) and mypy --strict"
 	@echo "make test       the tests; choose some with  make test ARGS='tests/test_tokens.py -k windows'"
+	@echo "make test-engine  the tests of what runs the native engine (TURBORANK_ISA=avx2 or portable forces an instruction set)"
+	@echo "make coverage   the tests, and which lines and branches of src/turborank they ran"
 	@echo "make conformance  real clients and tools against our server (conformance-core: fewer), and mteb, LlamaIndex,"
 	@echo "                ir_datasets and sentence-transformers beside our evaluation; CLIENTS=folder for their environments"
 	@echo "make bench      speed beside error, ours and peers (ARGS are passed on)"
-	@echo "make docs       write docs/cli.md and docs/models.md anew from the code"
+	@echo "make docs       write the generated pages of docs/ anew from the code"
 	@echo "make sanitize   the native engine under address, undefined-behaviour and thread sanitizers"
 	@echo "make emulate    the native engine on 64-bit Arm, by qemu"
 	@echo "make clean      remove builds and caches, not $(VENV)"
@@ -41,6 +43,18 @@ check: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# What may depend on the instruction set.
+ENGINE := native test_scheduler.py test_reranker.py test_readme.py serve
+
+test-engine: $(READY)
+	$(BIN)/python -m pytest $(addprefix tests/,$(ENGINE)) $(ARGS)
+
+coverage: $(READY)
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 # Each client and each tool lives in an environment of its own, outside this repository.
 CLIENTS ?= $(HOME)/.cache/turborank-conformance
@@ -65,5 +79,5 @@ emulate: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/emulate.sh
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -2,7 +2,8 @@
 
     python bench/serve_model.py FOLDER
 
-Six layers, 384 wide, 22.7 M parameters, 512 tokens; WordPiece learnt from examples/. Needs torch and transformers.
+Six layers, 384 wide, 22.7 M parameters, 512 tokens; WordPiece learnt from examples/texts/.
+Needs torch and transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "texts"
 VOCABULARY = 30_522  # rows of the embedding, as published; the tokenizer uses the first few thousand
 
 

@@ -1,12 +1,15 @@
-"""Write docs/cli.md and docs/models.md from the code; with --check, only say whether they are out of date.
+"""Write the generated pages of docs/ from the code; with --check, only say whether they are out of date.
 
-A test runs the check, so the two pages cannot differ from what the program does.
+cli.md (commands), models.md (catalog), reference.md (public API), engines.md (what runs where). A test runs the check,
+so the pages cannot differ from what the program does.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,8 @@ import typer
 from turborank import catalog
 from turborank.architectures import ARCHITECTURES
 from turborank.cli.main import COMMANDS, build
+from turborank.engines import ENGINES
+from turborank.types import ModelConfig
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py (make docs); do not edit. -->"
@@ -79,7 +84,144 @@ def models() -> str:
     return "\n".join([*lines, ""])
 
 
-PAGES = {"cli.md": cli, "models.md": models}
+# The public modules, with the sentence that introduces each.
+MODULES = {
+    "turborank": "Ranking. Importing it loads neither torch nor a web framework.",
+    "turborank.compat": "What sentence-transformers and mteb expect: [differences](evaluation.md#with-other-tools).",
+    "turborank.evaluate": "Measuring models on datasets; needs the extra `eval`.",
+}
+EXTRA_NAMES = {"turborank.compat": ("CrossEncoder", "MtebCrossEncoder")}  # of modules without __all__
+
+
+def reference() -> str:
+    """The public API, from signatures and docstrings."""
+    lines = [NOTE, "", "# Library reference", "", "Dimension letters: P pairs, K documents of one list.", ""]
+    lines += ["Training has no stable Python interface yet; use the [commands](cli.md).", ""]
+    for name, purpose in MODULES.items():
+        module = importlib.import_module(name)
+        lines += [f"## {name}", "", purpose, ""]
+        for public in EXTRA_NAMES.get(name) or module.__all__:
+            lines += _described(public, getattr(module, public))
+    return "\n".join(lines)
+
+
+def _described(name: str, value: Any) -> Iterator[str]:
+    """A class with its public methods, a function, or the keys of a table."""
+    if inspect.isclass(value):
+        error = issubclass(value, BaseException)
+        fields = error or hasattr(value, "__dataclass_fields__") or issubclass(value, tuple)
+        yield from _entry("###", name, value, None if fields else _signature(name, value.__init__))
+        yield from _fields(value) if fields else ()
+        for method, function in vars(value).items():
+            if inspect.isfunction(function) and not method.startswith("_") and function.__doc__ and not error:
+                yield from _entry("####", f"{name}.{method}", function, _signature(method, function))
+        return
+    if callable(value):
+        yield from _entry("###", name, value, _signature(name, value))
+    elif isinstance(value, str):
+        yield from (f"### {name}", "", "The version, as in the package's metadata.", "")
+    else:
+        yield from (f"### {name}", "", "Table: " + ", ".join(f"`{key}`" for key in value) + ".", "")
+
+
+def _entry(level: str, name: str, value: Any, signature: str | None) -> Iterator[str]:
+    yield from (f"{level} {name}", "")
+    if signature:
+        yield from ("```text", signature, "```", "")
+    text = re.sub(r":(?:class|func|mod|data):`[~]?([^`]+)`", r"`\1`", inspect.getdoc(value) or "").replace("``", "`")
+    paragraph, _, rest = text.partition("\n\nArgs:")
+    yield from (paragraph, "")
+    if rest:
+        yield from ("```text", f"Args:{rest}".rstrip(), "```", "")
+
+
+def _signature(name: str, function: Any) -> str:
+    """Name, parameters with types and defaults, result; one parameter a line where a line would be too long."""
+    signature = inspect.signature(function)
+    parts: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):
+            parts.append("*")
+        star = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+        kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+        default = (
+            ""
+            if parameter.default is parameter.empty
+            else " = " + getattr(parameter.default, "__name__", repr(parameter.default))
+        )
+        parts += [] if parameter.name == "self" else [f"{star}{parameter.name}{kind}{default}"]
+    result = "" if signature.return_annotation in (signature.empty, "None") else f" -> {signature.return_annotation}"
+    line = f"{name}({', '.join(parts)}){result}"
+    return line if len(line) <= 100 else "\n    ".join([f"{name}(", *(f"{part}," for part in parts)]) + f"\n){result}"
+
+
+def _fields(value: Any) -> Iterator[str]:
+    """The fields of a dataclass or named tuple as a table, with the comments that stand beside them in the source."""
+    names = getattr(value, "__dataclass_fields__", None) or getattr(value, "_fields", ())
+    found = re.findall(r"^    (\w+): ([^=#\n]+?)(?: = [^#\n]+?)?(?:  # (.*))?$", inspect.getsource(value), flags=re.M)
+    rows = [(name, kind, text) for name, kind, text in found if name in names]
+    if rows:
+        yield from ("| field | type | |", "|---|---|---|")
+        for name, kind, text in rows:
+            yield f"| `{name}` | `{kind.strip()}` | {text} |".replace(" | None`", " or None`")
+        yield ""
+
+
+NATIVE = HERE.parent / "native"
+
+
+def engine_table() -> str:
+    """Architecture × engine × precision, and instruction set × precision of the native engine."""
+    lines = [NOTE, "", "# Engines", ""]
+    lines += [
+        "`Reranker(engine=…, precision=…)` and `--engine`, `--precision` choose; `auto` takes the first that fits.",
+        "",
+    ]
+    lines += [f"- **{name}**: {row.note}." for name, row in ENGINES.items()]
+    lines += ["", "| architecture | " + " | ".join(ENGINES) + " |", "|---" * (1 + len(ENGINES)) + "|"]
+    for architecture in ARCHITECTURES:
+        cells = [", ".join(row.precisions) if row.supports(_sized(architecture)) else "–" for row in ENGINES.values()]
+        lines.append(f"| {architecture} | " + " | ".join(cells) + " |")
+    lines += ["", "The native engine needs hidden and head sizes that are multiples of 32; others use `reference`."]
+    lines += ["fp16 of the torch engine needs a GPU.", ""]
+    lines += ["## Instruction sets of the native engine", ""]
+    lines += ["The best row that this processor has is used; `TURBORANK_ISA` forces one. Cells name the instruction of"]
+    lines += ["the matrix product.", "", "| instruction set | int8 | bf16 | fp32 |", "|---|---|---|---|"]
+    for isa, kernels in instruction_sets().items():
+        lines.append(f"| `{isa}` | " + " | ".join(kernels.get(p, "–") for p in ("int8", "bf16", "fp32")) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _sized(architecture: str) -> ModelConfig:
+    """A model of the catalog's usual size."""
+    return ModelConfig(architecture, 30_522, 384, 6, 12, 1536, 512, 2, 1e-12)
+
+
+def instruction_sets() -> dict[str, dict[str, str]]:
+    """Row of native/isa_table.cpp -> precision -> instruction, read from the C++ tables: no machine has all rows."""
+    table = (NATIVE / "isa_table.cpp").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in sorted(NATIVE.glob("isa_*.cpp"))]
+    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", \w+, (\w+)\}', table)}
+
+
+def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
+    """What the function ``choose`` returns for each precision; one may hand on to another row's function."""
+    [source] = [text for text in sources if re.search(rf"Kernels\* {choose}\(Precision", text)]
+    body = source.partition(f"Kernels* {choose}(Precision")[2].partition("\n}")[0]
+    instructions = dict(re.findall(r'constexpr Kernels (\w+) = table<[^>]*>\("([^"]+)"', source))
+    found = {}
+    if handed := re.search(r"return (\w+_kernels)\(", body):
+        found.update(_kernels(handed[1], sources))
+    for precision in ("int8", "bf16", "fp32"):
+        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&(\w+)", body)
+        if chosen:
+            found[precision] = f"`{instructions[chosen[2]]}`" + (", with AVX512-BF16" if chosen[1] == "kBf16" else "")
+    if fallback := re.search(r"return &(\w+);\s*$", body):
+        found.setdefault("fp32", f"`{instructions[fallback[1]]}`")
+    return found
+
+
+PAGES = {"cli.md": cli, "models.md": models, "reference.md": reference, "engines.md": engine_table}
 
 
 def main(check: bool) -> int:

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import skips
 from helpers import write_checkpoint
 
 if ctypes.util.find_library("cuda") is None:
@@ -14,3 +15,11 @@ if ctypes.util.find_library("cuda") is None:
 def random_checkpoint(tmp_path: Path) -> Path:
     """The folder of a small random JinaBERT: bfloat16, prefix ``bert.``, tiny BPE tokenizer."""
     return write_checkpoint(tmp_path / "random-jinabert")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped for want of what, above pytest's closing line."""
+    reports = terminalreporter.stats.get("skipped", ())
+    reasons = [report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)]
+    if reasons:
+        terminalreporter.write_line(f"skipped: {skips.summary(reasons)}", yellow=True)

@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 192,
     "num_labels": 1,
 }  # fmt: skip
-# What the families of the table say beyond their sizes (JINABERT specification §6).
+# What the families of the table say beyond their sizes (docs/model.md §5).
 STATED: dict[str, dict[str, Any]] = {
     "bert": {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12},
     "xlm_roberta": {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1},

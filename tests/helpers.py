@@ -23,6 +23,11 @@ def small_config(**changes: Any) -> ModelConfig:
     return model_config(**{**size, "slopes": (0.25, 0.0625, 0.015625, 0.00390625), **changes})
 
 
+def native_config(**changes: Any) -> ModelConfig:
+    """The same, of sizes that the native engine runs, too: the engine whose bits are the same in every process."""
+    return small_config(hidden_size=64, num_attention_heads=2, slopes=(0.25, 0.0625), **changes)
+
+
 def raw_config(config: ModelConfig) -> dict[str, Any]:
     """``config.json`` of a JinaBERT, with the published keys."""
     return {

@@ -276,7 +276,7 @@ def test_disentangled_attention_memory_is_bounded() -> None:
     ],
 )
 def test_parameter_counts_are_the_published_ones(family: str, size: tuple[int, ...], parameters: int) -> None:
-    """JINABERT specification §6."""
+    """docs/model.md §5."""
     keys = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
     config = family_config(family, **dict(zip(keys, size, strict=True)))
     assert config.architecture == family

@@ -106,7 +106,8 @@ def test_a_contestant_that_fails_says_why(model: Path) -> None:
 def test_our_engine_in_a_process_gives_the_logits_of_the_law(model: Path) -> None:
     exact = benchmark.exact_logits(model, "1x64")
     with benchmark.processes([Contestant("law", "law", options={"engine": "reference"})], model, 1) as running:
-        assert running["law"].logits("1x64", BATCH) == exact
+        logits = running["law"].logits("1x64", BATCH)
+    assert logits == pytest.approx(exact, abs=1e-5)  # numpy rounds by its number of threads: one there, here any
 
 
 def test_unknown_workloads_are_named() -> None:
@@ -222,7 +223,7 @@ def test_peers_that_cannot_be_held_back_are_dropped_and_it_is_said_why(
 def test_operations_of_one_layer_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     report = pytest.importorskip("report")
-    # The specification (docs/model.md): 2,359,296 multiply-adds a token in five layers. In the last one each of twelve
+    # docs/model.md §3.7: 2,359,296 multiply-adds a token in five layers. In the last one each of twelve
     # heads reads a row of 384 twice, for its score and its sum; q, K^T q, V y, output and pooler are 384 x 384.
     linear = 64 * (5 * 2_359_296 + 2 * 12 * 384) + 5 * 384 * 384 + 3 * 384 * 1536
     assert report.operations("1x64", attention=False) == 2 * linear

@@ -26,7 +26,7 @@ def test_names_and_aliases_mean_one_row_each() -> None:
             assert lookup(name) is row
 
 
-# JINABERT specification §3, §6, §8.1: parameters, BEIR-17 nDCG@10, LoCo-5 nDCG@10, hit rate
+# docs/model.md §2.2, §5, §6.1: parameters, BEIR-17 nDCG@10, LoCo-5 nDCG@10, hit rate
 PUBLISHED = {
     "jina-reranker-v1-base-en": (137_369_089, 52.45, 87.31, 85.53),
     "jina-reranker-v1-turbo-en": (37_771_777, 49.60, 69.21, 85.13),

@@ -343,7 +343,8 @@ COMMAND = [sys.executable, "-c", "from turborank.cli import main; main()"]
 
 def test_starting_loads_nothing_heavy():
     heavy = "{'torch', 'starlette', 'huggingface_hub', 'matplotlib', 'rich.table', 'turborank.serve.app'}"
-    code = f"import sys; from turborank.cli.main import build; build(); sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    start = "import sys; from turborank.cli.main import build; build()"
+    code = f"{start}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 

@@ -240,7 +240,7 @@ def test_cuda_is_not_pretended(folder: Path) -> None:
     ],
 )
 def test_published_activations(name: str, raw: dict[str, Any], expected: str) -> None:
-    """JINABERT specification §6.4: jina, mxbai and bge sigmoid, ms-marco logits; config.json has the first word."""
+    """docs/model.md §5.4: jina, mxbai and bge sigmoid, ms-marco logits; config.json has the first word."""
     stand_in: Any = SimpleNamespace(name=name, checkpoint=SimpleNamespace(raw_config=raw))
     assert published_activation(stand_in) == expected
 

@@ -2,6 +2,8 @@ import io
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -136,9 +138,22 @@ def test_a_file_too_large_is_a_fault(tmp_path, monkeypatch):
     assert "expected at most 1 MiB, got more" in faults([file(tmp_path, "large.txt", b"x" * ((1 << 20) + 1))])
 
 
-@pytest.mark.skipif(os.geteuid() == 0 or sys.platform == "win32", reason="everything is readable for this user")
-def test_a_file_that_may_not_be_read_is_a_fault(tmp_path):
-    path = file(tmp_path, "secret.txt", "text")
+@pytest.fixture
+def nobodys():
+    """A folder of a user for whom not everything is readable; where tests run as root, they are another one here."""
+    if root := os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no file modes on Windows")
+def test_a_file_that_may_not_be_read_is_a_fault(nobodys):
+    path = file(nobodys, "secret.txt", "text")
     os.chmod(path, 0)
     assert "secret.txt: expected a readable file, got Permission denied" in faults([path])
 

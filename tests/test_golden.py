@@ -32,7 +32,7 @@ ENGINE_NAMES = ("reference", "torch", "native")
 def records(*uses: str) -> Any:
     """One case a record of these uses, or one that skips where the file is not at hand."""
     chosen = [pytest.param(record, id=record["id"]) for record in RECORDS if record["use"] in uses]
-    absent = pytest.mark.skip(reason=f"needs {'/'.join(RECORDS_FILE.parts[-3:])}, which is not on this machine")
+    absent = pytest.mark.skip(reason=f"needs the published scores, {RECORDS_FILE.name}, which are not on this machine")
     return pytest.mark.parametrize("record", chosen or [pytest.param(None, marks=absent)])
 
 
@@ -46,7 +46,7 @@ def load(model: str, engine: str) -> Reranker:
     try:
         reranker = Reranker(model, engine="reference", precision="fp32", offline=True, faithful=True)
     except ModelNotFoundError:
-        pytest.skip(f"needs the weights of {model}, which are not in the Hugging Face cache of this machine")
+        pytest.skip(f"needs the published weights of {model}, which are not in the Hugging Face cache of this machine")
     checkpoint = reranker.checkpoint
     if not row.supports(checkpoint.config):
         pytest.skip(f"engine {engine} does not run {checkpoint.config.architecture}")

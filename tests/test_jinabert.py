@@ -35,7 +35,7 @@ def test_slopes() -> None:
     eight = [2.0**-k for k in range(1, 9)]
     assert jinabert.standard_slopes(8) == tuple(eight)
     assert jinabert.standard_slopes(12) == pytest.approx([*eight, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
-    # JINABERT specification §2.3: the published rerankers
+    # docs/model.md §3.3: the published rerankers
     assert jinabert.halved_tail_slopes(12)[8:] == pytest.approx([0.35355339, 0.17677670, 0.08838835, 0.04419417])
     assert jinabert.halved_tail_slopes(12)[:8] == tuple(eight)
 

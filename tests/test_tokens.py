@@ -15,7 +15,7 @@ from turborank.text import plain
 from turborank.tokens import PairEncoder, longest_first, pack, window_starts
 from turborank.types import Pair
 
-# Reference encodings of the published tokenizer, JINABERT specification §4.
+# Reference encodings of the published tokenizer, docs/model.md §4.2.
 PUBLISHED_PAIRS = [
     (
         ("What is the capital of France?", "Paris is the capital of France."),
@@ -42,7 +42,7 @@ def test_published_pairs(pair: tuple[str, str], ids: list[int]) -> None:
 def test_published_single_texts() -> None:
     path = SHARED / "reference/jina_tokenizer/golden_tokens_transformersjs.json"
     if not path.exists():
-        pytest.skip(f"needs {path}")
+        pytest.skip(f"needs the published tokens, {path.name}, which are not on this machine")
     faithful = encoder(published_tokenizer(), max_length=8192, faithful=True)
     cases = json.loads(path.read_text())
     assert len(cases) == 29

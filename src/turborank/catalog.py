@@ -1,6 +1,6 @@
 """MODELS: the rerankers known by name, one row each, with what their authors published about them.
 
-Numbers are those of Jina AI's model card (JINABERT specification §8.1): nDCG@10 over 17 BEIR collections, nDCG@10
+Numbers are those of Jina AI's model card (docs/model.md §6.1): nDCG@10 over 17 BEIR collections, nDCG@10
 over the five LoCo collections, and the hit rate, the share of relevant documents among the first ten; all × 100.
 They are the publishers' own; what turborank measures stands elsewhere (``turborank evaluate``).
 """

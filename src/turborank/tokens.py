@@ -65,7 +65,7 @@ def read_template(tokenizer: Tokenizer) -> Template:
 
 
 def longest_first(query: int, document: int, room: int) -> tuple[int, int]:
-    """Tokens kept of each text by the published rule (JINABERT specification §4).
+    """Tokens kept of each text by the published rule (docs/model.md §4.3).
 
     The longer text is cut first, to the shorter's length at most; then both share what room there is.
     With equal lengths the query counts as the shorter.

@@ -88,7 +88,7 @@ class ModelConfig:
     max_length: int  # tokens of a pair the model can read
     type_vocab_size: int
     layer_norm_eps: float
-    feed_forward: str = "gelu"  # "gelu" (two linears) or "geglu" (gated, JINABERT §2.4)
+    feed_forward: str = "gelu"  # "gelu" (two linears) or "geglu" (gated, docs/model.md §3.4)
     slopes: tuple[float, ...] = ()  # (H,) ALiBi constants; empty: the model has no ALiBi
     head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine", "focus": see architectures.jinabert
     position_offset: int = 0  # first learned position (XLM-R counts from 2)

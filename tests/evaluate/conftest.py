@@ -15,5 +15,5 @@ def mini(tmp_path: Path) -> Path:
 def shared() -> Path:
     """The folder of real collections."""
     if not SHARED.is_dir():
-        pytest.skip(f"needs the collections at {SHARED}")
+        pytest.skip(f"needs the published collections, which are not at {SHARED}")
     return SHARED

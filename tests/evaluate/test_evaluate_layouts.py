@@ -87,7 +87,7 @@ def test_a_quote_without_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.group in ("rag", "collections")])
 def test_collections_at_hand_are_what_the_table_says(shared: Path, name: str) -> None:
     if not (shared / name).is_dir():
-        pytest.skip(f"{name} is not at {shared}")
+        pytest.skip(f"needs the published collection {name}, which is not at {shared}")
     dataset = load(name, data_dir=shared)  # the counts of the row are asserted
     assert len(dataset.queries) == DATASETS[name].queries
     if name == "chunking_evaluation":

@@ -9,13 +9,13 @@ import pytest
 import shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from instruction_sets import ROWS
 
 from turborank.engines import native
 
 if native.available() is not None:
     pytest.skip(str(native.available()), allow_module_level=True)
 
-ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
 ENGINES: dict[tuple[tuple[str, str], str], native.NativeEngine] = {}
 
 

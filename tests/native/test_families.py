@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,19 @@ if native.available() is not None:
     pytest.skip(native.available(), allow_module_level=True)
 
 from families import family_config, family_weights, save_family, their_logits, their_model  # noqa: E402
+from instruction_sets import ISAS, ROWS  # noqa: E402
 from test_architectures_parity import LENGTHS, TOLERANCE, batch_of, theirs  # noqa: E402
 
 from turborank import Reranker  # noqa: E402
 from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.ops import reference  # noqa: E402
-from turborank.types import PackedBatch  # noqa: E402
+from turborank.types import Float32, ModelConfig, PackedBatch  # noqa: E402
 
 FAMILIES = ("bert", "xlm_roberta")
-ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
 
 
 @pytest.mark.parametrize("lengths", [[n] for n in LENGTHS] + [[17, 400, 3, 130, 17]], ids=str)
-@pytest.mark.parametrize("isa", [isa for isa, precision in ROWS if precision == "fp32"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(
     monkeypatch: pytest.MonkeyPatch, family: str, isa: str, lengths: list[int]
@@ -39,14 +40,21 @@ def test_logits_are_those_of_transformers(
     np.testing.assert_allclose(engine.logits(batch), expected, atol=TOLERANCE, rtol=0)
 
 
+@functools.cache  # the law is the same for every row
+def case(family: str) -> tuple[ModelConfig, dict[str, Float32], PackedBatch, list[Float32]]:
+    """A model of published width, a batch, and the law's states."""
+    config = family_config(family, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
+    weights, batch = family_weights(config), batch_of([130, 40, 7])
+    states: list[Float32] = []
+    ARCHITECTURES[family].forward(weights, config, batch, reference, states)
+    return config, weights, batch, states
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("isa", "precision"), ROWS)
 def test_layers_follow_the_law(monkeypatch: pytest.MonkeyPatch, family: str, isa: str, precision: str) -> None:
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    config = family_config(family, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
-    weights, batch = family_weights(config), batch_of([130, 40, 7])
-    states: list[np.ndarray] = []
-    ARCHITECTURES[family].forward(weights, config, batch, reference, states)
+    config, weights, batch, states = case(family)
     layers = native.prepare(weights, config, precision=precision, threads=2).layers(batch)
     allowed = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05}[precision]
     assert len(layers) == len(states)

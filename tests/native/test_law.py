@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shapes
+from instruction_sets import ISAS, ROWS
 
 from turborank.engines import native
 
 if native.available() is not None:
     pytest.skip(str(native.available()), allow_module_level=True)
 
-ROWS = [(isa, precision) for isa in native.isas() for precision in native.precisions(isa)]
 MODELS = {
     "turbo": {},
     "tiny": {"layers": 4},
@@ -46,14 +47,21 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(("isa", "precision"), ROWS)
-def test_layers_and_logits_follow_the_law(prepare, isa, precision, kind):
+@functools.lru_cache(maxsize=1)  # the law is the same for every row: the tests are ordered by model
+def case(kind):
+    """A model, its weights, a batch, and the law's states and logits."""
     model = shapes.config(**MODELS[kind])
     tensors = shapes.weights(model)
     tokens = shapes.batch([2, 3, 31, 32, 33, 64, 100, 17, 300] if kind == "turbo" else [5, 40, 129])
     states = []
     expected = shapes.law(tensors, model, tokens, states)
+    return model, tensors, tokens, states, expected
+
+
+@pytest.mark.parametrize(("isa", "precision"), ROWS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_layers_and_logits_follow_the_law(prepare, isa, precision, kind):
+    model, tensors, tokens, states, expected = case(kind)
     engine = prepare(isa, precision, tensors, model)
     logit_tolerance, layer_tolerance = TOLERANCE[precision]
     layers = engine.layers(tokens)
@@ -65,7 +73,7 @@ def test_layers_and_logits_follow_the_law(prepare, isa, precision, kind):
     assert (engine.isa, engine.precision) == (isa, precision)
 
 
-@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_forced_row_is_the_one_that_runs(prepare, isa):
     engine = prepare(isa, "int8", shapes.weights(shapes.config(layers=1)), shapes.config(layers=1))
     instruction = {"amx": "tdpbssd", "avx512vnni": "vpdpbusd", "avx2": "vpmaddwd", "portable": "int8 multiply-add"}

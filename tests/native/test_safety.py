@@ -10,6 +10,7 @@ import resource
 import numpy as np
 import pytest
 import shapes
+from instruction_sets import ISAS
 
 from turborank.checkpoint.tensors import SCALE, dense, quantise
 from turborank.engines import native
@@ -85,7 +86,7 @@ def test_what_the_machine_lacks_is_refused(monkeypatch):
         native.prepare(TENSORS, MODEL)
 
 
-@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_int8_tensors_are_used_as_they_are(isa, monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
     stored = dict(TENSORS)

@@ -88,7 +88,7 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
 
 
 def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint with its shape (JINABERT specification §3)."""
+    """Every tensor of the checkpoint with its shape (docs/model.md §2.1)."""
     c = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (config.vocab_size, c),

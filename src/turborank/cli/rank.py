@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from turborank.types import Ranked
 
 EXAMPLES = (
-    ("each file is a document", 'turborank rank "how do bees choose a home?" examples/*.md --top-n 3'),
-    ("each row is a document", 'turborank rank "can I keep a book longer?" examples/faq.jsonl'),
+    ("each file is a document", 'turborank rank "how do bees choose a home?" examples/texts/*.md --top-n 3'),
+    ("each row is a document", 'turborank rank "can I keep a book longer?" examples/texts/faq.jsonl'),
     ("choose the fields of a row", 'turborank rank "red wine" wines.csv --field name --field notes'),
     ("each line of standard input is a document", 'grep -i error app.log | turborank rank "disk full" --top-n 5'),
-    ("for programs", 'turborank rank "tides" examples/*.md --json | jq -r ".results[].name"'),
-    ("read long documents to their end", 'turborank rank "sun valve" examples/lighthouses.md --length windows'),
+    ("for programs", 'turborank rank "tides" examples/texts/*.md --json | jq -r ".results[].name"'),
+    ("read long documents to their end", 'turborank rank "sun valve" examples/texts/lighthouses.md --length windows'),
 )
 MAX_NOTES = 5  # cut, or blank, documents that are named; the rest are counted
 PATIENCE = 0.5  # seconds before a progress bar appears

@@ -65,7 +65,7 @@ ENGINES: dict[str, EngineRow] = {
         reference.available,
         reference.supports,
         reference.prepare,
-        "numpy: slow, the law",
+        "numpy: the reference implementation, slow",
     ),
 }
 VARIABLE = "TURBORANK_ENGINE"
