@@ -86,7 +86,7 @@ class Served:
 
 def turborank(port: int, model: str | None, *, precision: str = "auto", **settings: str) -> Served:
     """``turborank serve`` of this environment."""
-    command = [sys.executable, "-c", "from turborank.cli import main; main()", "serve"]
+    command = [sys.executable, "-c", "from turborank.cli.main import main; main()", "serve"]
     named = {"TURBORANK_MODEL": model} if model else {}
     return Served(command, port, TURBORANK_PORT=str(port), TURBORANK_PRECISION=precision, **named, **settings)
 

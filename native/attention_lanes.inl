@@ -31,23 +31,35 @@ TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
     return squares + others;
 }
 
+// The largest norm of keys [from, to).
 template <class E>
-float longest_key(const AttendJob& job) {
+float longest_key(const AttendJob& job, int from, int to) {
     const E* k = static_cast<const E*>(job.k);
     F longest = set(0.0f);
-    for (int j = 0; j < job.n; j += W) {
+    for (int j = from; j < to; j += W) {
         const F squares = transpose_rows(k + static_cast<size_t>(j) * job.D, job.D, [](int, const F&) {});
-        longest = vmax(longest, keep_first(squares, job.n - j, 0.0f));
+        longest = vmax(longest, keep_first(squares, to - j, 0.0f));
     }
     return __builtin_sqrtf(hmax(longest));
 }
 
-template <class E, bool exact>
+// Where scores start: what depends on the distance alone.
+struct DistanceBias {
+    const float* zero;  // zero[i - j] = -slope |i - j|
+    static constexpr bool kWindow = false;
+    template <class Tile>
+    TR_INLINE void begin(const Tile&) {}
+    template <class Tile>
+    TR_INLINE float bound(const Tile& t, float query) const { return query * t.longest; }
+    TR_INLINE void get(int first, int key, F& x, F& y) const { x = load(zero + (first - key)), y = load(zero + (first - key) + W); }
+};
+
+template <class E, bool exact, class Bias>
 struct LaneTile {
     static constexpr int kStep = kKeysAtOnce;
     const AttendJob& job;
     const E* values;    // see above
-    const float* bias;  // bias[i - j] = -slope |i - j|
+    Bias& bias;
     float longest;      // max |k|
     E *queries, *probabilities;
     float* context;
@@ -67,7 +79,8 @@ struct LaneTile {
         store(top, set(0.0f)), store(top + W, set(0.0f));
         float largest = 0.0f;
         for (int r = 0; r < rows; ++r) largest = size[r] > largest ? size[r] : largest;
-        online = !(largest * longest <= kNoMaxBelow);
+        online = !(bias.bound(*this, largest) <= kNoMaxBelow);
+        bias.begin(*this);
     }
 
     // Scores of keys j .. j + kKeysAtOnce: take(r, left, right), one call for each key.
@@ -77,7 +90,7 @@ struct LaneTile {
         block<E>(typename MakeIndices<kKeysAtOnce>::type{}, static_cast<const E*>(job.k) + static_cast<size_t>(j) * job.D, job.D, kWord<E>,
             reinterpret_cast<const std::byte*>(queries), job.D / kWord<E>,
             [&](int r, F& x, F& y) TR_LAMBDA {
-                x = load(bias + (first - j - r)), y = load(bias + (first - j - r) + W);
+                bias.get(first, j + r, x, y);
                 if (shifted) x = x - t0, y = y - t1;
             }, take);
     }
@@ -139,7 +152,7 @@ struct LaneTile {
         if (online) {
             raise(lo, hi, fresh);
             probability<true, true>(lo, hi, fresh);
-        } else if (kNoMaxBelow + job.slope * furthest < kDeep) {
+        } else if (!Bias::kWindow && kNoMaxBelow + job.slope * furthest < kDeep) {
             probability<false, false>(lo, hi, fresh);
         } else {
             probability<false, true>(lo, hi, fresh);
@@ -174,18 +187,28 @@ struct LaneTile {
     }
 };
 
-// ALiBi attention of one head, queries [from, to).
+template <class E, bool exact, class Bias>
+TR_INLINE void attend_tiles(const AttendJob& job, Bias bias, float longest, Scratch& s) {
+    const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
+    for (int first = job.from; first < job.to; first += kLanes) {
+        LaneTile<E, exact, Bias> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
+                                   first, at_most(kLanes, job.to - first), false, {}, {}, {}};
+        t.begin();
+        if constexpr (Bias::kWindow) bias.slide(t);
+        else walk(t, kKeyChunk, kLanes);
+        t.end();
+    }
+}
+
+#include "attention_relative.inl"
+#include "attention_window.inl"
+
+// Attention of one head, queries [from, to).
 template <class E, bool exact>
 void attend(const AttendJob& job, Scratch& s) {
     const Lap lap(s, kAttention);
-    const float* bias = fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile);
-    const float longest = longest_key<E>(job);
-    const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
-    for (int first = job.from; first < job.to; first += kLanes) {
-        LaneTile<E, exact> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
-                             first, at_most(kLanes, job.to - first), false, {}, {}, {}};
-        t.begin();
-        walk(t, kKeyChunk, kLanes);
-        t.end();
-    }
+    if (job.relative.count > 0) return attend_relative<E, exact>(job, s);
+    if (job.window > 0) return attend_window<E, exact>(job, s);
+    const DistanceBias bias{fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile)};
+    attend_tiles<E, exact>(job, bias, longest_key<E>(job, 0, job.n), s);
 }

@@ -27,6 +27,17 @@ TR_INLINE F keep_first(F a, int n, float other) {
 TR_INLINE float hsum(F a) { return _mm512_reduce_add_ps(a); }
 TR_INLINE float hmax(F a) { return _mm512_reduce_max_ps(a); }
 
+#define TR_LOOKUP  // attention_relative.inl
+TR_INLINE F lookup(const float* from, const int32_t* rows) {
+    return _mm512_permutexvar_ps(_mm512_sub_epi32(_mm512_loadu_si512(rows), _mm512_set1_epi32(*rows)), load(from + *rows));
+}
+#define TR_PICK
+template <int bit>
+TR_INLINE F pick(F a, F b) {
+    constexpr __mmask16 lanes = bit == 1 ? 0xaaaa : bit == 2 ? 0xcccc : bit == 4 ? 0xf0f0 : 0xff00;
+    return _mm512_mask_blend_ps(lanes, a, b);
+}
+
 TR_INLINE F load(const bf16* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -37,6 +37,8 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     operand.reserve(rows * depth * 4);
     row_scale.reserve(2 * rows * 4);
     mixed.reserve(depth * 4);
+    normed.reserve(depth * 4);
+    key_norms.reserve(keys / kTile * 4);
     if (s.cosine) low.reserve(rows * kPanel * 4), starts.reserve(rows * sizeof(float*));
     hidden.reserve(rows * static_cast<size_t>(std::max(s.F, 2 * s.C)) * 4);
     tiles.reserve(2 * kTile * kPanel * 4);
@@ -45,7 +47,13 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
     bias.reserve((2 * keys + 4 * kTile) * 4);
     probabilities.reserve(kTile * kKeyChunk * 4);
     context.reserve(kTile * D * 4);
-    if (!s.cosine) asked.reserve(static_cast<size_t>(s.H * s.C) * 4), weights.reserve(static_cast<size_t>(s.H) * keys * 4);
+    if (s.keyless_last()) asked.reserve(static_cast<size_t>(s.H * s.C) * 4), weights.reserve(static_cast<size_t>(s.H) * keys * 4);
+    if (s.relative > 0) {
+        const size_t table = static_cast<size_t>(s.relative + kTile);
+        relative_queries.reserve((keys + kTile) * table * 4);
+        relative_keys.reserve(table * kTile * 4);
+        skewed.reserve((keys + 2 * kTile) * kTile * 4);
+    }
 }
 
 namespace {
@@ -69,6 +77,7 @@ struct Memory {
     Buffer ids, types, positions;     // (T,)
     int capacity = 0;
 
+    Heads heads() const { return {q.as<void>(), k.as<void>(), v.as<void>(), capacity}; }
     void reserve(const Shape& s, const Group& g, size_t element) {
         capacity = std::max(capacity, g.tokens + kSlackRows);
         const size_t C = static_cast<size_t>(s.C), wide = static_cast<size_t>(capacity) * C, few = (g.pairs.size() + kSlackRows) * C;
@@ -175,11 +184,20 @@ struct Call {
             }
     }
 
-    AttendJob job(const Group& g, const AttendTask& task, const Memory& m) const {
+    Relative relative(int l, size_t h) const {
+        if (s.relative == 0) return {};
+        const Layer& layer = w.layers[l];
+        const size_t at = h * static_cast<size_t>(s.relative * s.D) * k.exchange_bytes;
+        const float* longest = layer.relative_longest + 2 * h;
+        return {layer.relative_keys + at, layer.relative_queries + at, longest[0], longest[1], w.relative_rows, s.relative};
+    }
+
+    // One head of one layer, queries [task.from, task.to) of a pair, whose output goes to row `row` of `to`.
+    AttendJob job(int l, const Group& g, const AttendTask& task, const Memory& m, const Buffer& to, size_t row) const {
         const size_t start = static_cast<size_t>(g.starts[task.pair]), h = static_cast<size_t>(task.head), D = static_cast<size_t>(s.D);
-        const size_t row = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (start * C + h * D) * k.exchange_bytes;
-        return {m.q.as<std::byte>() + row, m.k.as<std::byte>() + row, m.v.as<std::byte>() + row, m.attention.as<std::byte>() + out,
-                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h]};
+        const size_t at = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (row * C + h * D) * k.exchange_bytes;
+        return {m.q.as<std::byte>() + at, m.k.as<std::byte>() + at, m.v.as<std::byte>() + at, to.as<std::byte>() + out,
+                s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h], w.layers[l].window, relative(l, h)};
     }
 
     // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
@@ -199,13 +217,14 @@ struct Call {
 
     // All layers of a group, by `sharing` threads that all call this.
     void run(const Group& g, Memory& m, Team& team, int sharing, Scratch& scratch) const {
-        const int whole = s.cosine ? s.L : s.L - 1;  // layers that every token goes through
+        const int whole = s.whole_layers();
         const auto x = [&](int row) { return m.x.as<float>() + static_cast<size_t>(row) * C; };
         // Which rows are to be rounded more finely: those that the head's first mean is of.
         const auto fine_types = [&](int row) { return s.cosine ? m.types.as<int32_t>() + row : nullptr; };
-        const Heads heads{m.q.as<void>(), m.k.as<void>(), m.v.as<void>(), m.capacity};
         const auto project = [&](int l, int from, int rows) {  // q, k and v of layer l
-            if (l < whole) k.project_heads(s, w.layers[l], x(from), fine_types(from), rows, heads, from, scratch);
+            if (l == s.L || (l == whole && s.keyless_last())) return;
+            k.project_heads(s, w.layers[l], l < whole ? Columns::all : Columns::keys_and_values, x(from), fine_types(from),
+                            m.positions.as<int32_t>() + from, rows, m.heads(), from, scratch);
         };
         each_block(team, g.tokens, sharing, [&](int from, int rows) {
             k.embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, x(from), scratch);
@@ -213,7 +232,10 @@ struct Call {
         });
         note(team, m.x, g.tokens);
         for (int l = 0; l < whole; ++l) {
-            team.phase(static_cast<int>(g.attention.size()), [&](int i) { k.attend(job(g, g.attention[i], m), scratch); });
+            team.phase(static_cast<int>(g.attention.size()), [&](int i) {
+                const AttendTask& task = g.attention[i];
+                k.attend(job(l, g, task, m, m.attention, static_cast<size_t>(g.starts[task.pair])), scratch);
+            });
             each_block(team, g.tokens, sharing, [&](int from, int rows) {
                 const std::byte* attention = m.attention.as<std::byte>() + static_cast<size_t>(from) * C * k.exchange_bytes;
                 k.finish_layer(s, w.layers[l], attention, x(from), fine_types(from), rows, scratch);
@@ -232,24 +254,27 @@ struct Call {
         });
     }
 
-    // The last layer, for each pair's first row, and the head.
+    // The head behind all layers or, where it reads first rows, behind the last layer of those.
     void classify(const Group& g, Memory& m, Team& team, Scratch& scratch) const {
         const int pairs = static_cast<int>(g.pairs.size());
         const auto first_x = [&](int i) { return m.first_x.as<float>() + static_cast<size_t>(i) * C; };
         const auto attention = [&](int i) { return m.first_attention.as<std::byte>() + static_cast<size_t>(i) * C * k.exchange_bytes; };
         team.phase(pairs, [&](int i) {
             const float* x = m.x.as<float>() + static_cast<size_t>(g.starts[i]) * C;
+            if (s.mean) return k.average(w, x, batch.length(g.pairs[i]), first_x(i), scratch);
             std::copy_n(x, C, first_x(i));
-            k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
+            if (s.keyless_last()) return k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
+            k.project_heads(s, w.layers.back(), Columns::queries, x, nullptr, m.positions.as<int32_t>() + g.starts[i], 1, m.heads(), g.starts[i], scratch);
+            for (int h = 0; h < s.H; ++h) k.attend(job(s.L - 1, g, {i, h, 0, 1}, m, m.first_attention, static_cast<size_t>(i)), scratch);
         });
         team.phase((pairs + kTile - 1) / kTile, [&](int b) {
             const int from = b * kTile, count = std::min(kTile, pairs - from);
             float found[kTile];
-            k.finish_layer(s, w.layers.back(), attention(from), first_x(from), nullptr, count, scratch);
+            if (!s.mean) k.finish_layer(s, w.layers.back(), attention(from), first_x(from), nullptr, count, scratch);
             k.classify(w, first_x(from), count, found, scratch);
             for (int i = 0; i < count; ++i) logits[g.pairs[from + i]] = found[i];
         });
-        note(team, m.first_x, g.pairs.size());
+        if (!s.mean) note(team, m.first_x, g.pairs.size());
     }
 };
 

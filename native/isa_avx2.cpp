@@ -45,6 +45,14 @@ TR_INLINE float hmax(F a) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+#define TR_LOOKUP  // attention_relative.inl
+TR_INLINE F lookup(const float* from, const int32_t* rows) {
+    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows));
+    return _mm256_permutevar8x32_ps(load(from + *rows), _mm256_sub_epi32(lanes, _mm256_set1_epi32(*rows)));
+}
+#define TR_PICK
+template <int bit>
+TR_INLINE F pick(F a, F b) { return _mm256_blend_ps(a, b, bit == 1 ? 0xaa : bit == 2 ? 0xcc : 0xf0); }
 TR_INLINE void store_int8(Int8* p, F x) {
     const __m256i n = _mm256_cvtps_epi32(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1)));

@@ -62,11 +62,20 @@ struct Shape {
     int C = 0, L = 0, H = 0, D = 0, F = 0;
     float eps = 0;
     bool geglu = false, cosine = false, alibi = false;
+    bool gelu_head = false;  // between the two linears of a classifier's head; else tanh
+    bool prenorm = false;    // ModernBERT: norms before attention and feed-forward, RoPE, a norm behind all layers and in the head
+    bool mean = false;       // a prenorm model's head reads the mean of all rows; else the first
+    int window = 0;          // keys to each side that a row of a sliding layer attends to
+    int relative = 0;        // rows of the tables of relative positions (DeBERTa), a multiple of 32; 0: none
     int passage = 0;  // tokens that the cosine head weighs together; 0: all tokens weigh the same
     Stored stored = Stored::f32;  // word embeddings stay as the checkpoint has them; rows are widened when they are read
     // How the left sides of int8 products are rounded: Linear::mixed of qkv and up, Linear::least of down.
     bool mixed = false;
     float least = 0;
+
+    // Whether the last layer's attention is attend_first(): of one row, whose scores are plain products with x.
+    bool keyless_last() const { return !cosine && !prenorm && relative == 0; }
+    int whole_layers() const { return cosine || mean ? L : L - 1; }  // layers that every row goes through
 };
 
 // y = x W^T + b, W packed in panels of 32 output columns; `depth` is `in` rounded up with zero weights. A panel is
@@ -87,7 +96,7 @@ struct Linear {
     TR_INLINE const std::byte* panel(int p) const { return panels + panel_bytes * static_cast<size_t>(p); }
 };
 
-struct Norm {
+struct Norm {  // weight null: none
     const float *weight = nullptr, *bias = nullptr;
 };
 
@@ -97,13 +106,29 @@ struct Rows {
     const float *scale = nullptr, *bias = nullptr;
 };
 
+// What disentangled attention (architectures/deberta.py) adds to the scores of one head, in the element type of q, k and v:
+// score[i][j] = q_i . k_j + q_i . keys[row] + queries[row] . k_j, where row = rows[i - j].
+struct Relative {
+    const void* keys = nullptr;     // (count, D)
+    const void* queries = nullptr;  // (count, D) as panels of 32 rows; they carry the factor that q carries
+    float longest_key = 0, longest_query = 0;  // largest norm of a row
+    const int32_t* rows = nullptr;  // by i - j; neighbours differ by 0 or 1, and it goes on kSlackDistances beyond the longest pair
+    int count = 0;
+};
+constexpr int kSlackDistances = 128;
+
 struct Layer {
-    Linear qkv;   // columns q, k, v; q carries log2(e)/sqrt(D), so scores are in log2 units
-    Rows keys, values;   // of a classifier's last layer, whose qkv has the columns of q alone
+    Linear qkv;   // columns q, k, v; q carries log2(e)/sqrt(D), so scores are in log2 units. With RoPE a head's columns of q and
+                  // of k are Kernels::lanes of its first half, then those of its second half that turn with them, and so on
+    Rows keys, values;   // of a classifier's last layer whose scores need no keys (attend_first); its qkv has the columns of q alone
+    const std::byte *relative_keys = nullptr, *relative_queries = nullptr;  // (H, relative, D)
+    const float* relative_longest = nullptr;                                // (H, 2)
     Linear out;
     Linear up;    // GEGLU: Kernels::lanes gate columns, then as many value columns that belong to them, and so on
     Linear down;
     Norm norm1, norm2;
+    const float* rope = nullptr;  // (max_length, 2, D / 2) cosines and sines of a position's angles
+    int window = 0;               // as in Shape; 0: all keys
 };
 
 struct Weights {
@@ -112,7 +137,8 @@ struct Weights {
     const float* word_scale = nullptr;  // (vocab,) where they are int8
     const float *types = nullptr, *positions = nullptr;
     const float* slopes = nullptr;  // (H,) in log2 units; zero without ALiBi
-    Norm embedding_norm;
+    const int32_t* relative_rows = nullptr;  // Relative::rows
+    Norm embedding_norm, final_norm, head_norm;
     std::vector<Layer> layers;
     Linear pooler;  // float panels, whatever the precision
     const float* head = nullptr;  // the classifier's (C,) and its bias; or the cosine's scale, bias and focus
@@ -135,6 +161,9 @@ struct Scratch {
     Buffer tiles;    // two raw 32 x 32 results
     Buffer queries, values, bias, probabilities, context;  // attention
     Buffer asked, weights;  // attend_first(): (H, C), (H, longest)
+    Buffer normed;          // (C,)
+    Buffer key_norms;       // attention_window.inl: (longest / 32,)
+    Buffer relative_queries, relative_keys, skewed;  // attention_relative.inl
 
     void reserve(const Shape& s, int block_rows, int longest);
 };
@@ -148,6 +177,8 @@ struct AttendJob {
     int D;
     bool alibi;
     float slope;      // in log2 units
+    int window;       // keys to each side; 0: all
+    Relative relative;  // count 0: none
 };
 
 // Where the rows of q, k and v go: element (t, c) of each is at [(c / D * capacity + t) * D + c % D].
@@ -157,6 +188,9 @@ struct Heads {
 };
 
 enum class Precision { int8, bf16, fp32 };
+
+// Which columns of a layer's qkv: a classifier's last layer needs keys and values of all rows, queries of the first alone.
+enum class Columns { all, queries, keys_and_values };
 
 // All functions are re-entrant. `x` is (rows, C) float; q, k, v and the attention output are float or bf16, whichever the
 // table says. A row's result depends on that row (and, in attention, its pair) alone. `types` (rows,) may be null; where
@@ -175,12 +209,15 @@ struct Kernels {
     void (*leave)();
     void (*embed)(const Weights&, const int32_t* ids, const int32_t* types, const int32_t* positions, int rows, float* x, Scratch&);
     // The qkv product for `rows` rows that stand at row `at` of the heads.
-    void (*project_heads)(const Shape&, const Layer&, const float* x, const int32_t* types, int rows, Heads, int at, Scratch&);
+    void (*project_heads)(const Shape&, const Layer&, Columns, const float* x, const int32_t* types, const int32_t* positions, int rows, Heads, int at,
+                          Scratch&);
     void (*attend)(const AttendJob&, Scratch&);
-    // A classifier's last layer: the attention output (C,) of the first of a pair's n rows, which is all that is needed.
+    // A classifier's last layer where scores depend on no position, or on it alone: the attention output (C,) of the first of a pair's n rows.
     void (*attend_first)(const Weights&, const float* x, int n, void* out, Scratch&);
     // Attention output to the layer's output, in place on x: out + residual + norm, feed-forward + residual + norm.
     void (*finish_layer)(const Shape&, const Layer&, const void* attention, float* x, const int32_t* types, int rows, Scratch&);
+    // The mean (C,) of a pair's n rows, each behind the norm that follows the layers.
+    void (*average)(const Weights&, const float* x, int n, float* out, Scratch&);
     void (*classify)(const Weights&, const float* first, int rows, float* logits, Scratch&);
     float (*cosine)(const Weights&, const float* x, const int32_t* types, int n, Scratch&);
 };

@@ -3,7 +3,7 @@
 
 // A row (w.in,) rounded to int8 as row r of the operand: value = scale * int8, scale = max|row| / 127; or, where the
 // operand's values have a bound below (w.least) and this row's is `least`, value = least + scale * (int8 + 128): the sums of
-// products begin with the 128, and the bias has w.least (panels.py). Padding columns meet weights of zero. With `keep`
+// products begin with the 128, and the bias has w.least (native_weights.py). Padding columns meet weights of zero. With `keep`
 // s.mixed, which may be the row itself, receives what rounding left; of a row with a bound that is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
@@ -22,15 +22,37 @@ void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
     for (int c = w.in; c < w.depth; c += W) store_int8(to + int8_column(c), set(0.0f));
 }
 
-// The left side of a product, made row by row from floats or bf16. Of int8, rows of type 0, where `types` are given, are
+TR_INLINE void normalise(const float* row, float* to, int C, const Norm& norm, float eps) {
+    const auto total = [&](const auto& term) TR_LAMBDA {  // two sums, which do not wait for each other
+        F even = set(0.0f), odd = even;
+        for (int c = 0; c < C; c += 2 * W) even = even + term(load(row + c)), odd = odd + term(load(row + c + W));
+        return hsum(even + odd) / static_cast<float>(C);
+    };
+    const F mean = set(total([](const F& x) TR_LAMBDA { return x; }));
+    const float variance = total([&](const F& x) TR_LAMBDA { return (x - mean) * (x - mean); });
+    const F inverse = set(1.0f / __builtin_sqrtf(variance + eps));
+    for (int c = 0; c < C; c += W) store(to + c, fma((load(row + c) - mean) * inverse, load(norm.weight + c), load(norm.bias + c)));
+}
+
+void normalise_rows(float* x, int rows, int C, const Norm& norm, float eps, Scratch& s) {
+    const Lap lap(s, kNorm);
+    for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, x + static_cast<size_t>(r) * C, C, norm, eps);
+}
+
+// The left side of a product, made row by row from floats or bf16, behind a norm where one is given. Of int8, rows of type 0, where `types` are given, are
 // fine: the head reads those few by themselves, and nothing averages their errors. What rounding left of one is rounded
 // again, as a row behind all others, whose product is where the row's own begins.
 template <class Op, class E>
-Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s) {
+Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s, Norm norm = {}, float eps = 0.0f) {
     const Lap lap(s, kQuantise);
     Operand<Op> a{s.operand.as<Op>(), w.depth, s.row_scale.as<float>(), s.starts.as<const float*>(), 0, round_up(count, kTile)};
     for (int r = 0; r < count; ++r) {
         const E* row = rows + static_cast<size_t>(r) * stride;
+        if constexpr (same_type<E, float>)
+            if (norm.weight) {
+                normalise(row, s.normed.as<float>(), w.in, norm, eps);
+                row = s.normed.as<float>();
+            }
         if constexpr (!same_type<Op, Int8>) {
             for (int c = 0; c < w.in; c += W) store(s.operand.as<Op>() + static_cast<size_t>(r) * w.depth + c, load(row + c));
         } else {
@@ -78,23 +100,6 @@ TR_INLINE void multiply_all(const Operand<Op>& a, const Linear& w, int rows, Scr
     else multiply<Op>(a, w, rows, s, after, at, expect);
 }
 
-TR_INLINE void normalise(float* row, int C, const Norm& norm, float eps) {
-    const auto total = [&](const auto& term) TR_LAMBDA {  // two sums, which do not wait for each other
-        F even = set(0.0f), odd = even;
-        for (int c = 0; c < C; c += 2 * W) even = even + term(load(row + c)), odd = odd + term(load(row + c + W));
-        return hsum(even + odd) / static_cast<float>(C);
-    };
-    const F mean = set(total([](const F& x) TR_LAMBDA { return x; }));
-    const float variance = total([&](const F& x) TR_LAMBDA { return (x - mean) * (x - mean); });
-    const F inverse = set(1.0f / __builtin_sqrtf(variance + eps));
-    for (int c = 0; c < C; c += W) store(row + c, fma((load(row + c) - mean) * inverse, load(norm.weight + c), load(norm.bias + c)));
-}
-
-void normalise_rows(float* x, int rows, int C, const Norm& norm, float eps, Scratch& s) {
-    const Lap lap(s, kNorm);
-    for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, C, norm, eps);
-}
-
 TR_INLINE F load_word(const Weights& w, int id, int c) {
     const size_t at = static_cast<size_t>(id) * w.shape.C + c;
     if (w.shape.stored == Stored::i8) return load(reinterpret_cast<const int8_t*>(w.words) + at) * set(w.word_scale[id]);
@@ -119,21 +124,43 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
             if (place) v = v + load(place + c);
             store(row + c, v);
         }
-        normalise(row, C, w.embedding_norm, w.shape.eps);
+        normalise(row, row, C, w.embedding_norm, w.shape.eps);
     }
 }
 
-template <class Op, class E>
-void project_heads(const Shape& shape, const Layer& layer, const float* x, const int32_t* types, int rows, Heads heads, int at, Scratch& s) {
-    const auto a = put_operands<Op>(x, shape.C, rows, types, layer.qkv, s);
+// The product of project_heads(). RoPE turns q and k: with an angle of its own for each position and each two columns.
+template <bool turned, class Op, class E>
+__attribute__((noinline)) void project(const Operand<Op>& a, const Shape& shape, const Layer& layer, Columns columns, const int32_t* positions, int rows,
+                                       Heads heads, int at, Scratch& s) {
     const Lap lap(s, kQkv);
-    const int C = shape.C, D = shape.D;
-    multiply_all<Op>(a, layer.qkv, rows, s, nullptr, [=](int column) TR_LAMBDA {
+    const int C = shape.C, D = shape.D, skipped = columns == Columns::keys_and_values ? C : 0;
+    Linear w = layer.qkv;
+    w.out = columns == Columns::all ? 3 * C : columns == Columns::queries ? C : 2 * C;
+    w.panels = w.panel(skipped / kPanel), w.scale += skipped, w.bias += skipped;
+    multiply_all<Op>(a, w, rows, s, nullptr, [=](int from) TR_LAMBDA {
+        const int column = from + skipped;
         void* base = column < C ? heads.q : column < 2 * C ? heads.k : heads.v;
         const int c = column % C;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(c / D) * heads.capacity + at) * D + c % D;
-        return [=](int r, F left, F right) TR_LAMBDA { store2(out + r * D, left, right); };
+        const float* angles = turned && column < 2 * C ? layer.rope + c % D / 2 : nullptr;
+        return [=](int r, F left, F right) TR_LAMBDA {
+            if (turned && angles) {
+                const float* turn = angles + static_cast<size_t>(positions[r]) * D;
+                const F cosine = load(turn), sine = load(turn + D / 2);
+                store2(out + r * D, left * cosine - right * sine, right * cosine + left * sine);
+            } else {
+                store2(out + r * D, left, right);
+            }
+        };
     });
+}
+
+template <class Op, class E>
+void project_heads(const Shape& shape, const Layer& layer, Columns columns, const float* x, const int32_t* types, const int32_t* positions, int rows,
+                   Heads heads, int at, Scratch& s) {
+    const auto a = put_operands<Op>(x, shape.C, rows, types, layer.qkv, s, shape.prenorm ? layer.norm1 : Norm{}, shape.eps);
+    if (layer.rope) project<true, Op, E>(a, shape, layer, columns, positions, rows, heads, at, s);
+    else project<false, Op, E>(a, shape, layer, columns, positions, rows, heads, at, s);
 }
 
 // x += a W^T + b. What is added to was last touched a phase ago: it is fetched while the sums are formed.
@@ -173,27 +200,12 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
     const int C = shape.C;
     E* hidden = s.hidden.as<E>();
     add_product<Op>(kOut, make_operand<Op>(static_cast<const E*>(attention), C, rows, types, layer.out, s), layer.out, x, rows, s, layer.up.panels);
-    normalise_rows(x, rows, C, layer.norm1, shape.eps, s);
-    const auto y = put_operands<Op>(x, C, rows, types, layer.up, s);
+    if (!shape.prenorm) normalise_rows(x, rows, C, layer.norm1, shape.eps, s);
+    const auto y = put_operands<Op>(x, C, rows, types, layer.up, s, shape.prenorm ? layer.norm2 : Norm{}, shape.eps);
     if (shape.geglu) activate<Op, true>(y, layer.up, hidden, shape.F, rows, s, layer.down.panels);
     else activate<Op, false>(y, layer.up, hidden, shape.F, rows, s, layer.down.panels);
     add_product<Op>(kDown, make_operand<Op>(hidden, shape.F, rows, types, layer.down, s), layer.down, x, rows, s, nullptr);
-    normalise_rows(x, rows, C, layer.norm2, shape.eps, s);
-}
-
-void classify(const Weights& w, const float* first, int rows, float* logits, Scratch& s) {
-    const Lap lap(s, kHead);
-    const int C = w.shape.C;
-    float* pooled = s.hidden.as<float>();  // (rows, C)
-    multiply<float>(Operand<float>{first, C}, w.pooler, rows, s, nullptr, [&](int column) {
-        float* out = pooled + column;
-        return [=](int r, F left, F right) TR_LAMBDA { store2(out + static_cast<size_t>(r) * C, tanh_of(left), tanh_of(right)); };
-    });
-    for (int r = 0; r < rows; ++r) {
-        F sum = set(0.0f);
-        for (int c = 0; c < C; c += W) sum = fma(load(pooled + static_cast<size_t>(r) * C + c), load(w.head + c), sum);
-        logits[r] = hsum(sum) + w.head[C];
-    }
+    if (!shape.prenorm) normalise_rows(x, rows, C, layer.norm2, shape.eps, s);
 }
 
 TR_INLINE void clear(float* row, int C) {
@@ -203,6 +215,44 @@ TR_INLINE void clear(float* row, int C) {
 // to = keep * to + weight * row
 TR_INLINE void accumulate(float* to, float keep, const float* row, float weight, int C) {
     for (int c = 0; c < C; c += W) store(to + c, fma(set(weight), load(row + c), set(keep) * load(to + c)));
+}
+
+void average(const Weights& w, const float* x, int n, float* out, Scratch& s) {
+    const Lap lap(s, kHead);
+    const int C = w.shape.C;
+    float* row = s.normed.as<float>();
+    clear(out, C);
+    for (int t = 0; t < n; ++t) {
+        normalise(x + static_cast<size_t>(t) * C, row, C, w.final_norm, w.shape.eps);
+        accumulate(out, 1.0f, row, 1.0f, C);
+    }
+    accumulate(out, 1.0f / static_cast<float>(n), row, 0.0f, C);
+}
+
+void classify(const Weights& w, const float* first, int rows, float* logits, Scratch& s) {
+    const Lap lap(s, kHead);
+    const int C = w.shape.C;
+    float* pooled = s.hidden.as<float>();  // (rows, C)
+    const bool gelu_head = w.shape.gelu_head;
+    if (w.final_norm.weight && !w.shape.mean) {
+        float* normed = s.operand.as<float>();
+        for (int r = 0; r < rows; ++r) normalise(first + static_cast<size_t>(r) * C, normed + static_cast<size_t>(r) * C, C, w.final_norm, w.shape.eps);
+        first = normed;
+    }
+    multiply<float>(Operand<float>{first, C}, w.pooler, rows, s, nullptr, [&](int column) {
+        float* out = pooled + column;
+        return [=](int r, F left, F right) TR_LAMBDA {
+            float* y = out + static_cast<size_t>(r) * C;
+            if (gelu_head) store2(y, gelu<true>(left), gelu<true>(right));
+            else store2(y, tanh_of(left), tanh_of(right));
+        };
+    });
+    if (w.head_norm.weight) normalise_rows(pooled, rows, C, w.head_norm, w.shape.eps, s);
+    for (int r = 0; r < rows; ++r) {
+        F sum = set(0.0f);
+        for (int c = 0; c < C; c += W) sum = fma(load(pooled + static_cast<size_t>(r) * C + c), load(w.head + c), sum);
+        logits[r] = hsum(sum) + w.head[C];
+    }
 }
 
 float cosine_of(const float* a, const float* b, int C) {
@@ -248,5 +298,5 @@ constexpr Kernels table(const char* name, int block_rows, void (*enter)(), void 
     constexpr bool exact = same_type<Op, float>;
     constexpr Precision precision = same_type<Op, Int8> ? Precision::int8 : exact ? Precision::fp32 : Precision::bf16;
     return {precision, name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, kTiled<Op> ? kTile : kRowsAtOnce, kTiled<Op> ? kTile : kLowestTile,
-            block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>, finish_layer<Op, E>, classify, cosine};
+            block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>, finish_layer<Op, E>, average, classify, cosine};
 }

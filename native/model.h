@@ -20,6 +20,24 @@ using Arrays = std::map<std::string, std::span<const std::byte>>;
 // Throws std::invalid_argument naming an array that is missing or too short or long for the shape.
 Weights weights_of(const Shape& shape, const Arrays& arrays, const Kernels& kernels);
 
+// A config's numbers by name (turborank/engines/native.py, plain_config) -> Shape. number(name): all are exact in a float.
+template <class Number>
+Shape shape_of(const Number& number) {
+    Shape s;
+    const std::pair<const char*, int Shape::*> sizes[] = {
+        {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
+        {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
+        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}, {"relative", &Shape::relative}, {"window", &Shape::window}};
+    const std::pair<const char*, bool Shape::*> flags[] = {
+        {"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed},
+        {"gelu_head", &Shape::gelu_head}, {"prenorm", &Shape::prenorm}, {"mean", &Shape::mean}};
+    for (const auto& [name, size] : sizes) s.*size = static_cast<int>(number(name));
+    for (const auto& [name, flag] : flags) s.*flag = number(name) != 0;
+    s.D = s.C / s.H, s.stored = static_cast<Stored>(static_cast<int>(number("stored")));
+    s.eps = number("layer_norm_eps"), s.least = number("least");
+    return s;
+}
+
 struct Batch {
     std::span<const int32_t> ids, types;  // (T,)
     std::span<const int32_t> offsets;     // (P+1,)

@@ -17,21 +17,6 @@ using ByteArray = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::devi
 
 constexpr const char* kPrecisions[] = {"int8", "bf16", "fp32"};  // by Precision
 
-Shape shape_of(const nb::dict& config) {
-    Shape s;
-    const std::pair<const char*, int Shape::*> sizes[] = {
-        {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
-        {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
-        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}};
-    for (const auto& [key, size] : sizes) s.*size = nb::cast<int>(config[key]);
-    s.D = s.C / s.H;
-    s.stored = static_cast<Stored>(nb::cast<int>(config["stored"]));
-    for (const auto& [key, value] : {std::pair{"layer_norm_eps", &Shape::eps}, {"least", &Shape::least}}) s.*value = nb::cast<float>(config[key]);
-    for (const auto& [key, flag] : {std::pair{"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed}})
-        s.*flag = nb::cast<bool>(config[key]);
-    return s;
-}
-
 const Kernels* kernels_of(const IsaRow& row, const char* precision) {
     const unsigned features = detect_features();
     for (int p = 0; (row.needs & features) == row.needs && p < 3; ++p)
@@ -45,7 +30,8 @@ nb::dict isas() {
     for (const IsaRow& row : isa_table()) {
         nb::dict precisions;
         for (const char* name : kPrecisions)
-            if (const Kernels* k = kernels_of(row, name)) precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes);
+            if (const Kernels* k = kernels_of(row, name))
+                precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes);
         if (nb::len(precisions)) rows[row.name] = precisions;
     }
     return rows;
@@ -65,7 +51,7 @@ public:
             const auto array = nb::cast<ByteArray>(value);
             arrays[nb::cast<std::string>(name)] = {reinterpret_cast<const std::byte*>(array.data()), array.size()};
         }
-        engine_ = std::make_unique<Engine>(weights_of(shape_of(config), arrays, *kernels), kernels);
+        engine_ = std::make_unique<Engine>(weights_of(shape_of([&](const char* name) { return nb::cast<float>(config[name]); }), arrays, *kernels), kernels);
     }
 
     nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {

@@ -249,10 +249,15 @@ def test_models_prints_the_catalog(turborank_command):
     assert [row["name"] for row in rows] == list(catalog.MODELS)
     for row in rows:
         line = next(line for line in out.splitlines() if line.startswith(row["name"]))
-        assert f"{row['parameters']:,}" in line
+        million = row["parameters"] / 1e6
+        assert (f"{million:.1f} M" if million < 100 else f"{million:,.0f} M") in line
+        assert f" {row['speed']} " in line
         assert f"{row['max_length']:,}" in line
         assert row["licence"] in line
+        assert ("†" in line) == (row["name"] == "jina-reranker-v2-base-multilingual") == row["noncommercial"]
         assert row["where"] in line
+    assert max(map(len, out.splitlines())) <= 120
+    assert "many languages, long documents: bge-reranker-v2-m3" in out
     assert [row["name"] for row in rows if row["default"]] == [catalog.DEFAULT]
     assert next(row for row in rows if row["name"] == "jina-reranker-v1-base-en")["where"] == "not public"
 
@@ -338,7 +343,7 @@ def test_length_policies_in_help_are_all_there_are(turborank_command):
 
 # As processes: what only they can show.
 
-COMMAND = [sys.executable, "-c", "from turborank.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from turborank.cli.main import main; main()"]
 
 
 def test_starting_loads_nothing_heavy():

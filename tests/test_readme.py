@@ -60,7 +60,7 @@ def assert_same(got, printed):
 
 @pytest.mark.parametrize(("command", "printed"), list(console_examples()))
 def test_a_command_prints_what_readme_says(command, printed):
-    program = f"{shlex.quote(sys.executable)} -c 'from turborank.cli import main; main()'"
+    program = f"{shlex.quote(sys.executable)} -c 'from turborank.cli.main import main; main()'"
     environment = {
         name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "TURBORANK_ENGINE")
     }

@@ -79,7 +79,7 @@ class ModelConfig:
     Built by :func:`turborank.architectures.recognise` from ``config.json`` and the tensor names.
     """
 
-    architecture: str  # a row of ARCHITECTURES: "jinabert", "bert", "xlm_roberta", "deberta"
+    architecture: str  # a row of ARCHITECTURES: "jinabert", "bert", "xlm_roberta", "deberta", "modernbert"
     vocab_size: int
     hidden_size: int  # C
     num_hidden_layers: int  # L
@@ -94,6 +94,12 @@ class ModelConfig:
     position_offset: int = 0  # first learned position (XLM-R counts from 2)
     position_buckets: int = 0  # relative positions to one side (DeBERTa); 0: the model has none
     max_relative_positions: int = 0  # distances from here on share the last bucket
+    half_window: int = 0  # keys a sliding layer reads to either side (ModernBERT); 0: every layer reads the whole pair
+    global_layers: tuple[int, ...] = ()  # layers that read the whole pair although there is a window
+    global_theta: float = 0.0  # RoPE's base in those layers; 0: the model has no RoPE
+    local_theta: float = 0.0  # and in the others
+    pooling: str = "cls"  # what the classifier reads: the first token ("cls") or the mean of all ("mean")
+    head_bias: bool = False  # whether the norm inside the classifier has a bias (ModernBERT)
 
     @property
     def head_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Write random cases for check.cpp: a model, a batch, and the law's logits.
+"""Write random cases for check.cpp: a model, a batch, and the reference's logits.
 
 python tests/native/cases.py FOLDER [COUNT [SEED]]
 """
@@ -12,7 +12,6 @@ from typing import BinaryIO
 import numpy as np
 import shapes
 
-from turborank.architectures import jinabert
 from turborank.checkpoint.tensors import SCALE, dense, quantise
 from turborank.engines import native, native_weights
 from turborank.types import ModelConfig, PackedBatch
@@ -22,30 +21,36 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
     """A small model of any supported kind, and the lengths of a ragged batch."""
     head_size = int(rng.choice([32, 64]))
     heads = int(rng.choice([1, 2, 3, 17]))
-    model = shapes.config(
-        hidden=head_size * heads,
-        heads=heads,
-        layers=int(rng.integers(1, 4)),
-        inner=32 * int(rng.integers(1, 7)),
-        vocab=int(rng.integers(50, 300)),
-        feed_forward=str(rng.choice(["geglu", "gelu"])),
-        head=str(rng.choice(["classifier", "cosine", "focus"])),
-        alibi=bool(rng.random() < 0.8),
-    )
+    sizes = {
+        "hidden": head_size * heads,
+        "heads": heads,
+        "layers": int(rng.integers(1, 4)),
+        "inner": 32 * int(rng.integers(1, 7)),
+        "vocab": int(rng.integers(50, 300)),
+    }
     longest = int(rng.choice([10, 70, 400]))
+    family = rng.choice(["jinabert", "deberta", "modernbert"])
+    if family == "jinabert":
+        model = shapes.config(
+            **sizes,
+            feed_forward=str(rng.choice(["geglu", "gelu"])),
+            head=str(rng.choice(["classifier", "cosine", "focus"])),
+            alibi=bool(rng.random() < 0.8),
+        )
+    elif family == "deberta":
+        model = shapes.deberta(**sizes, max_length=400, buckets=int(rng.integers(2, 50)), furthest=300)
+    else:
+        pooling, window = str(rng.choice(["cls", "mean"])), int(rng.choice([1, 20, 64, 150]))
+        model = shapes.modernbert(**sizes, max_length=400, half_window=window, pooling=pooling)
     return model, [int(n) for n in rng.integers(2, longest, int(rng.integers(1, 9)))]
 
 
 def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str) -> None:
     """What one row of the instruction-set table reads."""
     packed, facts = native_weights.pack(tensors, model, native.layout(isa, precision))
-    m = model
-    numbers = (m.vocab_size, m.hidden_size, m.num_hidden_layers, m.num_attention_heads, m.intermediate_size)
-    more = (m.type_vocab_size, facts["positions"], m.position_offset, m.max_length, m.layer_norm_eps)
-    flags = (int(m.feed_forward == "geglu"), int(m.head != "classifier"))
-    passage = jinabert.PASSAGE if m.head == "focus" else 0
-    rest = (passage, int(bool(m.slopes)), facts["stored"], int(facts["mixed"]), facts["least"])
-    file.write((f"model {isa} {precision} " + " ".join(map(str, numbers + more + flags + rest)) + "\n").encode())
+    config = native.plain_config(model) | facts
+    numbers = [f"{name} {float(value):.9g}" for name, value in config.items()]
+    file.write((f"model {isa} {precision} " + " ".join(numbers) + "\n").encode())
     for name, array in packed.items():
         file.write(f"array {name} {array.nbytes}\n".encode() + array.tobytes())
 

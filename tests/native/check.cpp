@@ -1,4 +1,4 @@
-// Runs recorded cases (tests/native/cases.py: random models and batches with the numpy law's logits) through every
+// Runs recorded cases (tests/native/cases.py: random models and batches with the numpy reference's logits) through every
 // instruction set and precision of the machine, at several thread counts. Built with sanitizers by sanitize.sh, and
 // for other processors under emulation. Prints one line a run; the exit code counts the failures.
 #include <cmath>
@@ -58,14 +58,11 @@ Case load(const char* path) {
         size_t size = 0;
         words >> kind >> name;
         if (kind == "model") {
-            std::string precision;
-            int stored = 0;
-            words >> precision;
+            std::string precision, key;
+            std::map<std::string, float> config;
+            for (words >> precision; words >> key;) words >> config[key];
             model = &c.models[{name, precision}];
-            Shape& s = model->shape;
-            words >> s.vocab >> s.C >> s.L >> s.H >> s.F >> s.types >> s.positions >> s.position_offset >> s.max_length >> s.eps >> s.geglu >> s.cosine;
-            words >> s.passage >> s.alibi >> stored >> s.mixed >> s.least;
-            s.D = s.C / s.H, s.stored = static_cast<Stored>(stored);
+            model->shape = shape_of([&](const char* wanted) { return config.at(wanted); });
         } else if (kind == "array" && model) {
             words >> size;
             const auto bytes = read<std::byte>(in, size);

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from turborank.architectures import bert, deberta, jinabert, xlm_roberta
+from turborank.architectures import bert, deberta, electra, jinabert, modernbert, xlm_roberta
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
 
@@ -27,7 +27,33 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(bert.recognise, bert.parameters, bert.forward),
     "xlm_roberta": Architecture(xlm_roberta.recognise, xlm_roberta.parameters, xlm_roberta.forward),
     "deberta": Architecture(deberta.recognise, deberta.parameters, deberta.forward),
+    "modernbert": Architecture(modernbert.recognise, modernbert.parameters, modernbert.forward),
+    "electra": Architecture(electra.recognise, electra.parameters, electra.forward),
 }
+
+# Tables of words: by far the largest tensors of multilingual models, and forwards take single rows of them only.
+WORD_TABLES = ("embeddings.word_embeddings.weight", modernbert.WORDS)
+
+# Parts of tensor names that give a family away, most telling first: (part, whose it is). Only for messages.
+_SIGNS = (
+    ("mlp.gated_layers.", "JinaBERT's (position_embedding_type 'alibi')"),
+    (".mixer.Wqkv.", "an XLM-RoBERTa's as jina-reranker-v2 names them"),
+    (".attn.Wqkv.", "ModernBERT's (model_type 'modernbert')"),
+    ("encoder.rel_embeddings.", "DeBERTa-v2's (model_type 'deberta-v2')"),
+    (".attention.qkv_proj.", "Alibaba's gte (model_type 'new'), which turborank does not run"),
+    (".self_attn.q_norm.", "a Qwen3's, a decoder, which turborank does not run"),
+    (".self_attn.q_proj.", "a decoder's (Qwen, Llama, Gemma …), which turborank does not run"),
+    (".attention.q_lin.", "DistilBERT's, which turborank does not run"),
+    (".SelfAttention.q.", "T5's, which turborank does not run"),
+    ("encoder.albert_layer_groups.", "ALBERT's, which turborank does not run"),
+    ("classifier.out_proj.", "a RoBERTa's or an ELECTRA's (model_type 'xlm-roberta', 'roberta' or 'electra')"),
+    (".attention.self.query.", "BERT's (model_type 'bert')"),
+)
+
+
+def resembles(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Whose tensors these look like, by their names alone, in words for a message; None if nobody's we know."""
+    return next((whose for part, whose in _SIGNS if any(part in f".{name}" for name in shapes)), None)
 
 
 def recognise(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -37,6 +63,8 @@ def recognise(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
         if config is not None:
             return config
     kind = f"model_type {raw.get('model_type')!r}, position_embedding_type {raw.get('position_embedding_type')!r}"
+    whose = resembles(shapes)
+    alike = f"; its tensors look like {whose}" if whose else ""
     raise CheckpointError(
-        f"expected a model of one of these families: {', '.join(ARCHITECTURES)}; got {kind} in config.json"
+        f"expected a model of one of these families: {', '.join(ARCHITECTURES)}; got {kind} in config.json{alike}"
     )

@@ -67,7 +67,7 @@ def dense(weights: Weights, name: str, x: Array, ops: Ops) -> Array:
 
 
 def norm(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:
-    return ops.layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
+    return ops.layer_norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), config.layer_norm_eps)
 
 
 def add_norm(weights: Weights, name: str, x: Array, residual: Array, config: ModelConfig, ops: Ops) -> Array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from turborank.architectures import ARCHITECTURES, recognise
+from turborank.architectures import ARCHITECTURES, recognise, resembles
 from turborank.checkpoint.tensors import FLOATS, SCALE, TensorFile
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
@@ -18,9 +19,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 REQUIRED = (CONFIG, WEIGHTS, TOKENIZER)
+INDEX = f"{WEIGHTS}.index.json"  # names the files of weights that are split, in place of WEIGHTS
 
 # The encoder's name in front of its tensors, as transformers writes it; optional in every family.
-PREFIXES = ("bert.", "roberta.", "deberta.")
+PREFIXES = ("bert.", "roberta.", "deberta.", "electra.", "model.")
 # Constants that some versions of transformers stored beside the weights. The forward has no use for them.
 BUFFERS = frozenset({"embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi"})
 CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
@@ -35,6 +37,8 @@ _LEAST = {
     "max_position_embeddings": 1,
     "type_vocab_size": 0,
 }
+# Keys of the above, and layer_norm_eps, that a family's config.json does without, by model_type.
+_NEEDLESS = {"modernbert": ("type_vocab_size", "layer_norm_eps")}
 # Activations that the forwards have. The tensors of the others look the same, so only the config can tell.
 _KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
 _MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
@@ -44,11 +48,6 @@ _FROM_PICKLE = (
     'python -c "import torch, safetensors.torch as s; '
     "w = torch.load('pytorch_model.bin', map_location='cpu', weights_only=True); "
     "s.save_file({k: v.clone().contiguous() for k, v in w.items()}, 'model.safetensors')\""
-)
-_FROM_SHARDS = (
-    'python -c "import glob, safetensors.torch as s; '
-    "s.save_file({k: v for f in glob.glob('model-*.safetensors') for k, v in s.load_file(f).items()}, "
-    "'model.safetensors')\""
 )
 _TO_FAST = (
     "python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
@@ -64,32 +63,53 @@ def files(folder: Path) -> None:
     """Raises CheckpointError unless config, weights and tokenizer are in ``folder``."""
     present = {path.name for path in folder.iterdir()}
     missing = [name for name in REQUIRED if not (folder / name).is_file()]  # a broken link is no file
-    if not missing:
+    if not missing or (missing == [WEIGHTS] and (folder / INDEX).is_file()):
         return
     wanted = f"expected {', '.join(REQUIRED)} in {folder}"
     if not present:
         raise CheckpointError(f"{wanted}, got an empty folder")
     hint = None
-    if WEIGHTS in missing and f"{WEIGHTS}.index.json" in present:
-        hint = f"the weights are split into shards; join them, in that folder: {_FROM_SHARDS}"
-    elif WEIGHTS in missing and "pytorch_model.bin" in present:
+    if WEIGHTS in missing and "pytorch_model.bin" in present:
         hint = (
             "pytorch_model.bin is a pickle, which can run code when opened, so turborank never does; "
             f"convert it, in that folder and where you trust it: {_FROM_PICKLE}"
         )
     elif TOKENIZER in missing and present & {"vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"}:
         hint = f"only the slow tokenizer's files are there; write the fast one, in that folder: {_TO_FAST}"
+    elif WEIGHTS in missing and any(onnx_files(folder)):
+        hint = f"the weights are there as ONNX only; {origin_hint(folder / CONFIG)}"
     elif CONFIG in missing and len(missing) == len(REQUIRED):
         hint = "is that the folder of a model?"
     raise CheckpointError(f"{wanted}, got no {' and no '.join(missing)}", hint=hint)
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+def onnx_files(folder: Path) -> Iterator[Path]:
+    """ONNX graphs where exports put them: in the folder or in its ``onnx``."""
+    for place in (folder, folder / "onnx"):
+        yield from sorted(place.glob("*.onnx")) if place.is_dir() else ()
+
+
+def origin_hint(path: Path) -> str:
+    """Where the original weights of an export are, as far as its config.json says."""
+    raw = json_object(path) if path.is_file() else {}
+    origin, kind = raw.get("_name_or_path"), raw.get("model_type")
+    whose = f"a {kind} model" if isinstance(kind, str) else "the model"
+    if isinstance(origin, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", origin):
+        return f"it is {whose} exported from {origin}: load that, which has the original weights"
+    return f"load {whose} it was exported from: its card names it"
+
+
+def json_value(path: Path) -> Any:
+    """The JSON value in a file."""
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
         raise CheckpointError(f"expected JSON, got something else at {path} ({error})") from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    value = json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"expected a JSON object, got a {type(value).__name__} at {path}")
     return value
@@ -105,20 +125,27 @@ def one_logit(shapes: Shapes, path: Path) -> None:
                 f"({name} is {list(shape)}) in {path}"
             )
     if not any(name in shapes for name in (*CLASSIFIERS, COSINE_HEAD)):
+        whose = resembles(shapes)
+        alike = f", whose tensors look like {whose}" if whose else ""
         raise CheckpointError(
-            f"expected a reranker, with a classifier.weight of one row, got a model without one in {path}: "
+            f"expected a reranker, with a classifier.weight of one row, got a model without one in {path}{alike}: "
             "an embedding model or a bare encoder; take the cross-encoder of its family"
+            " (or fetch its modules.json and the folders it names, if its classifier is there)"
         )
 
 
 def _config_faults(raw: Mapping[str, Any]) -> list[str]:
-    faults = []
+    faults, needless = [], _NEEDLESS.get(str(raw.get("model_type")), ())
     for key, least in _LEAST.items():
+        if key in needless:
+            continue
         value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else _INT32
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             faults.append(f"{key}: expected an integer, {least} to {most}, got {_shown(raw, key)}")
     eps = raw.get("layer_norm_eps")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+    if "layer_norm_eps" in needless:
+        pass  # the family checks its own
+    elif isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
     for key, known in _KNOWN.items():
         if key in raw and raw[key] not in known:
@@ -146,15 +173,15 @@ def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
     faults = _config_faults(raw)
     sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
     if any(isinstance(size, int) and size > _MOST for size in sizes):
-        raise CheckpointError(_listed("a usable config", faults, path))
+        raise CheckpointError(listed("a usable config", faults, path))
     try:
         known = recognise(raw, shapes)
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):  # an unknown family comes before faults in keys it may not have
             faults.insert(0, error.message)
-        raise CheckpointError(_listed("a usable config", faults or [repr(error)], path)) from error
+        raise CheckpointError(listed("a usable config", faults or [repr(error)], path)) from error
     if faults:
-        raise CheckpointError(_listed("a usable config", faults, path))
+        raise CheckpointError(listed("a usable config", faults, path))
     return known
 
 
@@ -183,7 +210,7 @@ def tensors(weights: TensorFile, model: ModelConfig) -> None:
     faults += [f"{name}: contains NaN or infinity" for name in usable if not weights.finite(name)]
     if faults:
         wanted = f"the {len(expected)} tensors of a {model.architecture} model"
-        raise CheckpointError(_listed(wanted, faults, weights.path))
+        raise CheckpointError(listed(wanted, faults, weights.path))
 
 
 def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
@@ -224,6 +251,7 @@ def _last_id(loaded: Tokenizer) -> int:
     return max(loaded.get_vocab().values())
 
 
-def _listed(expected: str, faults: list[str], path: Path) -> str:
+def listed(expected: str, faults: list[str], path: Path) -> str:
+    """A message that tells all faults of a file at once."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return "\n  ".join([f"expected {expected}, got {count} in {path}:", *faults])

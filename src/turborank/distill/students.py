@@ -129,6 +129,11 @@ def keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str,
 def from_layers(teacher: str | Path, *, layers: int | Sequence[int]) -> Student:
     """A cross-encoder's own layers, evenly spread (a number) or as listed; embeddings and head as they are."""
     source = Student.load(teacher)
+    if source.config.global_layers:
+        raise CheckpointError(
+            f"expected a source whose layers are all alike, got {source.config.architecture}: its layers read windows "
+            "of their own, so leaving some out would change the others' meaning"
+        )
     kept = _chosen(layers, source.config.num_hidden_layers)
     raw = source.raw_config | {"num_hidden_layers": len(kept)}
     return Student(keep_layers(source.weights, kept), raw, source.tokenizer)

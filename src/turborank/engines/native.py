@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turborank.architectures import deberta
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import native_weights
@@ -29,7 +30,7 @@ except ImportError as missing:  # built without a compiler, or for another Pytho
 else:
     _REASON = None
 
-ARCHITECTURES = ("jinabert", "bert", "xlm_roberta")
+ARCHITECTURES = ("jinabert", "bert", "xlm_roberta", "deberta", "modernbert", "electra")
 PRECISIONS = ("int8", "fp32", "bf16")
 ISA_VARIABLE = "TURBORANK_ISA"
 
@@ -46,7 +47,9 @@ def automatic() -> str:
 
 def supports(config: ModelConfig) -> bool:
     """Whether the C++ side knows the architecture and its sizes."""
-    return config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
+    known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
+    # attention_relative.inl: neighbouring distances have neighbouring rows (not so if many buckets end at a short one).
+    return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
 def isas() -> list[str]:
@@ -128,7 +131,7 @@ def _arrays(batch: PackedBatch) -> tuple[npt.NDArray[np.int32], ...]:
     return tuple(arrays)
 
 
-def _plain(config: ModelConfig) -> dict[str, Any]:
+def plain_config(config: ModelConfig) -> dict[str, Any]:
     """What the C++ side reads of the config."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
              "type_vocab_size", "layer_norm_eps", "position_offset")  # fmt: skip
@@ -136,6 +139,10 @@ def _plain(config: ModelConfig) -> dict[str, Any]:
     plain["alibi"] = bool(config.slopes)
     plain["geglu"] = config.feed_forward == "geglu"
     plain["cosine"] = config.head in COSINES
+    plain["prenorm"] = config.architecture == "modernbert"
+    plain["mean"] = plain["prenorm"] and config.pooling == "mean"
+    plain["window"] = config.half_window
+    plain["gelu_head"] = config.architecture in ("deberta", "modernbert", "electra")
     plain["passage"] = PASSAGE if config.head == "focus" else 0
     return plain
 
@@ -190,15 +197,16 @@ def prepare(
         raise EngineUnavailableError(_REASON or "", hint="pip install turborank where a C++ compiler is present")
     if not supports(config):
         raise EngineUnavailableError(
-            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, "
-            f"got {config.architecture} with {config.hidden_size} and {config.head_size}"
+            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, and no "
+            f"more position buckets than distances, got {config.architecture} with {config.hidden_size}, "
+            f"{config.head_size} and {config.position_buckets} buckets up to {config.max_relative_positions}"
         )
     if threads is not None and threads < 1:
         raise InputError(f"expected threads to be at least 1, got {threads}")
     _check(config)
     isa = _isa(precision)
     packed, facts = native_weights.pack(weights, config, layout(isa, precision))
-    model = _native.Model(_plain(config) | facts, packed, precision, isa)
+    model = _native.Model(plain_config(config) | facts, packed, precision, isa)
     if isinstance(weights, TensorFile):
         weights.release()  # what is packed; word embeddings stay in the file and are read there
     return NativeEngine(model, config, precision, isa, threads or default_threads())

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from turborank.architectures import deberta, encoder, modernbert
 from turborank.architectures.jinabert import COSINES
 from turborank.checkpoint.tensors import SCALE, TensorFile
 from turborank.errors import CheckpointError
+from turborank.ops.reference import angles, layer_norm, linear
 from turborank.types import Float32, ModelConfig
 
 Bytes = npt.NDArray[np.uint8]
@@ -22,9 +24,10 @@ Array = npt.NDArray[Any]
 
 STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 is bfloat16's bits
 PANEL = 32  # output columns that a product computes together
+SLACK_DISTANCES = 128  # kernels.h, kSlackDistances
 MIXED_CHANNELS = 16  # native/mix.inl: channels that are mixed with the same ones of other groups
 LEAST_GELU = -0.171875  # gelu(-0.75) is -0.16997; the kernels' may be 5e-4 below
-_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 4 << 20  # bytes
+_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 32 << 20  # bytes; what of a block is never written costs no memory
 _ONE = np.float32(1.0)
 
 
@@ -36,6 +39,7 @@ class Layout(NamedTuple):
     tiles: bool  # words of int8 and bf16 lie in matrix tiles
     offset: int  # what the kernels add to int8 activations
     lanes: int  # floats of a vector
+    exchange: int  # bytes of an element of q, k and v: 2 is bf16, 4 float
 
 
 class Columns(NamedTuple):
@@ -55,14 +59,18 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
     Word embeddings are not copied: they are read where they lie. Raises CheckpointError where a tensor
     is missing, misshapen or of a type that is not STORED.
     """
-    packer = _Packer(weights, config, layout)
+    packer = (_PreNormPacker if config.architecture == "modernbert" else _Packer)(weights, config, layout)
     packer.embeddings()
+    packer.places()
     for layer in range(config.num_hidden_layers):
         packer.layer(layer)
+        if isinstance(weights, TensorFile):
+            weights.release()  # or a large file would be in memory beside what is made of it
     packer.head()
     facts = {
-        "stored": STORED.index(packer.raw("embeddings.word_embeddings.weight").dtype.name),
+        "stored": STORED.index(packer.raw(packer.words).dtype.name),
         "positions": packer.positions,
+        "relative": packer.relative_rows,
         "mixed": packer.mixed,
         "least": packer.least,
     }
@@ -70,12 +78,14 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
 
 
 class _Packer:
+    words, norm = "embeddings.word_embeddings.weight", "embeddings.LayerNorm"
+
     def __init__(self, weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> None:
         self._weights, self._config, self._layout = weights, config, layout
         self._stored = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
         self._arena = _Arena()
         self.arrays: dict[str, Bytes] = {}
-        self.positions = 0
+        self.positions = self.relative_rows = 0
         int8 = layout.precision == "int8"
         self.least = LEAST_GELU if int8 and config.feed_forward != "geglu" else 0.0
         # Where the head's own rows are rounded twice mixing helps less than a second rounding of int8 weights costs.
@@ -85,31 +95,65 @@ class _Packer:
     def embeddings(self) -> None:
         """The tables, their norm and ALiBi's slopes."""
         config, width = self._config, self._config.hidden_size
-        words = self.raw("embeddings.word_embeddings.weight", config.vocab_size, width)
+        words = self.raw(self.words, config.vocab_size, width)
         self.arrays["words"] = _bytes(words)
         if words.dtype == np.int8:
-            self.arrays["words.scale"] = _bytes(self._scales("embeddings.word_embeddings.weight", len(words)))
+            self.arrays["words.scale"] = _bytes(self._scales(self.words, len(words)))
         if config.type_vocab_size > 0:
             self._put("types", self._wide("embeddings.token_type_embeddings.weight", config.type_vocab_size, width))
         places = "embeddings.position_embeddings.weight"
         if places in self._weights:
             self.positions = len(self.raw(places))
             self._put("positions", self._wide(places, self.positions, width))
-        self._norm("norm", "embeddings.LayerNorm")
+        self._norm("norm", self.norm)
         slopes = config.slopes or (0.0,) * config.num_attention_heads
         self._put("slopes", np.asarray(slopes, np.float32) * np.float32(math.log2(math.e)))
 
+    def places(self) -> None:
+        """DeBERTa's relative positions: the row of the table for each distance, and the table, normalised."""
+        config = self._config
+        if not config.position_buckets:
+            return
+        rows = np.pad(np.asarray(deberta.relative_rows(config), np.int32), SLACK_DISTANCES + 1, "edge")
+        self._put("relative.rows", rows)
+        self.relative_rows = _whole(2 * config.position_buckets, PANEL)
+        table = self._wide(deberta.RELATIVE, 2 * config.position_buckets, config.hidden_size)
+        weight, bias = (self._wide(f"encoder.LayerNorm.{part}", config.hidden_size) for part in ("weight", "bias"))
+        self._table = layer_norm(table, weight, bias, config.layer_norm_eps)
+
+    def _relative_layer(self, name: str, to: str, factor: np.float32) -> None:
+        """The table as one layer's queries and keys, head by head; the queries as panels, which multiply keys."""
+        config, kind = self._config, "bf16" if self._layout.exchange == 2 else "fp32"
+        heads, size, width = config.num_attention_heads, config.head_size, config.hidden_size
+        longest = np.empty((heads, 2), np.float32)  # of a key, of a query
+        for place, part, scale in ((1, "query", factor), (0, "key", np.float32(1.0))):
+            weight = self._wide(f"{name}.attention.self.{part}_proj.weight", width, width)
+            bias = self._wide(f"{name}.attention.self.{part}_proj.bias", width)
+            rows = np.zeros((self.relative_rows, width), np.float32)
+            rows[: len(self._table)] = linear(self._table, weight, bias) * scale
+            longest[:, place] = np.sqrt(np.square(rows).reshape(-1, heads, size).sum(axis=2).max(axis=0))
+            codes: Array = _bf16(rows) if kind == "bf16" else rows
+            codes = np.ascontiguousarray(codes.reshape(-1, heads, size).swapaxes(0, 1))  # (H, rows, D)
+            if part == "query":
+                group, tiles = (2, self._layout.tiles) if kind == "bf16" else (1, False)
+                self._put(to + "relative.queries", np.stack([_panels(head, group, tiles) for head in codes]))
+            else:
+                self._put(to + "relative.keys", codes)
+        self._put(to + "relative.longest", longest)
+
     def layer(self, number: int) -> None:
-        """One layer's products and norms. A classifier's last layer projects the first row alone."""
+        """One layer's products and norms. A classifier's last layer that needs no keys projects the first row alone."""
         width, inner = self._config.hidden_size, self._config.intermediate_size
         name, to, mixed = f"encoder.layer.{number}", f"{number}.", self.mixed
-        first = self._config.head not in COSINES and number == self._config.num_hidden_layers - 1
-        # q carries log2(e) / sqrt(D): scores are in log2 units.
-        factor = np.float32(math.log2(math.e)) / np.sqrt(np.float32(self._config.head_size))
-        query = self._columns(f"{name}.attention.self.query", width, width, mixed, factor)
+        relative = self._config.position_buckets > 0
+        first = not relative and self._config.head not in COSINES and number == self._config.num_hidden_layers - 1
+        # q carries log2(e) / sqrt(D): scores are in log2 units. DeBERTa's have three terms.
+        terms = np.float32(3 if relative else 1)
+        factor = np.float32(math.log2(math.e)) / np.sqrt(terms * np.float32(self._config.head_size))
+        parts = deberta.PROJECTIONS if relative else encoder.PROJECTIONS
+        query = self._columns(f"{name}.attention.self.{parts[0]}", width, width, mixed, factor)
         others = [
-            self._columns(f"{name}.attention.self.{part}", width, width, mixed and not first)
-            for part in ("key", "value")
+            self._columns(f"{name}.attention.self.{part}", width, width, mixed and not first) for part in parts[1:]
         ]
         if first:
             for part, columns in zip(("keys", "values"), others, strict=True):
@@ -118,13 +162,13 @@ class _Packer:
             self._linear(to + "qkv", query)
         else:
             self._linear(to + "qkv", Columns(*(np.concatenate(parts) for parts in zip(query, *others, strict=True))))
+        if relative:
+            self._relative_layer(name, to, factor)
         self._linear(to + "out", self._columns(f"{name}.attention.output.dense", width, width))
         self._norm(to + "norm1", f"{name}.attention.output.LayerNorm")
         if self._config.feed_forward == "geglu":
-            lanes = self._layout.lanes  # gates of one vector, then the values that belong to them
-            turns = np.arange(2 * inner).reshape(2, -1, lanes).swapaxes(0, 1).reshape(-1)
             gated = self._columns(f"{name}.mlp.gated_layers", 2 * inner, width, mixed)
-            self._linear(to + "up", gated.ordered(turns))
+            self._linear(to + "up", gated.ordered(self._turns(2 * inner)))  # gates, then the values that belong to them
             self._linear(to + "down", self._columns(f"{name}.mlp.wo", width, inner))
             self._norm(to + "norm2", f"{name}.mlp.layernorm")
         else:
@@ -143,6 +187,10 @@ class _Packer:
         width = self._config.hidden_size
         self._linear("pooler", self._columns(dense, width, width, precision="fp32"), precision="fp32")
         self._put("head", np.append(self._wide(last + ".weight", 1, width), self._wide(last + ".bias", 1)))
+
+    def _turns(self, columns: int) -> npt.NDArray[np.intp]:
+        """As many columns of the first half as a vector has lanes, then those of the second half, and so on."""
+        return np.arange(columns).reshape(2, -1, self._layout.lanes).swapaxes(0, 1).reshape(-1)
 
     def raw(self, name: str, *shape: int) -> Array:
         """A tensor as it is stored, of this shape where one is given ((1, n) and (n,) are the same)."""
@@ -177,7 +225,7 @@ class _Packer:
     def _columns(
         self, name: str, out: int, width: int, mixed: bool = False, factor: Any = _ONE, precision: str | None = None
     ) -> Columns:
-        """One linear layer of the checkpoint, times `factor`; a missing bias is zero."""
+        """One linear layer of the checkpoint, times `factor`, one or (out,); a missing bias is zero."""
         precision, weight = precision or self._layout.precision, name + ".weight"
         bias = self._wide(name + ".bias", out) if name + ".bias" in self._weights else np.zeros(out, np.float32)
         stored = self.raw(weight, out, width)
@@ -188,7 +236,7 @@ class _Packer:
             codes, scale = _int8(_mix(rows) if mixed else rows)
             # The kernels' mixing multiplies by the square root of the groups on either side.
             return Columns(codes, scale / np.float32(_groups(width) if mixed else 1) * factor, bias * factor)
-        rows = rows * factor
+        rows = rows * np.reshape(factor, (-1, 1))
         return Columns(_bf16(rows) if precision == "bf16" else rows, np.ones(out, np.float32), bias * factor)
 
     def _linear(self, to: str, columns: Columns, least: float = 0.0, precision: str | None = None) -> None:
@@ -214,6 +262,53 @@ class _Packer:
 
     def _put(self, name: str, array: Array) -> None:
         self.arrays[name] = self._arena.put(array)
+
+
+class _PreNormPacker(_Packer):
+    """ModernBERT."""
+
+    words, norm = modernbert.WORDS, "embeddings.norm"
+
+    def places(self) -> None:
+        """Cosines and sines of RoPE's angles for either kind of layer, and which layers attend to all keys."""
+        config = self._config
+        for kind, theta in enumerate((config.local_theta, config.global_theta)):
+            turns = angles(np.arange(config.max_length, dtype=np.int32), config.head_size, theta)  # (N, D/2)
+            self._put(f"rope.{kind}", np.stack([np.cos(turns), np.sin(turns)], axis=1))
+        self._put("whole", np.isin(np.arange(config.num_hidden_layers), config.global_layers).astype(np.int32))
+        self._norm("final_norm", "final_norm")
+        self._norm("head_norm", "head.norm")
+
+    def layer(self, number: int) -> None:
+        """One layer's products and norms; the first has no norm before its attention."""
+        config, name, to = self._config, f"layers.{number}", f"{number}."
+        width, inner, size = config.hidden_size, config.intermediate_size, config.head_size
+        factor = np.ones(3 * width, np.float32)
+        factor[:width] = np.float32(math.log2(math.e)) / np.sqrt(np.float32(size))  # of q: scores are in log2 units
+        # A head's columns of q and of k: what RoPE turns together is in neighbouring vectors.
+        order = np.arange(3 * width).reshape(-1, size)
+        order[: 2 * config.num_attention_heads] = order[: 2 * config.num_attention_heads, self._turns(size)]
+        packed = self._columns(f"{name}.attn.Wqkv", 3 * width, width, self.mixed, factor)
+        self._linear(to + "qkv", packed.ordered(order.reshape(-1)))
+        self._linear(to + "out", self._columns(f"{name}.attn.Wo", width, width))
+        self._linear(
+            to + "up", self._columns(f"{name}.mlp.Wi", 2 * inner, width, self.mixed).ordered(self._turns(2 * inner))
+        )
+        self._linear(to + "down", self._columns(f"{name}.mlp.Wo", width, inner))
+        if number:
+            self._norm(to + "norm1", f"{name}.attn_norm")
+        self._norm(to + "norm2", f"{name}.mlp_norm")
+
+    def head(self) -> None:
+        """The two linears, of which the first is float, whatever the precision."""
+        width = self._config.hidden_size
+        self._linear("pooler", self._columns("head.dense", width, width, precision="fp32"), precision="fp32")
+        self._put("head", np.append(self._wide("classifier.weight", 1, width), self._wide("classifier.bias", 1)))
+
+    def _norm(self, to: str, name: str) -> None:
+        width, bias = self._config.hidden_size, f"{name}.bias"
+        self._put(f"{to}.weight", self._wide(f"{name}.weight", width))
+        self._put(f"{to}.bias", self._wide(bias, width) if bias in self._weights else np.zeros(width, np.float32))
 
 
 class _Arena:

@@ -7,11 +7,12 @@ logit has the same bits whatever it is batched with.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from turborank.architectures import ARCHITECTURES
-from turborank.checkpoint.tensors import dense
+from turborank.architectures import ARCHITECTURES, WORD_TABLES
+from turborank.checkpoint.tensors import TensorFile, dense
 from turborank.ops import Array, reference
 from turborank.types import Float32, ModelConfig, PackedBatch
 
@@ -64,5 +65,10 @@ class ReferenceEngine:
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> ReferenceEngine:
-    """Weights as float32; quantised tensors are multiplied out."""
-    return ReferenceEngine(dense(weights), config, threads)
+    """Weights as float32; quantised tensors are multiplied out. The table of words stays in its file."""
+    if not isinstance(weights, TensorFile):
+        return ReferenceEngine(dense(weights), config, threads)
+    words: dict[str, Any] = {name: weights.rows(name) for name in WORD_TABLES if name in weights}
+    wide = dense(weights, without=words)
+    weights.release()
+    return ReferenceEngine(wide | words, config, threads)

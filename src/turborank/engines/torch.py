@@ -6,13 +6,15 @@ torch is imported when the engine is prepared, never before.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from turborank.architectures import ARCHITECTURES
-from turborank.checkpoint.tensors import dense
+from turborank.architectures import ARCHITECTURES, WORD_TABLES
+from turborank.checkpoint.tensors import TensorFile, dense
 from turborank.errors import EngineUnavailableError
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch
 
@@ -45,7 +47,7 @@ def converted(weights: Mapping[str, Float32], dtype: Any, device: Any) -> dict[s
     import torch
 
     def exact(name: str) -> bool:
-        return "layernorm" in name.lower() or name.startswith("head.")
+        return "norm" in name.lower() or name in ("head.scale", "head.bias", "head.focus")
 
     return {
         name: torch.from_numpy(value).to(device, torch.float32 if exact(name) else dtype)
@@ -58,7 +60,14 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, weights: Mapping[str, Float32], config: ModelConfig, precision: str) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Float32],
+        config: ModelConfig,
+        precision: str,
+        words: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``words``: tables that stay in the type they are stored in, or take the precision's on a GPU."""
         import torch
 
         self.config = config
@@ -70,7 +79,9 @@ class TorchEngine:
         if precision == "fp16" and not cuda:
             raise EngineUnavailableError("expected a CUDA device for fp16, got a CPU", hint="use bf16 or fp32")
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = dtype
         self.weights = converted(weights, dtype, self.device)
+        self.weights |= {n: table.to(self.device, dtype) if cuda else table for n, table in (words or {}).items()}
         if cuda:
             self.token_budget = CUDA_TOKENS
         self.replayed = self._replayed() if cuda and importlib.util.find_spec("triton") is not None else None
@@ -102,12 +113,37 @@ class TorchEngine:
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
         moved = PackedBatch(move(batch.input_ids), move(batch.type_ids), move(batch.cu_seqlens), batch.max_seqlen)
+
+        def take(table: Any, ids: Any) -> Any:
+            return torch_ops.take(table, ids).to(self.dtype)
+
+        ops: Any = SimpleNamespace(**{**vars(torch_ops), "take": take})
         with torch.inference_mode():
-            out = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, moved, torch_ops)
+            out = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, moved, ops)
         result: Float32 = out.float().cpu().numpy()
         return result
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> TorchEngine:
     """Weights moved to the device in the precision asked for. ``threads`` are torch's own business."""
-    return TorchEngine(dense(weights), config, precision)
+    if not isinstance(weights, TensorFile):
+        return TorchEngine(dense(weights), config, precision)
+    words = {name: table for name in WORD_TABLES if (table := _mapped(weights, name)) is not None}
+    engine = TorchEngine(dense(weights, without=words), config, precision, words)
+    weights.release()
+    return engine
+
+
+def _mapped(weights: TensorFile, name: str) -> Any:
+    """A table as a tensor over the file itself, in the type it is stored in; None where it is int8 or not there."""
+    import torch
+
+    if name not in weights:
+        return None
+    raw = weights.stored(name)
+    if raw.dtype == np.int8:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it may not be written to, and is not
+        table = torch.from_numpy(raw.view(np.int16) if raw.dtype == np.uint16 else raw)
+    return table.view(torch.bfloat16) if raw.dtype == np.uint16 else table

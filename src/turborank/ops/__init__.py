@@ -21,8 +21,8 @@ class Ops(Protocol):
     def linear(self, x: Array, weight: Array, bias: Array | None = None, /) -> Array:
         """Product x (T, in) · weight (out, in)ᵀ + bias (out,) -> (T, out)."""
 
-    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, /) -> Array:
-        """Normalise the last axis with biased variance, then scale and shift."""
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float, /) -> Array:
+        """Normalise the last axis with biased variance, then scale and, with a bias, shift."""
 
     def add_norm(self, x: Array, residual: Array, weight: Array, bias: Array, eps: float, /) -> Array:
         """``layer_norm`` of x + residual, both (T, C)."""
@@ -36,13 +36,29 @@ class Ops(Protocol):
     def geglu(self, x: Array, weight: Array, /) -> Array:
         """GEGLU, gelu(x·Gᵀ)·(x·Uᵀ), where weight (2F, C) is G over U: (T, C) -> (T, F)."""
 
+    def rotate(self, x: Array, cu_seqlens: Array, heads: int, theta: float, /) -> Array:
+        """Rotary positions (RoPE, arXiv 2104.09864): (T, C) -> (T, C), each head by its token's place in its pair.
+
+        Channels i and i + D/2 of a head are turned by place·theta^(-2i/D), computed in float32.
+        """
+
     def attention(
-        self, q: Array, k: Array, v: Array, cu_seqlens: Array, heads: int, slopes: Sequence[float], first_only: bool, /
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cu_seqlens: Array,
+        heads: int,
+        slopes: Sequence[float],
+        first_only: bool,
+        window: int = 0,
+        /,
     ) -> Array:
-        """Softmax attention inside each pair, with symmetric ALiBi as a rule.
+        """Softmax attention inside each pair, with symmetric ALiBi or in a sliding window, as a rule with neither.
 
         q is (T, C), or (P, C) holding each pair's first token when ``first_only``; k, v are (T, C).
         Score of query i and key j in head h: q_i·k_j / √D - slopes[h]·|i-j|; empty slopes mean no bias.
+        With a window only keys with |i-j| ≤ window are read.
         """
 
     def disentangled_attention(
@@ -73,6 +89,9 @@ class Ops(Protocol):
 
     def first_tokens(self, x: Array, cu_seqlens: Array, /) -> Array:
         """Each pair's first row: (T, C) -> (P, C)."""
+
+    def means(self, x: Array, cu_seqlens: Array, /) -> Array:
+        """Mean over each pair's tokens: (T, C) -> (P, C)."""
 
     def segment_means(self, x: Array, type_ids: Array, cu_seqlens: Array, /) -> tuple[Array, Array]:
         """Mean over each pair's tokens of type 0 and of type 1: (T, C) -> (P, C), (P, C)."""

@@ -56,10 +56,11 @@ def linear(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float32:
     return y if bias is None else y + bias
 
 
-def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
+def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, eps: float) -> Float32:
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = np.square(centred).mean(axis=-1, keepdims=True)
-    return np.asarray(centred / np.sqrt(variance + np.float32(eps)) * weight + bias)
+    scaled = np.asarray(centred / np.sqrt(variance + np.float32(eps)) * weight)
+    return scaled if bias is None else scaled + bias
 
 
 def add_norm(x: Float32, residual: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
@@ -84,23 +85,48 @@ def softmax(scores: Float32) -> Float32:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
+def angles(positions: Int32, size: int, theta: float) -> Float32:
+    """RoPE's angles (T, D/2) of positions (T,) for heads of ``size``: float32 products, as in the published code."""
+    frequencies = 1 / np.power(theta, np.arange(0, size, 2) / size).astype(np.float32)  # (D/2,)
+    return np.asarray(positions.astype(np.float32)[:, None] * frequencies)
+
+
+def rotate(x: Float32, cu_seqlens: Int32, heads: int, theta: float) -> Float32:
+    size = x.shape[1] // heads
+    turned = angles(positions(cu_seqlens), size, theta)
+    cos, sin = np.cos(turned)[:, None], np.sin(turned)[:, None]
+    low, high = np.split(x.reshape(len(x), heads, size), 2, axis=-1)  # 2 × (T, H, D/2)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).reshape(x.shape)
+
+
 def attention(
-    q: Float32, k: Float32, v: Float32, cu_seqlens: Int32, heads: int, slopes: Sequence[float], first_only: bool
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    cu_seqlens: Int32,
+    heads: int,
+    slopes: Sequence[float],
+    first_only: bool,
+    window: int = 0,
 ) -> Float32:
     out = np.empty_like(q)
     size = q.shape[1] // heads
     bias = np.asarray(slopes if len(slopes) else [0.0] * heads, dtype=np.float32)
     for pair, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
-        keys = np.arange(end - start, dtype=np.float32)
         rows = slice(pair, pair + 1) if first_only else slice(start, end)
         for head in range(heads):
             columns = slice(head * size, (head + 1) * size)
             queries, out_head = q[rows, columns], out[rows, columns]
             for first in range(0, queries.shape[0], QUERY_BLOCK):
                 block = queries[first : first + QUERY_BLOCK]  # (b, D)
-                distance = np.abs(np.arange(first, first + block.shape[0], dtype=np.float32)[:, None] - keys)
-                scores = block @ k[start:end, columns].T / np.float32(math.sqrt(size)) - bias[head] * distance
-                out_head[first : first + QUERY_BLOCK] = softmax(scores) @ v[start:end, columns]
+                last, reach = first + block.shape[0], window or end - start
+                near = slice(max(start, start + first - reach), min(end, start + last + reach))
+                keys = np.arange(near.start - start, near.stop - start, dtype=np.float32)
+                distance = np.abs(np.arange(first, last, dtype=np.float32)[:, None] - keys)
+                scores = block @ k[near, columns].T / np.float32(math.sqrt(size)) - bias[head] * distance
+                if window:
+                    scores[distance > window] = -np.inf
+                out_head[first:last] = softmax(scores) @ v[near, columns]
     return out
 
 
@@ -146,6 +172,11 @@ def positions(cu_seqlens: Int32) -> Int32:
 
 def first_tokens(x: Float32, cu_seqlens: Int32) -> Float32:
     return np.asarray(x[cu_seqlens[:-1]])
+
+
+def means(x: Float32, cu_seqlens: Int32) -> Float32:
+    pairs = itertools.pairwise(cu_seqlens)  # in float64: numpy adds rows one after the other
+    return np.stack([x[start:end].mean(axis=0, dtype=np.float64) for start, end in pairs]).astype(np.float32)
 
 
 def segment_means(x: Float32, type_ids: Int32, cu_seqlens: Int32) -> tuple[Float32, Float32]:

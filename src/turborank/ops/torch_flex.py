@@ -44,8 +44,11 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, eps: float = EPS) -> Tensor:
     return torch.where(slopes > 0, (bound - own + tail) / slopes, torch.inf)
 
 
-def block_mask(cu_seqlens: Tensor, reaches: Tensor, *, backward: bool = False) -> BlockMask:
-    """Blocks (H, T/128, T/128) to visit: those that share a pair and come within the head's reach."""
+def block_mask(cu_seqlens: Tensor, reaches: Tensor, *, window: int = 0, backward: bool = False) -> BlockMask:
+    """Blocks (H, T/128, T/128) to visit: those that share a pair and come within the head's reach.
+
+    With a ``window`` keys further away than that are masked inside the blocks, too.
+    """
     tokens, device = int(cu_seqlens[-1]), reaches.device
     pair_of = torch.bucketize(torch.arange(tokens, device=device), cu_seqlens[1:], right=True)  # (T,)
     starts = torch.arange(0, tokens, BLOCK, device=device)
@@ -56,16 +59,21 @@ def block_mask(cu_seqlens: Tensor, reaches: Tensor, *, backward: bool = False) -
     blocks = torch.arange(starts.shape[0], device=device)
     nearest = ((blocks[:, None] - blocks[None, :]).abs() - 1).clamp(min=0) * BLOCK + 1
     near = torch.where(blocks[:, None] == blocks[None, :], 0, nearest) < reaches[:, None, None]
+    if window:
+        whole = whole & (((blocks[:, None] - blocks[None, :]).abs() + 1) * BLOCK <= window)
 
     def same_pair(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return pair_of[query] == pair_of[key]
+
+    def same_window(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (pair_of[query] == pair_of[key]) & ((query - key).abs() <= window)
 
     partial, full = (_table((shared & ~whole) & near), _table(whole & near))
     return BlockMask.from_kv_blocks(
         *partial,
         *full,
         BLOCK_SIZE=BLOCK,
-        mask_mod=same_pair,
+        mask_mod=same_window if window else same_pair,
         seq_lengths=(tokens, tokens),
         compute_q_blocks=backward,
     )
@@ -78,8 +86,10 @@ def _table(visit: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None], indices[None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float]) -> Tensor:
-    """Softmax attention inside each pair with symmetric ALiBi; q, k, v and the result are (T, C)."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], window: int = 0
+) -> Tensor:
+    """Softmax attention inside each pair with symmetric ALiBi or in a window; q, k, v and the result are (T, C)."""
     split = [x.view(x.shape[0], heads, -1).transpose(0, 1) for x in (q, k, v)]  # 3 × (H, T, D)
     bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
 
@@ -87,6 +97,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, s
         return score - bias[head] * (query - key).abs()
 
     with torch.no_grad():
-        mask = block_mask(cu_seqlens, reach(split[0], split[1], bias), backward=torch.is_grad_enabled())
+        reaches = torch.full_like(bias, window + 1) if window else reach(split[0], split[1], bias)
+        mask = block_mask(cu_seqlens, reaches, window=window, backward=torch.is_grad_enabled())
     out: Tensor = _compiled()(*(x[None].contiguous() for x in split), score_mod=alibi, block_mask=mask)
     return out[0].transpose(0, 1).reshape(q.shape)

@@ -31,6 +31,15 @@ def first_tokens(x: Tensor, mask: Tensor) -> Tensor:
     return x[:, 0]
 
 
+def rotate(x: Tensor, mask: Tensor, heads: int, theta: float) -> Tensor:
+    return torch_ops.turned(x, positions(mask), heads, theta)
+
+
+def means(x: Tensor, mask: Tensor) -> Tensor:
+    real = (mask > 0).to(x.dtype)[..., None]  # (P, N, 1)
+    return (x * real).sum(dim=1) / real.sum(dim=1)
+
+
 def segment_means(x: Tensor, type_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     means = []
     for segment in (0, 1):
@@ -74,13 +83,22 @@ def _asked(q: Tensor, heads: int, first_only: bool) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int, slopes: Sequence[float], first_only: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    heads: int,
+    slopes: Sequence[float],
+    first_only: bool,
+    window: int = 0,
 ) -> Tensor:
     asked, keys, values = _asked(q, heads, first_only), _heads(k, heads), _heads(v, heads)
     scores = asked @ keys.transpose(-1, -2) / math.sqrt(asked.shape[-1])
     if len(slopes):
         bias = torch.tensor(list(slopes), dtype=scores.dtype, device=scores.device)[:, None, None]
         scores = scores - bias * _distances(asked, keys).abs()
+    if window:
+        scores = scores.masked_fill(_distances(asked, keys).abs() > window, torch.finfo(scores.dtype).min)
     return _weigh(scores, values, mask, first_only)
 
 

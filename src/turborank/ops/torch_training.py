@@ -31,7 +31,9 @@ from turborank.ops.torch import (
     layer,
     layer_norm,
     linear,
+    means,
     positions,
+    rotate,
     segment_means,
     take,
     tanh,
@@ -49,7 +51,9 @@ __all__ = [  # a forward asks this module for all of its ops
     "layer",
     "layer_norm",
     "linear",
+    "means",
     "positions",
+    "rotate",
     "segment_means",
     "take",
     "tanh",
@@ -131,10 +135,17 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], first_only: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    heads: int,
+    slopes: Sequence[float],
+    first_only: bool,
+    window: int = 0,
 ) -> Tensor:
-    if first_only or q.device.type != "cpu":
-        return torch_ops.attention(q, k, v, cu_seqlens, heads, slopes, first_only)
+    if first_only or window or q.device.type != "cpu":
+        return torch_ops.attention(q, k, v, cu_seqlens, heads, slopes, first_only, window)
     bounds = cu_seqlens.tolist()
     table = tuple(slopes) or (0.0,) * heads
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -46,6 +46,8 @@ EPS = 1e-6  # mass a row may lose to keys that are not read, relative to its own
 
 def supports(config: ModelConfig) -> bool:
     """Whether the tiles fit the model's widths, as they do those of the published families."""
+    if config.half_window:  # these kernels know neither rotation nor window: ops.torch has FlexAttention for them
+        return False
     fits = config.head_size >= 16 and config.head_size & (config.head_size - 1) == 0
     if config.feed_forward == "geglu":
         wide, deep = config.intermediate_size, config.hidden_size
