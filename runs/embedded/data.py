@@ -28,8 +28,8 @@ from turborank.text import cleaner
 WORDS, MIN_WORDS = 180, 8  # of a passage
 DEPTH, COVERAGE = 50, 0.6
 PASSAGES = (
-    "enwiki_lead", "enwiki_body", "enwiki_body2", "wikinews", "us_gov_web", "worldfactbook", "openstax", "stackexchange",
-    "wikipedia_movies",
+    "enwiki_lead", "enwiki_body", "enwiki_body2", "wikinews", "us_gov_web", "worldfactbook", "openstax",
+    "stackexchange", "wikipedia_movies",
 )  # fmt: skip
 # File, name of the source, most questions, cleaning rules. All passages of these files join the pool.
 PAIRS = (

@@ -34,7 +34,10 @@ class DevSets:
         self.threads = threads
         dl21, scifact = data / "trec-dl21-pool", data / "scifact"
         run = {query: [s.doc_id for s in found][:100] for query, found in read_run(dl21 / "runs" / "bm25.txt").items()}
-        self.sets = {"dl21": self._read(dl21, "test", run), "scifact": self._read(scifact, "train", self._bm25(scifact, work))}
+        self.sets = {
+            "dl21": self._read(dl21, "test", run),
+            "scifact": self._read(scifact, "train", self._bm25(scifact, work)),
+        }
 
     @staticmethod
     def _texts(folder: Path) -> dict[str, str]:

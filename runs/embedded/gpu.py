@@ -4,10 +4,10 @@
     python runs/embedded/gpu.py run PARTS OUT --seconds 780 [--device cuda] [--student FOLDER]
     python runs/embedded/gpu.py unpack OUT FOLDER        the student, from files of at most 16 MiB
 
-``run`` needs torch, safetensors, tokenizers, numpy and scipy, no native engine and no network. It recovers for a third of
-the time and trains on lists for the rest, with tokens per second, memory and losses in OUT/log.jsonl as it goes; it writes
-the student every --save seconds, in int8 and in parts, and stops by itself. The first twenty steps are repeated in float32
-on the same batches, so that bf16's losses can be compared with them.
+``run`` needs torch, safetensors, tokenizers, numpy and scipy, no native engine and no network. It recovers for a
+third of the time and trains on lists for the rest, with tokens per second, memory and losses in OUT/log.jsonl as it
+goes; it writes the student every --save seconds, in int8 and in parts, and stops by itself. The first twenty steps
+are repeated in float32 on the same batches, so that bf16's losses can be compared with them.
 
 Not run on a GPU so far; rehearsed on a CPU with a student of two layers (tests/distill/test_distill_gpu_run.py).
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from common import TorchCrossEncoder, load
+from safetensors.numpy import load_file, save_file
 from train import Corpus, Lists, Recovery, Student, make
 
 from turborank.distill.ship import write_int8
@@ -100,9 +100,16 @@ def stage(name: str, student: Student, loss, out: Path, seconds: float, args) ->
     steps = max(20, int(0.92 * clock.left / each))
     note(out, {"stage": name, "seconds_a_step": each, "steps": steps, "losses": [row["loss"] for row in rows]})
     if args.dtype != torch.float32:
-        exact = Run(student, out / f"{name}-fp32", Schedule(20, learning_rate=args.lr, save_every=10**9), dtype=torch.float32)
+        exact = Run(
+            student, out / f"{name}-fp32", Schedule(20, learning_rate=args.lr, save_every=10**9), dtype=torch.float32
+        )
         exact.train(loss, None, lambda row, steps: note(out, {"stage": name, "fp32": row["step"], "loss": row["loss"]}))
-    run = Run(student, out / name, Schedule(steps, learning_rate=args.lr, warmup=40, decay="linear", save_every=10**9), dtype=args.dtype)
+    run = Run(
+        student,
+        out / name,
+        Schedule(steps, learning_rate=args.lr, warmup=40, decay="linear", save_every=10**9),
+        dtype=args.dtype,
+    )
     saved = time.monotonic()
 
     def told(row: dict, of: int) -> None:

@@ -35,7 +35,12 @@ def vectors(work: Path, teacher: Path) -> tuple[np.ndarray, np.ndarray, np.ndarr
             print(f"vectors: {done:,} of {of:,} in {time.monotonic() - started:.0f} s", flush=True)
 
         asked = model.embed(queries, QUESTION_TOKENS, prefix=QUERY_PREFIX, told=told)
-        save(path, queries=asked, places=chosen, passages=model.embed([texts[p] for p in chosen], PASSAGE_TOKENS, told=told))
+        save(
+            path,
+            queries=asked,
+            places=chosen,
+            passages=model.embed([texts[p] for p in chosen], PASSAGE_TOKENS, told=told),
+        )
     found = load(path)
     return found["queries"].astype(np.float32), found["passages"].astype(np.float32), found["places"]
 
@@ -45,7 +50,13 @@ def pool_of(
 ) -> list[int]:
     """The places of one pool, each once."""
     pool: dict[int, None] = {}
-    wanted = [[known] if known >= 0 else [], near[:3], lexical[:2], rng.permutation(near[3:25])[:5], rng.permutation(lexical[2:30])[:4]]
+    wanted = [
+        [known] if known >= 0 else [],
+        near[:3],
+        lexical[:2],
+        rng.permutation(near[3:25])[:5],
+        rng.permutation(lexical[2:30])[:4],
+    ]
     for places in wanted:
         pool.update(dict.fromkeys(int(place) for place in places))
     while len(pool) < POOL:
@@ -57,7 +68,6 @@ def main() -> None:
     work = Path(sys.argv[1])
     queries, passages, chosen = vectors(work, work / "teachers" / "bge-small-en-v1.5")
     first_stage = load(work / "pool.npz")
-    row_of = np.full(chosen.max() + 1 if len(chosen) else 0, -1)
     row_of = np.full(int(max(first_stage["places"].max(), chosen.max())) + 1, -1)
     row_of[chosen] = np.arange(len(chosen))
     last = len(queries) - HELD_OUT

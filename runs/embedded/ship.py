@@ -2,10 +2,9 @@
 
     python runs/embedded/ship.py DATA WORK STUDENT OUT
 
-Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first stages,
-both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely. That is what
-.5 meant in turborank-embedded-v1. The factor is positive: no order changes.
-"""
+Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
+stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
+That is what .5 meant in turborank-embedded-v1. The factor is positive: no order changes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The student before it has learnt anything: six layers of ms-marco-MiniLM-L-12, positions replaced by ALiBi.
 
-The mean of the learned positions and the first type embedding go into the word embeddings; the second type stays, as its
-difference to the first. Heads are permuted, layer by layer, so that each slope is served by the head it hurts least
-(Hungarian algorithm on the cross entropy of attention). Pooler and classifier are kept.
-"""
+The mean of the learned positions and the first type embedding go into the word embeddings; the second type stays,
+as its difference to the first. Heads are permuted, layer by layer, so that each slope is served by the head it
+hurts least (Hungarian algorithm on the cross entropy of attention). Pooler and classifier are kept."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from turborank.architectures import bert, encoder
 from turborank.distill.biencoder import BiEncoder
-from turborank.distill.trainer import tensors
 from turborank.distill.students import ALIBI, WORDS, Student, gentle_slopes, keep_layers
+from turborank.distill.trainer import tensors
 from turborank.ops import torch_training as training
 
 KEPT = (0, 3, 5, 7, 9, 11)  # the teacher's layers, from 0, whose weights the student begins with
@@ -37,7 +36,14 @@ def make(teacher: Path, probes: Sequence[IdPair], out: Path) -> None:
     types = weights[TYPES]
     weights[WORDS] += positions[:TYPICAL].mean(0) + types[0]
     weights[TYPES] = torch.stack([torch.zeros_like(types[0]), types[1] - types[0]])
-    names = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size", "layer_norm_eps")
+    names = (
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "layer_norm_eps",
+    )
     raw = dict(ALIBI) | {name: getattr(config, name) for name in names} | {"type_vocab_size": 2}
     raw |= {"alibi_slopes": list(gentle_slopes(config.num_attention_heads)), "feed_forward_type": "original"}
     student = Student(weights, raw, source.tokenizer)

@@ -4,14 +4,14 @@
     python runs/embedded/train.py lists WORK --student WORK/recover/final --out WORK/lists
 
 ``recover``: of each pair, mean over layers of MSE / variance between the student's states and the teacher's
-(FitNets, arXiv 1412.6550; student layer i learns teacher layer 2i, the last one its first token only), plus the squared
-error of the logit / 25. ``lists``: the same states, and KL (T = 2), MarginMSE and squared error against the list's
-scores: L-12's logit + 25·(bge's cosine - .7). The teacher reads each batch beside the student, so nothing is stored.
+(FitNets, arXiv 1412.6550; student layer i learns teacher layer 2i, the last one its first token only), plus the
+squared error of the logit / 25. ``lists``: the same states, and KL (T = 2), MarginMSE and squared error against the
+list's scores: L-12's logit + 25·(bge's cosine - .7). The teacher reads each batch beside the student, so nothing is
+stored.
 
-Documents longer than the teacher reads are made by hiding a passage among others: the teacher reads them in windows, each
-with the question; the student's states of a window's tokens learn that window's, its question's those of the best one.
-Runs stop and go on by themselves: the same command continues from the newest checkpoint.
-"""
+Documents longer than the teacher reads are made by hiding a passage among others: the teacher reads them in
+windows, each with the question; the student's states of a window's tokens learn that window's, its question's those
+of the best one. Runs stop and go on by themselves: the same command continues from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ from turborank.distill.trainer import Loss, Model, Run, Schedule, tensors
 from turborank.types import PackedBatch
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300
-COSINE_WEIGHT, COSINE_CENTRE = 25.0, 0.7  # of bge's cosines beside L-12's logits: read on DL 2021 and SciFact's train split
+COSINE_WEIGHT, COSINE_CENTRE = (
+    25.0,
+    0.7,
+)  # of bge's cosines beside L-12's logits: read on DL 2021 and SciFact's train split
 LOGIT_SCALE = 25.0  # squared errors of logits are divided by it: their standard deviation in a list is 3.4
 LISTS_LOSS, LEVEL = "kl@2:0.25,margin_mse:0.04", 0.2
 K = 8  # documents of a list
@@ -53,8 +56,10 @@ class Corpus:
             tokenizer.no_truncation()
 
             def ids(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-                flat = [np.asarray(e.ids, np.uint16) for start in range(0, len(texts), 5000)
-                        for e in tokenizer.encode_batch_fast(texts[start : start + 5000], add_special_tokens=False)]  # fmt: skip
+                flat: list[np.ndarray] = []
+                for start in range(0, len(texts), 5000):
+                    encoded = tokenizer.encode_batch_fast(texts[start : start + 5000], add_special_tokens=False)
+                    flat += [np.asarray(e.ids, np.uint16) for e in encoded]
                 return np.concatenate(flat), np.cumsum([0, *map(len, flat)])
 
             q, qb = ids([row["query"] for row in lines(work / "queries.jsonl")])
@@ -82,7 +87,9 @@ class Corpus:
 
 def hidden_loss(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """(layers,) MSE / variance."""
-    return torch.stack([F.mse_loss(x.float(), t.float()) / t.float().var() for x, t in zip(states, targets, strict=True)])
+    return torch.stack(
+        [F.mse_loss(x.float(), t.float()) / t.float().var() for x, t in zip(states, targets, strict=True)]
+    )
 
 
 def moved(batch: PackedBatch, model: Model) -> PackedBatch:
@@ -135,7 +142,9 @@ class Recovery:
         corpus, query = self.corpus, int(rng.integers(self.corpus.trained))
         size, first = int(rng.choice(self.long_tokens)), int(corpus.bounds[query])
         best = min(8, int(corpus.bounds[query + 1]) - first)
-        places = [int(corpus.places[first + int(rng.integers(best))]) for _ in range(max(1, min(3, self.budget // size)))]
+        places = [
+            int(corpus.places[first + int(rng.integers(best))]) for _ in range(max(1, min(3, self.budget // size)))
+        ]
         asked = corpus.query(query)
         pairs = [(asked, corpus.among_strangers(place, size, rng)) for place in places]
         states, logits, windows, spans = read_windows(self.teacher, pairs, self.window)
@@ -154,7 +163,7 @@ class Recovery:
 def read_windows(
     teacher: Teacher, pairs: Sequence[IdPair], window: int
 ) -> tuple[list[Tensor], Tensor, PackedBatch, list[tuple[int, int]]]:
-    """The teacher's states and logits of all windows of each document, their batch, and (first window, count) of each."""
+    """The teacher's states and logits of all windows, their batch, and (first window, count) of each document."""
     read: list[IdPair] = []
     spans: list[tuple[int, int]] = []
     for query, document in pairs:
@@ -220,7 +229,9 @@ class Lists:
         _, logits, _, spans = read_windows(self.teacher, pairs, self.window)
         best = torch.stack([logits[first : first + many].max() for first, many in spans])
         batch = pack(pairs)
-        loss, parts = self._list_loss(model(moved(batch, model)).view(1, -1), best[None], self.cosines[row][chosen][None])
+        loss, parts = self._list_loss(
+            model(moved(batch, model)).view(1, -1), best[None], self.cosines[row][chosen][None]
+        )
         return Loss(loss, parts, batch.tokens)
 
 
@@ -247,7 +258,13 @@ def main() -> None:
         first = [corpus.document(int(corpus.places[corpus.bounds[q]]), 200) for q in drawn]
         make(teacher, [(corpus.query(int(q)), document) for q, document in zip(drawn, first, strict=True)], student)
     schedule = Schedule(
-        args.steps, learning_rate=args.lr, warmup=40, decay="linear", average=args.average, save_every=200, evaluate_every=args.every
+        args.steps,
+        learning_rate=args.lr,
+        warmup=40,
+        decay="linear",
+        average=args.average,
+        save_every=200,
+        evaluate_every=args.every,
     )
     run = Run(Student.load(student), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
@@ -257,7 +274,11 @@ def main() -> None:
         if args.stage == "recover"
         else Lists(args.work, corpus, reader, args.budget, args.seed, args.hidden)
     )
-    run.train(loss, DevSets(args.data / "eval", args.work), lambda row, steps: print(row, flush=True) if row["step"] % 20 == 0 else None)
+    run.train(
+        loss,
+        DevSets(args.data / "eval", args.work),
+        lambda row, steps: print(row, flush=True) if row["step"] % 20 == 0 else None,
+    )
     run.finish(run.current())
 
 
