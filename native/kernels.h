@@ -222,8 +222,12 @@ struct Kernels {
     float (*cosine)(const Weights&, const float* x, const int32_t* types, int n, Scratch&);
 };
 
-// Each with those before it but the last two; kVnni: AVX-512 F, DQ, BW, VL and VNNI.
-enum Feature : unsigned { kAvx2 = 1, kVnni = 2, kBf16 = 4, kFastBf16 = 8, kAmx = 16 };
+// kAvx2: with FMA and F16C. kVnni: AVX-512 F, DQ, BW, VL and VNNI. kVnni256: vpdpbusd of 256 bits, in the encoding of AVX-VNNI
+// (kAvxVnni) or of AVX-512.
+enum Feature : unsigned {
+    kAvx2 = 1, kVnni = 2, kBf16 = 4, kFastBf16 = 8, kAmx = 16, kVnni256 = 32, kAvxVnni = 64,
+    kArmDot = 256, kArmI8mm = 512, kArmBf16 = 1024,
+};
 
 // One row of the instruction-set table. `kernels` gives null where the row has no such precision.
 struct IsaRow {
@@ -234,10 +238,17 @@ struct IsaRow {
 
 unsigned detect_features();             // what processor and kernel allow; asks Linux for the matrix tiles once
 const std::vector<IsaRow>& isa_table(); // best first; the last row needs nothing
+std::string missing(const IsaRow&);     // what the row needs and this machine lacks, in words; empty where it can run
 
 const Kernels* amx_kernels(Precision, unsigned);
 const Kernels* avx512_kernels(Precision, unsigned);
+const Kernels* avxvnni_kernels(Precision, unsigned);
 const Kernels* avx2_kernels(Precision, unsigned);
+const Kernels* armi8mm_kernels(Precision, unsigned);
+const Kernels* armdot_kernels(Precision, unsigned);
 const Kernels* portable_kernels(Precision, unsigned);
+
+const Kernels* evex_kernels(Precision, unsigned);      // isa_avxvnni.cpp, for the checks without Python
+const Kernels* stand_in_kernels(Precision, unsigned);
 
 }  // namespace turborank

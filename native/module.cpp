@@ -37,6 +37,13 @@ nb::dict isas() {
     return rows;
 }
 
+// All rows of this build, best first, with what this machine lacks for each.
+nb::dict rows() {
+    nb::dict rows;
+    for (const IsaRow& row : isa_table()) rows[row.name] = missing(row);
+    return rows;
+}
+
 // Sizes are checked by Python before it calls (engines/native.py); what the arrays hold in bytes, and every batch, here.
 class Model {
 public:
@@ -107,4 +114,5 @@ NB_MODULE(_native, m) {
         .def_prop_ro("kernel", &Model::kernel, "The matrix product's instruction.")
         .def_prop_ro("attention", &Model::attention, "The element type of attention.");
     m.def("isas", &isas, "Instruction-set rows this machine can run, best first, with their precisions.");
+    m.def("rows", &rows, "All instruction-set rows of this build, best first, with what this machine lacks for each.");
 }
