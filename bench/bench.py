@@ -8,7 +8,7 @@ Stages, each resumable and each short, so that a machine need be kept quiet only
     long      one pair of 8,192 tokens, one process at a time: speed and peak memory
     peaks     what the processor's instructions can do at most (peak.c)
     gemms     each matrix product of ours, on one core, beside the peak of its instruction
-    families  BERT and XLM-RoBERTa in the shapes of the published rerankers, beside transformers
+    families  the other architectures in the shapes of published rerankers, beside transformers
     text      from text to scores; loading; memory (ours)
     report    JSON, a Markdown table and docs/roofline.svg
 
@@ -277,8 +277,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bge-reranker-base": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", {
         "vocab_size": 250002, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    "mxbai-rerank-xsmall-v1": ("DebertaV2Config", "DebertaV2ForSequenceClassification", {
+        "vocab_size": 128100, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
+        "intermediate_size": 1536, "max_position_embeddings": 512, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
+        "relative_attention": True, "position_buckets": 256, "max_relative_positions": -1, "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p", "position_biased_input": False,
+        "pooler_hidden_act": "gelu", "pooler_dropout": 0}),
+    "ettin-reranker-17m-v1": ("ModernBertConfig", "ModernBertForSequenceClassification", {
+        "vocab_size": 50368, "hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 4,
+        "intermediate_size": 384, "max_position_embeddings": 7999, "classifier_pooling": "cls"}),
+    "gte-reranker-modernbert-base": ("ModernBertConfig", "ModernBertForSequenceClassification", {
+        "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,
+        "intermediate_size": 1152, "classifier_pooling": "mean"}),
 }  # fmt: skip
-FAMILY_WORKLOADS = ("32x128", "8x512", "1x64")  # these models have 512 positions
+FAMILY_WORKLOADS = ("32x128", "8x512", "1x64", "2x2048")  # as far as a model's positions allow
+POSITIONS = {"BertConfig": 512, "XLMRobertaConfig": 512, "ModernBertConfig": 8192}  # where a shape names none
 FAMILY_BATCHES = (BATCH, 4)
 
 
@@ -305,7 +318,10 @@ def families(state: State, arguments: argparse.Namespace) -> None:
         turns = [(c.name, BATCH) for c in contestants] + [(theirs.name, size) for size in FAMILY_BATCHES[1:]]
         with benchmark.processes(contestants, folder, arguments.threads) as running:
             for workload in FAMILY_WORKLOADS:
-                pairs = len(benchmark.WORKLOADS[workload].lengths)
+                lengths = benchmark.WORKLOADS[workload].lengths
+                if max(lengths) > FAMILIES[family][2].get("max_position_embeddings", POSITIONS[FAMILIES[family][0]]):
+                    continue
+                pairs = len(lengths)
                 each = [turn for turn in turns if turn[1] == BATCH or turn[1] < pairs]
                 took = benchmark.in_turns(running, {workload: each}, arguments.rounds)[workload]
                 exact = benchmark.exact_logits(folder, workload)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -186,9 +187,12 @@ def load_transformers(model: Path, threads: int, options: dict[str, Any]) -> Cal
     torch.set_num_threads(threads)
     module = AutoModelForSequenceClassification.from_pretrained(model).eval()
 
+    known = inspect.signature(module.forward).parameters  # ModernBERT takes no token_type_ids
+
     def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        given = {name: torch.from_numpy(value) for name, value in batch.items() if name in known}
         with torch.inference_mode():
-            return module(**{name: torch.from_numpy(value) for name, value in batch.items()}).logits.numpy()
+            return module(**given).logits.numpy()
 
     return by_batches(run)
 

@@ -298,7 +298,7 @@ def encodings(workload: str, vocabulary: int, types: int = 2) -> list[Encoding]:
 def sizes(model: Path) -> tuple[int, int]:
     """A checkpoint's vocabulary and number of token types: what ``encodings`` may draw from."""
     config = json.loads((model / "config.json").read_text())
-    return int(config["vocab_size"]), int(config["type_vocab_size"])
+    return int(config["vocab_size"]), int(config.get("type_vocab_size", 0))  # ModernBERT has none
 
 
 TURBO: dict[str, Any] = {

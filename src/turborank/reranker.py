@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from turborank import calibration as calibrations
 from turborank import checkpoint as checkpoints
+from turborank import depth as depths
 from turborank import engines
+from turborank.calibration import Calibration, sigmoid
 from turborank.errors import InputError, TooLongError
 from turborank.scheduler import Progress, Scores, score
+from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
-from turborank.tokens import MIN_LENGTH, PairEncoder
+from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
 from turborank.types import Document, Float32, Pair, Ranked
 
 MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
@@ -27,11 +34,6 @@ MAX_THREADS = 4096  # more than any machine has cores
 def order(logits: Float32) -> npt.NDArray[np.intp]:
     """The ranking rule: indices by falling logit, ties in the order given."""
     return np.argsort(-logits, kind="stable")
-
-
-def sigmoid(logit: float) -> float:
-    """1 / (1 + e^-logit), without overflow."""
-    return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
@@ -117,6 +119,7 @@ class Reranker:
         )
         name, chosen = engines.choose(engine, precision, config)
         self.engine = engines.prepare(self.checkpoint.weights, config, name=name, precision=chosen, threads=threads)
+        self.cache: ScoreCache | None = None  # where scores are kept and looked up, if anywhere
 
     @property
     def name(self) -> str:
@@ -128,25 +131,75 @@ class Reranker:
         """Tokens of a pair that are read, template included."""
         return self.encoder.max_length
 
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """sha256 of ``model.safetensors``, read once."""
+        return checkpoints.hashes(self.checkpoint)["model.safetensors"]
+
+    @functools.cached_property
+    def calibration(self) -> Calibration | None:
+        """The calibration beside the model, if there is one (docs/calibration.md); another one may be assigned."""
+        path = self.checkpoint.folder / calibrations.FILE
+        return calibrations.read(path, self.weights_hash) if path.is_file() else None
+
+    def calibrate(self, path: str | os.PathLike[str]) -> None:
+        """Use the calibration in a file that ``turborank calibrate`` made; raises as turborank.calibration.read."""
+        self.calibration = calibrations.read(Path(path), self.weights_hash)
+
+    def fingerprint(self, limits: Limits = NO_LIMITS) -> str:
+        """Everything a score depends on beside the texts, for a :class:`~turborank.score_cache.ScoreCache`."""
+        encoder, engine = self.encoder, self.engine
+        asked = limits._replace(
+            policy=limits.policy or encoder.policy,
+            max_length=min(limits.max_length or encoder.max_length, encoder.max_length),
+        )
+        return json.dumps([self._files_hash, engine.name, engine.precision, engine.isa, encoder.faithful, *asked])
+
+    @functools.cached_property
+    def _files_hash(self) -> str:
+        return hashlib.sha256(json.dumps(checkpoints.hashes(self.checkpoint), sort_keys=True).encode()).hexdigest()
+
+    def least_score(self, threshold: float | str | None) -> float | None:
+        """The relevance score that a threshold asks for: a number from 0 to 1, or a target such as "precision=0.9".
+
+        Raises InputError for anything else, and for a target of a model that is not calibrated.
+        """
+        if isinstance(threshold, str):
+            calibrations.parse_target(threshold)
+            if self.calibration is None:
+                raise InputError(
+                    f"expected a calibrated model for the threshold {threshold!r}, got no {calibrations.FILE} in "
+                    f"{self.checkpoint.folder}",
+                    hint="make one with turborank calibrate, or give a number from 0 to 1",
+                )
+            return sigmoid(self.calibration.threshold(threshold))
+        if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise InputError(f"expected threshold to be a number between 0 and 1, got {threshold!r:.80}")
+        return threshold
+
     def rank(
         self,
         query: str,
         documents: Iterable[Document],
         *,
         top_n: int | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         fields: Sequence[str] = DEFAULT_FIELDS,
         progress: Progress | None = None,
+        depth: int | str | None = None,
     ) -> list[Ranked]:
         """Documents by relevance to the query, best first; ties keep the order given.
 
-        ``top_n`` keeps the best so many, ``threshold`` (0 to 1) those with at least that relevance score.
-        Raises InputError naming every unusable document, before anything is computed.
+        ``top_n`` keeps the best so many, ``threshold`` those with at least that relevance score (0 to 1), or a target
+        of a calibrated model: "precision=0.9", "recall=0.95", "probability=0.5" (docs/calibration.md).
+        ``depth`` reads only the first so many documents, which are then in the order of a first stage; "auto" stops
+        where what is left has little chance to enter the first ``top_n`` (docs/depth.md). What is not read is not in
+        the ranking. Raises InputError naming every unusable document, before anything is computed.
         """
         given = listed("documents", documents)
         top_n = None if top_n is None else whole("top_n", top_n)
-        if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
-            raise InputError(f"expected threshold to be a number between 0 and 1, got {threshold!r:.80}")
+        least = self.least_score(threshold)
+        depth = depths.checked(depth, top_n)
         if isinstance(fields, str):
             raise InputError("expected fields to be a list of names, got one str", hint="wrap it in a tuple")
         faults: list[str] = [] if isinstance(query, str) else [f"query: expected a string, got {type(query).__name__}"]
@@ -157,11 +210,15 @@ class Reranker:
             except InputError as error:
                 faults.append(f"documents[{index}]: {error.message}")
         _raise_faults(faults)
+        pairs = [Pair(query, text) for text in texts]
         try:
-            scores = self.score_detailed([Pair(query, text) for text in texts], progress=progress)
+            if depth == depths.AUTO and top_n is not None:
+                scores = self.score_adaptively(pairs, top_n, progress=progress)
+            else:
+                scores = self.score_detailed(pairs if depth is None else pairs[: int(depth)], progress=progress)
         except TooLongError as error:
             raise error.at(error.place, f"documents[{error.place}]") from None
-        return ranking(given, scores, top_n=top_n, threshold=threshold)
+        return ranking(given, scores, top_n=top_n, threshold=least)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: Progress | None = None) -> Float32:
         """Logits (P,), float32, of (query, document) pairs, in the order given."""
@@ -176,7 +233,37 @@ class Reranker:
 
     def score_detailed(self, pairs: Sequence[Pair], *, progress: Progress | None = None) -> Scores:
         """Logits with the tokens read, the tokens cut and the characters behind each logit."""
-        return score(pairs, self.encoder, self.engine, progress=progress)
+        if self.cache is None:
+            return score(pairs, self.encoder, self.engine, progress=progress)
+        found = self.cache.find(self.fingerprint(), pairs)
+        missing = found.missing
+        try:
+            computed = score([pairs[place] for place in missing], self.encoder, self.engine, progress=progress)
+        except TooLongError as error:
+            raise error.at(missing[error.place], f"pairs[{missing[error.place]}]") from None
+        return self.cache.complete(found, computed)
+
+    def score_adaptively(self, pairs: Sequence[Pair], top_n: int, *, progress: Progress | None = None) -> Scores:
+        """Scores of the first pairs, block by block, until turborank.depth says that it is enough for ``top_n``.
+
+        The pairs are one query's, in the order of its first stage; the scores are of the first so many of them.
+        """
+        parts: list[Scores] = []
+        done = 0
+        while done < len(pairs) and not (parts and depths.enough(joined(parts).logits, top_n, len(pairs))):
+            try:
+                parts.append(self.score_detailed(pairs[done : done + depths.BLOCK]))
+            except TooLongError as error:
+                raise error.at(done + error.place, f"pairs[{done + error.place}]") from None
+            done = min(done + depths.BLOCK, len(pairs))
+            if progress is not None:
+                progress(done, len(pairs))
+        return joined(parts) if parts else self.score_detailed([])
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of several lists of pairs, one behind the other."""
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _raise_faults(faults: list[str]) -> None:

@@ -136,6 +136,7 @@ class PairEncoder:
         tokenizer.no_padding()
         self.template = read_template(tokenizer)
         tokenizer.encode_special_tokens = not faithful
+        self.faithful = faithful
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.policy = policy

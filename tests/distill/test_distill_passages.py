@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turborank import text
+from turborank import text as texts
 from turborank.distill import sources
 from turborank.errors import UnknownKeyError
 
@@ -25,18 +25,18 @@ CLEANED = [  # rule, text, by hand
 
 @pytest.mark.parametrize(("rule", "text", "expected"), CLEANED)
 def test_cleaning(rule, text, expected):
-    assert text.cleaner([rule])(text) == expected
+    assert texts.cleaner([rule])(text) == expected
 
 
 def test_every_rule_is_tested_and_an_unknown_one_named():
-    assert {rule for rule, *_ in CLEANED} == set(text.CLEANERS)
+    assert {rule for rule, *_ in CLEANED} == set(texts.CLEANERS)
     with pytest.raises(UnknownKeyError, match="did you mean 'treebank'"):
-        text.cleaner(["treebanks"])
+        texts.cleaner(["treebanks"])
 
 
 def test_quotation_marks_hug_what_they_hold():
     """An opening mark loses the blank after it, a closing one the blank before it."""
-    assert text.treebank("he said `` hello there '' to me") == 'he said "hello there" to me'
+    assert texts.treebank("he said `` hello there '' to me") == 'he said "hello there" to me'
 
 
 sentence = st.integers(1, 300).map(lambda count: " ".join(["Word"] + ["word"] * (count - 1)) + ".")
@@ -45,12 +45,12 @@ sentence = st.integers(1, 300).map(lambda count: " ".join(["Word"] + ["word"] * 
 @given(st.lists(sentence, max_size=30), st.integers(0, 2**32))
 def test_passages_are_whole_sentences_of_the_promised_length(parts, seed):
     text = " ".join(parts)
-    cut = list(text.cut(text, np.random.default_rng(seed)))
-    assert all(text.MIN_WORDS <= len(passage.split()) <= text.MAX_WORDS for passage in cut)
+    cut = list(texts.cut(text, np.random.default_rng(seed)))
+    assert all(texts.MIN_WORDS <= len(passage.split()) <= texts.MAX_WORDS for passage in cut)
     joined = " ".join(cut)
     assert text.startswith(joined)  # nothing lost but the end, nothing twice, in order
-    assert len(text.split()) - len(joined.split()) < text.MIN_WORDS
-    if all(len(part.split()) <= text.LONGEST_SENTENCE for part in parts):
+    assert len(text.split()) - len(joined.split()) < texts.MIN_WORDS
+    if all(len(part.split()) <= texts.LONGEST_SENTENCE for part in parts):
         assert all(passage.endswith(".") and passage.startswith("Word") for passage in cut)
 
 
@@ -68,14 +68,14 @@ def made(kind, count, seed=0):
 
 def test_sentences_are_sentences_of_their_passage():
     for query in made("sentence", 10):
-        assert query.text in text.sentences(TEXTS[query.place])
+        assert query.text in texts.sentences(TEXTS[query.place])
         assert len(query.text.split()) in sources.SENTENCE_WORDS
     assert sorted(query.place for query in made("sentence", 10)) == [0, 1]  # each passage once, the last has none
 
 
 def test_spans_are_consecutive_sentences():
     [query] = made("span", 10)
-    first, second, third = text.sentences(TEXTS[0])
+    first, second, third = texts.sentences(TEXTS[0])
     assert query.text in (f"{first} {second}", f"{second} {third}", f"{first} {second} {third}")
 
 
@@ -88,7 +88,7 @@ def test_keywords_are_the_rarest_words_in_their_order(seed):
     counts = Counter(word for text in TEXTS for word in words_of(text))
     for query in made("keywords", 10, seed):
         words = query.text.split()
-        [there] = [found for one in text.sentences(TEXTS[query.place]) if set(words) <= set(found := words_of(one))]
+        [there] = [found for one in texts.sentences(TEXTS[query.place]) if set(words) <= set(found := words_of(one))]
         assert words == [word for word in there if word in words]
         assert max(counts[word] for word in words) <= min(counts[word] for word in there if word not in words)
 

@@ -17,6 +17,8 @@ import typer
 
 from turborank.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from turborank.cli.bench import bench
+from turborank.cli.calibrate import EXAMPLES as CALIBRATE_EXAMPLES
+from turborank.cli.calibrate import calibrate
 from turborank.cli.distill import LISTS_EXAMPLES, SCORE_EXAMPLES, SUSPECTS_EXAMPLES, lists, score, suspects
 from turborank.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli.doctor import doctor
@@ -60,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(serve, SERVE_EXAMPLES),
     "keys": Command(keys, KEYS_EXAMPLES),
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
+    "calibrate": Command(calibrate, CALIBRATE_EXAMPLES),
     "distill lists": Command(lists, LISTS_EXAMPLES),
     "distill score": Command(score, SCORE_EXAMPLES),
     "distill suspects": Command(suspects, SUSPECTS_EXAMPLES),

@@ -49,7 +49,7 @@ def supports(config: ModelConfig) -> bool:
     """Whether the C++ side knows the architecture and its sizes."""
     known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
     # attention_relative.inl: neighbouring distances have neighbouring rows (not so if many buckets end at a short one).
-    return known and (not config.position_buckets or max(np.diff(deberta.relative_rows(config))) <= 1)
+    return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
 def isas() -> list[str]:
@@ -197,8 +197,9 @@ def prepare(
         raise EngineUnavailableError(_REASON or "", hint="pip install turborank where a C++ compiler is present")
     if not supports(config):
         raise EngineUnavailableError(
-            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, "
-            f"got {config.architecture} with {config.hidden_size} and {config.head_size}"
+            f"expected one of {', '.join(ARCHITECTURES)} with hidden and head sizes that are multiples of 32, and no "
+            f"more position buckets than distances, got {config.architecture} with {config.hidden_size}, "
+            f"{config.head_size} and {config.position_buckets} buckets up to {config.max_relative_positions}"
         )
     if threads is not None and threads < 1:
         raise InputError(f"expected threads to be at least 1, got {threads}")

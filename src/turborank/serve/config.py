@@ -51,6 +51,15 @@ class Settings:
         4096, "Models", "MiB of weights kept loaded; beyond it the model unused longest is let go.", least=1
     )
     offline: bool = _setting(False, "Models", "Never touch the network.")
+    calibration: tuple[str, ...] = _setting(
+        (), "Models", "NAME=FILE: what `turborank calibrate` made for a served model; else its calibration.json."
+    )
+    score_cache_entries: int = _setting(
+        0, "Models", "Scores kept by content, so that a pair is not read twice, about 150 bytes each; 0: none.", least=0
+    )
+    score_cache: str = _setting(
+        "", "Models", "SQLite file of the kept scores, which outlives the server; by default they are in memory."
+    )
 
     host: str = _setting("127.0.0.1", "Server", "Address to listen on; anything but loopback needs keys.")
     port: int = _setting(8080, "Server", "Port to listen on.", least=0)
@@ -127,8 +136,9 @@ def _faults(name: str, value: Any) -> list[str]:
         return [f"expected port to be at most {MOST_PORT}, got {value}"]
     if name in _CHOICES and value not in _CHOICES[name]:
         return [UnknownKeyError(name, value, _CHOICES[name]).message]
-    if name == "alias":
-        return [f"expected alias to be NAME=MODEL, got {one!r}" for one in value if not all(one.partition("="))]
+    if name in ("alias", "calibration"):
+        what = "NAME=MODEL" if name == "alias" else "NAME=FILE"
+        return [f"expected {name} to be {what}, got {one!r}" for one in value if not all(one.partition("="))]
     return []
 
 

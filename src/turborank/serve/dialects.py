@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET
 
+from turborank.calibration import sigmoid
 from turborank.errors import InputError
-from turborank.reranker import sigmoid
 from turborank.serve import wire
 from turborank.serve.wire import Answer, Ask, Problem
 from turborank.text import DEFAULT_FIELDS, document_text
@@ -180,6 +180,7 @@ def _results(ask: Ask, answer: Answer, *, strings: bool = False) -> list[wire.Re
             relevance_score=ranked.logit if ask.raw_scores else ranked.score,
             document=document(ranked) if ask.return_documents else UNSET,
             relevant_spans=answer.spans.get(ranked.index, UNSET),
+            probability=answer.calibration.probability(ranked.logit) if answer.calibration else UNSET,
         )
         for ranked in answer.ranking
     ]

@@ -74,6 +74,9 @@ class Models:
             if target not in self._names:
                 raise InputError(f"expected the alias {name!r} to name a served model, got {target!r}")
             self._names[name] = self._names[target]
+        for one in settings.calibration:
+            if (name := one.partition("=")[0]) not in self._names:
+                raise InputError(f"expected calibration to name a served model, got {name!r}")
 
     @property
     def default(self) -> Model:
@@ -151,6 +154,11 @@ class Models:
             threads=settings.threads or None,
             offline=settings.offline or None,
         )
+        for one in settings.calibration:
+            name, _, file = one.partition("=")
+            if self._names[name] == model.name:
+                reranker.calibrate(file)
+        _ = reranker.calibration  # read now: what is wrong with it ends the load, not a request
         reranker.score([_WARM_UP])  # the first pass through an engine sets up what later ones reuse
         return reranker
 

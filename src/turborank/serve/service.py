@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from turborank.calibration import sigmoid
 from turborank.errors import InputError, TooLongError, TurborankError
-from turborank.reranker import Reranker, ranking, sigmoid
+from turborank.reranker import Reranker, ranking
 from turborank.scheduler import Scores, chunks, gather
+from turborank.score_cache import Found, ScoreCache
 from turborank.serve import auth, telemetry
 from turborank.serve.auth import Key, KeyRing
 from turborank.serve.config import PREFIX, Settings
@@ -35,6 +39,10 @@ OVERHEAD = 8  # tokens of a pair's template, about
 MAX_SPAN_DOCUMENTS = 100  # documents whose passages are scored
 DEFAULT_SPANS = 3  # passages given for a document unless max_spans says otherwise
 LOADING_RETRY = 2.0
+STAGES = ("tokenise", "queue", "compute")
+NO_SCORES = gather([], np.empty(0, dtype=np.float32))
+
+Named = tuple[str, Sequence[int] | None]  # what a request calls its documents, and which of them these pairs are
 
 
 class Service:
@@ -62,6 +70,7 @@ class Service:
         )
         self.metrics = Metrics(self.batcher, self.models)
         self.tracer = Tracer(settings.otlp_endpoint)
+        self.cache = _open_cache(settings)
         self.draining = False  # SIGTERM came: /ready says no
         self.closing = False  # and the time to look away is over
         self._characters_per_token = CHARACTERS_PER_TOKEN
@@ -81,6 +90,8 @@ class Service:
         for pool in (self.pool, self.loader):
             pool.shutdown(wait=False, cancel_futures=True)
         self.tracer.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def admit_request(self, key: Key) -> None:
         """What can be refused before the body is read."""
@@ -111,10 +122,11 @@ class Service:
     async def _answer(self, ask: Ask, key: Key, request_id: str, model: Model) -> Answer:
         timings: dict[str, float] = {}
         reranker = await self.models.load(model)
+        least = _least_score(reranker, ask.threshold)
         scores = await self._scores(reranker, ask.pairs, ask.limits, timings, field=ask.field)
         spent = int(scores.tokens.sum())
         self.rates.spend(key, spent)
-        ranked = ranking(ask.documents, scores, top_n=ask.top_n, threshold=ask.threshold)
+        ranked = ranking(ask.documents, scores, top_n=ask.top_n, threshold=least)
         warnings = [*ask.warnings, *_cut(scores, ask.field)]
         spans: dict[int, list[Span]] = {}
         if ask.spans is not None:
@@ -133,6 +145,7 @@ class Service:
             timings=timings,
             created=int(time.time()),
             warnings=warnings,
+            calibration=reranker.calibration,
         )
 
     async def _scores(
@@ -145,12 +158,42 @@ class Service:
         field: str,
         held: bool = False,
     ) -> Scores:
-        """The library's scores by way of the queue. ``held``: the request is in already, so it is not refused."""
+        """The library's scores by way of the cache, if there is one, and the queue.
+
+        ``held``: the request is in already, so it is not refused.
+        """
+        if self.cache is None:
+            return await self._computed(reranker, pairs, length, timings, named=(field, None), held=held)
+        found: Found = await self._off_loop(self.cache.find, reranker.fingerprint(length), pairs)
+        missing = found.missing
+        if missing:
+            asked = [pairs[place] for place in missing]
+            computed = await self._computed(reranker, asked, length, timings, named=(field, missing), held=held)
+        else:
+            timings.update(dict.fromkeys(STAGES, 0.0) | timings)
+            computed = NO_SCORES
+        complete: Scores = await self._off_loop(self.cache.complete, found, computed)
+        return complete
+
+    async def _off_loop(self, run: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, run, *given)
+
+    async def _computed(
+        self,
+        reranker: Reranker,
+        pairs: Sequence[Pair],
+        length: Limits,
+        timings: dict[str, float],
+        *,
+        named: Named,
+        held: bool,
+    ) -> Scores:
+        """The library's scores by way of the queue."""
         expected = expected_tokens(pairs, reranker.encoder, length, self._characters_per_token)
         ticket = self.batcher.admit(reranker.engine, expected, always=held)
         began = time.monotonic()
         try:
-            encoded = await self._tokenise(reranker.encoder, pairs, length, ticket, field)
+            encoded = await self._tokenise(reranker.encoder, pairs, length, ticket, named)
             tokenised = time.monotonic()
             logits = await ticket.future
         except TurborankError as error:
@@ -183,13 +226,13 @@ class Service:
             self._characters_per_token += 0.05 * (seen - self._characters_per_token)
 
     async def _tokenise(
-        self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, field: str
+        self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, named: Named
     ) -> list[list[Encoding]]:
         """Encodings of all pairs, off the event loop; each chunk joins the queue while the next is being tokenised."""
         loop = asyncio.get_running_loop()
         encoded: list[list[Encoding]] = []
         for start, chunk in chunks(pairs):
-            part = await loop.run_in_executor(self.pool, _encode, encoder, chunk, length, start, field)
+            part = await loop.run_in_executor(self.pool, _encode, encoder, chunk, length, start, named)
             encoded += part
             windows = list(itertools.chain.from_iterable(part))
             auth.check_tokens(self.settings, ticket.known + sum(map(len, windows)))
@@ -229,6 +272,14 @@ class Service:
         self.metrics.cut.inc(int(scores.truncated.sum()))
 
 
+def _open_cache(settings: Settings) -> ScoreCache | None:
+    if settings.score_cache and not settings.score_cache_entries:
+        raise InputError("expected score_cache_entries with score_cache, got 0", hint="say how many scores to keep")
+    if not settings.score_cache_entries:
+        return None
+    return ScoreCache(settings.score_cache_entries, settings.score_cache or None)
+
+
 def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits, characters_per_token: float) -> int:
     """About how many tokens pairs will take: no more of each than the model reads, in each of its windows."""
     most = min(length.max_length or encoder.max_length, encoder.max_length)
@@ -244,8 +295,19 @@ def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits,
     return total
 
 
+def _least_score(reranker: Reranker, threshold: float | str | None) -> float | None:
+    """The relevance score that a request's threshold asks for; numbers may come as strings."""
+    if isinstance(threshold, str) and "=" not in threshold:
+        with contextlib.suppress(ValueError):
+            threshold = float(threshold)
+    try:
+        return reranker.least_score(threshold)
+    except InputError as error:
+        raise Problem(422, error.code, str(error), param="threshold") from None
+
+
 def _encode(
-    encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, start: int, field: str
+    encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, start: int, named: Named
 ) -> list[list[Encoding]]:
     """Encodings of a chunk; an error about length says which document it is about."""
     try:
@@ -255,7 +317,8 @@ def _encode(
             try:
                 encoder.encode([pair], length)
             except TooLongError as error:
-                where = f"{field}[{place}]"
+                field, places = named
+                where = f"{field}[{places[place] if places else place}]"
                 raise Problem(400, error.code, f"{error.message} at $.{where}; {error.hint}", param=where) from None
         raise
 

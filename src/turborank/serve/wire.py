@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
+from turborank.calibration import Calibration
 from turborank.errors import ModelNotFoundError, TooLongError, TurborankError
 from turborank.scheduler import Scores
 from turborank.tokens import NO_LIMITS, Limits
@@ -23,6 +24,8 @@ Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 TruncateTo = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+Target = Annotated[str, Meta(max_length=40)]
+Threshold = Probability | Target
 Seconds = Annotated[float, Meta(ge=0.1, le=86_400)]
 Documents = Annotated[list[str | dict[str, Any]], Meta(min_length=1)]
 Length = Literal["truncate", "windows", "error"]
@@ -59,7 +62,7 @@ class _RerankFields(Struct, kw_only=True):
     raw_scores: bool | None = None
     use_activation: bool | None = None
     length: Length | None = None
-    threshold: Probability | None = None
+    threshold: Threshold | None = None
     timeout: Seconds | None = None
 
 
@@ -136,6 +139,7 @@ class Result(Struct):
     relevance_score: float
     document: dict[str, Any] | str | UnsetType = UNSET
     relevant_spans: list[Span] | UnsetType = UNSET
+    probability: float | UnsetType = UNSET  # of a calibrated model
 
 
 class DocumentLength(Struct):
@@ -249,7 +253,7 @@ class Ask:
     documents: list[Document]  # as they came, to be given back
     model: str | None = None
     top_n: int | None = None
-    threshold: float | None = None
+    threshold: float | str | None = None  # a relevance score, or a target of a calibrated model
     return_documents: bool = False
     raw_scores: bool = False
     limits: Limits = NO_LIMITS
@@ -272,6 +276,7 @@ class Answer:
     timings: dict[str, float]  # seconds by stage
     created: int
     warnings: list[str]
+    calibration: Calibration | None = None
 
     @property
     def tokens(self) -> int:
