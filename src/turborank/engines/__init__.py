@@ -69,7 +69,7 @@ ENGINES: dict[str, EngineRow] = {
     ),
 }
 VARIABLE = "TURBORANK_ENGINE"
-AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and hundreds of megabytes
+AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and much memory
 
 
 def allowed_cores() -> int:
