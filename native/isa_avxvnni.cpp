@@ -9,14 +9,14 @@ namespace turborank {
 namespace {
 
 namespace vex {
-#define TR_VPDPBUSD "{vex} vpdpbusd"
+#define TR_VPDPBUSD "%{vex%} vpdpbusd"
 #include "avxvnni.inl"
 #undef TR_VPDPBUSD
 constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd ymm", kBlockRows, nothing, nothing);
 }  // namespace vex
 
 namespace evex {
-#define TR_VPDPBUSD "{evex} vpdpbusd"
+#define TR_VPDPBUSD "%{evex%} vpdpbusd"
 #include "avxvnni.inl"
 #undef TR_VPDPBUSD
 constexpr Kernels kInt8 = table<Int8, float>("vpdpbusd ymm, EVEX", kBlockRows, nothing, nothing);
