@@ -1,5 +1,5 @@
-// AVX2: activations are widened to 16 bits when they are quantised and weights when they are read, because the byte
-// product of this instruction set (vpmaddubsw) saturates. vpmaddwd does not: the same integers as everywhere.
+// AVX2: activations are widened to 16 bits when they are quantised, weights when they are read, because the byte product of
+// this instruction set (vpmaddubsw) saturates. vpmaddwd does not, so the integer sums equal those of the other rows.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -75,7 +75,7 @@ TR_INLINE void dot(F& left, F& right, const float* a, F w0, F w1) {
     const F all = set(*a);
     left = fma(all, w0, left), right = fma(all, w1, right);
 }
-// In assembly, because gcc 12 holds many products at once and spills the sums.
+// In assembly, because gcc 12 keeps many products in registers at once and spills the sums.
 TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m256i w1) {
     __m256i all, product;
     __asm__("vpbroadcastd %4, %2\n\tvpmaddwd %5, %2, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %6, %2, %2\n\tvpaddd %2, %1, %1"
@@ -83,7 +83,7 @@ TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m
             : "m"(*reinterpret_cast<const int32_t*>(a)), "x"(w0), "x"(w1));
 }
 
-// Eight rows of eight floats, transposed in place.
+// Transposes eight rows of eight floats in place.
 TR_INLINE void transpose(F (&m)[8]) {
     F a[8], b[8];
     for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(m[i], m[i + 1]), a[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);

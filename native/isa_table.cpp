@@ -1,4 +1,4 @@
-// Which instruction sets this build contains, and which of them this machine can run.
+// The table of instruction sets in this build, and detection of those that this machine supports.
 #include "kernels.h"
 
 #if defined(TR_X86_KERNELS)
@@ -13,7 +13,7 @@ namespace turborank {
 namespace {
 
 #if defined(TR_X86_KERNELS)
-// Linux hands out the matrix tiles only to processes that ask (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
+// Linux allows matrix tiles only to processes that request them (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool tiles_permitted() {
 #if defined(__linux__)
     constexpr unsigned kBf16TileInt8 = 1u << 22 | 1u << 24 | 1u << 25;
@@ -25,14 +25,14 @@ bool tiles_permitted() {
 #endif
 }
 
-// The builtin asks the processor and whether the system saves the registers.
+// The builtin checks that the processor has the feature and that the operating system saves its registers.
 unsigned detect() {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     for (const bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512bw") != 0,
                            __builtin_cpu_supports("avx512vl") != 0, __builtin_cpu_supports("avx512vnni") != 0})
         if (!has) return kAvx2;
     if (!__builtin_cpu_supports("avx512bf16")) return kAvx2 | kVnni;
-    // Intel's vdpbf16ps begins every second cycle: half the multiplications a second of its vfmadd, where AMD's has twice as many.
+    // Intel issues a vdpbf16ps every second cycle, which is half the multiplications of its vfmadd; AMD's has twice those of vfmadd.
     return kAvx2 | kVnni | kBf16 | (__builtin_cpu_is("amd") ? kFastBf16 : 0u) | (tiles_permitted() ? kAmx : 0u);
 }
 #else
