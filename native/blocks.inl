@@ -4,7 +4,8 @@
 //   load_right<Op>(bytes)        loads W words of one row of a panel
 //   dot(left, right, a, w0, w1)  adds the products of one word of `a` with the words w0 and w1 of W columns to two sums
 //   kRowsAtOnce                  rows of a tile: as many as have two sums each in registers
-// A word is the part of a row's depth that one instruction multiplies: 4 int8, 2 bf16 (or widened int8), 1 float.
+// A word is the part of a row's depth that one instruction multiplies: 4 int8 (8 with smmla), 2 bf16 (or widened int8) or
+// 1 float.
 
 template <class Op> using Sum = ForInt8<Op, Integers, F>;
 template <class Op> using Number = ForInt8<Op, int32_t, float>;  // type of a sum in memory
@@ -27,13 +28,13 @@ TR_INLINE void in_tiles(int rows, const Part& part) {
     for (int from = 0; from < rows;) {
         const int rest = rows - from;
         if (kTiled<Op> || rest > half + quarter) part(from, typename MakeIndices<most>::type{}), from += most;
-        else if (rest > quarter && rest != 2 * quarter) part(from, typename MakeIndices<half>::type{}), from += half;
+        else if (rest > quarter && (rest != 2 * quarter || rest == half)) part(from, typename MakeIndices<half>::type{}), from += half;
         else if (rest > 1) part(from, typename MakeIndices<quarter>::type{}), from += quarter;
         else part(from, typename MakeIndices<1>::type{}), from += 1;
     }
 }
 
-template <class Op> constexpr int kWord = 4 / static_cast<int>(sizeof(Op));
+template <class Op> constexpr int kWord = same_type<Op, Int8> ? kInt8Group : 4 / static_cast<int>(sizeof(Op));
 
 // Bytes from one word of the depth to the next in a panel of 32 columns, and from one vector of columns to the next.
 template <class Op> constexpr int kRightRow = kPanel * (same_type<Op, Int8> ? kInt8Group : 4);
@@ -45,14 +46,14 @@ struct Nothing {
 };
 
 // Product of rows r... of `a` with 2 W columns. `row` and `step`: elements from one row and word to the next. start(r, left,
-// right) initialises the sums, finish(r, left, right) receives them, each(k) is called for every word.
+// right) initialises the sums, finish(r, left, right) receives them, each(k, words) is called for every word or few words.
 template <class Op, int... r, class Start, class Finish, class Each = Nothing>
 TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, const std::byte* right, int words, const Start& start,
                      const Finish& finish, const Each& each = {}) {
     Sum<Op> x[sizeof...(r)], y[sizeof...(r)];
     (start(r, x[r], y[r]), ...);
     for (int k = 0; k < words; ++k) {
-        each(k);
+        each(k, 1);
         const std::byte* b = right + static_cast<ptrdiff_t>(k) * kRightRow<Op>;
         const auto w0 = load_right<Op>(b), w1 = load_right<Op>(b + kRightVector<Op>);
         (dot(x[r], y[r], a + r * row + k * step, w0, w1), ...);
@@ -60,10 +61,16 @@ TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, 
     (finish(r, x[r], y[r]), ...);
 }
 
-// Offsets of an int8 operand's rows and columns: row-major or, for matrix tiles, in blocks of 16 rows x 64 bytes, because
-// consecutive cache lines load faster than distant ones.
-TR_INLINE size_t int8_row(size_t row, size_t depth) { return kTiles ? row / 16 * 16 * depth + row % 16 * 64 : row * depth; }
-TR_INLINE int int8_column(int column) { return kTiles ? column / 64 * 1024 + column % 64 : column; }
+// Offsets of an int8 operand's rows and columns: row-major; for matrix tiles in blocks of 16 rows x 64 bytes, because
+// consecutive cache lines load faster than distant ones; with TR_ROW_PAIRS the words of two rows alternate, because one
+// instruction multiplies both.
+#ifdef TR_ROW_PAIRS
+constexpr int kRowsTogether = 2, kTogether = 8;
+#else
+constexpr int kRowsTogether = kTiles ? 16 : 1, kTogether = 64;
+#endif
+TR_INLINE size_t int8_row(size_t row, size_t depth) { return row / kRowsTogether * kRowsTogether * depth + row % kRowsTogether * kTogether; }
+TR_INLINE int int8_column(int column) { return column / kTogether * kTogether * kRowsTogether + column % kTogether; }
 
 // Writes the sums of one tile to `sums` (rows, 2 W). Each step of the depth prefetches `pace` bytes from `ahead`. Must call
 // values(from, to) for ranges that cover the previous tile's `last` rows.
@@ -80,9 +87,9 @@ TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, in
     block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, w.panel(panel) + column / W * kRightVector<Op>, words,
         [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = begin[0], y = begin[1]; },
         [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { vectors[2 * i] = x, vectors[2 * i + 1] = y; },
-        [&](int) TR_LAMBDA {
+        [&](int, int steps) TR_LAMBDA {
             prefetch(ahead);
-            ahead += pace;
+            ahead += pace * static_cast<size_t>(steps);
         });
     values(0, last);
 }

@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <stdexcept>
 
+#if defined(_WIN32)
+#include <process.h>
+#else
 #include <unistd.h>
+#endif
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -25,6 +29,14 @@ struct FloatMode {
     const unsigned saved = _mm_getcsr();
     FloatMode() { _mm_setcsr(0x9fc0); }
     ~FloatMode() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+    uint64_t saved;
+    FloatMode() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+        set(uint64_t{1} << 24);  // FZ; rounding to nearest is 0
+    }
+    ~FloatMode() { set(saved); }
+    static void set(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
 #else
     ~FloatMode() {}
 #endif
@@ -280,20 +292,29 @@ struct Call {
     }
 };
 
+// A process that was forked from another has a number of its own. (Windows has no fork.)
+long process_number() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return getpid();
+#endif
+}
+
 }  // namespace
 
 struct Engine::State {
     Pool pool;
     std::vector<Scratch> scratch;  // one for each thread
     std::vector<Memory> memory;    // that of the team, then one for each thread
-    pid_t process = getpid();
+    long process = process_number();
 };
 
 Engine::Engine(const Weights& weights, const Kernels* kernels) : weights_(weights), kernels_(kernels) {}
 
 Engine::~Engine() {
     // After a fork the pool's threads exist only in the parent; joining them in the child would never return.
-    if (state_ && state_->process != getpid()) state_.release();
+    if (state_ && state_->process != process_number()) state_.release();
 }
 
 void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std::vector<float>>* trace) {
@@ -301,7 +322,7 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     if (threads < 1) throw std::invalid_argument("expected threads of at least 1, got " + std::to_string(threads));
     threads = std::min(threads, (batch.offsets.back() + kFewestRows - 1) / kFewestRows);
     std::unique_lock<std::mutex> lock(calls_);
-    if (state_ && state_->process != getpid()) state_.release();  // see ~Engine
+    if (state_ && state_->process != process_number()) state_.release();  // see ~Engine
     if (!state_) state_ = std::make_unique<State>();
     State& state = *state_;
 

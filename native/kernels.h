@@ -222,8 +222,12 @@ struct Kernels {
     float (*cosine)(const Weights&, const float* x, const int32_t* types, int n, Scratch&);
 };
 
-// kVnni and kBf16 include the features before them; kFastBf16 and kAmx need kBf16. kVnni: AVX-512 F, DQ, BW, VL and VNNI.
-enum Feature : unsigned { kAvx2 = 1, kVnni = 2, kBf16 = 4, kFastBf16 = 8, kAmx = 16 };
+// kAvx2: AVX2, FMA and F16C. kVnni: AVX-512 F, DQ, BW, VL and VNNI. kVnni256: vpdpbusd of 256 bits, in the encoding of
+// AVX-VNNI (kAvxVnni) or of AVX-512.
+enum Feature : unsigned {
+    kAvx2 = 1, kVnni = 2, kBf16 = 4, kFastBf16 = 8, kAmx = 16, kVnni256 = 32, kAvxVnni = 64,
+    kArmDot = 256, kArmI8mm = 512, kArmBf16 = 1024,
+};
 
 // One row of the instruction-set table. `kernels` returns null if the row lacks the precision.
 struct IsaRow {
@@ -234,10 +238,17 @@ struct IsaRow {
 
 unsigned detect_features();             // features that processor and operating system allow; requests matrix tiles once
 const std::vector<IsaRow>& isa_table(); // best first; the last row needs no feature
+std::string missing(const IsaRow&);     // the features that the row needs and this machine lacks, in words; empty if it can run
 
 const Kernels* amx_kernels(Precision, unsigned);
 const Kernels* avx512_kernels(Precision, unsigned);
+const Kernels* avxvnni_kernels(Precision, unsigned);
 const Kernels* avx2_kernels(Precision, unsigned);
+const Kernels* armi8mm_kernels(Precision, unsigned);
+const Kernels* armdot_kernels(Precision, unsigned);
 const Kernels* portable_kernels(Precision, unsigned);
+
+const Kernels* evex_kernels(Precision, unsigned);      // isa_avxvnni.cpp, for the checks without Python
+const Kernels* stand_in_kernels(Precision, unsigned);
 
 }  // namespace turborank

@@ -37,6 +37,13 @@ nb::dict isas() {
     return rows;
 }
 
+// All rows of this build, best first, each with the features that this machine lacks for it.
+nb::dict rows() {
+    nb::dict rows;
+    for (const IsaRow& row : isa_table()) rows[row.name] = missing(row);
+    return rows;
+}
+
 // Python checks the sizes of the config before it calls (engines/native.py). Array sizes and batches are checked here.
 class Model {
 public:
@@ -107,4 +114,5 @@ NB_MODULE(_native, m) {
         .def_prop_ro("kernel", &Model::kernel, "The matrix product's instruction.")
         .def_prop_ro("attention", &Model::attention, "The element type of attention.");
     m.def("isas", &isas, "Instruction-set rows this machine can run, best first, with their precisions.");
+    m.def("rows", &rows, "All instruction-set rows of this build, best first, with what this machine lacks for each.");
 }

@@ -1,6 +1,7 @@
 """The native engine: the forward pass in C++, tested layer by layer against the numpy reference (docs/kernels.md).
 
-``TURBORANK_ISA`` forces one row of its instruction-set table (``amx``, ``avx512vnni``, ``avx2``, ``portable``).
+``TURBORANK_ISA`` forces one row of its instruction-set table (``amx``, ``avx512vnni``,
+``avxvnni``, ``avx2``; on 64-bit Arm ``armi8mm``, ``armdot``; everywhere ``portable``).
 """
 
 from __future__ import annotations
@@ -55,6 +56,22 @@ def supports(config: ModelConfig) -> bool:
 def isas() -> list[str]:
     """Instruction-set rows that this machine can run, best first."""
     return [] if _native is None else list(_native.isas())
+
+
+def better(isa: str, precision: str) -> dict[str, str]:
+    """Rows of this build that would be preferred to ``isa``, best first, each with the reason why it was not chosen."""
+    table: dict[str, str] = {} if _native is None else dict(_native.rows())
+    reasons = {}
+    for row, lacks in table.items():
+        if row == isa:
+            break
+        if lacks:
+            reasons[row] = f"this machine lacks {lacks}"
+        elif precision not in precisions(row):
+            reasons[row] = f"has no {precision}"
+        else:
+            reasons[row] = f"usable, but {ISA_VARIABLE}={isa}"
+    return reasons
 
 
 def precisions(isa: str) -> list[str]:
