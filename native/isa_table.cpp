@@ -59,7 +59,7 @@ unsigned detect() {
 #endif
     if (!zmm_saved || !all(more.b, kFDqBwVl) || !all(more.c, kHasVnni)) return ymm;
     if (!(most.a & kHasBf16)) return ymm | kVnni | kVnni256;
-    // Intel issues a vdpbf16ps every second cycle, which is half the multiplications of its vfmadd; AMD's has twice as many.
+    // Intel issues a vdpbf16ps every second cycle, half the multiplications of its vfmadd; AMD's has twice those of vfmadd.
     const bool amd = Cpu(0, 0).b == kAuth;
     return ymm | kVnni | kVnni256 | kBf16 | (amd ? kFastBf16 : 0u) | (tiles_permitted() ? kAmx : 0u);
 }

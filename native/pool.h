@@ -13,7 +13,7 @@ inline void spin_pause() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    __asm__ volatile("isb");  // some ten nanoseconds, where yield takes none
+    __asm__ volatile("isb");  // takes about ten nanoseconds; yield takes none
 #endif
 }
 
