@@ -397,7 +397,7 @@ def exact_logits(model: Path, workload: str) -> list[float]:
 
 
 def engines_here() -> list[Contestant]:
-    """The package's own engines on this machine: every precision of every instruction set, and torch if it is installed."""
+    """Contestants of this package: every precision of every instruction set here, and torch if it is installed."""
     from turborank.engines import ENGINES, native
 
     out = [
