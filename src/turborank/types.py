@@ -1,4 +1,4 @@
-"""The nouns of the system, as plain immutable values.
+"""Immutable value types that all parts exchange.
 
 Dimension letters, used in every docstring and shape comment of the code:
 
@@ -24,7 +24,7 @@ Document = str | Mapping[str, Any]
 
 
 class Pair(NamedTuple):
-    """One question to the model: how well does ``document`` answer ``query``?"""
+    """A query and a document whose relevance to it is to be scored."""
 
     query: str
     document: str
@@ -32,18 +32,17 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The tokens of one pair (or of one window of it), template included.
+    """The tokens of one pair, or of one window of it, template included.
 
-    ``query_cut`` and ``document_cut`` count the tokens the length policy dropped; nothing is ever
-    dropped without being counted here.
+    ``query_cut`` and ``document_cut`` count the tokens that the length policy removed.
     """
 
     input_ids: Int32  # (n,)
     type_ids: Int32  # (n,) segment of each token, as the model's template defines it
-    read: int  # tokens of the pair that are read; over all its windows, overlaps counted once
+    read: int  # tokens of the pair that are read, in all its windows together; overlaps count once
     query_cut: int = 0
     document_cut: int = 0
-    span: tuple[int, int] = (0, 0)  # characters of the document in this encoding
+    span: tuple[int, int] = (0, 0)  # range of the document's characters in this encoding
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -56,7 +55,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """P pairs laid end to end; there is no padding anywhere in turborank."""
+    """P pairs, concatenated without padding."""
 
     input_ids: Int32  # (T,)
     type_ids: Int32  # (T,)
@@ -74,7 +73,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What a forward pass needs to know about a checkpoint, whatever its family.
+    """The parameters of a forward pass, for every family (docs/model.md).
 
     Built by :func:`turborank.architectures.recognise` from ``config.json`` and the tensor names.
     """
@@ -95,10 +94,10 @@ class ModelConfig:
     position_buckets: int = 0  # relative positions to one side (DeBERTa); 0: the model has none
     max_relative_positions: int = 0  # distances from here on share the last bucket
     half_window: int = 0  # keys a sliding layer reads to either side (ModernBERT); 0: every layer reads the whole pair
-    global_layers: tuple[int, ...] = ()  # layers that read the whole pair although there is a window
+    global_layers: tuple[int, ...] = ()  # in a model with a window: layers that read the whole pair
     global_theta: float = 0.0  # RoPE's base in those layers; 0: the model has no RoPE
-    local_theta: float = 0.0  # and in the others
-    pooling: str = "cls"  # what the classifier reads: the first token ("cls") or the mean of all ("mean")
+    local_theta: float = 0.0  # RoPE's base in the other layers
+    pooling: str = "cls"  # input of the classifier: the first token ("cls") or the mean of all tokens ("mean")
     head_bias: bool = False  # whether the norm inside the classifier has a bias (ModernBERT)
 
     @property
@@ -108,12 +107,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """One document in a ranking, best first."""
+    """One document of a ranking."""
 
-    index: int  # 0-based place in the caller's list
+    index: int  # 0-based index in the caller's list
     document: Document  # as the caller gave it
-    logit: float  # what we sort by
+    logit: float  # the ranking's sort key
     score: float  # relevance score, sigmoid(logit)
-    tokens: int  # tokens the model read for this document, query and template included
-    truncated: int  # tokens it did not read; 0 unless the length policy cut something
-    span: tuple[int, int]  # characters of the document text behind the logit
+    tokens: int  # tokens that the model read, query and template included
+    truncated: int  # tokens that it did not read; 0 unless the length policy truncated the pair
+    span: tuple[int, int]  # range of the document's characters that gave the logit
