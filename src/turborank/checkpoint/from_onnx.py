@@ -133,5 +133,5 @@ def _name(node: Any, constant: str, readers: dict[str, list[Any]], stored: Mappi
             biases = [name for name in step.input if name in stored and name.endswith(".bias")]
             if not biases:
                 raise CheckpointError(f"expected a named bias beside {constant}, got {list(step.input)} at {path}")
-            return biases[0].removesuffix("bias") + "weight"
+            return str(biases[0]).removesuffix("bias") + "weight"
         output = step.output[0]
