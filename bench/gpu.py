@@ -243,9 +243,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("exact", "run", "report"))
     parser.add_argument(
-        "file", type=Path, help="the law's logits (exact writes them, run reads them); figures (report)"
+        "file", type=Path, help="reference logits (exact writes them, run reads them); results (report)"
     )
-    parser.add_argument("--out", type=Path, help="where run writes its figures")
+    parser.add_argument("--out", type=Path, help="file for the results of run")
     parser.add_argument("--only", nargs="*", default=list(ORDER), help="workloads")
     parser.add_argument("--who", nargs="*", help="contestants")
     arguments = parser.parse_args()

@@ -47,9 +47,10 @@ def automatic() -> str:
 
 
 def supports(config: ModelConfig) -> bool:
-    """Whether the C++ side knows the architecture and its sizes."""
+    """Whether the C++ engine supports the architecture and its sizes."""
     known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
-    # attention_relative.inl: neighbouring distances have neighbouring rows (not so if many buckets end at a short one).
+    # attention_relative.inl needs equal or neighbouring table rows for neighbouring distances; a config with many
+    # buckets up to a short distance has gaps.
     return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
