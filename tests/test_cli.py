@@ -306,9 +306,9 @@ def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypa
 
 
 @pytest.mark.skipif(native.available() is not None, reason="the native engine is not built")
-def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_command, model, monkeypatch):
+def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_command, monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, "portable")
-    code, out, _ = turborank_command("doctor", "-m", model, "--engine", "native", "--json")
+    code, out, _ = turborank_command("doctor", "--engine", "native", "--json")
     rows = {row["what"]: row["value"] for row in json.loads(out) if row["topic"] == "engine"}
     assert code == 0
     assert rows["instruction set"].startswith("portable: products by int8 multiply-add, attention in fp32")
