@@ -57,31 +57,73 @@ def _parameters(command: Any) -> Iterator[str]:
 
 
 def models() -> str:
-    """The catalog as a table."""
-    lines = [
-        NOTE,
-        "",
-        "# Models",
-        "",
-        "Known by name (on the Hugging Face Hub as in brackets); `turborank models` also says which are here.",
-    ]
-    lines += ["A folder in the published layout, or a Hugging Face id, can be given in place of a name.", ""]
-    lines += ["| name | architecture | parameters | layers × hidden | tokens | licence | BEIR | LoCo | hit rate |"]
-    lines += ["|---|---|--:|--:|--:|---|--:|--:|--:|"]
-    for row in catalog.MODELS.values():
-        name = f"{row.name} (`{row.repo}`)" if row.repo else row.name
-        family = row.architecture + ("" if row.architecture in ARCHITECTURES else " (not yet)")
-        shape = f"{row.layers} × {row.hidden_size}"
-        published = " | ".join("" if value is None else f"{value:.2f}" for value in (row.beir, row.loco, row.hit_rate))
-        cells = f"{name} | {family} | {row.parameters:,} | {shape} | {row.max_length:,} | {row.licence} | {published}"
-        lines.append(f"| {cells} |")
+    """The catalog: which to begin with, the facts, the published quality."""
+    lines = [NOTE, "", "# Models", ""]
+    lines += ["Known by name; `turborank models` also says which are here. A folder in one of the layouts below, or a"]
     lines += [
+        "Hugging Face id, can be given in place of a name.",
         "",
-        "BEIR and LoCo are nDCG@10, the hit rate is that at 10, all times 100, as published by Jina AI for its",
+        "## Where to begin",
+        "",
+        "| you want | take |",
+        "|---|---|",
     ]
-    lines += ["own first stage; they were not measured with turborank.", ""]
+    lines += [f"| {need} | `{name}` |" for need, name in catalog.PICKS]
+    lines += ["", "## What they are", ""]
+    lines += [
+        "| name | on the Hub | family | parameters | layers × hidden | work | speed | tokens | languages | licence |"
+    ]
+    lines += ["|---|---|---|--:|--:|--:|---|--:|---|---|"]
+    for row in catalog.MODELS.values():
+        family = row.architecture + ("" if row.architecture in ARCHITECTURES else " (not yet)")
+        licence = f"**{row.licence}**, no commercial use" if row.noncommercial else row.licence
+        cells = [
+            row.name, f"`{row.repo}`" if row.repo else "", family, f"{row.parameters:,}",
+            f"{row.layers} × {row.hidden_size}", f"{row.work:.2f}", row.speed, f"{row.max_length:,}", row.languages,
+            licence,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    limits = ", ".join(f"{name} up to {limit:g}" for name, limit in catalog.SPEEDS[:-1])
+    lines += ["", *WORK.format(limits=limits, last=catalog.SPEEDS[-1][0]).splitlines()]
+    lines += ["", "## Published quality", "", "| name | MTEB | NanoBEIR | BEIR | LoCo | hit rate | MKQA |"]
+    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+    for row in catalog.MODELS.values():
+        figures = (row.mteb, row.nanobeir, row.beir, row.loco, row.hit_rate, row.mkqa)
+        if any(figure is not None for figure in figures):
+            lines.append(f"| {row.name} | {' | '.join('' if f is None else f'{f:.2f}' for f in figures)} |")
+    lines += ["", *QUALITY.splitlines()]
+    lines += ["", "## Notes", ""]
     lines += [f"- **{row.name}**: {row.note}." for row in catalog.MODELS.values() if row.note]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *LAYOUTS, ""])
+
+
+WORK = """Work is computed from the shape: multiply-adds a token in the linear layers, as a multiple of MiniLM-L6's
+10.6 million. It decides the speed class:
+{limits}; {last} beyond.
+Attention comes on top: it grows with the square of the length, except in the sliding layers of ModernBERT, two of
+three. Measured speed is in `bench/`. The licence is that of the published model; one that forbids commercial use is
+said again when the model is loaded."""
+
+QUALITY = """All times 100, as published and not measured with turborank; compare within a column only. MTEB (English,
+v2, retrieval; mean of six first stages) and NanoBEIR are nDCG@10 from the announcement of the Ettin rerankers; BEIR and
+LoCo (nDCG@10) and the hit rate (at 10) from the model card of jina-reranker-v1; MKQA (nDCG@10, 26 languages) from that
+of jina-reranker-v2. The Ettin rerankers were trained on parts of what MTEB and BEIR test."""
+
+LAYOUTS = """## Layouts that load
+
+- `config.json`, `model.safetensors`, `tokenizer.json`: what transformers writes. `architectures` and `id2label` may be
+  missing; the family is decided by `model_type` and tensor names.
+- Shards: `model.safetensors.index.json` and the files it names, in the same folder.
+- sentence-transformers' modules (`modules.json`): Transformer alone, or Transformer, Pooling, Dense, LayerNorm, Dense
+  as the Ettin rerankers have them. Pooling is then the module's, whatever `config.json` says.
+- ModernBERT's config as transformers 4 writes it (two rope thetas, every n-th layer global) and as 5 does
+  (`rope_parameters`, `layer_types`).
+- jina-reranker-v2's own tensor names. Its code is never run.
+- A classifier with two labels, if its `id2label` calls one `relevant` and the other `irrelevant` or `not_relevant`, or
+  if `Reranker(…, relevant_label=1)` says so: the logit is then the difference of the two. Otherwise it is refused.
+- Renamed repositories (`cross-encoder/ms-marco-MiniLM-L6-v2` and `-L-6-v2`) are found in the cache under either name.
+
+Refused, with what to do instead: pickles, folders with ONNX files alone, embedding models, decoders.""".splitlines()
 
 
 # The public modules, with the sentence that introduces each.
@@ -201,19 +243,24 @@ def instruction_sets() -> dict[str, dict[str, str]]:
     """Row of native/isa_table.cpp -> precision -> instruction, read from the C++ tables: no machine has all rows."""
     table = (NATIVE / "isa_table.cpp").read_text(encoding="utf-8")
     sources = [path.read_text(encoding="utf-8") for path in sorted(NATIVE.glob("isa_*.cpp"))]
-    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", \w+, (\w+)\}', table)}
+    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", [\w |]+, (\w+)\}', table)}
 
 
 def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
     """What the function ``choose`` returns for each precision; one may hand on to another row's function."""
     [source] = [text for text in sources if re.search(rf"Kernels\* {choose}\(Precision", text)]
     body = source.partition(f"Kernels* {choose}(Precision")[2].partition("\n}")[0]
-    instructions = dict(re.findall(r'constexpr Kernels (\w+) = table<[^>]*>\("([^"]+)"', source))
+    tables = r'constexpr Kernels (\w+) = table<[^>]*>\("([^"]+)"'
+    instructions = dict(re.findall(tables, source))
+    instructions |= {
+        f"{space}::{name}": said
+        for space, name, said in re.findall(r"namespace (\w+) \{\n(?:#[^\n]*\n)*" + tables, source)
+    }
     found = {}
     if handed := re.search(r"return (\w+_kernels)\(", body):
         found.update(_kernels(handed[1], sources))
     for precision in ("int8", "bf16", "fp32"):
-        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&(\w+)", body)
+        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&([\w:]+)", body)
         if chosen:
             found[precision] = f"`{instructions[chosen[2]]}`" + (", with AVX512-BF16" if chosen[1] == "kBf16" else "")
     if fallback := re.search(r"return &(\w+);\s*$", body):

@@ -1,8 +1,8 @@
-// Attention with one query in each lane: scores, probabilities and sums of 2 W queries are pairs of vectors, so that
-// no sum runs across lanes, and a block of scores becomes probabilities before it leaves the registers. Keys are read
-// where they lie, a word at a time; queries, probabilities (bf16: two keys a word) and context stand transposed:
+// Attention with one query in each lane: scores, probabilities and sums of 2 W queries are pairs of vectors, so that no
+// sum runs across lanes, and a block of scores becomes probabilities before it leaves the registers. Keys are read in
+// place, word by word; queries, probabilities (bf16: two keys in a word) and context are transposed:
 //   queries        panel of D / word rows x 2 W of 32 columns (blocks.inl)
-//   probabilities  likewise, keys / word rows
+//   probabilities  panel of keys / word rows x 2 W of 32 columns
 //   context        [D][2 W] floats, the sum of p v
 //   values         [keys / word][D] words
 
@@ -15,7 +15,7 @@ TR_INLINE float* panel_word(E* panel, int k, int vector) {
     return reinterpret_cast<float*>(panel) + (kTiles ? (k / 16 * 2 + vector) * 256 + k % 16 * 16 : k * kPanel + vector * W);
 }
 
-// Rows [0, W) of `rows` (D each) to columns: take(k, column) receives word k of all of them. Returns their squared norms.
+// Transposes W rows of D elements: take(k, column) receives word k of all rows. Returns the rows' squared norms.
 template <class E, class Take>
 TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
     F squares = set(0.0f), others = squares;
@@ -31,23 +31,35 @@ TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
     return squares + others;
 }
 
+// The maximum norm of keys [from, to).
 template <class E>
-float longest_key(const AttendJob& job) {
+float longest_key(const AttendJob& job, int from, int to) {
     const E* k = static_cast<const E*>(job.k);
     F longest = set(0.0f);
-    for (int j = 0; j < job.n; j += W) {
+    for (int j = from; j < to; j += W) {
         const F squares = transpose_rows(k + static_cast<size_t>(j) * job.D, job.D, [](int, const F&) {});
-        longest = vmax(longest, keep_first(squares, job.n - j, 0.0f));
+        longest = vmax(longest, keep_first(squares, to - j, 0.0f));
     }
     return __builtin_sqrtf(hmax(longest));
 }
 
-template <class E, bool exact>
+// Initial values of the scores that depend only on the distance: ALiBi's bias, or zero.
+struct DistanceBias {
+    const float* zero;  // zero[i - j] = -slope |i - j|
+    static constexpr bool kWindow = false;
+    template <class Tile>
+    TR_INLINE void begin(const Tile&) {}
+    template <class Tile>
+    TR_INLINE float bound(const Tile& t, float query) const { return query * t.longest; }
+    TR_INLINE void get(int first, int key, F& x, F& y) const { x = load(zero + (first - key)), y = load(zero + (first - key) + W); }
+};
+
+template <class E, bool exact, class Bias>
 struct LaneTile {
     static constexpr int kStep = kKeysAtOnce;
     const AttendJob& job;
-    const E* values;    // see above
-    const float* bias;  // bias[i - j] = -slope |i - j|
+    const E* values;    // layout: see the top of this file
+    Bias& bias;
     float longest;      // max |k|
     E *queries, *probabilities;
     float* context;
@@ -57,7 +69,7 @@ struct LaneTile {
 
     float score_bound(int r) const { return size[r] * longest * 1.001f + 0.01f; }
 
-    // Queries [first, first + 2 W) to columns; rows behind the last one are computed and thrown away.
+    // Transposes queries [first, first + 2 W); rows after the last query are computed and discarded.
     TR_INLINE void begin() {
         const E* q = static_cast<const E*>(job.q) + static_cast<size_t>(first) * job.D;
         for (int v = 0; v < 2; ++v) {
@@ -67,22 +79,23 @@ struct LaneTile {
         store(top, set(0.0f)), store(top + W, set(0.0f));
         float largest = 0.0f;
         for (int r = 0; r < rows; ++r) largest = size[r] > largest ? size[r] : largest;
-        online = !(largest * longest <= kNoMaxBelow);
+        online = !(bias.bound(*this, largest) <= kNoMaxBelow);
+        bias.begin(*this);
     }
 
-    // Scores of keys j .. j + kKeysAtOnce: take(r, left, right), one call for each key.
+    // Scores of keys j .. j + kKeysAtOnce; take(r, left, right) is called for each key.
     template <class Take>
     TR_INLINE void scores(int j, bool shifted, const Take& take) const {
         const F t0 = load(top), t1 = load(top + W);
         block<E>(typename MakeIndices<kKeysAtOnce>::type{}, static_cast<const E*>(job.k) + static_cast<size_t>(j) * job.D, job.D, kWord<E>,
             reinterpret_cast<const std::byte*>(queries), job.D / kWord<E>,
             [&](int r, F& x, F& y) TR_LAMBDA {
-                x = load(bias + (first - j - r)), y = load(bias + (first - j - r) + W);
+                bias.get(first, j + r, x, y);
                 if (shifted) x = x - t0, y = y - t1;
             }, take);
     }
 
-    // Raises the lanes' offsets to their largest score so far.
+    // Raises the lanes' offsets to the maximum score so far and rescales their sums.
     void raise(int lo, int hi, bool fresh) {
         F x0 = set(-3.0e38f), x1 = x0;
         for (int j = lo; j < hi; j += kKeysAtOnce)
@@ -103,10 +116,10 @@ struct LaneTile {
         }
     }
 
-    // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero. `deep`: see exp2_words.
+    // Probabilities of keys j .. j + kKeysAtOnce and their sums; keys from `hi` on have probability 0. `deep`: see exp2_words.
     template <bool shifted, bool deep, bool tail>
     TR_INLINE void exponentiate(int j, int lo, int hi, F (&sums)[2]) {
-        F even[2], odd[2];  // of two keys
+        F even[2], odd[2];  // scores of two neighbouring keys
         scores(j, shifted, [&](int r, const F& x, const F& y) TR_LAMBDA {
             F (&p)[2] = r % 2 ? odd : even;
             p[0] = x, p[1] = y;
@@ -139,7 +152,7 @@ struct LaneTile {
         if (online) {
             raise(lo, hi, fresh);
             probability<true, true>(lo, hi, fresh);
-        } else if (kNoMaxBelow + job.slope * furthest < kDeep) {
+        } else if (!Bias::kWindow && kNoMaxBelow + job.slope * furthest < kDeep) {
             probability<false, false>(lo, hi, fresh);
         } else {
             probability<false, true>(lo, hi, fresh);
@@ -174,18 +187,28 @@ struct LaneTile {
     }
 };
 
-// ALiBi attention of one head, queries [from, to).
+template <class E, bool exact, class Bias>
+TR_INLINE void attend_tiles(const AttendJob& job, Bias bias, float longest, Scratch& s) {
+    const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
+    for (int first = job.from; first < job.to; first += kLanes) {
+        LaneTile<E, exact, Bias> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
+                                   first, at_most(kLanes, job.to - first), false, {}, {}, {}};
+        t.begin();
+        if constexpr (Bias::kWindow) bias.slide(t);
+        else walk(t, kKeyChunk, kLanes);
+        t.end();
+    }
+}
+
+#include "attention_relative.inl"
+#include "attention_window.inl"
+
+// Attention of one head for queries [from, to).
 template <class E, bool exact>
 void attend(const AttendJob& job, Scratch& s) {
     const Lap lap(s, kAttention);
-    const float* bias = fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile);
-    const float longest = longest_key<E>(job);
-    const E* values = pair_values(static_cast<const E*>(job.v), job.n, job.D, s.values.as<E>());
-    for (int first = job.from; first < job.to; first += kLanes) {
-        LaneTile<E, exact> t{job, values, bias, longest, s.queries.as<E>(), s.probabilities.as<E>(), s.context.as<float>(),
-                             first, at_most(kLanes, job.to - first), false, {}, {}, {}};
-        t.begin();
-        walk(t, kKeyChunk, kLanes);
-        t.end();
-    }
+    if (job.relative.count > 0) return attend_relative<E, exact>(job, s);
+    if (job.window > 0) return attend_window<E, exact>(job, s);
+    const DistanceBias bias{fill_bias(s.bias.as<float>(), job.slope, round_up(job.n, kTile) + kTile)};
+    attend_tiles<E, exact>(job, bias, longest_key<E>(job, 0, job.n), s);
 }

@@ -1,17 +1,17 @@
-// The kernels of the table in kernels.h, written once against the vocabulary that each isa_*.cpp defines first: the
-// vector F with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
+// The kernels of the table in kernels.h, written once against the names that each isa_*.cpp defines first: the vector F
+// with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
 
-// A row (w.in,) rounded to int8 as row r of the operand: value = scale * int8, scale = max|row| / 127; or, where the
-// operand's values have a bound below (w.least) and this row's is `least`, value = least + scale * (int8 + 128): the sums of
-// products begin with the 128, and the bias has w.least (panels.py). Padding columns meet weights of zero. With `keep`
-// s.mixed, which may be the row itself, receives what rounding left; of a row with a bound that is never negative.
+// Quantises a row (w.in,) to int8 as row r of the operand. Symmetric: value = scale * int8, scale = max|row| / 127. If the
+// operand has a lower bound (w.least), this row's bound is `least` and value = least + scale * (int8 + 128); the initial sums
+// account for the 128 and the bias for w.least (native_weights.py). Padding columns are multiplied by zero weights. With
+// `keep`, the residual of the rounding is written to s.mixed, which may be the row itself; with a bound it is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
     const bool centred = w.least == 0.0f;
     const float range = centred ? largest<true>(row, w.in) : largest<false>(row, w.in) - least, steps = centred ? 127.0f : 255.0f;
     const float scale = s.row_scale.as<float>()[r] = range / steps;
     const F inverse = set(range > 0.0f ? steps / range : 0.0f), start = set(centred ? 0.0f : -least * steps / range - (keep ? 128.5f : 128.0f));
-    const F step = set(scale), zero = set(centred ? 0.0f : least + 128.0f * scale);  // with `keep` only
+    const F step = set(scale), zero = set(centred ? 0.0f : least + 128.0f * scale);  // used with `keep` only
     Int8* to = s.operand.as<Int8>() + int8_row(r, w.depth);
     float* rest = s.mixed.as<float>();
     for (int c = 0; c < w.in; c += W) {
@@ -22,15 +22,37 @@ void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
     for (int c = w.in; c < w.depth; c += W) store_int8(to + int8_column(c), set(0.0f));
 }
 
-// The left side of a product, made row by row from floats or bf16. Of int8, rows of type 0, where `types` are given, are
-// fine: the head reads those few by themselves, and nothing averages their errors. What rounding left of one is rounded
-// again, as a row behind all others, whose product is where the row's own begins.
+TR_INLINE void normalise(const float* row, float* to, int C, const Norm& norm, float eps) {
+    const auto total = [&](const auto& term) TR_LAMBDA {  // two independent sums
+        F even = set(0.0f), odd = even;
+        for (int c = 0; c < C; c += 2 * W) even = even + term(load(row + c)), odd = odd + term(load(row + c + W));
+        return hsum(even + odd) / static_cast<float>(C);
+    };
+    const F mean = set(total([](const F& x) TR_LAMBDA { return x; }));
+    const float variance = total([&](const F& x) TR_LAMBDA { return (x - mean) * (x - mean); });
+    const F inverse = set(1.0f / __builtin_sqrtf(variance + eps));
+    for (int c = 0; c < C; c += W) store(to + c, fma((load(row + c) - mean) * inverse, load(norm.weight + c), load(norm.bias + c)));
+}
+
+void normalise_rows(float* x, int rows, int C, const Norm& norm, float eps, Scratch& s) {
+    const Lap lap(s, kNorm);
+    for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, x + static_cast<size_t>(r) * C, C, norm, eps);
+}
+
+// Converts rows of float or bf16 to the left side of a product, after a norm if one is given. With int8 and `types`, rows of
+// type 0 (query-token rows, which the cosine heads average over few tokens) use two-term int8: the residual is quantised as
+// an extra row after all others, and its product initialises the accumulator of the row.
 template <class Op, class E>
-Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s) {
+Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s, Norm norm = {}, float eps = 0.0f) {
     const Lap lap(s, kQuantise);
     Operand<Op> a{s.operand.as<Op>(), w.depth, s.row_scale.as<float>(), s.starts.as<const float*>(), 0, round_up(count, kTile)};
     for (int r = 0; r < count; ++r) {
         const E* row = rows + static_cast<size_t>(r) * stride;
+        if constexpr (same_type<E, float>)
+            if (norm.weight) {
+                normalise(row, s.normed.as<float>(), w.in, norm, eps);
+                row = s.normed.as<float>();
+            }
         if constexpr (!same_type<Op, Int8>) {
             for (int c = 0; c < w.in; c += W) store(s.operand.as<Op>() + static_cast<size_t>(r) * w.depth + c, load(row + c));
         } else {
@@ -48,15 +70,16 @@ Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* ty
     return a;
 }
 
-// Likewise, but rows that already have the operand's type are used where they lie. A tile may be higher than what is
-// left, so nobody may be writing the rows behind them.
+// Like put_operands(), but rows that already have the operand's type are used in place. A tile may read beyond the last
+// row, so no other thread may write the rows after it.
 template <class Op, class E>
 Operand<Op> make_operand(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s) {
     if constexpr (same_type<Op, E>) return {rows, stride};
     else return put_operands<Op>(rows, stride, count, types, w, s);
 }
 
-// multiply() where some rows are fine, panel by panel. Compiled apart, because the others are not to wait for what these need.
+// multiply() for operands with two-term rows, panel by panel. A separate function, so that the usual case is compiled
+// without the additional code.
 template <class Op, class At, class Expect>
 __attribute__((noinline)) void multiply_fine(Operand<Op> a, const Linear& w, int rows, Scratch& s, const std::byte* after, At at, Expect expect) {
     const Operand<Op> rest{a.rows + static_cast<size_t>(a.rest) * a.stride, a.stride, a.scale + a.rest};
@@ -78,23 +101,6 @@ TR_INLINE void multiply_all(const Operand<Op>& a, const Linear& w, int rows, Scr
     else multiply<Op>(a, w, rows, s, after, at, expect);
 }
 
-TR_INLINE void normalise(float* row, int C, const Norm& norm, float eps) {
-    const auto total = [&](const auto& term) TR_LAMBDA {  // two sums, which do not wait for each other
-        F even = set(0.0f), odd = even;
-        for (int c = 0; c < C; c += 2 * W) even = even + term(load(row + c)), odd = odd + term(load(row + c + W));
-        return hsum(even + odd) / static_cast<float>(C);
-    };
-    const F mean = set(total([](const F& x) TR_LAMBDA { return x; }));
-    const float variance = total([&](const F& x) TR_LAMBDA { return (x - mean) * (x - mean); });
-    const F inverse = set(1.0f / __builtin_sqrtf(variance + eps));
-    for (int c = 0; c < C; c += W) store(row + c, fma((load(row + c) - mean) * inverse, load(norm.weight + c), load(norm.bias + c)));
-}
-
-void normalise_rows(float* x, int rows, int C, const Norm& norm, float eps, Scratch& s) {
-    const Lap lap(s, kNorm);
-    for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, C, norm, eps);
-}
-
 TR_INLINE F load_word(const Weights& w, int id, int c) {
     const size_t at = static_cast<size_t>(id) * w.shape.C + c;
     if (w.shape.stored == Stored::i8) return load(reinterpret_cast<const int8_t*>(w.words) + at) * set(w.word_scale[id]);
@@ -108,7 +114,7 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
     const int C = w.shape.C;
     const size_t row_bytes = (w.shape.stored == Stored::i8 ? 1 : w.shape.stored == Stored::f32 ? 4 : 2) * static_cast<size_t>(C);
     for (int r = 0; r < rows; ++r) {
-        // Rows of the table are anywhere in memory: the one after the next is fetched meanwhile.
+        // Rows of the table are scattered in memory, so the row after the next is prefetched.
         for (size_t at = 0; r + 2 < rows && at < row_bytes; at += 64) prefetch(w.words + static_cast<size_t>(ids[r + 2]) * row_bytes + at);
         float* row = x + static_cast<size_t>(r) * C;
         const float* type = w.types ? w.types + static_cast<size_t>(types[r]) * C : nullptr;
@@ -119,24 +125,46 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
             if (place) v = v + load(place + c);
             store(row + c, v);
         }
-        normalise(row, C, w.embedding_norm, w.shape.eps);
+        normalise(row, row, C, w.embedding_norm, w.shape.eps);
     }
 }
 
-template <class Op, class E>
-void project_heads(const Shape& shape, const Layer& layer, const float* x, const int32_t* types, int rows, Heads heads, int at, Scratch& s) {
-    const auto a = put_operands<Op>(x, shape.C, rows, types, layer.qkv, s);
+// The product of project_heads(). `turned`: RoPE rotates q and k; each position and pair of columns has its own angle.
+template <bool turned, class Op, class E>
+__attribute__((noinline)) void project(const Operand<Op>& a, const Shape& shape, const Layer& layer, Columns columns, const int32_t* positions, int rows,
+                                       Heads heads, int at, Scratch& s) {
     const Lap lap(s, kQkv);
-    const int C = shape.C, D = shape.D;
-    multiply_all<Op>(a, layer.qkv, rows, s, nullptr, [=](int column) TR_LAMBDA {
+    const int C = shape.C, D = shape.D, skipped = columns == Columns::keys_and_values ? C : 0;
+    Linear w = layer.qkv;
+    w.out = columns == Columns::all ? 3 * C : columns == Columns::queries ? C : 2 * C;
+    w.panels = w.panel(skipped / kPanel), w.scale += skipped, w.bias += skipped;
+    multiply_all<Op>(a, w, rows, s, nullptr, [=](int from) TR_LAMBDA {
+        const int column = from + skipped;
         void* base = column < C ? heads.q : column < 2 * C ? heads.k : heads.v;
         const int c = column % C;
         E* out = static_cast<E*>(base) + (static_cast<size_t>(c / D) * heads.capacity + at) * D + c % D;
-        return [=](int r, F left, F right) TR_LAMBDA { store2(out + r * D, left, right); };
+        const float* angles = turned && column < 2 * C ? layer.rope + c % D / 2 : nullptr;
+        return [=](int r, F left, F right) TR_LAMBDA {
+            if (turned && angles) {
+                const float* turn = angles + static_cast<size_t>(positions[r]) * D;
+                const F cosine = load(turn), sine = load(turn + D / 2);
+                store2(out + r * D, left * cosine - right * sine, right * cosine + left * sine);
+            } else {
+                store2(out + r * D, left, right);
+            }
+        };
     });
 }
 
-// x += a W^T + b. What is added to was last touched a phase ago: it is fetched while the sums are formed.
+template <class Op, class E>
+void project_heads(const Shape& shape, const Layer& layer, Columns columns, const float* x, const int32_t* types, const int32_t* positions, int rows,
+                   Heads heads, int at, Scratch& s) {
+    const auto a = put_operands<Op>(x, shape.C, rows, types, layer.qkv, s, shape.prenorm ? layer.norm1 : Norm{}, shape.eps);
+    if (layer.rope) project<true, Op, E>(a, shape, layer, columns, positions, rows, heads, at, s);
+    else project<false, Op, E>(a, shape, layer, columns, positions, rows, heads, at, s);
+}
+
+// x += a W^T + b. x was last used a phase ago, so it is prefetched while the sums are computed.
 template <class Op>
 void add_product(Part part, const Operand<Op>& a, const Linear& w, float* x, int rows, Scratch& s, const std::byte* after) {
     const Lap lap(s, part);
@@ -153,8 +181,8 @@ void add_product(Part part, const Operand<Op>& a, const Linear& w, float* x, int
     });
 }
 
-// hidden = activation(y W^T + b), with the gate of GEGLU if the model has one. Compiled apart: inside finish_layer gcc 12
-// spills the sums.
+// hidden = activation(y W^T + b), with GEGLU's gate if the model has one. Not inlined: inside finish_layer() gcc 12 spills
+// the sums.
 template <class Op, bool geglu, class E>
 __attribute__((noinline)) void activate(const Operand<Op>& y, const Linear& w, E* hidden, int F_size, int rows, Scratch& s, const std::byte* after) {
     const Lap lap(s, kUp);
@@ -173,27 +201,12 @@ void finish_layer(const Shape& shape, const Layer& layer, const void* attention,
     const int C = shape.C;
     E* hidden = s.hidden.as<E>();
     add_product<Op>(kOut, make_operand<Op>(static_cast<const E*>(attention), C, rows, types, layer.out, s), layer.out, x, rows, s, layer.up.panels);
-    normalise_rows(x, rows, C, layer.norm1, shape.eps, s);
-    const auto y = put_operands<Op>(x, C, rows, types, layer.up, s);
+    if (!shape.prenorm) normalise_rows(x, rows, C, layer.norm1, shape.eps, s);
+    const auto y = put_operands<Op>(x, C, rows, types, layer.up, s, shape.prenorm ? layer.norm2 : Norm{}, shape.eps);
     if (shape.geglu) activate<Op, true>(y, layer.up, hidden, shape.F, rows, s, layer.down.panels);
     else activate<Op, false>(y, layer.up, hidden, shape.F, rows, s, layer.down.panels);
     add_product<Op>(kDown, make_operand<Op>(hidden, shape.F, rows, types, layer.down, s), layer.down, x, rows, s, nullptr);
-    normalise_rows(x, rows, C, layer.norm2, shape.eps, s);
-}
-
-void classify(const Weights& w, const float* first, int rows, float* logits, Scratch& s) {
-    const Lap lap(s, kHead);
-    const int C = w.shape.C;
-    float* pooled = s.hidden.as<float>();  // (rows, C)
-    multiply<float>(Operand<float>{first, C}, w.pooler, rows, s, nullptr, [&](int column) {
-        float* out = pooled + column;
-        return [=](int r, F left, F right) TR_LAMBDA { store2(out + static_cast<size_t>(r) * C, tanh_of(left), tanh_of(right)); };
-    });
-    for (int r = 0; r < rows; ++r) {
-        F sum = set(0.0f);
-        for (int c = 0; c < C; c += W) sum = fma(load(pooled + static_cast<size_t>(r) * C + c), load(w.head + c), sum);
-        logits[r] = hsum(sum) + w.head[C];
-    }
+    if (!shape.prenorm) normalise_rows(x, rows, C, layer.norm2, shape.eps, s);
 }
 
 TR_INLINE void clear(float* row, int C) {
@@ -203,6 +216,44 @@ TR_INLINE void clear(float* row, int C) {
 // to = keep * to + weight * row
 TR_INLINE void accumulate(float* to, float keep, const float* row, float weight, int C) {
     for (int c = 0; c < C; c += W) store(to + c, fma(set(weight), load(row + c), set(keep) * load(to + c)));
+}
+
+void average(const Weights& w, const float* x, int n, float* out, Scratch& s) {
+    const Lap lap(s, kHead);
+    const int C = w.shape.C;
+    float* row = s.normed.as<float>();
+    clear(out, C);
+    for (int t = 0; t < n; ++t) {
+        normalise(x + static_cast<size_t>(t) * C, row, C, w.final_norm, w.shape.eps);
+        accumulate(out, 1.0f, row, 1.0f, C);
+    }
+    accumulate(out, 1.0f / static_cast<float>(n), row, 0.0f, C);
+}
+
+void classify(const Weights& w, const float* first, int rows, float* logits, Scratch& s) {
+    const Lap lap(s, kHead);
+    const int C = w.shape.C;
+    float* pooled = s.hidden.as<float>();  // (rows, C)
+    const bool gelu_head = w.shape.gelu_head;
+    if (w.final_norm.weight && !w.shape.mean) {
+        float* normed = s.operand.as<float>();
+        for (int r = 0; r < rows; ++r) normalise(first + static_cast<size_t>(r) * C, normed + static_cast<size_t>(r) * C, C, w.final_norm, w.shape.eps);
+        first = normed;
+    }
+    multiply<float>(Operand<float>{first, C}, w.pooler, rows, s, nullptr, [&](int column) {
+        float* out = pooled + column;
+        return [=](int r, F left, F right) TR_LAMBDA {
+            float* y = out + static_cast<size_t>(r) * C;
+            if (gelu_head) store2(y, gelu<true>(left), gelu<true>(right));
+            else store2(y, tanh_of(left), tanh_of(right));
+        };
+    });
+    if (w.head_norm.weight) normalise_rows(pooled, rows, C, w.head_norm, w.shape.eps, s);
+    for (int r = 0; r < rows; ++r) {
+        F sum = set(0.0f);
+        for (int c = 0; c < C; c += W) sum = fma(load(pooled + static_cast<size_t>(r) * C + c), load(w.head + c), sum);
+        logits[r] = hsum(sum) + w.head[C];
+    }
 }
 
 float cosine_of(const float* a, const float* b, int C) {
@@ -215,8 +266,8 @@ float cosine_of(const float* a, const float* b, int C) {
     return hsum(ab) / (norms > 1e-12f ? norms : 1e-12f);
 }
 
-// scale * cos(sum of the rows of type 0, sum of the rows of type 1) + bias; both types are present. With the head
-// "focus", passages of the second sum weigh 2^(focus * log2(e) * their own cosine), kept relative to the largest so far.
+// scale * cos(sum of the rows of type 0, sum of the rows of type 1) + bias; both types are present. In the "focus" head
+// each passage of the second sum has the weight 2^(focus * log2(e) * its cosine), relative to the maximum so far.
 float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scratch& s) {
     const Lap lap(s, kHead);
     const int C = w.shape.C, size = w.shape.passage > 0 ? w.shape.passage : n;
@@ -226,7 +277,7 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
         if (types[t] == 0) accumulate(query, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
     int last = n - 1, held = 0;
     while (types[last] == 0) --last;
-    float top = -1e30f;  // not infinity: the power of two is made from its floor and fraction
+    float top = -1e30f;  // finite, because exp2 splits its argument into floor and fraction
     for (int t = 0; t <= last; ++t) {
         if (types[t] == 0) continue;
         accumulate(passage, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
@@ -248,5 +299,5 @@ constexpr Kernels table(const char* name, int block_rows, void (*enter)(), void 
     constexpr bool exact = same_type<Op, float>;
     constexpr Precision precision = same_type<Op, Int8> ? Precision::int8 : exact ? Precision::fp32 : Precision::bf16;
     return {precision, name, sizeof(E), kTiles, kInt8Group, kInt8Offset, W, kTiled<Op> ? kTile : kRowsAtOnce, kTiled<Op> ? kTile : kLowestTile,
-            block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>, finish_layer<Op, E>, classify, cosine};
+            block_rows, enter, leave, embed, project_heads<Op, E>, attend<E, exact>, attend_first<Op, E>, finish_layer<Op, E>, average, classify, cosine};
 }

@@ -1,4 +1,4 @@
-// The Python face: plain values and arrays in, bytes of float32 out; every fault of the input is a ValueError.
+// The Python interface: takes plain values and arrays, returns bytes of float32; invalid input raises ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -17,21 +17,6 @@ using ByteArray = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::devi
 
 constexpr const char* kPrecisions[] = {"int8", "bf16", "fp32"};  // by Precision
 
-Shape shape_of(const nb::dict& config) {
-    Shape s;
-    const std::pair<const char*, int Shape::*> sizes[] = {
-        {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
-        {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
-        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}};
-    for (const auto& [key, size] : sizes) s.*size = nb::cast<int>(config[key]);
-    s.D = s.C / s.H;
-    s.stored = static_cast<Stored>(nb::cast<int>(config["stored"]));
-    for (const auto& [key, value] : {std::pair{"layer_norm_eps", &Shape::eps}, {"least", &Shape::least}}) s.*value = nb::cast<float>(config[key]);
-    for (const auto& [key, flag] : {std::pair{"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed}})
-        s.*flag = nb::cast<bool>(config[key]);
-    return s;
-}
-
 const Kernels* kernels_of(const IsaRow& row, const char* precision) {
     const unsigned features = detect_features();
     for (int p = 0; (row.needs & features) == row.needs && p < 3; ++p)
@@ -39,22 +24,30 @@ const Kernels* kernels_of(const IsaRow& row, const char* precision) {
     return nullptr;
 }
 
-// Instruction-set rows that this machine can run, best first, with their precisions and what packing must know of each.
+// Instruction-set rows that this machine can run, best first, with their precisions and the weight layout of each.
 nb::dict isas() {
     nb::dict rows;
     for (const IsaRow& row : isa_table()) {
         nb::dict precisions;
         for (const char* name : kPrecisions)
-            if (const Kernels* k = kernels_of(row, name)) precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes);
+            if (const Kernels* k = kernels_of(row, name))
+                precisions[name] = nb::make_tuple(k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes);
         if (nb::len(precisions)) rows[row.name] = precisions;
     }
     return rows;
 }
 
-// Sizes are checked by Python before it calls (engines/native.py); what the arrays hold in bytes, and every batch, here.
+// All rows of this build, best first, each with the features that this machine lacks for it.
+nb::dict rows() {
+    nb::dict rows;
+    for (const IsaRow& row : isa_table()) rows[row.name] = missing(row);
+    return rows;
+}
+
+// Python checks the sizes of the config before it calls (engines/native.py). Array sizes and batches are checked here.
 class Model {
 public:
-    // `packed`: arrays of bytes by the names of weights.cpp, which stay where they are.
+    // `packed`: arrays of bytes by the names of weights.cpp; referenced, not copied.
     Model(const nb::dict& config, const nb::dict& packed, const std::string& precision, const std::string& isa) : packed_(packed) {
         const Kernels* kernels = nullptr;
         for (const IsaRow& row : isa_table())
@@ -65,14 +58,14 @@ public:
             const auto array = nb::cast<ByteArray>(value);
             arrays[nb::cast<std::string>(name)] = {reinterpret_cast<const std::byte*>(array.data()), array.size()};
         }
-        engine_ = std::make_unique<Engine>(weights_of(shape_of(config), arrays, *kernels), kernels);
+        engine_ = std::make_unique<Engine>(weights_of(shape_of([&](const char* name) { return nb::cast<float>(config[name]); }), arrays, *kernels), kernels);
     }
 
     nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
         return run(ids, types, offsets, threads, nullptr);
     }
 
-    // The embeddings and each layer's output, (rows, C) each.
+    // The embeddings and each layer's output, (rows, C).
     nb::list layers(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
         std::vector<std::vector<float>> trace;
         run(ids, types, offsets, threads, &trace);
@@ -121,4 +114,5 @@ NB_MODULE(_native, m) {
         .def_prop_ro("kernel", &Model::kernel, "The matrix product's instruction.")
         .def_prop_ro("attention", &Model::attention, "The element type of attention.");
     m.def("isas", &isas, "Instruction-set rows this machine can run, best first, with their precisions.");
+    m.def("rows", &rows, "All instruction-set rows of this build, best first, with what this machine lacks for each.");
 }

@@ -1,4 +1,4 @@
-// Packed arrays by name (turborank/engines/native_weights.py makes them) -> Weights. Nothing is copied.
+// Packed arrays by name, made by turborank/engines/native_weights.py -> Weights. Nothing is copied.
 #include <stdexcept>
 
 #include "model.h"
@@ -33,18 +33,40 @@ Weights weights_of(const Shape& s, const Arrays& arrays, const Kernels& kernels)
     if (s.types > 0) w.types = floats("types", s.types * s.C);
     if (s.positions > 0) w.positions = floats("positions", s.positions * s.C);
     w.slopes = floats("slopes", s.H);
+    if (s.relative > 0) {
+        const int beyond = s.max_length + kSlackDistances;  // to either side of distance 0
+        w.relative_rows = reinterpret_cast<const int32_t*>(floats("relative.rows", 2 * beyond + 1)) + beyond;
+        for (int d = -beyond; d <= beyond; ++d) {
+            const int row = w.relative_rows[d], step = d < beyond ? w.relative_rows[d + 1] - row : 0;
+            if (row < 0 || row >= s.relative || step < 0 || step > 1) throw std::invalid_argument("expected neighbouring rows at relative.rows");
+        }
+    }
     w.embedding_norm = norm("norm");
+    const float* rope[2] = {nullptr, nullptr};  // of sliding layers, of full layers
+    const int32_t* whole = nullptr;             // (L,) whether a layer attends to all keys
+    if (s.prenorm) {
+        for (int kind = 0; kind < 2; ++kind) rope[kind] = floats("rope." + std::to_string(kind), s.max_length * s.D);
+        whole = reinterpret_cast<const int32_t*>(floats("whole", s.L));
+        w.final_norm = norm("final_norm"), w.head_norm = norm("head_norm");
+    }
     for (int l = 0; l < s.L; ++l) {
         const std::string name = std::to_string(l) + ".";
-        const bool first = !s.cosine && l == s.L - 1;  // only the first row of its output is needed
+        const bool first = s.keyless_last() && l == s.L - 1;
         const Precision p = kernels.precision;
         Layer& layer = w.layers.emplace_back();
         layer.qkv = linear(name + "qkv", s.C, first ? s.C : 3 * s.C, p, s.mixed);
         if (first) layer.keys = rows(name + "keys"), layer.values = rows(name + "values");
+        if (s.relative > 0) {
+            const size_t bytes = static_cast<size_t>(s.relative * s.C) * kernels.exchange_bytes;
+            layer.relative_keys = find(name + "relative.keys", bytes), layer.relative_queries = find(name + "relative.queries", bytes);
+            layer.relative_longest = floats(name + "relative.longest", 2 * s.H);
+        }
         layer.out = linear(name + "out", s.C, s.C, p);
         layer.up = linear(name + "up", s.C, s.geglu ? 2 * s.F : s.F, p, s.mixed);
         layer.down = linear(name + "down", s.F, s.C, p, false, s.least);
-        layer.norm1 = norm(name + "norm1"), layer.norm2 = norm(name + "norm2");
+        if (!s.prenorm || l > 0) layer.norm1 = norm(name + "norm1");
+        layer.norm2 = norm(name + "norm2");
+        if (whole) layer.rope = rope[whole[l] != 0], layer.window = whole[l] ? 0 : s.window;
     }
     if (!s.cosine) w.pooler = linear("pooler", s.C, s.C, Precision::fp32);
     w.head = floats("head", s.cosine ? (s.passage > 0 ? 3 : 2) : s.C + 1);

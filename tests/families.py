@@ -24,14 +24,15 @@ SMALL: dict[str, Any] = {
 STATED: dict[str, dict[str, Any]] = {
     "bert": {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12},
     "xlm_roberta": {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1},
+    "electra": {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "embedding_size": 96},
     "deberta": {
         "max_position_embeddings": 512, "type_vocab_size": 0, "layer_norm_eps": 1e-7, "relative_attention": True,
         "position_buckets": 256, "max_relative_positions": -1, "norm_rel_ebd": "layer_norm", "share_att_key": True,
         "pos_att_type": "p2c|c2p", "position_biased_input": False, "pooler_hidden_act": "gelu", "pooler_dropout": 0,
     },
 }  # fmt: skip
-CLASSES = {"bert": "Bert", "xlm_roberta": "XLMRoberta", "deberta": "DebertaV2"}
-PREFIX = {"bert": "bert.", "xlm_roberta": "roberta.", "deberta": "deberta."}
+CLASSES = {"bert": "Bert", "xlm_roberta": "XLMRoberta", "deberta": "DebertaV2", "electra": "Electra"}
+PREFIX = {"bert": "bert.", "xlm_roberta": "roberta.", "deberta": "deberta.", "electra": "electra."}
 FAMILIES = tuple(CLASSES)
 
 
@@ -89,7 +90,7 @@ def unigram(specials: list[str]) -> Tokenizer:
 
 def family_tokenizer(family: str) -> Tokenizer:
     """A tokenizer of the family's kind, with its template and the ids of its special tokens."""
-    if family == "bert":
+    if family in ("bert", "electra"):
         return wordpiece()
     if family == "xlm_roberta":
         tokenizer = unigram(["<s>", "<pad>", "</s>", "<unk>"])

@@ -29,7 +29,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32]:
             value = rng.normal(0, 1 / math.sqrt(shape[1]), shape)
         elif name in ("head.scale", "head.focus"):
             value = np.full(shape, 10.0)
-        elif name.lower().endswith("layernorm.weight"):
+        elif name.lower().endswith("norm.weight"):
             value = rng.normal(1, 0.1, shape)
         else:
             value = rng.normal(0, 0.1, shape)

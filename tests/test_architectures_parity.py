@@ -1,5 +1,6 @@
 """BERT, XLM-RoBERTa and DeBERTa against transformers' own classes, on random weights."""
 
+import dataclasses
 import math
 import tracemalloc
 import types
@@ -50,7 +51,7 @@ def theirs(family: str, model: Any, batch: PackedBatch) -> Float32:
         ids[row, : end - start] = torch.from_numpy(batch.input_ids[start:end])
         kinds[row, : end - start] = torch.from_numpy(batch.type_ids[start:end])
         mask[row, : end - start] = 1
-    segments = {"token_type_ids": kinds} if family == "bert" else {}
+    segments = {"token_type_ids": kinds} if family in ("bert", "electra") else {}
     with torch.no_grad():
         logits: Float32 = model(input_ids=ids, attention_mask=mask.long(), **segments).logits[:, 0].numpy()
     return logits
@@ -158,6 +159,18 @@ def test_a_pair_has_the_same_bits_whatever_its_neighbours(family: str) -> None:
 
 
 # ---------------------------------------------------------------- what parity rests on: every term matters
+
+
+def test_electra_s_head_is_not_xlm_robertas() -> None:
+    config = family_config("electra")
+    weights, batch = family_weights(config), batch_of(LENGTHS)
+    tanh = dataclasses.replace(config, architecture="xlm_roberta")
+    assert np.abs(ours(config, weights, batch) - ours(tanh, weights, batch)).min() > 10 * TOLERANCE
+
+
+def test_a_small_electra_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match="an ELECTRA with embedding_size 96, got 32"):
+        recognise(their_config("electra", embedding_size=32).to_dict(), {})
 
 
 @pytest.mark.parametrize("table", bert.TABLES[1:])
@@ -303,8 +316,8 @@ def test_a_deberta_of_another_kind_is_refused_not_misread(changes: dict[str, Any
 
 
 def test_other_families_and_positions_are_not_recognised() -> None:
-    for changes in ({"model_type": "electra"}, {"position_embedding_type": "relative_key"}):
-        with pytest.raises(CheckpointError, match="jinabert, bert, xlm_roberta, deberta; got model_type"):
+    for changes in ({"model_type": "mpnet"}, {"position_embedding_type": "relative_key"}):
+        with pytest.raises(CheckpointError, match="jinabert, bert, xlm_roberta, deberta, modernbert, electra; got mod"):
             recognise({**their_config("bert").to_dict(), **changes}, {})
 
 
@@ -316,6 +329,7 @@ def test_other_families_and_positions_are_not_recognised() -> None:
     [
         ("bert", "[CLS] q [SEP] d [SEP]", (0, 0, 0, 1, 1)),
         ("xlm_roberta", "<s> q </s></s> d </s>", (0, 0, 0, 0, 0)),
+        ("electra", "[CLS] q [SEP] d [SEP]", (0, 0, 0, 1, 1)),
         ("deberta", "[CLS] q [SEP] d [SEP]", (0, 0, 0, 1, 1)),  # it has no segments and ignores them
     ],
 )

@@ -175,24 +175,6 @@ def test_only_slow_tokenizer_files(random_checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shards_are_refused_with_a_way_to_join_them_that_works(random_checkpoint: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
-    from safetensors.torch import save_file as save_torch
-
-    weights = load_file(random_checkpoint / "model.safetensors")
-    (random_checkpoint / "model.safetensors").unlink()
-    for number in range(2):
-        part = {name: weights[name] for name in sorted(weights)[number::2]}
-        save_torch(part, random_checkpoint / f"model-0000{number + 1}-of-00002.safetensors")
-    (random_checkpoint / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
-    run_hint(refusal(random_checkpoint), random_checkpoint)
-    rejoined = load_file(random_checkpoint / "model.safetensors")
-    assert all(torch.equal(rejoined[name], weights[name]) for name in weights)
-    load(random_checkpoint)
-
-
-@pytest.mark.slow
 def test_a_pickle_is_refused_with_a_way_to_convert_it_that_works(random_checkpoint: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file

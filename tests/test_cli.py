@@ -18,6 +18,7 @@ import turborank
 from turborank import catalog, engines, tokens
 from turborank.checkpoint import hashes, read
 from turborank.cli import main, rank
+from turborank.engines import native
 from turborank.types import ModelConfig
 
 LIMIT = 96
@@ -249,10 +250,15 @@ def test_models_prints_the_catalog(turborank_command):
     assert [row["name"] for row in rows] == list(catalog.MODELS)
     for row in rows:
         line = next(line for line in out.splitlines() if line.startswith(row["name"]))
-        assert f"{row['parameters']:,}" in line
+        million = row["parameters"] / 1e6
+        assert (f"{million:.1f} M" if million < 100 else f"{million:,.0f} M") in line
+        assert f" {row['speed']} " in line
         assert f"{row['max_length']:,}" in line
         assert row["licence"] in line
+        assert ("†" in line) == (row["name"] == "jina-reranker-v2-base-multilingual") == row["noncommercial"]
         assert row["where"] in line
+    assert max(map(len, out.splitlines())) <= 120
+    assert "many languages, long documents: bge-reranker-v2-m3" in out
     assert [row["name"] for row in rows if row["default"]] == [catalog.DEFAULT]
     assert next(row for row in rows if row["name"] == "jina-reranker-v1-base-en")["where"] == "not public"
 
@@ -297,6 +303,22 @@ def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypa
     out = turborank_command("doctor", "-m", model)[1]
     assert "TURBORANK_ENGINE=reference" in out
     assert re.search(r"chosen +reference, fp32", out)
+
+
+@pytest.mark.skipif(native.available() is not None, reason="the native engine is not built")
+def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_command, monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, "portable")
+    code, out, _ = turborank_command("doctor", "--engine", "native", "--json")
+    rows = {row["what"]: row["value"] for row in json.loads(out) if row["topic"] == "engine"}
+    assert code == 0
+    assert rows["instruction set"].startswith("portable: products by int8 multiply-add, attention in fp32")
+    for isa in native.isas()[:-1]:  # portable is the last
+        assert rows[f"not {isa}"] == "usable, but TURBORANK_ISA=portable"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    for flag, isa, feature in (("amx_int8", "amx", "AMX"), ("avx2", "avx2", "AVX2"), ("i8mm", "armi8mm", "FEAT_I8MM")):
+        if flags and flag not in flags.split() and f"not {isa}" in rows:
+            assert rows[f"not {isa}"].startswith("this machine lacks")
+            assert feature in rows[f"not {isa}"]
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)

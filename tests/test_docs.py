@@ -105,6 +105,7 @@ NOT_RUN = {
     "turborank serve": "runs until it is stopped; tests/serve starts servers, with certificates too",
     "openssl": "tests/serve/test_serve_tls.py makes certificates",
     "curl --cacert": "tests/serve/test_serve_tls.py",
+    "pip wheel": "the build makes wheels",
     "docker": "needs docker; make conformance-core checks the files",
     "TURBORANK_API_KEY=change-me docker": "needs docker; make conformance-core checks the files",
     "turborank keys new search-team && kubectl": "needs a cluster",
@@ -145,7 +146,8 @@ def for_evaluation(folder: Path) -> None:
     """A collection of two queries in BEIR layout, a run over it, and two models."""
     pytest.importorskip("bm25s", reason="needs pip install 'turborank[eval]'")
     write_collection(folder / "my-data")
-    (folder / "dense.trec").write_text("q0 Q0 d0 1 2.0 x\nq0 Q0 d2 2 1.0 x\nq1 Q0 d1 1 2.0 x\n")
+    for run in ("dense.trec", "bm25.trec"):
+        (folder / run).write_text("q0 Q0 d0 1 2.0 x\nq0 Q0 d2 2 1.0 x\nq1 Q0 d1 1 2.0 x\n")
     for name in ("jina-reranker-v1-tiny-en", "path/to/mine"):
         tiny_model(folder / name)
 
@@ -157,6 +159,25 @@ def write_collection(data: Path) -> None:
     lines_of(data / "corpus.jsonl", [{"_id": f"d{n}", "text": text} for n, text in enumerate(texts)])
     lines_of(data / "queries.jsonl", [{"_id": "q0", "text": "moon sea"}, {"_id": "q1", "text": "dough"}])
     (data / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+
+
+def for_calibration(folder: Path) -> None:
+    """Judged pairs that a tiny model, and the embedded one, order as they were judged."""
+    pytest.importorskip("scipy", reason="needs pip install 'turborank[eval]'")
+    tiny_model(folder / "my-model")
+    (folder / "notes").mkdir()
+    texts = ["scouts dance for it", "sourdough needs a starter", "tides follow the moon", "the swarm votes"]
+    for number, text in enumerate(texts):
+        (folder / "notes" / f"{number}.md").write_text(text)
+    for file, model in (("judged.jsonl", folder / "my-model"), ("judged.csv", None)):
+        reranker = Reranker(model)
+        ranked = [(query, one.document, int(place < 2)) for query in ("bees", "bread", "sea", "home", "wind", "moon")
+                  for place, one in enumerate(reranker.rank(query, texts))]  # fmt: skip
+        if file.endswith("csv"):
+            rows = [f"{query},{document},{label}\n" for query, document, label in ranked]
+            (folder / file).write_text("query,document,label\n" + "".join(rows))
+        else:
+            lines_of(folder / file, [{"query": q, "document": d, "label": label} for q, d, label in ranked])
 
 
 def for_export(folder: Path) -> None:
@@ -195,11 +216,14 @@ PAGES = {
             "--texts lists --out student": "--texts lists --out student-alibi",
             "recover student": "recover student-alibi",
             "steps=1000": "steps=2",
-            "batches.Drawing()": "batches.Drawing(budget=256, documents=3, hard=1, long_every=0)",
+            "Drawing()": "Drawing(budget=256, documents=3, hard=1, long_every=0)",
         },
     ),
     "evaluation.md": Page(for_evaluation, replaced={"evaluate scifact": "evaluate my-data/ --models path/to/mine",
                                                     "trec-covid": "my-data/ --models bm25 --out another"}),
+    "caching.md": Page(lambda folder: None),
+    "calibration.md": Page(for_calibration),
+    "depth.md": Page(lambda folder: None),
     "export.md": Page(for_export, slow=True),
     "gpu.md": Page(for_gpu),
     "serving.md": Page(lambda folder: None),

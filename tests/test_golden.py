@@ -1,7 +1,8 @@
 """Published scores against published weights, for every model of the table that is on this machine.
 
-The records are facts with their sources (``../shared/reference/golden_scores.json``); the weights are looked for in
-the Hugging Face cache only. What is not here is skipped by name. Run: ``pytest -m golden -rs``.
+The records are facts with their sources (``golden_scores.json`` and ``golden_families.json`` in
+``../shared/reference``); the weights are looked for in the Hugging Face cache only. What is not here is skipped by
+name. Run: ``pytest -m golden -rs``.
 """
 
 import dataclasses
@@ -24,15 +25,19 @@ from turborank.types import Encoding, Float32, PackedBatch, Pair
 
 pytestmark = pytest.mark.golden
 
-RECORDS_FILE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "golden_scores.json"
-RECORDS: list[dict[str, Any]] = json.loads(RECORDS_FILE.read_text(encoding="utf-8")) if RECORDS_FILE.exists() else []
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+RECORDS_FILES = [REFERENCE / "golden_scores.json", REFERENCE / "golden_families.json"]
+RECORDS: list[dict[str, Any]] = [
+    record for path in RECORDS_FILES if path.exists() for record in json.loads(path.read_text(encoding="utf-8"))
+]
 ENGINE_NAMES = ("reference", "torch", "native")
 
 
 def records(*uses: str) -> Any:
     """One case a record of these uses, or one that skips where the file is not at hand."""
     chosen = [pytest.param(record, id=record["id"]) for record in RECORDS if record["use"] in uses]
-    absent = pytest.mark.skip(reason=f"needs the published scores, {RECORDS_FILE.name}, which are not on this machine")
+    names = " and ".join(path.name for path in RECORDS_FILES)
+    absent = pytest.mark.skip(reason=f"needs the published scores, {names}, which are not on this machine")
     return pytest.mark.parametrize("record", chosen or [pytest.param(None, marks=absent)])
 
 

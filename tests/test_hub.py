@@ -162,7 +162,7 @@ def test_offline_and_not_in_the_cache(hub: Hub, tmp_path: Path, how: str) -> Non
     offline = True if how == "argument" else None
     got = load_elsewhere(hub, tmp_path / "home", TURBO.name, offline=offline, **environment)
     assert got["error"] == "ModelNotFoundError"
-    assert "got nothing of it, and the network is off limits" in got["message"]
+    assert "got nothing of it, and network access is disabled" in got["message"]
     command = f"hf download {TURBO.repo} config.json model.safetensors tokenizer.json --revision {TURBO.revision}"
     assert command in got["message"]
     assert "Reranker()" in got["message"]
@@ -210,3 +210,44 @@ def test_files_other_than_the_pinned_ones_are_not_opened(hub: Hub, random_checkp
         got = load_elsewhere(hub, tmp_path / "home", TURBO.name)
         assert got["error"] == "CheckpointError"
         assert f"expected sha256 {TURBO.hashes['config.json']}, got" in got["message"]
+
+
+def test_modules_and_shards_are_fetched_with_their_parts(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("torch")  # the helpers compare with it
+    import test_layouts
+    import test_modernbert
+    from random_models import random_weights
+
+    from turborank.architectures import recognise
+
+    config = recognise(test_modernbert.V5, {"head.norm.bias": (64,)})
+    modules = test_modernbert.write_modules(tmp_path / "ettin", test_modernbert.V5, random_weights(config))
+    (modules / "onnx").mkdir()
+    (modules / "onnx" / "model.onnx").write_bytes(b"onnx")
+    shards, _ = test_layouts.write_shards(tmp_path / "shards")
+    for name, folder in (("someone/ettin", modules), ("someone/shards", shards)):
+        hub.files[name, "main"] = folder
+        got = load_elsewhere(hub, tmp_path / "home", name)
+        files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".onnx"}
+        fetched = Path(got["folder"])
+        assert {path.relative_to(fetched) for path in fetched.rglob("*") if path.is_file()} == files
+        size = sum((folder / path).stat().st_size for path in files) / 1e6
+        assert f"({size:.1f} MB)" in got.notice
+        hub.requests.clear()
+        assert load_elsewhere(hub, tmp_path / "home", name, offline=True)["sum"] == got["sum"]
+        assert hub.requests == []
+    (modules / "2_Dense" / "model.safetensors").unlink()
+    hub.files["someone/half-ettin", "main"] = modules
+    got = load_elsewhere(hub, tmp_path / "home", "someone/half-ettin")
+    assert "expected 2_Dense/model.safetensors, which its lists name" in got["message"]
+
+
+def test_onnx_alone_on_the_hub_says_where_the_original_is(hub: Hub, random_checkpoint: Path, tmp_path: Path) -> None:
+    raw = json.loads((random_checkpoint / "config.json").read_text()) | {"_name_or_path": "someone/original"}
+    (random_checkpoint / "config.json").write_text(json.dumps(raw))
+    (random_checkpoint / "onnx").mkdir()
+    (random_checkpoint / "model.safetensors").rename(random_checkpoint / "onnx" / "model.onnx")
+    hub.files["Xenova/converted", "main"] = random_checkpoint
+    got = load_elsewhere(hub, tmp_path / "home", "Xenova/converted")
+    assert got["error"] == "CheckpointError"
+    assert "the weights are there as ONNX only; it is a bert model exported from someone/original" in got["message"]

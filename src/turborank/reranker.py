@@ -1,41 +1,43 @@
-"""The face of the library: a question, some documents, and the documents in order."""
+"""Reranker: scores the documents of a query with a cross-encoder and ranks them."""
 
 from __future__ import annotations
 
-import math
+import functools
+import hashlib
+import json
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from turborank import calibration as calibrations
 from turborank import checkpoint as checkpoints
+from turborank import depth as depths
 from turborank import engines
+from turborank.calibration import Calibration, sigmoid
 from turborank.errors import InputError, TooLongError
 from turborank.scheduler import Progress, Scores, score
+from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
-from turborank.tokens import MIN_LENGTH, PairEncoder
+from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
 from turborank.types import Document, Float32, Pair, Ranked
 
-MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
-MAX_THREADS = 4096  # more than any machine has cores
+MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
+MAX_THREADS = 4096  # above the number of cores of any machine
 
 
 def order(logits: Float32) -> npt.NDArray[np.intp]:
-    """The ranking rule: indices by falling logit, ties in the order given."""
+    """The ranking rule: indices (P,) by descending logit; ties keep the given order."""
     return np.argsort(-logits, kind="stable")
 
 
-def sigmoid(logit: float) -> float:
-    """1 / (1 + e^-logit), without overflow."""
-    return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
-
-
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """An option that must be a whole number, numpy's included, as an int; raises InputError for anything else."""
+    """A whole-number option as int, from an int or a numpy integer. Raises InputError for anything else."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -47,7 +49,7 @@ def whole(name: str, value: object, least: int = 1, most: int | None = None) -> 
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """The caller's documents or pairs as a list; raises InputError for a single one, whose parts are none."""
+    """The caller's documents or pairs as a list. Raises InputError for a single string, bytes or mapping."""
     if isinstance(given, str | bytes | Mapping):
         raise InputError(f"expected a list of {name}, got one {type(given).__name__}", hint="wrap it in a list")
     if not isinstance(given, Iterable):
@@ -58,7 +60,7 @@ def listed(name: str, given: Any) -> list[Any]:
 def ranking(
     documents: Sequence[Document], scores: Scores, *, top_n: int | None = None, threshold: float | None = None
 ) -> list[Ranked]:
-    """The documents in order, best first: at most ``top_n``, each with a relevance score of at least ``threshold``."""
+    """The documents, best first: at most ``top_n``, each with a relevance score of at least ``threshold``."""
     ranked: list[Ranked] = []
     for index in order(scores.logits).tolist():
         logit = float(scores.logits[index])
@@ -72,23 +74,29 @@ def ranking(
 
 
 class Reranker:
-    """A cross-encoder, ready to rank.
+    """A cross-encoder model with its tokenizer and engine.
 
     Args:
-        model: a name of the catalog (see ``turborank models``), a folder in the published layout, or a
-            Hugging Face id; by default the model that ships with the package.
-        engine: ``auto``, ``native``, ``torch`` or ``reference``.
-        precision: ``auto``, or one of the engine's (``int8``, ``bf16``, ``fp32``).
-        max_length: tokens of a pair that are read, template included; by default what the model was made for.
+        model: a name of the catalog (see ``turborank models``), a folder in a published layout, or a Hugging Face id;
+            by default the model that ships with the package.
+        engine: ``auto``, ``native``, ``torch`` or ``reference`` (docs/engines.md).
+        precision: ``auto``, or one that the engine supports (``int8``, ``bf16``, ``fp16``, ``fp32``).
+        max_length: limit of tokens of a pair, template included; by default the model's maximum.
         length: what to do with longer pairs: ``truncate``, ``windows`` or ``error`` (see turborank.tokens).
-        threads: of the native engine; by default the cores this process may use. numpy and torch, which the other
-            engines compute with, have their own settings (``torch.set_num_threads``).
-        offline: never touch the network; by default as HF_HUB_OFFLINE says.
-        faithful: honour special-token strings inside user text, as the published tokenizers do.
+        threads: threads of the native engine; by default the cores this process may use. The other engines use the
+            settings of numpy and torch (``torch.set_num_threads``).
+        offline: True forbids network access; by default HF_HUB_OFFLINE decides.
+        faithful: treat special-token strings in texts as special tokens, as the published tokenizers do
+            (docs/model.md §4.5).
+        relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
+            only if its config.json does not say.
 
     Raises:
-        ModelNotFoundError, CheckpointError: the model is not to be had, or is damaged.
-        UnknownKeyError, EngineUnavailableError, InputError: an option does not exist or does not fit.
+        ModelNotFoundError: the model does not exist or cannot be fetched.
+        CheckpointError: the model is incomplete, damaged or unsupported.
+        UnknownKeyError: no such catalog name, engine, precision or length policy.
+        EngineUnavailableError: the engine cannot run on this machine, or not this model.
+        InputError: an option has a wrong type or value.
 
     """
 
@@ -103,9 +111,10 @@ class Reranker:
         threads: int | None = None,
         offline: bool | None = None,
         faithful: bool = False,
+        relevant_label: str | int | None = None,
     ) -> None:
         threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
-        self.checkpoint = checkpoints.load(model, offline=offline)
+        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label)
         config = self.checkpoint.config
         if max_length is not None:
             max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
@@ -114,6 +123,7 @@ class Reranker:
         )
         name, chosen = engines.choose(engine, precision, config)
         self.engine = engines.prepare(self.checkpoint.weights, config, name=name, precision=chosen, threads=threads)
+        self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
 
     @property
     def name(self) -> str:
@@ -122,8 +132,54 @@ class Reranker:
 
     @property
     def max_length(self) -> int:
-        """Tokens of a pair that are read, template included."""
+        """Limit of tokens of a pair, template included."""
         return self.encoder.max_length
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of ``model.safetensors``, computed once."""
+        return checkpoints.hashes(self.checkpoint)["model.safetensors"]
+
+    @functools.cached_property
+    def calibration(self) -> Calibration | None:
+        """The calibration in the model's folder, or None (docs/calibration.md). Another one may be assigned."""
+        path = self.checkpoint.folder / calibrations.FILE
+        return calibrations.read(path, self.weights_hash) if path.is_file() else None
+
+    def calibrate(self, path: str | os.PathLike[str]) -> None:
+        """Use a calibration file written by ``turborank calibrate``. Raises as :func:`turborank.calibration.read`."""
+        self.calibration = calibrations.read(Path(path), self.weights_hash)
+
+    def fingerprint(self, limits: Limits = NO_LIMITS) -> str:
+        """All that a score depends on besides the texts, as the key of a :class:`~turborank.score_cache.ScoreCache`."""
+        encoder, engine = self.encoder, self.engine
+        asked = limits._replace(
+            policy=limits.policy or encoder.policy,
+            max_length=min(limits.max_length or encoder.max_length, encoder.max_length),
+        )
+        return json.dumps([self._files_hash, engine.name, engine.precision, engine.isa, encoder.faithful, *asked])
+
+    @functools.cached_property
+    def _files_hash(self) -> str:
+        return hashlib.sha256(json.dumps(checkpoints.hashes(self.checkpoint), sort_keys=True).encode()).hexdigest()
+
+    def least_score(self, threshold: float | str | None) -> float | None:
+        """The minimum relevance score for a threshold: a number from 0 to 1, or a target such as "precision=0.9".
+
+        Raises InputError for anything else, and for a target if the model has no calibration.
+        """
+        if isinstance(threshold, str):
+            calibrations.parse_target(threshold)
+            if self.calibration is None:
+                raise InputError(
+                    f"expected a calibrated model for the threshold {threshold!r}, got no {calibrations.FILE} in "
+                    f"{self.checkpoint.folder}",
+                    hint="make one with turborank calibrate, or give a number from 0 to 1",
+                )
+            return sigmoid(self.calibration.threshold(threshold))
+        if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+            raise InputError(f"expected threshold to be a number between 0 and 1, got {threshold!r:.80}")
+        return threshold
 
     def rank(
         self,
@@ -131,19 +187,33 @@ class Reranker:
         documents: Iterable[Document],
         *,
         top_n: int | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         fields: Sequence[str] = DEFAULT_FIELDS,
         progress: Progress | None = None,
+        depth: int | str | None = None,
     ) -> list[Ranked]:
-        """Documents by relevance to the query, best first; ties keep the order given.
+        """Rank documents by relevance to the query, best first; ties keep the given order.
 
-        ``top_n`` keeps the best so many, ``threshold`` (0 to 1) those with at least that relevance score.
-        Raises InputError naming every unusable document, before anything is computed.
+        Args:
+            query: the query text.
+            documents: texts, or mappings whose ``fields`` are joined to a text.
+            top_n: return at most this many documents.
+            threshold: return only documents with at least this relevance score, from 0 to 1; or, for a calibrated
+                model, a target: "precision=0.9", "recall=0.95" or "probability=0.5" (docs/calibration.md).
+            fields: keys of the text fields in document mappings.
+            progress: called with (pairs done, pairs in total).
+            depth: score only this many documents, which must be in the order of a first stage; "auto" stops when the
+                rest are unlikely to enter the first ``top_n`` (docs/depth.md). Unscored documents are not returned.
+
+        Raises:
+            InputError: an argument or document is not usable; the message names each of them, and nothing is computed.
+            TooLongError: with ``length="error"``, a pair exceeds ``max_length``.
+
         """
         given = listed("documents", documents)
         top_n = None if top_n is None else whole("top_n", top_n)
-        if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
-            raise InputError(f"expected threshold to be a number between 0 and 1, got {threshold!r:.80}")
+        least = self.least_score(threshold)
+        depth = depths.checked(depth, top_n)
         if isinstance(fields, str):
             raise InputError("expected fields to be a list of names, got one str", hint="wrap it in a tuple")
         faults: list[str] = [] if isinstance(query, str) else [f"query: expected a string, got {type(query).__name__}"]
@@ -154,14 +224,18 @@ class Reranker:
             except InputError as error:
                 faults.append(f"documents[{index}]: {error.message}")
         _raise_faults(faults)
+        pairs = [Pair(query, text) for text in texts]
         try:
-            scores = self.score_detailed([Pair(query, text) for text in texts], progress=progress)
+            if depth == depths.AUTO and top_n is not None:
+                scores = self.score_adaptively(pairs, top_n, progress=progress)
+            else:
+                scores = self.score_detailed(pairs if depth is None else pairs[: int(depth)], progress=progress)
         except TooLongError as error:
             raise error.at(error.place, f"documents[{error.place}]") from None
-        return ranking(given, scores, top_n=top_n, threshold=threshold)
+        return ranking(given, scores, top_n=top_n, threshold=least)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: Progress | None = None) -> Float32:
-        """Logits (P,), float32, of (query, document) pairs, in the order given."""
+        """Logits (P,), float32, of (query, document) pairs, in the given order. Raises as :meth:`rank`."""
         given = listed("pairs", pairs)
         faults = [
             f"pairs[{index}]: expected (query, document), two strings, got {pair!r:.60}"
@@ -172,8 +246,38 @@ class Reranker:
         return self.score_detailed([Pair(*pair) for pair in given], progress=progress).logits
 
     def score_detailed(self, pairs: Sequence[Pair], *, progress: Progress | None = None) -> Scores:
-        """Logits with the tokens read, the tokens cut and the characters behind each logit."""
-        return score(pairs, self.encoder, self.engine, progress=progress)
+        """Logits (P,) and, for each pair, the tokens read, the tokens truncated and the span of characters read."""
+        if self.cache is None:
+            return score(pairs, self.encoder, self.engine, progress=progress)
+        found = self.cache.find(self.fingerprint(), pairs)
+        missing = found.missing
+        try:
+            computed = score([pairs[place] for place in missing], self.encoder, self.engine, progress=progress)
+        except TooLongError as error:
+            raise error.at(missing[error.place], f"pairs[{missing[error.place]}]") from None
+        return self.cache.complete(found, computed)
+
+    def score_adaptively(self, pairs: Sequence[Pair], top_n: int, *, progress: Progress | None = None) -> Scores:
+        """Scores of the first pairs, computed in blocks until :func:`turborank.depth.enough` is true for ``top_n``.
+
+        The pairs must be one query's, in the order of a first stage. The result covers a prefix of them.
+        """
+        parts: list[Scores] = []
+        done = 0
+        while done < len(pairs) and not (parts and depths.enough(joined(parts).logits, top_n, len(pairs))):
+            try:
+                parts.append(self.score_detailed(pairs[done : done + depths.BLOCK]))
+            except TooLongError as error:
+                raise error.at(done + error.place, f"pairs[{done + error.place}]") from None
+            done = min(done + depths.BLOCK, len(pairs))
+            if progress is not None:
+                progress(done, len(pairs))
+        return joined(parts) if parts else self.score_detailed([])
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Concatenate the Scores of several lists of pairs."""
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _raise_faults(faults: list[str]) -> None:

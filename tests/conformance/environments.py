@@ -1,7 +1,8 @@
 """Clients, peers and tools, each in an environment of its own, because they cannot be installed together.
 
 CLIENTS of the service are each driven by a script in ``clients/``. PEERS are libraries that evaluate or score; one of
-our test files runs beside each. TOOLS look at what we serve and deploy. The environments live in the folder that
+our test files runs beside each. TOOLS look at what we serve and deploy. FRAMEWORKS are those that our adapters
+(turborank.integrations) run inside. The environments live in the folder that
 TURBORANK_CONFORMANCE names, are made when missing, and are never part of this repository.
 """
 
@@ -81,10 +82,24 @@ PEERS = {
     "sentence-transformers": Environment(("sentence-transformers==6.2.0", _TORCH, *_OURS), "test_compat.py"),
 }
 
+# Frameworks that our adapters run inside, each with the first stage of its page in docs/integrations.
+FRAMEWORKS = {
+    "langchain-adapter": Environment(
+        ("langchain-core==1.8.3", "langchain-classic==1.0.8", "langchain-community", "rank_bm25", *_OURS),
+        "integrations/test_langchain.py",
+    ),
+    "llamaindex-adapter": Environment(
+        ("llama-index-core==0.14.25", "llama-index-retrievers-bm25==0.8.0", *_OURS), "integrations/test_llama_index.py"
+    ),
+    "haystack-adapter": Environment(("haystack-ai==3.4.1", *_OURS), "integrations/test_haystack.py"),
+    "dspy-adapter": Environment(("dspy==3.4.1", "bm25s", *_OURS), "integrations/test_dspy.py"),
+    "txtai-adapter": Environment(("txtai==9.14.0", _TORCH, *_OURS), "integrations/test_txtai.py"),
+}
+
 
 def python(name: str) -> Path:
     """The interpreter of an environment, which is made if it is not there."""
-    environment = {**CLIENTS, **PEERS, **TOOLS}[name]
+    environment = {**CLIENTS, **PEERS, **TOOLS, **FRAMEWORKS}[name]
     folder = Path(os.environ[VARIABLE]) / name
     interpreter = folder / "bin" / "python"
     wanted = "\n".join(environment.packages + environment.forced)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from mini import DOCUMENTS
 
+from turborank import InputError
 from turborank.data.bm25 import BM25, Analyzer, bm25_run
 from turborank.data.corpus import MemoryCorpus
 from turborank.data.datasets import load
 from turborank.data.trec import read_run
+from turborank.evaluate import evaluate
 from turborank.evaluate.measures import means, per_query
 
 pytest.importorskip("bm25s")
@@ -115,3 +117,21 @@ def test_the_trec_dl_2021_run_scores_what_trec_eval_says(shared: Path) -> None:
     pytest.skip(
         f"0.4458 needs the {TRACK_JUDGEMENTS:,} published judgements; {judgements:,} are here, making {found:.4f}"
     )
+
+
+def test_several_runs_are_fused_by_their_ranks(mini: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.trec").write_text("q1 Q0 d1 1 9 a\nq1 Q0 d4 2 8 a\nq2 Q0 d2 1 5 a\n")
+    (tmp_path / "b.trec").write_text("q1 Q0 d4 1 0.9 b\nq1 Q0 d5 2 0.8 b\n")
+    runs = [tmp_path / "a.trec", tmp_path / "b.trec"]
+    found = evaluate([str(mini)], ["bm25"], out=tmp_path / "out", run=runs)
+    [first] = found.results[0].systems
+    assert first.name == "a.trec + b.trec"
+    assert [(one.doc_id, one.score) for one in first.run["q1"]] == [
+        ("d4", pytest.approx(1 / 62 + 1 / 61)), ("d1", pytest.approx(1 / 61)), ("d5", pytest.approx(1 / 62)),
+    ]  # fmt: skip
+    assert [one.doc_id for one in first.run["q2"]] == ["d2"]
+    assert first.manifest["first_stage"]["method"] == "reciprocal rank fusion"
+    assert "b.trec: 2 queries are not in the run; they count as zero" in found.results[0].remarks
+    (tmp_path / "c.trec").write_text("q1 Q0 nothing 1 9 c\n")
+    with pytest.raises(InputError, match=r"'nothing' at .*c.trec:1"):
+        evaluate([str(mini)], ["bm25"], out=tmp_path / "no", run=[tmp_path / "a.trec", tmp_path / "c.trec"])

@@ -1,6 +1,6 @@
-"""Write random cases for check.cpp: a model, a batch, and the law's logits.
+"""Write random cases for check.cpp: a model, a batch, and the reference's logits.
 
-python tests/native/cases.py FOLDER [COUNT [SEED]]
+python tests/native/cases.py FOLDER [COUNT [SEED [LAYOUTS]]]     LAYOUTS: what `native_check --layouts` printed
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import BinaryIO
 import numpy as np
 import shapes
 
-from turborank.architectures import jinabert
 from turborank.checkpoint.tensors import SCALE, dense, quantise
 from turborank.engines import native, native_weights
 from turborank.types import ModelConfig, PackedBatch
@@ -22,39 +21,62 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
     """A small model of any supported kind, and the lengths of a ragged batch."""
     head_size = int(rng.choice([32, 64]))
     heads = int(rng.choice([1, 2, 3, 17]))
-    model = shapes.config(
-        hidden=head_size * heads,
-        heads=heads,
-        layers=int(rng.integers(1, 4)),
-        inner=32 * int(rng.integers(1, 7)),
-        vocab=int(rng.integers(50, 300)),
-        feed_forward=str(rng.choice(["geglu", "gelu"])),
-        head=str(rng.choice(["classifier", "cosine", "focus"])),
-        alibi=bool(rng.random() < 0.8),
-    )
+    sizes = {
+        "hidden": head_size * heads,
+        "heads": heads,
+        "layers": int(rng.integers(1, 4)),
+        "inner": 32 * int(rng.integers(1, 7)),
+        "vocab": int(rng.integers(50, 300)),
+    }
     longest = int(rng.choice([10, 70, 400]))
+    family = rng.choice(["jinabert", "deberta", "modernbert"])
+    if family == "jinabert":
+        model = shapes.config(
+            **sizes,
+            feed_forward=str(rng.choice(["geglu", "gelu"])),
+            head=str(rng.choice(["classifier", "cosine", "focus"])),
+            alibi=bool(rng.random() < 0.8),
+        )
+    elif family == "deberta":
+        model = shapes.deberta(**sizes, max_length=400, buckets=int(rng.integers(2, 50)), furthest=300)
+    else:
+        pooling, window = str(rng.choice(["cls", "mean"])), int(rng.choice([1, 20, 64, 150]))
+        model = shapes.modernbert(**sizes, max_length=400, half_window=window, pooling=pooling)
     return model, [int(n) for n in rng.integers(2, longest, int(rng.integers(1, 9)))]
 
 
-def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str) -> None:
+Layouts = dict[tuple[str, str], native_weights.Layout]
+
+
+def layouts(path: str | None) -> Layouts:
+    """Of each row of the instruction-set table and precision: this machine's, or those that a file names."""
+    if path is None:
+        return {(isa, p): native.layout(isa, p) for isa in native.isas() for p in native.precisions(isa)}
+    rows = [line.split() for line in Path(path).read_text().splitlines()]
+    return {
+        (isa, p): native_weights.Layout(p, int(group), bool(int(tiles)), int(offset), int(lanes), int(exchange))
+        for isa, p, group, tiles, offset, lanes, exchange, *_ in rows
+    }
+
+
+def write_model(
+    file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str, layout: native_weights.Layout
+) -> None:
     """What one row of the instruction-set table reads."""
-    packed, facts = native_weights.pack(tensors, model, native.layout(isa, precision))
-    m = model
-    numbers = (m.vocab_size, m.hidden_size, m.num_hidden_layers, m.num_attention_heads, m.intermediate_size)
-    more = (m.type_vocab_size, facts["positions"], m.position_offset, m.max_length, m.layer_norm_eps)
-    flags = (int(m.feed_forward == "geglu"), int(m.head != "classifier"))
-    passage = jinabert.PASSAGE if m.head == "focus" else 0
-    rest = (passage, int(bool(m.slopes)), facts["stored"], int(facts["mixed"]), facts["least"])
-    file.write((f"model {isa} {precision} " + " ".join(map(str, numbers + more + flags + rest)) + "\n").encode())
+    packed, facts = native_weights.pack(tensors, model, layout)
+    config = native.plain_config(model) | facts
+    numbers = [f"{name} {float(value):.9g}" for name, value in config.items()]
+    file.write((f"model {isa} {precision} " + " ".join(numbers) + "\n").encode())
     for name, array in packed.items():
         file.write(f"array {name} {array.nbytes}\n".encode() + array.tobytes())
 
 
-def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict, expected: np.ndarray) -> None:
-    """The format that check.cpp reads. A machine with another table than this one's finds the rows they share."""
-    for isa in native.isas():
-        for precision in native.precisions(isa):
-            write_model(file, model, tensors, isa, precision)
+def write(
+    file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict, expected: np.ndarray, rows: Layouts
+) -> None:
+    """The format that check.cpp reads."""
+    for (isa, precision), layout in rows.items():
+        write_model(file, model, tensors, isa, precision, layout)
     file.write(f"batch {tokens.tokens} {tokens.pairs}\n".encode())
     for array in (tokens.input_ids, tokens.type_ids, tokens.cu_seqlens, expected.astype(np.float32)):
         file.write(array.tobytes())
@@ -63,9 +85,9 @@ def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict
         file.write(f"\ntolerance {precision} {tolerance}".encode())
 
 
-def main(folder: str, count: int = 8, seed: int = 0) -> None:
+def main(folder: str, count: str = "8", seed: str = "0", rows: str | None = None) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for i in range(seed, seed + count):
+    for i in range(int(seed), int(seed) + int(count)):
         rng = np.random.default_rng(i)
         model, lengths = draw(rng)
         tensors = shapes.weights(model, i)
@@ -75,8 +97,8 @@ def main(folder: str, count: int = 8, seed: int = 0) -> None:
         tokens = shapes.batch(lengths, model.vocab_size, i)
         expected = shapes.law(dense(tensors), model, tokens)
         with (Path(folder) / f"case{i}.bin").open("wb") as file:
-            write(file, model, tokens, tensors, expected)
+            write(file, model, tokens, tensors, expected, layouts(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])

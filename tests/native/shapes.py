@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from turborank.architectures import jinabert
+from turborank.architectures import ARCHITECTURES, jinabert
 from turborank.ops import reference
 from turborank.types import Float32, ModelConfig, PackedBatch
 
@@ -43,12 +43,73 @@ def config(
     )
 
 
+def deberta(
+    *,
+    hidden: int = 128,
+    heads: int = 2,
+    layers: int = 2,
+    inner: int = 64,
+    vocab: int = 500,
+    max_length: int = 512,
+    buckets: int = 256,
+    furthest: int = 512,
+) -> ModelConfig:
+    """A small DeBERTa with the published tables of relative positions, unless told otherwise."""
+    return ModelConfig(
+        architecture="deberta",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_length=max_length,
+        type_vocab_size=0,
+        layer_norm_eps=1e-7,
+        position_buckets=buckets,
+        max_relative_positions=furthest,
+    )
+
+
+def modernbert(
+    *,
+    hidden: int = 128,
+    heads: int = 2,
+    layers: int = 4,
+    inner: int = 96,
+    vocab: int = 500,
+    max_length: int = 1000,
+    half_window: int = 64,
+    pooling: str = "cls",
+    head_bias: bool = False,
+) -> ModelConfig:
+    """A small ModernBERT: every third layer attends to all keys, the others to 129, unless told otherwise."""
+    return ModelConfig(
+        architecture="modernbert",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_length=max_length,
+        type_vocab_size=0,
+        layer_norm_eps=1e-5,
+        feed_forward="geglu",
+        half_window=half_window,
+        global_layers=tuple(range(0, layers, 3)),
+        global_theta=160_000.0,
+        local_theta=10_000.0,
+        pooling=pooling,
+        head_bias=head_bias,
+    )
+
+
 def weights(model: ModelConfig, seed: int = 0) -> Weights:
     """Normal(0, 0.02) matrices as the published initialiser has them, wider embeddings, gains around 1."""
     rng = np.random.default_rng(seed)
     tensors: Weights = {}
-    for name, shape in jinabert.parameters(model).items():
-        spread = 0.1 if name.startswith("embeddings") or name.startswith("classifier") else 0.02
+    for name, shape in ARCHITECTURES[model.architecture].parameters(model).items():
+        wide = name.startswith(("embeddings", "classifier", "encoder.rel_embeddings"))
+        spread = 0.1 if wide else 0.02
         value = rng.normal(0.0, spread, shape)
         if "norm" in name.lower() and name.endswith("weight"):
             value = 1.0 + value
@@ -72,7 +133,8 @@ def batch(lengths: Sequence[int], vocab: int = 500, seed: int = 0) -> PackedBatc
 
 def law(tensors: Weights, model: ModelConfig, tokens: PackedBatch, trace: list[Float32] | None = None) -> Float32:
     """Logits by the numpy engine."""
-    return np.asarray(jinabert.forward(tensors, model, tokens, reference, trace=trace))
+    forward = ARCHITECTURES[model.architecture].forward
+    return np.asarray(forward(tensors, model, tokens, reference, trace=trace))
 
 
 def single(tokens: PackedBatch, pair: int) -> PackedBatch:

@@ -10,6 +10,7 @@ import pytest
 import shapes
 from instruction_sets import ISAS, ROWS
 
+from turborank.checkpoint.tensors import dense, quantise
 from turborank.engines import native
 
 if native.available() is not None:
@@ -40,7 +41,7 @@ def isa(request, monkeypatch):
     return request.param
 
 
-# The law is slow and the same for every instruction set: each case is computed once.
+# The reference is slow and the same for every instruction set: each case is computed once.
 
 
 @functools.cache
@@ -91,9 +92,9 @@ def stored_case(feed_forward):
     given = dict(tensors)
     for name, weight in tensors.items():
         if name.startswith("encoder") and weight.ndim == 2:
-            given[name], given[f"{name}_scale"] = tensors.quantise(weight)
+            given[name], given[f"{name}_scale"] = quantise(weight)
     trace = []
-    shapes.law(tensors.dense(given), model, tokens, trace)
+    shapes.law(dense(given), model, tokens, trace)
     return model, given, tokens, trace[-1]
 
 
@@ -141,6 +142,75 @@ def test_every_length_follows_the_law(isa, length):
     model, tensors, tokens, expected = long_case(length)
     assert np.abs(native.prepare(tensors, model, precision="fp32").logits(tokens) - expected).max() <= 1e-4
     assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
+
+
+@functools.cache
+def relative_case(factor, buckets, furthest):
+    model = shapes.deberta(max_length=2100, buckets=buckets, furthest=furthest, layers=3)
+    tensors, tokens = shapes.weights(model), shapes.batch([2050, 257, 31, 1])
+    for name in tensors:
+        if "query_proj" in name or "key_proj" in name:
+            tensors[name] *= factor
+    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+
+
+@pytest.mark.parametrize(("factor", "buckets", "furthest"), [(1, 256, 512), (8, 256, 512), (40, 20, 400)])
+def test_relative_positions_at_any_distance(isa, factor, buckets, furthest):
+    """Near and far rows of the table, tables that are no multiple of 32, scores beyond the range of a fixed offset."""
+    model, tensors, tokens, expected = relative_case(factor, buckets, furthest)
+    engine = native.prepare(tensors, model, precision="fp32", threads=2)
+    assert engine.isa == isa
+    assert np.abs(engine.logits(tokens) - expected).max() <= 1e-4
+    if factor == 1:
+        assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
+
+
+MODERN = {
+    "published window": {"layers": 5},
+    "mean": {"pooling": "mean", "head_bias": True},
+    "narrow": {"half_window": 3, "hidden": 96, "heads": 3},
+    "wide": {"half_window": 200, "hidden": 256, "heads": 2},  # heads of 128, windows of several chunks
+    "one layer": {"layers": 1},
+    "window in the last layer": {"layers": 3},
+}
+
+
+@functools.cache
+def modern_case(kind, factor=30):
+    """Queries and keys so large that attention is far from uniform."""
+    model = shapes.modernbert(**MODERN[kind], max_length=2100)
+    tensors, tokens = shapes.weights(model), shapes.batch([1100, 257, 31, 1])
+    for layer in range(model.num_hidden_layers):
+        tensors[f"layers.{layer}.attn.Wqkv.weight"][: 2 * model.hidden_size] *= factor**0.5
+    states = []
+    return model, tensors, tokens, shapes.law(tensors, model, tokens, states), states
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", MODERN)
+def test_modernbert_follows_the_reference_layer_by_layer(isa, kind, precision):
+    if precision not in native.precisions(isa):
+        pytest.skip(f"the row {isa} has no {precision}")
+    model, tensors, tokens, expected, states = modern_case(kind)
+    engine = native.prepare(tensors, model, precision=precision, threads=2)
+    assert (engine.isa, engine.precision) == (isa, precision)
+    layers = engine.layers(tokens)
+    assert [layer.shape for layer in layers] == [state.shape for state in states]
+    allowed = {"fp32": 2e-6, "bf16": 0.005, "int8": 0.01}[precision]
+    for got, want in zip(layers, states, strict=True):
+        assert np.sqrt(np.mean((got - want) ** 2)) <= allowed * np.sqrt(np.mean(want**2))
+    assert np.abs(engine.logits(tokens) - expected).max() <= {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05}[precision]
+
+
+@pytest.mark.parametrize(
+    "change", [{"half_window": 63}, {"half_window": 65}, {"global_layers": (0, 2)}, {"local_theta": 160_000.0}]
+)
+def test_windows_and_thetas_matter(change):
+    """What the test above allows is less than what a wrong window, kind of layer or base frequency does."""
+    model, tensors, tokens, _, states = modern_case("published window")
+    wrong = native.prepare(tensors, dataclasses.replace(model, **change), precision="fp32").layers(tokens)
+    worst = max(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) for got, want in zip(wrong, states, strict=True))
+    assert worst > 1e-5
 
 
 @functools.cache

@@ -21,7 +21,12 @@ ENGINES: dict[tuple[tuple[str, str], str], native.NativeEngine] = {}
 
 def engine(row, threads, head="classifier"):
     if (row, head) not in ENGINES:
-        model = shapes.config(hidden=128, heads=4, inner=256, layers=2, head=head)
+        if head == "deberta":
+            model = shapes.deberta(max_length=2000, buckets=32, furthest=300)
+        elif head in ("modernbert", "mean"):
+            model = shapes.modernbert(max_length=2000, half_window=20, pooling="mean" if head == "mean" else "cls")
+        else:
+            model = shapes.config(hidden=128, heads=4, inner=256, layers=2, head=head)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(native.ISA_VARIABLE, row[0])
             ENGINES[row, head] = native.prepare(shapes.weights(model), model, precision=row[1], threads=1)
@@ -32,24 +37,25 @@ def engine(row, threads, head="classifier"):
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     row=st.sampled_from(ROWS),
-    head=st.sampled_from(["classifier", "focus"]),
+    head=st.sampled_from(["classifier", "focus", "deberta", "modernbert", "mean"]),
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
     threads=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
 def test_neighbours_order_and_threads_change_no_bit(row, head, lengths, threads, seed):
-    tokens = shapes.batch([n if head == "classifier" else n + 1 for n in lengths], seed=seed)  # tokens of both types
+    tokens = shapes.batch([n + (head == "focus") for n in lengths], seed=seed)  # tokens of both types
     alone = np.array([engine(row, 1, head).logits(shapes.single(tokens, p))[0] for p in range(len(lengths))])
     assert np.array_equal(engine(row, threads, head).logits(tokens), alone)
 
 
 @pytest.mark.parametrize("lengths", [[1500, 40, 700], [600, 1500, 603, 30, 597]], ids=["unlike", "like"])
+@pytest.mark.parametrize("head", ["classifier", "deberta", "modernbert", "mean"])
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
-def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row, lengths):
+def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row, head, lengths):
     tokens = shapes.batch(lengths)
-    one = engine(row, 1).logits(tokens)
-    assert np.array_equal(engine(row, 2).logits(tokens), one)
-    assert np.array_equal(engine(row, 3).logits(tokens), one)
+    one = engine(row, 1, head).logits(tokens)
+    assert np.array_equal(engine(row, 2, head).logits(tokens), one)
+    assert np.array_equal(engine(row, 3, head).logits(tokens), one)
 
 
 def test_callers_of_one_engine_take_turns():

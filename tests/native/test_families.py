@@ -1,4 +1,4 @@
-"""BERT and XLM-RoBERTa in the native engine, against transformers' own classes and, layer by layer, the law."""
+"""The families of the catalog in the native engine, against transformers' own classes and, layer by layer, the law."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ native = pytest.importorskip("turborank.engines.native")
 if native.available() is not None:
     pytest.skip(native.available(), allow_module_level=True)
 
-from families import family_config, family_weights, save_family, their_logits, their_model  # noqa: E402
+from families import FAMILIES, family_config, family_weights, save_family, their_logits, their_model  # noqa: E402
 from instruction_sets import ISAS, ROWS  # noqa: E402
 from test_architectures_parity import LENGTHS, TOLERANCE, batch_of, theirs  # noqa: E402
 
@@ -20,8 +20,6 @@ from turborank import Reranker  # noqa: E402
 from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.ops import reference  # noqa: E402
 from turborank.types import Float32, ModelConfig, PackedBatch  # noqa: E402
-
-FAMILIES = ("bert", "xlm_roberta")
 
 
 @pytest.mark.parametrize("lengths", [[n] for n in LENGTHS] + [[17, 400, 3, 130, 17]], ids=str)
@@ -43,7 +41,8 @@ def test_logits_are_those_of_transformers(
 @functools.cache  # the law is the same for every row
 def case(family: str) -> tuple[ModelConfig, dict[str, Float32], PackedBatch, list[Float32]]:
     """A model of published width, a batch, and the law's states."""
-    config = family_config(family, hidden_size=384, num_attention_heads=12, intermediate_size=1536)
+    sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = family_config(family, **sizes, **({"embedding_size": 384} if family == "electra" else {}))
     weights, batch = family_weights(config), batch_of([130, 40, 7])
     states: list[Float32] = []
     ARCHITECTURES[family].forward(weights, config, batch, reference, states)

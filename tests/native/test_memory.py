@@ -1,8 +1,10 @@
-"""The whole process at full length, from the file to the logit."""
+"""The whole process at full length, from the file to the logit; what a call at full length adds to it."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,32 @@ def test_full_length_stays_below_250_mib(tmp_path, model):
     logit, mebibytes = json.loads(run.stdout)
     assert -50 < logit < 50
     assert (folder / "model.safetensors").stat().st_size / 2**20 < mebibytes <= 250
+
+
+GROWTH = """
+import sys
+import numpy as np
+import shapes
+from turborank.engines import native
+family = {"deberta": shapes.deberta, "modernbert": shapes.modernbert}[sys.argv[1]]
+model = family(hidden=64, heads=1, layers=2, max_length=8192)
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10
+engine = native.prepare(shapes.weights(model), model, precision=sys.argv[2], threads=2)
+engine.logits(shapes.batch([4]))
+before = peak()
+assert np.isfinite(engine.logits(shapes.batch([8192]))).all()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+@pytest.mark.parametrize("family", ["deberta", "modernbert"])
+def test_8192_tokens_need_no_matrix_of_scores(family, precision):
+    """One head's scores of 8,192 tokens would be 256 MiB of float32; two threads work on one pair here."""
+    if native.available() is not None:
+        pytest.skip(str(native.available()))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", GROWTH, family, precision]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600, env=environment)
+    assert float(run.stdout) <= 100

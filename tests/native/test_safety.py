@@ -86,6 +86,16 @@ def test_what_the_machine_lacks_is_refused(monkeypatch):
         native.prepare(TENSORS, MODEL)
 
 
+def test_more_position_buckets_than_distances_are_left_to_other_engines():
+    """256 buckets of which 128 end at distance 200: neighbouring distances are more than one row apart."""
+    model = shapes.deberta(buckets=256, furthest=200)
+    assert not native.supports(model)
+    with pytest.raises(
+        EngineUnavailableError, match=r"no more position buckets than distances, got deberta .* 256 bucket"
+    ):
+        native.prepare(shapes.weights(model), model)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_int8_tensors_are_used_as_they_are(isa, monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, isa)

@@ -1,15 +1,19 @@
-"""Is this folder a reranker we can run? Config, tensors and tokenizer, each checked before anything is computed."""
+"""Checks of a model folder: files, config.json, tensors and tokenizer, before anything is computed.
+
+Each check raises CheckpointError with all faults it found, what was expected, and where possible what to do.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from turborank.architectures import ARCHITECTURES, recognise
+from turborank.architectures import ARCHITECTURES, recognise, resembles
 from turborank.checkpoint.tensors import FLOATS, SCALE, TensorFile
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
@@ -18,10 +22,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 REQUIRED = (CONFIG, WEIGHTS, TOKENIZER)
+INDEX = f"{WEIGHTS}.index.json"  # names the files of weights that are split, in place of WEIGHTS
 
-# The encoder's name in front of its tensors, as transformers writes it; optional in every family.
-PREFIXES = ("bert.", "roberta.", "deberta.")
-# Constants that some versions of transformers stored beside the weights. The forward has no use for them.
+# Prefixes of the encoder's tensor names, as transformers writes them; optional in every family.
+PREFIXES = ("bert.", "roberta.", "deberta.", "electra.", "model.")
+# Constants that some versions of transformers stored with the weights. They are ignored.
 BUFFERS = frozenset({"embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi"})
 CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
 COSINE_HEAD = "head.scale"
@@ -35,20 +40,17 @@ _LEAST = {
     "max_position_embeddings": 1,
     "type_vocab_size": 0,
 }
-# Activations that the forwards have. The tensors of the others look the same, so only the config can tell.
+# model_type -> required keys (of the above, or layer_norm_eps) that this family's config.json lacks.
+_NEEDLESS = {"modernbert": ("type_vocab_size", "layer_norm_eps")}
+# Supported activations. Tensors do not show the activation, so the config is checked.
 _KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
-_MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
-_INT32, _FLOAT32 = 2**31 - 1, (2 - 2**-23) * 2.0**127  # the largest: what engines compute with
+_MOST = 1024  # layers or heads: above any model, and small enough that the tensor table is built quickly
+_INT32, _FLOAT32 = 2**31 - 1, (2 - 2**-23) * 2.0**127  # largest values that engines represent
 
 _FROM_PICKLE = (
     'python -c "import torch, safetensors.torch as s; '
     "w = torch.load('pytorch_model.bin', map_location='cpu', weights_only=True); "
     "s.save_file({k: v.clone().contiguous() for k, v in w.items()}, 'model.safetensors')\""
-)
-_FROM_SHARDS = (
-    'python -c "import glob, safetensors.torch as s; '
-    "s.save_file({k: v for f in glob.glob('model-*.safetensors') for k, v in s.load_file(f).items()}, "
-    "'model.safetensors')\""
 )
 _TO_FAST = (
     "python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('.').save_pretrained('.')\""
@@ -61,42 +63,63 @@ def canonical(name: str) -> str:
 
 
 def files(folder: Path) -> None:
-    """Raises CheckpointError unless config, weights and tokenizer are in ``folder``."""
+    """Raise CheckpointError unless config, weights and tokenizer are in ``folder``."""
     present = {path.name for path in folder.iterdir()}
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]  # a broken link is no file
-    if not missing:
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]  # a broken link counts as missing
+    if not missing or (missing == [WEIGHTS] and (folder / INDEX).is_file()):
         return
     wanted = f"expected {', '.join(REQUIRED)} in {folder}"
     if not present:
         raise CheckpointError(f"{wanted}, got an empty folder")
     hint = None
-    if WEIGHTS in missing and f"{WEIGHTS}.index.json" in present:
-        hint = f"the weights are split into shards; join them, in that folder: {_FROM_SHARDS}"
-    elif WEIGHTS in missing and "pytorch_model.bin" in present:
+    if WEIGHTS in missing and "pytorch_model.bin" in present:
         hint = (
             "pytorch_model.bin is a pickle, which can run code when opened, so turborank never does; "
             f"convert it, in that folder and where you trust it: {_FROM_PICKLE}"
         )
     elif TOKENIZER in missing and present & {"vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"}:
         hint = f"only the slow tokenizer's files are there; write the fast one, in that folder: {_TO_FAST}"
+    elif WEIGHTS in missing and any(onnx_files(folder)):
+        hint = f"the weights are there as ONNX only; {origin_hint(folder / CONFIG)}"
     elif CONFIG in missing and len(missing) == len(REQUIRED):
         hint = "is that the folder of a model?"
     raise CheckpointError(f"{wanted}, got no {' and no '.join(missing)}", hint=hint)
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+def onnx_files(folder: Path) -> Iterator[Path]:
+    """The ONNX graphs in a folder and in its subfolder ``onnx``, where exporters write them."""
+    for place in (folder, folder / "onnx"):
+        yield from sorted(place.glob("*.onnx")) if place.is_dir() else ()
+
+
+def origin_hint(path: Path) -> str:
+    """A hint for loading the original of an exported model, from ``_name_or_path`` of its config.json."""
+    raw = json_object(path) if path.is_file() else {}
+    origin, kind = raw.get("_name_or_path"), raw.get("model_type")
+    whose = f"a {kind} model" if isinstance(kind, str) else "the model"
+    if isinstance(origin, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", origin):
+        return f"it is {whose} exported from {origin}: load that, which has the original weights"
+    return f"load {whose} it was exported from: its card names it"
+
+
+def json_value(path: Path) -> Any:
+    """The JSON value in a file. Raises CheckpointError for anything else."""
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
         raise CheckpointError(f"expected JSON, got something else at {path} ({error})") from error
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError for anything else."""
+    value = json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"expected a JSON object, got a {type(value).__name__} at {path}")
     return value
 
 
 def one_logit(shapes: Shapes, path: Path) -> None:
-    """Raises CheckpointError unless the tensors end in a head with one logit."""
+    """Raise CheckpointError unless the tensors include a head with one logit."""
     for name in CLASSIFIERS:
         shape = shapes.get(name, ())
         if len(shape) == 2 and shape[0] != 1:
@@ -105,20 +128,27 @@ def one_logit(shapes: Shapes, path: Path) -> None:
                 f"({name} is {list(shape)}) in {path}"
             )
     if not any(name in shapes for name in (*CLASSIFIERS, COSINE_HEAD)):
+        whose = resembles(shapes)
+        alike = f", whose tensors look like {whose}" if whose else ""
         raise CheckpointError(
-            f"expected a reranker, with a classifier.weight of one row, got a model without one in {path}: "
+            f"expected a reranker, with a classifier.weight of one row, got a model without one in {path}{alike}: "
             "an embedding model or a bare encoder; take the cross-encoder of its family"
+            " (or fetch its modules.json and the folders it names, if its classifier is there)"
         )
 
 
 def _config_faults(raw: Mapping[str, Any]) -> list[str]:
-    faults = []
+    faults, needless = [], _NEEDLESS.get(str(raw.get("model_type")), ())
     for key, least in _LEAST.items():
+        if key in needless:
+            continue
         value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else _INT32
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             faults.append(f"{key}: expected an integer, {least} to {most}, got {_shown(raw, key)}")
     eps = raw.get("layer_norm_eps")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+    if "layer_norm_eps" in needless:
+        pass  # recognise() of the family checks its epsilon
+    elif isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
     for key, known in _KNOWN.items():
         if key in raw and raw[key] not in known:
@@ -142,25 +172,25 @@ def _shown(raw: Mapping[str, Any], key: str) -> str:
 
 
 def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint; raises CheckpointError naming every value of config.json that cannot be."""
+    """The ModelConfig of a checkpoint. Raises CheckpointError naming every invalid value of config.json."""
     faults = _config_faults(raw)
     sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
     if any(isinstance(size, int) and size > _MOST for size in sizes):
-        raise CheckpointError(_listed("a usable config", faults, path))
+        raise CheckpointError(listed("a usable config", faults, path))
     try:
         known = recognise(raw, shapes)
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, CheckpointError):  # an unknown family comes before faults in keys it may not have
+        if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
             faults.insert(0, error.message)
-        raise CheckpointError(_listed("a usable config", faults or [repr(error)], path)) from error
+        raise CheckpointError(listed("a usable config", faults or [repr(error)], path)) from error
     if faults:
-        raise CheckpointError(_listed("a usable config", faults, path))
+        raise CheckpointError(listed("a usable config", faults, path))
     return known
 
 
 def tensors(weights: TensorFile, model: ModelConfig) -> None:
-    """Raises CheckpointError naming every tensor that is missing, unknown, misshapen, of a type turborank does not
-    read, quantised without its scale, or not finite."""
+    """Raise CheckpointError naming every tensor that is missing, unknown, of a wrong shape or an unsupported type,
+    int8 without scales, or not finite."""
     expected = ARCHITECTURES[model.architecture].parameters(model)
     table = weights.table
     faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in table]
@@ -183,14 +213,18 @@ def tensors(weights: TensorFile, model: ModelConfig) -> None:
     faults += [f"{name}: contains NaN or infinity" for name in usable if not weights.finite(name)]
     if faults:
         wanted = f"the {len(expected)} tensors of a {model.architecture} model"
-        raise CheckpointError(_listed(wanted, faults, weights.path))
+        raise CheckpointError(listed(wanted, faults, weights.path))
 
 
 def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
-    """A checkpoint's tokenizer, set to cut and pad nothing; raises CheckpointError if it does not fit the model."""
+    """A checkpoint's tokenizer, with truncation and padding off.
+
+    Raises CheckpointError if the file is not a tokenizer, its ids exceed the word embeddings, or it has no pair
+    template.
+    """
     try:
         loaded = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"expected a tokenizer, got something else at {path} ({error})") from error
     loaded.no_truncation()
     loaded.no_padding()
@@ -219,11 +253,12 @@ def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
 
 def _last_id(loaded: Tokenizer) -> int:
     size: int = loaded.get_vocab_size()
-    if None not in map(loaded.id_to_token, range(size)):  # no gaps, so the last is known without the whole table
+    if None not in map(loaded.id_to_token, range(size)):  # ids without gaps: no need to build the whole vocabulary
         return size - 1
     return max(loaded.get_vocab().values())
 
 
-def _listed(expected: str, faults: list[str], path: Path) -> str:
+def listed(expected: str, faults: list[str], path: Path) -> str:
+    """An error message that lists all faults of a file."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return "\n  ".join([f"expected {expected}, got {count} in {path}:", *faults])

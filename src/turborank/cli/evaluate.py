@@ -19,6 +19,7 @@ EXAMPLES = (
     ("on your own data: a folder in BEIR layout, or a LlamaIndex JSON", "turborank evaluate my-data/ --out results/"),
     ("two models side by side", "turborank evaluate nfcorpus --models jina-reranker-v1-tiny-en,path/to/mine"),
     ("another first stage", "turborank evaluate trec-covid --run dense.trec --depth 50"),
+    ("two first stages, fused", "turborank evaluate trec-covid --run dense.trec --run bm25.trec"),
     ("a third of the work on each of three machines", "turborank evaluate hotpotqa --shard 1/3"),
 )
 
@@ -33,8 +34,13 @@ Models = Annotated[
         "--models", "-m", help="Models, separated by commas; bm25 for none.", show_default="the one that ships"
     ),
 ]
-Depth = Annotated[int, typer.Option(help="Candidates of each query that are reranked.")]
-Run = Annotated[Path | None, typer.Option(help="A TREC run to rerank.", show_default="BM25")]
+Depth = Annotated[
+    str, typer.Option(help="Candidates of each query that are reranked; auto: of 100, as many as are needed.")
+]
+Run = Annotated[
+    list[Path] | None,
+    typer.Option(help="A TREC run to rerank; several are fused by reciprocal ranks.", show_default="BM25"),
+]
 Out = Annotated[Path, typer.Option(help="Folder of the results; what is there is continued.")]
 Shard = Annotated[str | None, typer.Option(help="k/n: the k-th of n parts of the queries.", show_default=False)]
 Measures = Annotated[
@@ -59,7 +65,7 @@ Listed = Annotated[bool, typer.Option("--list", help="List the datasets known by
 def evaluate(
     datasets: Datasets = None,
     models: Models = None,
-    depth: Depth = 100,
+    depth: Depth = "100",
     run: Run = None,
     out: Out = Path("evaluation"),
     shard: Shard = None,
@@ -100,11 +106,15 @@ def evaluate(
     wanted: list[str | Reranker] = [load(name) for name in (names or [None]) if name != FIRST_STAGE]
     with options.progress() as progress:
         evaluation = evaluate(
-            datasets, wanted or [FIRST_STAGE], out=out, depth=depth, run=run, shard=_shard(shard), split=split,
+            datasets, wanted or [FIRST_STAGE], out=out, depth=_depth(depth), run=run, shard=_shard(shard), split=split,
             data_dir=data_dir, measures=[name.strip() for name in (measures or "").split(",") if name.strip()],
             offline=offline, sample=sample, skip_constant=skip_constant, keep_unknown=keep_unknown, progress=progress,
         )  # fmt: skip
     _print(evaluation, out, partial=shard is not None)
+
+
+def _depth(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

@@ -17,13 +17,15 @@ import typer
 
 from turborank.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from turborank.cli.bench import bench
+from turborank.cli.calibrate import EXAMPLES as CALIBRATE_EXAMPLES
+from turborank.cli.calibrate import calibrate
 from turborank.cli.distill import LISTS_EXAMPLES, SCORE_EXAMPLES, SUSPECTS_EXAMPLES, lists, score, suspects
 from turborank.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
 from turborank.cli.doctor import doctor
 from turborank.cli.evaluate import EXAMPLES as EVALUATE_EXAMPLES
 from turborank.cli.evaluate import evaluate
 from turborank.cli.export import EXAMPLES as EXPORT_EXAMPLES
-from turborank.cli.export import export
+from turborank.cli.export import IMPORT_EXAMPLES, export, import_model
 from turborank.cli.models import EXAMPLES as MODELS_EXAMPLES
 from turborank.cli.models import models
 from turborank.cli.rank import EXAMPLES as RANK_EXAMPLES
@@ -60,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(serve, SERVE_EXAMPLES),
     "keys": Command(keys, KEYS_EXAMPLES),
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
+    "calibrate": Command(calibrate, CALIBRATE_EXAMPLES),
     "distill lists": Command(lists, LISTS_EXAMPLES),
     "distill score": Command(score, SCORE_EXAMPLES),
     "distill suspects": Command(suspects, SUSPECTS_EXAMPLES),
@@ -69,6 +72,7 @@ COMMANDS: dict[str, Command] = {
     "distill report": Command(report, REPORT_EXAMPLES),
     "distill ship": Command(ship, SHIP_EXAMPLES),
     "export": Command(export, EXPORT_EXAMPLES),
+    "import": Command(import_model, IMPORT_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from turborank.cli import options
+
+SHORT = {"English": "en", "English, Chinese": "en zh", "multilingual": "many"}  # for a narrow table
 
 EXAMPLES = (
     ("which models are there, and which need no download?", "turborank models"),
@@ -11,19 +15,28 @@ EXAMPLES = (
 
 
 def models(as_json: options.AsJson = False) -> None:
-    """List the models known by name: size, length limit, licence, and where they are.
+    """List the models known by name: size, speed, length, languages, licence, published quality, and where they are.
 
-    Any folder in the published layout, and any Hugging Face id, can be given in place of a name.
+    Any folder in the published layout, and any Hugging Face id, can be given in place of a name. docs/models.md says
+    where the quality figures come from.
     """
     from turborank import catalog
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": row.name,
             "architecture": row.architecture,
             "parameters": row.parameters,
+            "work": round(row.work, 2),
+            "speed": row.speed,
             "max_length": row.max_length,
+            "languages": row.languages,
             "licence": row.licence,
+            "noncommercial": row.noncommercial,
+            "mteb": row.mteb,
+            "nanobeir": row.nanobeir,
+            "beir": row.beir,
+            "mkqa": row.mkqa,
             "where": where(row),
             "default": row.name == catalog.DEFAULT,
             "note": row.note,
@@ -35,23 +48,44 @@ def models(as_json: options.AsJson = False) -> None:
 
         print(json.dumps(rows, ensure_ascii=False))
         return
+    _print(rows)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column, justify in (
-        ("name", "left"),
-        ("parameters", "right"),
-        ("tokens", "right"),
-        ("licence", "left"),
-        ("where", "left"),
-    ):
-        table.add_column(column, justify="right" if justify == "right" else "left", overflow="fold")
+    from turborank import catalog
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("name", no_wrap=True)
+    for column in ("size", "speed", "tokens", "texts", "MTEB", "licence", "where"):
+        justify: Literal["left", "right"] = "right" if column in ("size", "tokens", "MTEB") else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
-        name = f"{row['name']} *" if row["default"] else str(row["name"])
-        table.add_row(name, f"{row['parameters']:,}", f"{row['max_length']:,}", str(row["licence"]), str(row["where"]))
+        cells = [
+            f"{row['name']} *" if row["default"] else row["name"],
+            size(row["parameters"]),
+            row["speed"],
+            f"{row['max_length']:,}",
+            SHORT.get(row["languages"], row["languages"]),
+            "" if row["mteb"] is None else f"{row['mteb']:.1f}",
+            f"{row['licence']} †" if row["noncommercial"] else row["licence"],
+            row["where"],
+        ]
+        table.add_row(*cells)
     Console(width=options.width(), highlight=False, markup=False).print(table)
     print("\n* the default. A folder or a Hugging Face id can be given in place of a name.")
+    print("† no commercial use.")
+    print("speed: by the work that the shape makes; fast is MiniLM-L6's class. MTEB: nDCG@10, English, as published.\n")
+    print("Where to begin:")
+    for need, name in catalog.PICKS:
+        print(f"  {need}: {name}")
+
+
+def size(parameters: int) -> str:
+    """A number of parameters in millions, as model names have it."""
+    return f"{parameters / 1e6:,.1f} M" if parameters < 1e8 else f"{parameters / 1e6:,.0f} M"
 
 
 def where(row: object) -> str:
@@ -67,5 +101,5 @@ def where(row: object) -> str:
         return "embedded" if (row.folder / "model.safetensors").is_file() else "embedded, but its files are missing"
     if row.repo is None:
         return "not public"
-    folder, missing = hub.cached(row.repo, row.revision)
+    folder, missing = hub.cached(row.repo, row.revision, [alias for alias in row.aliases if "/" in alias])
     return "cache" if folder is not None and not missing else "hub"

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,10 @@ Precision = Annotated[str, typer.Option(help="auto, or one that the engine has: 
 Length = Annotated[str, typer.Option(help="What to do with long documents: truncate, windows (read it all) or error.")]
 MaxLength = Annotated[
     int | None, typer.Option(help="Tokens read of a question with a document.", show_default="the model's")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="File that `turborank calibrate` made.", show_default="calibration.json of the model"),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="all cores")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]

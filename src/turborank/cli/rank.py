@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,7 +44,15 @@ def rank(
     ] = None,
     model: options.Model = None,
     top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Show the best.", show_default="all")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Least score to show, 0 to 1.", show_default="none")] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            help="Least score to show, 0 to 1; of a calibrated model also precision=0.9, recall=0.9 or "
+            "probability=0.5.",
+            show_default="none",
+        ),
+    ] = None,
+    calibration: options.Calibration = None,
     field: Annotated[
         list[str] | None, typer.Option(help="Field of a row to read; repeatable.", show_default="title, text")
     ] = None,
@@ -64,21 +73,17 @@ def rank(
     """
     from turborank.reranker import Reranker
 
-    documents = _documents(query, files or [], field, threshold, top_n)
+    documents = _documents(query, files or [], field, _checked(threshold), top_n)
     reranker = Reranker(
-        model,
-        engine=engine,
-        precision=precision,
-        max_length=max_length,
-        length=length,
-        threads=threads,
+        model, engine=engine, precision=precision, max_length=max_length, length=length, threads=threads,
         offline=offline or None,
-    )
+    )  # fmt: skip
+    least = _least(reranker, calibration, threshold)
     started = time.perf_counter()
     ranking = _ranking(reranker, query, documents)
     seconds = time.perf_counter() - started
     _warn_of_blanks(documents)
-    kept = [ranked for ranked in ranking if threshold is None or ranked.score >= threshold][:top_n]
+    kept = [ranked for ranked in ranking if least is None or ranked.score >= least][:top_n]
     if as_json:
         print(_json(query, documents, kept, reranker, seconds))
         return
@@ -89,6 +94,23 @@ def rank(
         print("--length windows reads long documents to their end")
 
 
+def _least(reranker: Reranker, calibration: Path | None, threshold: str | None) -> float | None:
+    if calibration is not None:
+        reranker.calibrate(calibration)
+    return reranker.least_score(_checked(threshold))
+
+
+def _checked(threshold: str | None) -> float | str | None:
+    """A number as such, or a target as it is."""
+    try:
+        return None if threshold is None else float(threshold)
+    except ValueError:
+        from turborank.calibration import parse_target
+
+        parse_target(threshold or "")
+        return threshold
+
+
 def described(reranker: Reranker) -> str:
     """Engine, precision and instruction set in a few words."""
     engine = reranker.engine
@@ -96,7 +118,7 @@ def described(reranker: Reranker) -> str:
 
 
 def _documents(
-    query: str, files: Sequence[str], fields: Sequence[str] | None, threshold: float | None, top_n: int | None
+    query: str, files: Sequence[str], fields: Sequence[str] | None, threshold: float | str | None, top_n: int | None
 ) -> list[Named]:
     """All that can be wrong with the request is found before the model is loaded."""
     from turborank.cli import documents
@@ -107,7 +129,7 @@ def _documents(
         raise InputError("expected the question in UTF-8, got bytes that are not")
     if top_n is not None and top_n < 1:
         raise InputError(f"expected --top-n to be a positive integer, got {top_n}")
-    if threshold is not None and not 0 <= threshold <= 1:
+    if isinstance(threshold, float) and not 0 <= threshold <= 1:
         raise InputError(f"expected --threshold between 0 and 1, got {threshold}")
     if not files and sys.stdin.isatty():
         raise InputError(
@@ -156,6 +178,7 @@ class _Progress:
 def _json(query: str, documents: Sequence[Named], ranking: Sequence[Ranked], reranker: Reranker, seconds: float) -> str:
     import json
 
+    calibration = reranker.calibration
     results = [
         {
             "index": ranked.index,
@@ -164,6 +187,7 @@ def _json(query: str, documents: Sequence[Named], ranking: Sequence[Ranked], rer
             "logit": ranked.logit,
             "tokens": ranked.tokens,
             "truncated": ranked.truncated,
+            **({} if calibration is None else {"probability": calibration.probability(ranked.logit)}),
         }
         for ranked in ranking
     ]

@@ -1,17 +1,18 @@
 """The reference engine: the forward pass over numpy, one pair at a time.
 
-One pair at a time, because a matrix product's rounding may depend on its number of rows: this way a pair's
-logit has the same bits whatever it is batched with.
+The rounding of a BLAS matrix product may depend on its number of rows. Pairs are computed one by one so that a
+pair's logit has the same bits in every batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from turborank.architectures import ARCHITECTURES
-from turborank.checkpoint.tensors import dense
+from turborank.architectures import ARCHITECTURES, WORD_TABLES
+from turborank.checkpoint.tensors import TensorFile, dense
 from turborank.ops import Array, reference
 from turborank.types import Float32, ModelConfig, PackedBatch
 
@@ -40,10 +41,10 @@ class ReferenceEngine:
     def __init__(self, weights: Mapping[str, Float32], config: ModelConfig, threads: int) -> None:
         self.weights = weights
         self.config = config
-        self.threads = threads  # of the BLAS library behind numpy, which it sets by itself
+        self.threads = threads  # informative only: numpy's BLAS library sets its own number of threads
 
     def trace(self, batch: PackedBatch) -> tuple[Float32, list[Array]]:
-        """Logits (P,), and the hidden states of the whole batch after the embeddings and after each layer."""
+        """Logits (P,), and the hidden states of the whole batch: embeddings and each layer's output."""
         states: list[Array] = []
         logits = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, batch, reference, states)
         return logits, states
@@ -64,5 +65,10 @@ class ReferenceEngine:
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> ReferenceEngine:
-    """Weights as float32; quantised tensors are multiplied out."""
-    return ReferenceEngine(dense(weights), config, threads)
+    """Convert weights to float32, int8 ones included. Word embeddings stay in the file and are converted row by row."""
+    if not isinstance(weights, TensorFile):
+        return ReferenceEngine(dense(weights), config, threads)
+    words: dict[str, Any] = {name: weights.rows(name) for name in WORD_TABLES if name in weights}
+    wide = dense(weights, without=words)
+    weights.release()
+    return ReferenceEngine(wide | words, config, threads)

@@ -7,6 +7,7 @@ run file, per-query CSV, manifest -> comparison -> Markdown and HTML.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from turborank import depth as depths
 from turborank.data.bm25 import bm25_run, parameters
 from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
 from turborank.data.download import Told, _quiet
@@ -35,10 +37,12 @@ from turborank.evaluate.record import (
     about_system,
     score_header,
 )
+from turborank.fusion import K, reciprocal_rank_fusion
 from turborank.reranker import Reranker, order
 from turborank.types import Pair
 
 DEPTHS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
+LIST, SHOWN = 100, 10  # adaptive depth: candidates there are, and how many have to be right
 FIRST_STAGE = "bm25"  # in place of a model: evaluate the first stage only
 FIRST_FOLDER = "first-stage"  # where its results are, beside those of the models
 
@@ -48,7 +52,8 @@ class Plan:
     """What is asked, checked before anything is read."""
 
     depth: int = 100
-    run: Path | None = None
+    adaptive: bool = False  # stop where turborank.depth says so
+    runs: tuple[Path, ...] = ()  # none: BM25; several: fused by their ranks
     out: Path = field(default_factory=lambda: Path("evaluation"))
     shard: tuple[int, int] | None = None
     measures: tuple[str, ...] = ()  # none: MEASURES, comparing the one that the dataset's row names
@@ -69,8 +74,8 @@ def evaluate(
     models: Sequence[str | Reranker] = (),
     *,
     out: str | Path,
-    depth: int = 100,
-    run: str | Path | None = None,
+    depth: int | str = 100,
+    run: str | Path | Sequence[str | Path] | None = None,
     shard: tuple[int, int] | None = None,
     measures: Sequence[str] = (),
     split: str | None = None,
@@ -88,8 +93,8 @@ def evaluate(
         datasets: names of DATASETS or GROUPS, folders in BEIR layout, LlamaIndex JSON files.
         models: names or rerankers; none means the model that ships with turborank, ``"bm25"`` the first stage alone.
         out: folder of all results; what is there already is continued, not repeated.
-        depth: candidates of each query that are reranked.
-        run: a TREC run to rerank in place of BM25; with one dataset only.
+        depth: candidates of each query that are reranked; "auto": of 100, as many as turborank.depth says.
+        run: a TREC run to rerank in place of BM25, or several, which are fused; with one dataset only.
         shard: (k, n), the k-th of n parts of the queries, k from 1. Run files of the parts concatenate to the run;
             evaluating once more without ``shard`` joins them and reports.
         measures: names as ir-measures has them; the first is the one compared.
@@ -106,9 +111,9 @@ def evaluate(
     Raises:
         InputError: anything malformed, with file and line; UnknownKeyError: a name in none of our tables.
     """
-    plan = Plan(
-        depth, Path(run) if run else None, Path(out), shard, tuple(dict.fromkeys(measures)), sample, seed, skip_constant
-    )  # fmt: skip
+    runs = tuple(map(Path, (run,) if isinstance(run, str | Path) else run or ()))
+    measured = tuple(dict.fromkeys(measures))
+    plan = Plan(*_depth(depth), runs, Path(out), shard, measured, sample, seed, skip_constant)
     names = expand(datasets)
     _check(plan, names, models)
     rerankers = _load_models(models, offline)
@@ -125,6 +130,15 @@ def evaluate(
     return evaluation
 
 
+def _depth(depth: int | str) -> tuple[int, bool]:
+    """(candidates, whether adaptively)."""
+    if isinstance(depth, str):
+        if depth != depths.AUTO:
+            raise InputError(f"expected depth to be a positive integer or 'auto', got {depth!r}")
+        return LIST, True
+    return depth, False
+
+
 def _check(plan: Plan, names: Sequence[str], models: Sequence[str | Reranker]) -> None:
     if not names:
         raise InputError("expected at least one dataset, got none")
@@ -132,7 +146,7 @@ def _check(plan: Plan, names: Sequence[str], models: Sequence[str | Reranker]) -
         raise InputError(f"expected depth to be a positive integer, got {plan.depth}")
     if plan.sample is not None and plan.sample < 1:
         raise InputError(f"expected sample to be a positive number of queries, got {plan.sample}")
-    if plan.run is not None and len(names) != 1:
+    if plan.runs and len(names) != 1:
         raise InputError(f"expected one dataset with a run file, got {len(names)}")
     if plan.shard is not None and not 1 <= plan.shard[0] <= plan.shard[1]:
         raise InputError(f"expected shard k/n with 1 ≤ k ≤ n, got {plan.shard[0]}/{plan.shard[1]}")
@@ -183,8 +197,13 @@ def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Pla
     first_run, digest, described, notes = _first_stage(dataset, plan, folder, progress)
     candidates = {query_id: first_run.get(query_id, [])[: plan.depth] for query_id in chosen}
     facts = {**about_system(), "dataset": about_dataset(dataset), "first_stage": {**described, "sha256": digest}}
-    facts |= {"depth": plan.depth, "queries_evaluated": len(chosen), "sample_seed": plan.seed if plan.sample else None}
-    name = "BM25" if plan.run is None else plan.run.name
+    facts |= {
+        "depth": plan.depth,
+        "adaptive_depth": plan.adaptive,
+        "queries_evaluated": len(chosen),
+        "sample_seed": plan.seed if plan.sample else None,
+    }
+    name = " + ".join(path.name for path in plan.runs) or "BM25"
     values = per_query(candidates, qrels, plan.measured(dataset), dataset.relevant_from)
     first = System(name, None, candidates, values, means(values), {**facts, "measures": means(values)}, {}, {}, {})
     if plan.shard is None:
@@ -225,25 +244,60 @@ def _first_stage(
     dataset: Dataset, plan: Plan, folder: Path, progress: Told
 ) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
     """(run, hash of its file, what it is, what was noticed)."""
-    if plan.run is None:
+    if not plan.runs:
         cache = folder / f"bm25-{plan.depth}"
         run, digest = bm25_run(dataset, plan.depth, cache, progress=progress(f"{dataset.name}: BM25 index"))
         return run, digest, parameters(), ()
-    run = read_run(plan.run)
+    return _given_run(plan.runs, dataset, plan.depth)
+
+
+def _given_run(paths: Sequence[Path], dataset: Dataset, depth: int) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
+    """(run, hash of its file, what it is, what was noticed) of a run file, or of several, fused by their ranks.
+
+    Raises InputError for a run of another collection.
+    """
+    runs = [_read_run(path, dataset) for path in paths]
+    cuts = [_cut(run, dataset, depth) for run in runs]
+    for path, cut in zip(paths, cuts, strict=True):
+        _refuse_unknown(cut, dataset, path)
+    if len(runs) == 1:
+        path = paths[0]
+        return cuts[0], file_hash(path), {"method": "run file", "file": path.name}, _differences(runs[0], dataset)
+    fused = {
+        query_id: [
+            Scored(*one) for one in reciprocal_rank_fusion([[one.doc_id for one in cut[query_id]] for cut in cuts])
+        ]
+        for query_id in dataset.queries
+    }
+    digest = hashlib.sha256(" ".join(map(file_hash, paths)).encode()).hexdigest()
+    names = " + ".join(path.name for path in paths)
+    described = {"method": "reciprocal rank fusion", "k": K, "file": f"{names} (reciprocal rank fusion, k {K})"}
+    notes = (
+        f"{path.name}: {note}" for path, run in zip(paths, runs, strict=True) for note in _differences(run, dataset)
+    )
+    return _cut(fused, dataset, depth), digest, described, tuple(notes)
+
+
+def _read_run(path: Path, dataset: Dataset) -> Run:
+    run = read_run(path)
     if not any(query_id in dataset.queries for query_id in run):
         example = next(iter(run), None)
         raise InputError(
             f"expected a run for the queries of {dataset.name}, got none of them"
-            f"{f' (the first is {example!r})' if example else ''} in {plan.run}",
+            f"{f' (the first is {example!r})' if example else ''} in {path}",
             hint="it may be a run of another collection or split",
         )
+    return run
+
+
+def _cut(run: Run, dataset: Dataset, depth: int) -> Run:
+    """The first ``depth`` documents of each query of the dataset, without the query itself where it is one."""
     cut: Run = {}
     for query_id, query in dataset.queries.items():
         without = query_id if dataset.queries_are_documents else None
         listed = [scored for scored in run.get(query_id, []) if scored.doc_id != without] if query.strip() else []
-        cut[query_id] = listed[: plan.depth]
-    _refuse_unknown(cut, dataset, plan.run)
-    return cut, file_hash(plan.run), {"method": "run file", "file": plan.run.name}, _differences(run, dataset)
+        cut[query_id] = listed[:depth]
+    return cut
 
 
 def _differences(run: Run, dataset: Dataset) -> tuple[str, ...]:
@@ -281,6 +335,7 @@ def _rerank(
 ) -> System:
     """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)
+    header |= {"adaptive_depth": depths.STOP if plan.adaptive else None}
     known = record.read_all(folder, header)
     part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
     qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}
@@ -288,7 +343,7 @@ def _rerank(
     todo = [query_id for query_id in wanted if query_id not in known]
     step = progress(f"{dataset.name}: {model.name}")
     with record.appending(folder / f"scores{part}.jsonl", header) as add:
-        for done, scored in enumerate(_score(model, dataset, candidates, todo), 1):
+        for done, scored in enumerate(_score(model, dataset, candidates, todo, plan.adaptive), 1):
             add(scored)
             known[scored.query_id] = scored
             step(len(wanted) - len(todo) + done, len(wanted))
@@ -318,13 +373,15 @@ def _to_score(candidates: Run, qrels: Qrels, plan: Plan) -> list[str]:
     return [query_id for query_id, found in grades.items() if len(found) >= enough]
 
 
-def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str]) -> Iterator[record.QueryScores]:
-    """Scores of each query's candidates; only one query's texts are in memory at a time."""
+def _score(
+    model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str], adaptive: bool
+) -> Iterator[record.QueryScores]:
+    """Scores of each query's candidates, or of as many as are enough; one query's texts are in memory at a time."""
     for query_id in todo:
         query = dataset.queries[query_id]
         pairs = [Pair(query, dataset.corpus.text(scored.doc_id)) for scored in candidates[query_id]]
         start = time.perf_counter()
-        result = model.score_detailed(pairs)
+        result = model.score_adaptively(pairs, SHOWN) if adaptive else model.score_detailed(pairs)
         seconds = time.perf_counter() - start
         yield record.QueryScores(
             query_id, result.logits.tolist(), result.tokens.tolist(), result.truncated.tolist(), round(seconds, 6)
@@ -332,11 +389,16 @@ def _score(model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[st
 
 
 def _reordered(candidates: Run, known: Mapping[str, record.QueryScores]) -> Run:
-    """Candidates by falling logit; equal logits, and queries not scored, keep the order of the first stage."""
+    """Candidates by falling logit; equal logits, and queries not scored, keep the order of the first stage.
+
+    Documents that adaptive depth did not read stand below the others, in the order of the first stage.
+    """
     run: Run = {query_id: list(documents) for query_id, documents in candidates.items()}
     for query_id, scored in known.items():
         documents, logits = candidates[query_id], np.asarray(scored.logits, dtype=np.float32)
         run[query_id] = [Scored(documents[place].doc_id, float(logits[place])) for place in order(logits)]
+        bottom = float(np.floor(logits.min(initial=0.0)))
+        run[query_id] += [Scored(one.doc_id, bottom - n) for n, one in enumerate(documents[len(logits) :], 1)]
     return run
 
 

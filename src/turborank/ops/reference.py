@@ -1,7 +1,7 @@
-"""The law: every op in plain numpy, float32, one pair at a time, nothing clever.
+"""The reference implementation of the ops: plain numpy, float32, attention one pair and head at a time.
 
-All other engines are tested against these functions. They are also a complete, dependency-free way
-to run the models, used where no faster engine exists.
+All engines are tested against these functions (:class:`turborank.ops.Ops` documents them). They also run models on
+machines where no faster engine is available.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from turborank.types import Float32, Int32
 
-# Attention visits this many queries at a time, which bounds its memory: 8,192 keys need 12 MB a head.
+# Queries of attention computed at a time. Bounds memory: with 8,192 keys the scores of one head take 12 MB.
 QUERY_BLOCK = 384
 
-# erf by rational Chebyshev approximation: W. J. Cody, Math. Comp. 23 (1969) 631-637; error below 1e-15 on
-# the two intervals kept here. numpy has no erf, and scipy would double the size of the installation.
+# erf by rational Chebyshev approximation: W. J. Cody, Math. Comp. 23 (1969) 631-637, two of its three intervals, error
+# below 1e-15 there. numpy has no erf, and scipy would double the size of the installation.
 _ERF_NUM = (
     1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2,
     3.20937758913846947e3,
@@ -56,10 +56,11 @@ def linear(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float32:
     return y if bias is None else y + bias
 
 
-def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
+def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, eps: float) -> Float32:
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = np.square(centred).mean(axis=-1, keepdims=True)
-    return np.asarray(centred / np.sqrt(variance + np.float32(eps)) * weight + bias)
+    scaled = np.asarray(centred / np.sqrt(variance + np.float32(eps)) * weight)
+    return scaled if bias is None else scaled + bias
 
 
 def add_norm(x: Float32, residual: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
@@ -84,23 +85,48 @@ def softmax(scores: Float32) -> Float32:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
+def angles(positions: Int32, size: int, theta: float) -> Float32:
+    """RoPE's angles (T, D/2) for positions (T,) and head size D = ``size``, in float32 as in the published code."""
+    frequencies = 1 / np.power(theta, np.arange(0, size, 2) / size).astype(np.float32)  # (D/2,)
+    return np.asarray(positions.astype(np.float32)[:, None] * frequencies)
+
+
+def rotate(x: Float32, cu_seqlens: Int32, heads: int, theta: float) -> Float32:
+    size = x.shape[1] // heads
+    turned = angles(positions(cu_seqlens), size, theta)
+    cos, sin = np.cos(turned)[:, None], np.sin(turned)[:, None]
+    low, high = np.split(x.reshape(len(x), heads, size), 2, axis=-1)  # 2 × (T, H, D/2)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).reshape(x.shape)
+
+
 def attention(
-    q: Float32, k: Float32, v: Float32, cu_seqlens: Int32, heads: int, slopes: Sequence[float], first_only: bool
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    cu_seqlens: Int32,
+    heads: int,
+    slopes: Sequence[float],
+    first_only: bool,
+    window: int = 0,
 ) -> Float32:
     out = np.empty_like(q)
     size = q.shape[1] // heads
     bias = np.asarray(slopes if len(slopes) else [0.0] * heads, dtype=np.float32)
     for pair, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
-        keys = np.arange(end - start, dtype=np.float32)
         rows = slice(pair, pair + 1) if first_only else slice(start, end)
         for head in range(heads):
             columns = slice(head * size, (head + 1) * size)
             queries, out_head = q[rows, columns], out[rows, columns]
             for first in range(0, queries.shape[0], QUERY_BLOCK):
                 block = queries[first : first + QUERY_BLOCK]  # (b, D)
-                distance = np.abs(np.arange(first, first + block.shape[0], dtype=np.float32)[:, None] - keys)
-                scores = block @ k[start:end, columns].T / np.float32(math.sqrt(size)) - bias[head] * distance
-                out_head[first : first + QUERY_BLOCK] = softmax(scores) @ v[start:end, columns]
+                last, reach = first + block.shape[0], window or end - start
+                near = slice(max(start, start + first - reach), min(end, start + last + reach))
+                keys = np.arange(near.start - start, near.stop - start, dtype=np.float32)
+                distance = np.abs(np.arange(first, last, dtype=np.float32)[:, None] - keys)
+                scores = block @ k[near, columns].T / np.float32(math.sqrt(size)) - bias[head] * distance
+                if window:
+                    scores[distance > window] = -np.inf
+                out_head[first:last] = softmax(scores) @ v[near, columns]
     return out
 
 
@@ -146,6 +172,11 @@ def positions(cu_seqlens: Int32) -> Int32:
 
 def first_tokens(x: Float32, cu_seqlens: Int32) -> Float32:
     return np.asarray(x[cu_seqlens[:-1]])
+
+
+def means(x: Float32, cu_seqlens: Int32) -> Float32:
+    pairs = itertools.pairwise(cu_seqlens)  # float64 below: along axis 0 numpy sums sequentially, not pairwise
+    return np.stack([x[start:end].mean(axis=0, dtype=np.float64) for start, end in pairs]).astype(np.float32)
 
 
 def segment_means(x: Float32, type_ids: Int32, cu_seqlens: Int32) -> tuple[Float32, Float32]:

@@ -1,21 +1,25 @@
-"""An Ask to an Answer: sizes, tokens, the queue, the ranking. Knows nothing of HTTP but its Problems."""
+"""From an Ask to an Answer: size checks, tokenisation, queue, ranking. Independent of HTTP except for Problem."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from turborank.calibration import sigmoid
 from turborank.errors import InputError, TooLongError, TurborankError
-from turborank.reranker import Reranker, ranking, sigmoid
+from turborank.reranker import Reranker, ranking
 from turborank.scheduler import Scores, chunks, gather
+from turborank.score_cache import Found, ScoreCache
 from turborank.serve import auth, telemetry
 from turborank.serve.auth import Key, KeyRing
 from turborank.serve.config import PREFIX, Settings
@@ -27,18 +31,22 @@ from turborank.text import passages
 from turborank.tokens import NO_LIMITS, WINDOW_OVERLAP, Limits, PairEncoder
 from turborank.types import Encoding, Pair
 
-API_KEY = PREFIX + "API_KEY"  # a single key, for containers; more of them live in a file
-CHARACTERS_PER_TOKEN = 4.0  # of English; corrected by what is seen
-LEAST_CHARACTERS, MOST_CHARACTERS = 0.5, 8.0  # per token, whatever is seen
-ENOUGH_CHARACTERS = 200  # in a request that tells how many a token has
-OVERHEAD = 8  # tokens of a pair's template, about
+API_KEY = PREFIX + "API_KEY"  # environment variable with a single key, for containers
+CHARACTERS_PER_TOKEN = 4.0  # initial estimate (English), updated from requests
+LEAST_CHARACTERS, MOST_CHARACTERS = 0.5, 8.0  # bounds of the estimate
+ENOUGH_CHARACTERS = 200  # minimum characters of a request that updates the estimate
+OVERHEAD = 8  # about the special tokens of a pair
 MAX_SPAN_DOCUMENTS = 100  # documents whose passages are scored
-DEFAULT_SPANS = 3  # passages given for a document unless max_spans says otherwise
-LOADING_RETRY = 2.0
+DEFAULT_SPANS = 3  # passages of each document, unless the request has max_spans
+LOADING_RETRY = 2.0  # seconds in Retry-After while the model loads or the server shuts down
+STAGES = ("tokenise", "queue", "compute")
+NO_SCORES = gather([], np.empty(0, dtype=np.float32))
+
+Named = tuple[str, Sequence[int] | None]  # field of the documents in the request, indices of these pairs (None: all)
 
 
 class Service:
-    """Everything one process shares: models, queue, keys, rates, metrics."""
+    """The state of one server process: models, queue, keys, rate limits, score cache, metrics."""
 
     def __init__(self, settings: Settings, *, api_key: str | None = None) -> None:
         self.settings = settings
@@ -52,7 +60,9 @@ class Service:
         )
         self.rates = auth.Rates(settings)
         self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="turborank-tokens")
-        self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-load")  # never in a request's way
+        self.loader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="turborank-load"
+        )  # separate, so that loading does not delay requests
         self.models = Models(settings, self.loader, lambda name, fields: telemetry.event(name, fields))
         self.batcher = Batcher(
             batch_tokens=settings.batch_tokens,
@@ -62,28 +72,31 @@ class Service:
         )
         self.metrics = Metrics(self.batcher, self.models)
         self.tracer = Tracer(settings.otlp_endpoint)
-        self.draining = False  # SIGTERM came: /ready says no
-        self.closing = False  # and the time to look away is over
+        self.cache = _open_cache(settings)
+        self.draining = False  # SIGTERM received: /ready answers 503
+        self.closing = False  # the drain time is over: requests are refused
         self._characters_per_token = CHARACTERS_PER_TOKEN
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered: the default model is loaded and the server is not going down."""
+        """Whether the default model is loaded and the server is not shutting down."""
         return self.models.ready and not self.draining
 
     async def start(self) -> None:
-        """Load the default model. A model that cannot be loaded ends the server, with its reason."""
+        """Load the default model. Raises Problem when it cannot be loaded."""
         await self.models.load(self.models.default)
 
     def close(self) -> None:
-        """Let everything go."""
+        """Stop the compute thread and the thread pools; close tracer and cache."""
         self.batcher.close()
         for pool in (self.pool, self.loader):
             pool.shutdown(wait=False, cancel_futures=True)
         self.tracer.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def admit_request(self, key: Key) -> None:
-        """What can be refused before the body is read."""
+        """The checks before the body is read. Raises Problem 503 (loading, shutting down) or 429 (rate limit)."""
         if self.closing:
             raise Problem(503, "draining", "the server is shutting down; try another", retry_after=LOADING_RETRY)
         if not self.models.ready:
@@ -91,7 +104,7 @@ class Service:
         self.rates.enter(key)
 
     async def answer(self, ask: Ask, key: Key, request_id: str) -> Answer:
-        """Rank. Raises Problem; when cancelled, what has not been computed never is."""
+        """Rank the documents of a request. Raises Problem. Cancellation removes the request from the queue."""
         model = self.models.find(ask.model)
         if not key.allows(model.name):
             message = (
@@ -111,10 +124,11 @@ class Service:
     async def _answer(self, ask: Ask, key: Key, request_id: str, model: Model) -> Answer:
         timings: dict[str, float] = {}
         reranker = await self.models.load(model)
+        least = _least_score(reranker, ask.threshold)
         scores = await self._scores(reranker, ask.pairs, ask.limits, timings, field=ask.field)
         spent = int(scores.tokens.sum())
         self.rates.spend(key, spent)
-        ranked = ranking(ask.documents, scores, top_n=ask.top_n, threshold=ask.threshold)
+        ranked = ranking(ask.documents, scores, top_n=ask.top_n, threshold=least)
         warnings = [*ask.warnings, *_cut(scores, ask.field)]
         spans: dict[int, list[Span]] = {}
         if ask.spans is not None:
@@ -133,6 +147,7 @@ class Service:
             timings=timings,
             created=int(time.time()),
             warnings=warnings,
+            calibration=reranker.calibration,
         )
 
     async def _scores(
@@ -145,12 +160,42 @@ class Service:
         field: str,
         held: bool = False,
     ) -> Scores:
-        """The library's scores by way of the queue. ``held``: the request is in already, so it is not refused."""
+        """Scores of pairs, from the cache if there is one, else by the queue.
+
+        ``held``: the request has been admitted before and is not refused.
+        """
+        if self.cache is None:
+            return await self._computed(reranker, pairs, length, timings, named=(field, None), held=held)
+        found: Found = await self._off_loop(self.cache.find, reranker.fingerprint(length), pairs)
+        missing = found.missing
+        if missing:
+            asked = [pairs[place] for place in missing]
+            computed = await self._computed(reranker, asked, length, timings, named=(field, missing), held=held)
+        else:
+            timings.update(dict.fromkeys(STAGES, 0.0) | timings)
+            computed = NO_SCORES
+        complete: Scores = await self._off_loop(self.cache.complete, found, computed)
+        return complete
+
+    async def _off_loop(self, run: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, run, *given)
+
+    async def _computed(
+        self,
+        reranker: Reranker,
+        pairs: Sequence[Pair],
+        length: Limits,
+        timings: dict[str, float],
+        *,
+        named: Named,
+        held: bool,
+    ) -> Scores:
+        """Scores of pairs, computed by the queue."""
         expected = expected_tokens(pairs, reranker.encoder, length, self._characters_per_token)
         ticket = self.batcher.admit(reranker.engine, expected, always=held)
         began = time.monotonic()
         try:
-            encoded = await self._tokenise(reranker.encoder, pairs, length, ticket, field)
+            encoded = await self._tokenise(reranker.encoder, pairs, length, ticket, named)
             tokenised = time.monotonic()
             logits = await ticket.future
         except TurborankError as error:
@@ -175,7 +220,7 @@ class Service:
         return scores
 
     def _learn(self, pairs: Sequence[Pair], scores: Scores) -> None:
-        """How many characters a token has, from a request that was read whole."""
+        """Update the estimate of characters per token from a request without truncation."""
         characters = sum(len(query) + len(document) for query, document in pairs)
         tokens = int(scores.tokens.sum()) - OVERHEAD * len(pairs)
         if characters >= ENOUGH_CHARACTERS and tokens > 0 and not scores.truncated.any():
@@ -183,13 +228,13 @@ class Service:
             self._characters_per_token += 0.05 * (seen - self._characters_per_token)
 
     async def _tokenise(
-        self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, field: str
+        self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, named: Named
     ) -> list[list[Encoding]]:
-        """Encodings of all pairs, off the event loop; each chunk joins the queue while the next is being tokenised."""
+        """Encodings of all pairs, made in a worker thread; each chunk is queued while the next one is tokenised."""
         loop = asyncio.get_running_loop()
         encoded: list[list[Encoding]] = []
         for start, chunk in chunks(pairs):
-            part = await loop.run_in_executor(self.pool, _encode, encoder, chunk, length, start, field)
+            part = await loop.run_in_executor(self.pool, _encode, encoder, chunk, length, start, named)
             encoded += part
             windows = list(itertools.chain.from_iterable(part))
             auth.check_tokens(self.settings, ticket.known + sum(map(len, windows)))
@@ -199,7 +244,7 @@ class Service:
     async def _spans(
         self, reranker: Reranker, ask: Ask, explained: list[int], timings: dict[str, float]
     ) -> tuple[dict[int, list[Span]], int]:
-        """The best passages of each document, each scored by itself, and the tokens it took."""
+        """(best passages of each document, each scored separately; tokens of scoring them)."""
         options = ask.spans or SpanOptions()
         places = [(index, start, end) for index in explained for start, end in passages(ask.pairs[index].document)]
         pairs = [Pair(ask.pairs[index].query, ask.pairs[index].document[start:end]) for index, start, end in places]
@@ -229,8 +274,16 @@ class Service:
         self.metrics.cut.inc(int(scores.truncated.sum()))
 
 
+def _open_cache(settings: Settings) -> ScoreCache | None:
+    if settings.score_cache and not settings.score_cache_entries:
+        raise InputError("expected score_cache_entries with score_cache, got 0", hint="say how many scores to keep")
+    if not settings.score_cache_entries:
+        return None
+    return ScoreCache(settings.score_cache_entries, settings.score_cache or None)
+
+
 def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits, characters_per_token: float) -> int:
-    """About how many tokens pairs will take: no more of each than the model reads, in each of its windows."""
+    """Estimated tokens of pairs, at most the maximum length for each pair or window."""
     most = min(length.max_length or encoder.max_length, encoder.max_length)
     windows = (length.policy or encoder.policy) == "windows"
     total = 0
@@ -244,10 +297,24 @@ def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits,
     return total
 
 
+def _least_score(reranker: Reranker, threshold: float | str | None) -> float | None:
+    """Minimum relevance score for a request's threshold: a number, also as a string, or a calibration target.
+
+    Raises Problem 422 when it is invalid.
+    """
+    if isinstance(threshold, str) and "=" not in threshold:
+        with contextlib.suppress(ValueError):
+            threshold = float(threshold)
+    try:
+        return reranker.least_score(threshold)
+    except InputError as error:
+        raise Problem(422, error.code, str(error), param="threshold") from None
+
+
 def _encode(
-    encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, start: int, field: str
+    encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, start: int, named: Named
 ) -> list[list[Encoding]]:
-    """Encodings of a chunk; an error about length says which document it is about."""
+    """Encodings of a chunk. Raises Problem 400, with the document's path, for a pair that is too long."""
     try:
         return encoder.encode(pairs, length)
     except TooLongError:
@@ -255,18 +322,19 @@ def _encode(
             try:
                 encoder.encode([pair], length)
             except TooLongError as error:
-                where = f"{field}[{place}]"
+                field, places = named
+                where = f"{field}[{places[place] if places else place}]"
                 raise Problem(400, error.code, f"{error.message} at $.{where}; {error.hint}", param=where) from None
         raise
 
 
 def _cut(scores: Scores, field: str) -> list[str]:
-    """What the answer says when something was not read."""
+    """The warning of a response with truncated documents; empty if there are none."""
     cut = np.flatnonzero(scores.truncated)
     if not cut.size:
         return []
     first = int(cut[0])
     return [
-        f"{cut.size} of {len(scores.truncated)} documents were not read to their end; {field}[{first}], say: "
+        f"{cut.size} of {len(scores.truncated)} documents were not read to their end, for example {field}[{first}]: "
         f"{scores.tokens[first]} tokens read, {scores.truncated[first]} cut; length 'windows' reads everything"
     ]

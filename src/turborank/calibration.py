@@ -1,0 +1,117 @@
+"""What a model's scores mean on a user's data: a probability scale, and thresholds for a wanted precision or recall.
+
+``turborank calibrate`` makes a calibration of judged pairs (turborank.evaluate.calibrate) and keeps it as
+``calibration.json`` beside the model. A reranker finds it there; ``rank(…, threshold="precision=0.9")`` uses it.
+docs/calibration.md says how it is fitted and what the figures are worth.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from turborank.errors import CheckpointError, InputError
+
+FILE = "calibration.json"
+FORMAT = 1
+TARGETS = ("precision", "recall", "probability")
+_TARGET = re.compile(rf"({'|'.join(TARGETS)})=(.+)")
+
+
+def sigmoid(logit: float) -> float:
+    """1 / (1 + e^-logit), without overflow."""
+    return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P(relevant) = sigmoid(slope · logit + intercept), and how many judged pairs are kept at each threshold."""
+
+    slope: float  # above 0
+    intercept: float
+    weights: str  # sha256 of the model.safetensors it is for
+    pairs: int
+    relevant: int
+    curve: tuple[tuple[float, int, int], ...]  # (logit, pairs of at least it, relevant ones), by falling logit
+    about: Mapping[str, Any]  # engine, precision, length policy, file of the pairs: for people
+
+    def probability(self, logit: float) -> float:
+        """The probability that a document with this logit is relevant, on data like that judged."""
+        return sigmoid(self.slope * logit + self.intercept)
+
+    def threshold(self, target: str) -> float:
+        """The smallest logit that reaches a target: ``precision=0.9``, ``recall=0.95`` or ``probability=0.5``.
+
+        For precision the lowest such logit (most recall), for recall the highest (most precision), among the logits
+        of the judged pairs. Raises InputError for another spelling and for a precision that no logit reaches.
+        """
+        name, value = parse_target(target)
+        if name == "probability":
+            if not 0 < value < 1:
+                raise InputError(f"expected a probability between 0 and 1, both excluded, got {target!r}")
+            return (math.log(value / (1 - value)) - self.intercept) / self.slope
+        if name == "recall":
+            return next(logit for logit, _, found in self.curve if found >= value * self.relevant)
+        reached = [logit for logit, kept, found in self.curve if found >= value * kept]
+        if not reached:
+            best = max(found / kept for _, kept, found in self.curve)
+            raise InputError(
+                f"expected a precision that the judged pairs reach, got {value:g}; the highest is {best:.3f}",
+                hint="ask for less, or judge more pairs and calibrate again",
+            )
+        return reached[-1]
+
+
+def parse_target(text: str) -> tuple[str, float]:
+    """("precision", 0.9) of "precision=0.9". Raises InputError for anything else."""
+    found = _TARGET.fullmatch(text.strip())
+    try:
+        value = float(found[2]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if found is None or not 0 <= value <= 1:
+        raise InputError(
+            "expected a threshold such as 0.5, precision=0.9, recall=0.95 or probability=0.5 (each 0 to 1), "
+            f"got {text!r:.80}"
+        )
+    return found[1], value
+
+
+def write(calibration: Calibration, path: Path) -> None:
+    """The calibration as JSON at ``path``, whole or not at all."""
+    text = json.dumps({"format": FORMAT, **asdict(calibration)}, indent=1, allow_nan=False)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(re.sub(r"\[\s+([-\d.e]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def read(path: Path, weights: str) -> Calibration:
+    """The calibration at ``path``, of the model whose weights have this sha256.
+
+    Raises CheckpointError for a file that is none, and InputError for a calibration of other weights.
+    """
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if record.pop("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}")
+        made = Calibration(**{**record, "curve": tuple((float(x), int(k), int(f)) for x, k, f in record["curve"])})
+        if not (made.slope > 0 and math.isfinite(made.slope + made.intercept) and made.curve and made.relevant > 0):
+            raise ValueError("expected a slope above 0 and a curve")
+    except OSError as error:
+        raise CheckpointError(f"expected a readable calibration, got {error.strerror} at {path}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"expected a calibration, got {type(error).__name__} ({error}) at {path}",
+            hint="delete it, or run turborank calibrate again",
+        ) from None
+    if made.weights != weights:
+        raise InputError(
+            f"expected a calibration of the weights {weights[:12]}…, got one of {made.weights[:12]}… at {path}",
+            hint="run turborank calibrate with this model",
+        )
+    return made

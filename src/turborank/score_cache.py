@@ -1,0 +1,155 @@
+"""Scores kept by content, so that a pair that was read once is not read again.
+
+A key is the SHA-256-strength hash of everything a score depends on: the model's files, engine, precision, instruction
+set, length policy and limits (:attr:`turborank.Reranker.fingerprint`), the query and the document. The store is one
+SQLite table, in memory or in a file that several processes may share, bounded by entries; what was unused longest goes
+first. In the native and the reference engine a score from the cache has the bits of one computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import struct
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from turborank.errors import InputError
+from turborank.scheduler import Scores
+from turborank.types import Pair
+
+_ROW = struct.Struct("<fiiqq")  # logit, tokens, truncated, span
+_AT_ONCE = 500  # SQLite takes 999 parameters everywhere
+_WAIT = 5.0  # seconds for another process that writes
+_TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, row BLOB NOT NULL, used INTEGER NOT NULL)"
+
+
+class Found(NamedTuple):
+    """What the cache knows of some pairs."""
+
+    keys: list[bytes]
+    rows: list[bytes | None]  # None: not there
+
+    @property
+    def missing(self) -> list[int]:
+        """Places of the pairs that have to be computed."""
+        return [place for place, row in enumerate(self.rows) if row is None]
+
+
+class ScoreCache:
+    """A bounded cache of scores. Safe to share between threads and rerankers.
+
+    Args:
+        entries: how many scores are kept at most, about 150 bytes each.
+        path: an SQLite file, made if there is none; None keeps them in memory.
+
+    Raises InputError where the file cannot be opened. Later faults of the file (a full disk, a lock held too long) are
+    counted in ``faults`` and cost a computation, never an answer.
+    """
+
+    def __init__(self, entries: int = 100_000, path: str | os.PathLike[str] | None = None) -> None:
+        if isinstance(entries, bool) or not isinstance(entries, int) or entries < 1:
+            raise InputError(f"expected entries to be a positive whole number, got {entries!r:.80}")
+        self.entries = entries
+        self.path = None if path is None else os.fspath(path)
+        self.hits = self.misses = self.faults = 0
+        self._lock = threading.Lock()
+        try:
+            self._database = sqlite3.connect(self.path or ":memory:", timeout=_WAIT, check_same_thread=False)
+            if self.path:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                self._database.execute("PRAGMA synchronous = NORMAL")
+            with self._database:
+                self._database.execute(_TABLE)
+                self._database.execute("CREATE INDEX IF NOT EXISTS by_use ON scores (used)")
+            self._size, self._clock = self._database.execute(
+                "SELECT count(*), coalesce(max(used), 0) FROM scores"
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise InputError(
+                f"expected a score cache, got {error} at {self.path}", hint="choose another file, or delete this one"
+            ) from error
+
+    def __len__(self) -> int:
+        return int(self._size)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+    def find(self, fingerprint: str, pairs: Sequence[Pair]) -> Found:
+        """What is known of ``pairs`` under a fingerprint."""
+        keys = [key(fingerprint, query, document) for query, document in pairs]
+        known: dict[bytes, bytes] = {}
+        with self._lock:
+            try:
+                self._clock += 1
+                with self._database:
+                    for start in range(0, len(keys), _AT_ONCE):
+                        part = keys[start : start + _AT_ONCE]
+                        marks = ",".join("?" * len(part))  # question marks, and nothing else
+                        known.update(
+                            self._database.execute(f"SELECT key, row FROM scores WHERE key IN ({marks})", part)
+                        )
+                    self._database.executemany(
+                        "UPDATE scores SET used = ? WHERE key = ?", [(self._clock, one) for one in known]
+                    )
+            except sqlite3.Error:
+                self.faults += 1
+            rows = [row if row is not None and len(row) == _ROW.size else None for row in map(known.get, keys)]
+            self.hits += len(rows) - rows.count(None)
+            self.misses += rows.count(None)
+        return Found(keys, rows)
+
+    def complete(self, found: Found, computed: Scores) -> Scores:
+        """The scores of all pairs, from what was found and what was ``computed`` of the missing ones, which is kept."""
+        rows, missing = list(found.rows), found.missing
+        for place, *values in zip(
+            missing, computed.logits, computed.tokens, computed.truncated, computed.spans, strict=True
+        ):
+            logit, tokens, truncated, (start, end) = values
+            rows[place] = _ROW.pack(logit, tokens, truncated, start, end)
+        self._keep([(found.keys[place], rows[place]) for place in missing])
+        columns = np.array([_ROW.unpack(row) for row in rows if row is not None], dtype=_COLUMNS)
+        return Scores(
+            columns["logit"].copy(), columns["tokens"].copy(), columns["truncated"].copy(),
+            np.stack([columns["start"], columns["end"]], axis=1),
+        )  # fmt: skip
+
+    def _keep(self, rows: Sequence[tuple[bytes, bytes | None]]) -> None:
+        if not rows:
+            return
+        with self._lock:
+            try:
+                self._clock += 1
+                with self._database:
+                    self._database.executemany(
+                        "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", [(*row, self._clock) for row in rows]
+                    )
+                    self._size = self._database.execute("SELECT count(*) FROM scores").fetchone()[0]
+                    if self._size > self.entries:
+                        self._database.execute(
+                            "DELETE FROM scores WHERE key IN (SELECT key FROM scores ORDER BY used, key LIMIT ?)",
+                            (self._size - self.entries,),
+                        )
+                        self._size = self.entries
+            except sqlite3.Error:
+                self.faults += 1
+
+
+_COLUMNS = np.dtype([("logit", "f4"), ("tokens", "i4"), ("truncated", "i4"), ("start", "i8"), ("end", "i8")])
+
+
+def key(fingerprint: str, query: str, document: str) -> bytes:
+    """32 bytes for one score. Lengths are hashed, too, so that no two triples run together."""
+    digest = hashlib.blake2b(digest_size=32)
+    for text in (fingerprint, query, document):
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.digest()
