@@ -139,7 +139,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Pat
 @pytest.mark.golden
 @pytest.mark.parametrize(("engine", "precision"), [("reference", "fp32"), ("native", "int8"), ("torch", "fp32")])
 def test_published_scores_of_ms_marco_minilm_l12(published: tuple[ModuleType, Path, Path], engine: str, precision: str):
-    """The card's two logits, .25 apart at most: the weights went through 8 bits. ONNX Runtime rounds activations, too."""
+    """The card's two logits, .25 apart at most: weights went through 8 bits. ONNX Runtime rounds activations, too."""
     teachers, graph, folder = published
     pairs = teachers.some_pairs(20)
     logits = np.asarray(Reranker(folder, engine=engine, precision=precision).score(pairs))
