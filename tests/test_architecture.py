@@ -236,3 +236,34 @@ def test_exemptions_are_still_needed():
         for node in ast.walk(TREES[dotted(path)])
         if isinstance(node, ast.FunctionDef)
     }
+
+
+# Public class names that two modules define -> why.
+TWICE = {
+    "Model": "a row of the catalog, and a student in training",
+    "ScoreCache": "of a model's scores, and of a teacher's",
+    "Settings": "of the service, and of teachers",
+    "Recipe": "of training lists, and of students",
+    "Checkpoint": "a model's files, and a teacher that reads them",
+}
+
+
+def test_no_public_class_name_is_defined_twice():
+    found: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1 and name not in TWICE} == {}
+
+
+def test_no_module_imports_another_ones_private_name():
+    private = [
+        (module, f"{node.module}.{alias.name}")
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("turborank")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name not in ("_native", "__version__")
+    ]
+    assert private == []

@@ -146,7 +146,7 @@ void run(const char* path, const Case& c, const IsaRow& row, Precision kind, con
     report(path, row.name, precision, "three callers at once", 0.0f, same);
 }
 
-// Of each row and precision: native_weights.Layout.
+// Of each row and precision: native_weights.Packing.
 int layouts() {
     const unsigned features = detect_features();
     for (const IsaRow& row : isa_table())

@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from turborank.data.corpus import Step
-from turborank.data.dataset_table import Download, Row
+from turborank.data.dataset_table import DatasetRow, Download
 from turborank.data.files import file_hash
 from turborank.errors import InputError
 
@@ -23,7 +23,7 @@ ATTEMPTS = 3  # a broken connection is resumed this often before giving up
 Told = Callable[[str], Step]  # what is being fetched -> where to report its progress
 
 
-def _quiet(what: str) -> Step:
+def quiet(what: str) -> Step:
     return lambda done, total: None
 
 
@@ -104,7 +104,7 @@ def _unpack(archive: Path, into: Path) -> None:
     os.replace(staging, into)
 
 
-def obtain(row: Row, data_dir: Path, *, offline: bool, progress: Told = _quiet) -> Path:
+def obtain(row: DatasetRow, data_dir: Path, *, offline: bool, progress: Told = quiet) -> Path:
     """The folder of a dataset, downloaded and unpacked if it is not under ``data_dir`` yet.
 
     Looked for at ``data_dir/<name>`` first, where anybody may put it. Raises InputError, saying what to put

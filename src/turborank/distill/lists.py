@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from turborank.data.bm25 import parameters
-from turborank.data.download import Told, _quiet
+from turborank.data.download import Told, quiet
 from turborank.data.files import check_folder, file_hash, replacing, write_json
 from turborank.distill import biencoder
 from turborank.distill.folder import (
@@ -37,7 +37,7 @@ GIVEN = "given"  # the teacher whose scores came with the data
 
 
 def build(
-    recipe: Recipe, out: Path, plan: PoolPlan, *, dense: Path | None = None, progress: Told = _quiet
+    recipe: Recipe, out: Path, plan: PoolPlan, *, dense: Path | None = None, progress: Told = quiet
 ) -> dict[str, Any]:
     """A training folder at ``out``; its manifest.
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from turborank import checkpoint as checkpoints
 from turborank.data.bm25 import parameters
-from turborank.data.download import Told, _quiet
+from turborank.data.download import Told, quiet
 from turborank.data.files import file_hash
 from turborank.distill import biencoder, http_teacher, pools
 from turborank.distill.folder import CACHE, Ids, TrainingFolder, check_name, read_pairs
@@ -204,7 +204,7 @@ def score(
     settings: Settings | None = None,
     *,
     cache: Path | None = None,
-    progress: Told = _quiet,
+    progress: Told = quiet,
 ) -> Path:
     """A teacher's scores of all pools, written to the folder; the path of the run.
 

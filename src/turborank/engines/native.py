@@ -80,9 +80,9 @@ def precisions(isa: str) -> list[str]:
     return [] if _native is None else list(_native.isas().get(isa, []))
 
 
-def layout(isa: str, precision: str) -> native_weights.Layout:
+def layout(isa: str, precision: str) -> native_weights.Packing:
     """The weight layout of one row of the instruction-set table in one precision."""
-    return native_weights.Layout(precision, *_native.isas()[isa][precision])
+    return native_weights.Packing(precision, *_native.isas()[isa][precision])
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:

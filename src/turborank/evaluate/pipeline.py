@@ -22,7 +22,7 @@ import numpy as np
 from turborank import depth as depths
 from turborank.data.bm25 import bm25_run, parameters
 from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
-from turborank.data.download import Told, _quiet
+from turborank.data.download import Told, quiet
 from turborank.data.files import check_folder, file_hash, read_lines, write_json, write_text
 from turborank.data.trec import Qrels, Run, Scored, read_run, write_run
 from turborank.errors import InputError
@@ -85,7 +85,7 @@ def evaluate(
     seed: int = SEED,
     skip_constant: bool = False,
     keep_unknown: bool = False,
-    progress: Told = _quiet,
+    progress: Told = quiet,
 ) -> Evaluation:
     """Rerank a first stage's best ``depth`` documents with every model, and measure.
 

@@ -23,7 +23,7 @@ from turborank.serve import auth, dialects, openapi
 from turborank.serve.auth import Key
 from turborank.serve.dialects import DIALECTS
 from turborank.serve.http import JSON, Front, decode_as, decode_fields, read_body, respond, unless_gone
-from turborank.serve.models import Model
+from turborank.serve.models import ServedModel
 from turborank.serve.openapi import version
 from turborank.serve.service import LOADING_RETRY, Service
 from turborank.serve.telemetry import CONTENT_TYPE
@@ -158,7 +158,7 @@ def _headers(dialect: str, ask: Ask, answer: Answer, record: dict[str, Any]) -> 
 OWNER = "turborank"
 
 
-def describe(service: Service, model: Model) -> dict[str, Any]:
+def describe(service: Service, model: ServedModel) -> dict[str, Any]:
     """A model in one object with the fields that OpenAI, Cohere and Infinity clients read."""
     reranker = model.reranker
     entry: dict[str, Any] = {

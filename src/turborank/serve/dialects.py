@@ -171,14 +171,14 @@ def _meta(ask: Ask, answer: Answer, version: str) -> wire.MetaData:
     )
 
 
-def _results(ask: Ask, answer: Answer, *, strings: bool = False) -> list[wire.Result]:
+def _results(ask: Ask, answer: Answer, *, strings: bool = False) -> list[wire.RankedResult]:
     """The ranking; documents are objects, or with ``strings`` the text that the model read."""
 
     def document(ranked: Ranked) -> dict[str, Any] | str:
         return ask.pairs[ranked.index].document if strings else _as_object(ranked.document)
 
     return [
-        wire.Result(
+        wire.RankedResult(
             index=ranked.index,
             relevance_score=ranked.logit if ask.raw_scores else ranked.score,
             document=document(ranked) if ask.return_documents else UNSET,
@@ -226,7 +226,7 @@ def encode_vllm(ask: Ask, answer: Answer) -> wire.RerankResponse:
 
 def encode_score(ask: Ask, answer: Answer) -> wire.ScoreResponse:
     logits = answer.scores.logits.tolist()
-    scored = [wire.Scored(i, logit if ask.raw_scores else sigmoid(logit)) for i, logit in enumerate(logits)]
+    scored = [wire.ScoredIndex(i, logit if ask.raw_scores else sigmoid(logit)) for i, logit in enumerate(logits)]
     usage = wire.Usage(answer.tokens, answer.tokens)
     meta = _meta(ask, answer, "1")
     return wire.ScoreResponse(f"score-{answer.id}", "list", answer.created, answer.model, scored, usage, meta)

@@ -27,7 +27,7 @@ _WARM_UP = Pair(
 )
 
 
-class Model:
+class ServedModel:
     """One served model, loaded or not."""
 
     def __init__(self, name: str, source: str | None) -> None:
@@ -41,9 +41,9 @@ class Model:
         self.loading: asyncio.Task[Reranker] | None = None
 
 
-def served(settings: Settings) -> list[Model]:
+def served(settings: Settings) -> list[ServedModel]:
     """The models named in the settings, the default first. Raises InputError for an invalid or repeated name."""
-    models: list[Model] = []
+    models: list[ServedModel] = []
     for text in settings.model or (catalog.DEFAULT,):
         name, separator, source = text.partition("=")
         if not separator:
@@ -55,7 +55,7 @@ def served(settings: Settings) -> list[Model]:
             raise InputError(
                 f"expected each served model to have its own name, got {name!r} twice", hint="write NAME=FOLDER"
             )
-        models.append(Model(name, source))
+        models.append(ServedModel(name, source))
     return models
 
 
@@ -79,7 +79,7 @@ class Models:
                 raise InputError(f"expected calibration to name a served model, got {name!r}")
 
     @property
-    def default(self) -> Model:
+    def default(self) -> ServedModel:
         """The model for requests that do not name one."""
         return next(iter(self._models.values()))
 
@@ -89,10 +89,10 @@ class Models:
         return self.default.reranker is not None
 
     @property
-    def all(self) -> list[Model]:
+    def all(self) -> list[ServedModel]:
         return list(self._models.values())
 
-    def find(self, name: str | None) -> Model:
+    def find(self, name: str | None) -> ServedModel:
         """The served model with this name or alias. Raises Problem 404, which lists the names, for an unknown one."""
         if name is None or name in UNSPECIFIED:
             return self.default
@@ -106,7 +106,7 @@ class Models:
             )
         return self._models[self._names[name]]
 
-    async def load(self, model: Model) -> Reranker:
+    async def load(self, model: ServedModel) -> Reranker:
         """The model's reranker, loaded if necessary.
 
         Concurrent requests wait for the same load, which continues when all of them are cancelled.
@@ -120,7 +120,7 @@ class Models:
             model.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(model.loading)
 
-    async def _load(self, model: Model) -> Reranker:
+    async def _load(self, model: ServedModel) -> Reranker:
         started = time.monotonic()
         try:
             reranker = await asyncio.get_running_loop().run_in_executor(self._pool, self._open, model)
@@ -137,7 +137,7 @@ class Models:
         return reranker
 
     @contextmanager
-    def using(self, model: Model) -> Iterator[None]:
+    def using(self, model: ServedModel) -> Iterator[None]:
         """Keep the model loaded while the context is active."""
         model.users += 1
         try:
@@ -146,7 +146,7 @@ class Models:
             model.users -= 1
             model.used = time.monotonic()
 
-    def _open(self, model: Model) -> Reranker:
+    def _open(self, model: ServedModel) -> Reranker:
         settings = self._settings
         reranker = Reranker(
             model.source,
@@ -165,7 +165,7 @@ class Models:
         reranker.score([_WARM_UP])  # the first forward pass allocates buffers that later ones reuse
         return reranker
 
-    def _make_room(self, newest: Model) -> None:
+    def _make_room(self, newest: ServedModel) -> None:
         bound = self._settings.model_memory * _MIB
         loaded = sorted((model for model in self.all if model.reranker is not None), key=lambda model: model.used)
         total = sum(model.bytes for model in loaded)

@@ -23,7 +23,7 @@ from turborank.score_cache import Found, ScoreCache
 from turborank.serve import auth, telemetry
 from turborank.serve.auth import Key, KeyRing
 from turborank.serve.config import PREFIX, Settings
-from turborank.serve.models import Model, Models
+from turborank.serve.models import Models, ServedModel
 from turborank.serve.queue import Batcher, Ticket
 from turborank.serve.telemetry import Metrics, Tracer
 from turborank.serve.wire import Answer, Ask, Problem, Span, SpanOptions, from_error
@@ -121,7 +121,7 @@ class Service:
             message = f"expected an answer within {seconds:g} s (timeout), got none; send less, or try again later"
             raise Problem(504, "deadline_exceeded", message) from None
 
-    async def _answer(self, ask: Ask, key: Key, request_id: str, model: Model) -> Answer:
+    async def _answer(self, ask: Ask, key: Key, request_id: str, model: ServedModel) -> Answer:
         timings: dict[str, float] = {}
         reranker = await self.models.load(model)
         least = _least_score(reranker, ask.threshold)

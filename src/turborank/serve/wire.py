@@ -132,7 +132,7 @@ class Span(Struct):
     score: float
 
 
-class Result(Struct):
+class RankedResult(Struct):
     """One document in the ranking."""
 
     index: int
@@ -195,14 +195,14 @@ class RerankResponse(Struct):
     id: str
     object: str
     model: str
-    results: list[Result]
+    results: list[RankedResult]
     usage: Usage
     meta: MetaData
     created: int | UnsetType = UNSET
-    data: list[Result] | UnsetType = UNSET
+    data: list[RankedResult] | UnsetType = UNSET
 
 
-class Scored(Struct):
+class ScoredIndex(Struct):
     """The score of one pair, in the order of the request."""
 
     index: int
@@ -217,7 +217,7 @@ class ScoreResponse(Struct):
     object: str
     created: int
     model: str
-    data: list[Scored]
+    data: list[ScoredIndex]
     usage: Usage
     meta: MetaData
 
