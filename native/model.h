@@ -57,6 +57,7 @@ public:
     // Thread-seconds by Part of all calls so far.
     std::array<double, kParts> spent();
 
+    const Weights& weights() const { return weights_; }
     const Shape& shape() const { return weights_.shape; }
     const Kernels& kernels() const { return *kernels_; }
 

@@ -59,6 +59,7 @@ def load(
     *,
     offline: bool | None = None,
     relevant_label: str | int | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """The checkpoint ``model``: a catalog name, a folder, a Hugging Face id, or None for the embedded default.
 
@@ -91,11 +92,11 @@ def load(
             f"expected a model whose weights are public, got {text!r}: they were never released",
             hint="use jina-reranker-v1-turbo-en or -tiny-en, which were distilled from it, or the embedded model",
         )
-    revision = row.revision if row else None
+    revision = revision or (row.revision if row else None)
     forbidden = bool(offline) or hub.offline_by_environment()
     renamed = [alias for alias in row.aliases if "/" in alias] if row else []
     folder, origin = hub.fetch(repo, revision, offline=forbidden, others=renamed)
-    _check_hashes(folder, row.hashes if row else {})
+    _check_hashes(folder, row.hashes if row and revision == row.revision else {})
     read_from = _read(folder, row.name if row else repo, origin, folder.name, relevant_label)
     if row is not None and row.noncommercial:
         _say_licence(row.name, row.licence)

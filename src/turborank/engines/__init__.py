@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from turborank.engines import native, reference, torch
+from turborank.engines import cores, native, reference, torch
 from turborank.errors import EngineUnavailableError, UnknownKeyError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
@@ -73,8 +73,8 @@ AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes
 
 
 def allowed_cores() -> int:
-    """Cores this process may use: its affinity mask, further limited by the cgroup's CPU quota."""
-    return native.default_threads()
+    """Cores this process may use: see :mod:`turborank.engines.cores`."""
+    return cores.allowed()
 
 
 def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | None = None) -> tuple[str, str]:

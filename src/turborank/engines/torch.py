@@ -15,6 +15,7 @@ import numpy as np
 
 from turborank.architectures import ARCHITECTURES, WORD_TABLES
 from turborank.checkpoint.tensors import TensorFile, dense
+from turborank.engines import cores
 from turborank.errors import EngineUnavailableError
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch
 
@@ -72,7 +73,7 @@ class TorchEngine:
 
         self.config = config
         self.precision = precision
-        self.threads: int = torch.get_num_threads()  # of the whole process, so not ours to set
+        self.threads: int = torch.get_num_threads()  # of the whole process
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuda = self.device.type == "cuda"
         self.isa = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
@@ -125,7 +126,11 @@ class TorchEngine:
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> TorchEngine:
-    """Weights moved to the device in the precision asked for. ``threads`` are torch's own business."""
+    """Weights moved to the device in the precision asked for.
+
+    ``threads`` are torch's own business, but it knows nothing of CPU quotas: it gets no more threads than cores.
+    """
+    cores.limit_torch()
     if not isinstance(weights, TensorFile):
         return TorchEngine(dense(weights), config, precision)
     words = {name: table for name in WORD_TABLES if (table := _mapped(weights, name)) is not None}
