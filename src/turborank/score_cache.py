@@ -84,7 +84,7 @@ class ScoreCache:
         return ScoreCache, (self.entries, self.path)
 
     def _reopen(self) -> None:
-        """After a fork, a connection of the child's own. The parent's is kept unused: closing it would drop its locks."""
+        """After a fork, open a connection of the child's own. The parent's stays unused: closing it drops its locks."""
         if self._process != os.getpid():
             _FOREIGN.append(self._database)
             self._open()

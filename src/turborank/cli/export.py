@@ -1,4 +1,4 @@
-"""``turborank export``: a model for other programs."""
+"""``turborank export`` and ``turborank import``: models for other programs, and from ONNX files."""
 
 from __future__ import annotations
 
@@ -32,3 +32,36 @@ def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> 
     written = write(model, to, out, offline=offline or None)
     print(f"{written.folder}: {', '.join(written.files)}")
     print(written.remark)
+
+
+IMPORT_EXAMPLES = (
+    (
+        "a cross-encoder quantised to 8 bits, its config.json and tokenizer.json beside it",
+        "turborank import models/model.onnx --out my-reranker",
+    ),
+    (
+        "config and tokenizer from elsewhere",
+        "turborank import model.onnx --config bert/config.json --tokenizer bert/tokenizer.json --out my-reranker",
+    ),
+)
+
+Graph = Annotated[Path, typer.Argument(help="An ONNX file, float or dynamically quantised to 8 bits.")]
+Config = Annotated[
+    Path | None, typer.Option(help="The model's config.json.", show_default="the one beside the ONNX file")
+]
+Tokens = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Its tokenizer.json.", show_default="the one beside the ONNX file")
+]
+
+
+def import_model(graph: Graph, out: Out, config: Config = None, tokenizer: Tokens = None) -> None:
+    """Write the weights of an ONNX file as a model folder.
+
+    Needs the package onnx. Weights that were rounded to 8 bits stay rounded: the folder ranks like the graph, not like
+    the model it was made from.
+    """
+    from turborank.checkpoint.from_onnx import import_onnx
+
+    made = import_onnx(graph, out, config=config, tokenizer=tokenizer)
+    count = sum(value.size for value in made.weights.values())
+    print(f"{out}: {made.config.architecture}, {count:,} parameters in {len(made.weights)} tensors")

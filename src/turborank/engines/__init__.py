@@ -1,22 +1,23 @@
-"""ENGINES: the ways to run a forward pass, and the rule that chooses one.
+"""ENGINES: the implementations of the forward pass, and the rule that chooses one.
 
-An engine is prepared once from a checkpoint's weights and then turns packed batches into logits.
-``TURBORANK_ENGINE`` overrides the automatic choice (never an explicit one).
+An engine is prepared once from a checkpoint's weights and then computes the logits of packed batches.
+``TURBORANK_ENGINE`` replaces ``engine="auto"``; an explicit engine takes precedence over it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from turborank.engines import cores, native, reference, torch
-from turborank.errors import EngineUnavailableError, UnknownKeyError
+from turborank.errors import EngineUnavailableError, InputError, UnknownKeyError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 
 class Engine(Protocol):
-    """A model ready to run."""
+    """A model prepared for one engine and precision."""
 
     @property
     def name(self) -> str: ...
@@ -28,15 +29,29 @@ class Engine(Protocol):
     def threads(self) -> int: ...
 
     def logits(self, batch: PackedBatch, /) -> Float32:
-        """Raw scores (P,) of a packed batch."""
+        """Logits (P,), float32, of a packed batch."""
+
+
+@dataclass(frozen=True)
+class ClosedEngine:
+    """What is left of an engine when its weights are given back."""
+
+    name: str
+    precision: str
+    isa: str
+    threads: int
+
+    def logits(self, batch: PackedBatch, /) -> NoReturn:
+        """Raise InputError."""
+        raise InputError("expected an open reranker, got one that was closed", hint="make a new one, or close it later")
 
 
 class EngineRow(NamedTuple):
-    """One way to run a model."""
+    """One engine: what it supports and how to prepare it."""
 
     precisions: tuple[str, ...]
-    automatic: Callable[[], str]  # the precision that "auto" means here
-    available: Callable[[], str | None]  # None, or the reason why not
+    automatic: Callable[[], str]  # the precision that "auto" selects on this machine
+    available: Callable[[], str | None]  # None if usable on this machine, else the reason
     supports: Callable[[ModelConfig], bool]
     prepare: Callable[..., Engine]
     note: str
@@ -69,7 +84,7 @@ ENGINES: dict[str, EngineRow] = {
     ),
 }
 VARIABLE = "TURBORANK_ENGINE"
-AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and gigabytes
+AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and much memory
 
 
 def allowed_cores() -> int:
@@ -78,10 +93,17 @@ def allowed_cores() -> int:
 
 
 def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | None = None) -> tuple[str, str]:
-    """The engine and precision to use.
+    """The names of the engine and the precision to use.
 
-    Raises UnknownKeyError for a name in no table and EngineUnavailableError, with the reason, for one
-    that cannot run here.
+    Args:
+        name: a key of ENGINES, or ``auto``: the first of AUTOMATIC that supports the model and the precision.
+        precision: one of the engine's precisions, or ``auto``.
+        config: the model, if known; without it no engine is excluded for its architecture.
+
+    Raises:
+        UnknownKeyError: no such engine or precision.
+        EngineUnavailableError: the engine cannot run on this machine, with the reason, or not this model.
+
     """
     wanted, asked, instead = name, "engine", "use engine='auto'"
     if wanted == "auto" and (forced := os.environ.get(VARIABLE)):
@@ -104,7 +126,7 @@ def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | No
 
 
 def _automatic(precision: str, config: ModelConfig | None) -> str:
-    """The first engine that can run the model in this precision."""
+    """The first engine of AUTOMATIC that supports the model in this precision."""
     able = {
         name: row
         for name, row in ENGINES.items()
@@ -122,5 +144,5 @@ def _automatic(precision: str, config: ModelConfig | None) -> str:
 def prepare(
     weights: Mapping[str, Any], config: ModelConfig, *, name: str, precision: str, threads: int | None = None
 ) -> Engine:
-    """The engine ``name``, loaded with a checkpoint's weights."""
+    """Prepare the engine ``name`` with a checkpoint's weights. ``threads``: by default :func:`allowed_cores`."""
     return ENGINES[name].prepare(weights, config, precision=precision, threads=threads or allowed_cores())

@@ -48,14 +48,6 @@ def allowed(found: list[CoreLimit] | None = None) -> int:
     return max(1, min(math.ceil(limit.cores) for limit in (found or limits())))
 
 
-def limit_torch() -> None:
-    """Give torch no more threads than :func:`allowed`; it starts one for each core of the machine or the mask."""
-    import torch
-
-    if torch.get_num_threads() > (most := allowed()):
-        torch.set_num_threads(most)
-
-
 def quotas(root: Path = Path("/")) -> list[CoreLimit]:
     """The CPU quotas of this process's cgroup and of those above it, innermost first; [] where there are none."""
     found: dict[str, CoreLimit] = {}

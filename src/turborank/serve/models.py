@@ -1,4 +1,4 @@
-"""The models of one process: loaded when first asked for, kept within a memory bound."""
+"""The models of one server process: loaded on first use, unloaded above a memory limit."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Model:
 
     def __init__(self, name: str, source: str | None) -> None:
         self.name = name
-        self.source = source  # what Reranker is told; None: the embedded default
+        self.source = source  # argument of Reranker; None: the embedded model
         self.created = int(time.time())
         self.reranker: Reranker | None = None
         self.bytes = 0
-        self.users = 0  # requests that hold it now
-        self.used = 0.0  # when one last did
+        self.users = 0  # requests in progress
+        self.used = 0.0  # time.monotonic() of the last use
         self.loading: asyncio.Task[Reranker] | None = None
 
 
 def served(settings: Settings) -> list[Model]:
-    """The models the settings name, the default first. Raises InputError for a name given twice."""
+    """The models named in the settings, the default first. Raises InputError for an invalid or repeated name."""
     models: list[Model] = []
     for text in settings.model or (catalog.DEFAULT,):
         name, separator, source = text.partition("=")
@@ -60,7 +60,7 @@ def served(settings: Settings) -> list[Model]:
 
 
 class Models:
-    """Names to rerankers."""
+    """The served models by name and alias. Raises InputError for an alias or calibration of an unknown model."""
 
     def __init__(self, settings: Settings, pool: Executor, report: Callable[[str, dict[str, Any]], None]) -> None:
         self._settings = settings
@@ -80,7 +80,7 @@ class Models:
 
     @property
     def default(self) -> Model:
-        """The model of requests that name none."""
+        """The model for requests that do not name one."""
         return next(iter(self._models.values()))
 
     @property
@@ -93,7 +93,7 @@ class Models:
         return list(self._models.values())
 
     def find(self, name: str | None) -> Model:
-        """The served model called ``name``. Raises Problem 404 naming those there are."""
+        """The served model with this name or alias. Raises Problem 404, which lists the names, for an unknown one."""
         if name is None or name in UNSPECIFIED:
             return self.default
         if name not in self._names:
@@ -107,13 +107,16 @@ class Models:
         return self._models[self._names[name]]
 
     async def load(self, model: Model) -> Reranker:
-        """The model's reranker, loaded if it is not. Whoever asks meanwhile waits for the same load, which goes on
-        when all of them have left."""
+        """The model's reranker, loaded if necessary.
+
+        Concurrent requests wait for the same load, which continues when all of them are cancelled.
+        Raises Problem when the model cannot be loaded.
+        """
         if model.reranker is not None:
             return model.reranker
         if model.loading is None:
             model.loading = asyncio.create_task(self._load(model))
-            # Its failure is told to whoever still waits; asyncio wants it looked at even when nobody does.
+            # Waiting requests get the exception; retrieving it here avoids asyncio's warning when none is left.
             model.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(model.loading)
 
@@ -135,7 +138,7 @@ class Models:
 
     @contextmanager
     def using(self, model: Model) -> Iterator[None]:
-        """While it lasts, the model is not let go."""
+        """Keep the model loaded while the context is active."""
         model.users += 1
         try:
             yield
@@ -158,8 +161,8 @@ class Models:
             name, _, file = one.partition("=")
             if self._names[name] == model.name:
                 reranker.calibrate(file)
-        _ = reranker.calibration  # read now: what is wrong with it ends the load, not a request
-        reranker.score([_WARM_UP])  # the first pass through an engine sets up what later ones reuse
+        _ = reranker.calibration  # read now, so that an invalid file fails the load and not a request
+        reranker.score([_WARM_UP])  # the first forward pass allocates buffers that later ones reuse
         return reranker
 
     def _make_room(self, newest: Model) -> None:
@@ -174,7 +177,7 @@ class Models:
 
 
 def weight_bytes(reranker: Reranker) -> int:
-    """Bytes of the parameters as the engine keeps them."""
+    """Bytes of the model's parameters in the engine's precision."""
     config = reranker.checkpoint.config
     count = sum(math.prod(shape) for shape in ARCHITECTURES[config.architecture].parameters(config).values())
     return count * BYTES[reranker.engine.precision]
