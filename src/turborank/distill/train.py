@@ -137,7 +137,9 @@ def serve(student: Student, folder: TrainingFolder, members: Sequence[int], serv
     name, precision = engines.choose(serving.engine, serving.precision, config)
     weights = {n: w.detach().numpy() for n, w in student.weights.items()}
     engine = engines.prepare(weights, config, name=name, precision=precision, threads=serving.threads)
-    encoder = PairEncoder(student.tokenizer, max_length=min(serving.max_length, config.max_length))
+    encoder = PairEncoder(
+        student.tokenizer, max_length=min(serving.max_length, config.max_length), threads=engines.allowed_cores()
+    )
     pairs = [Pair(folder.queries[folder.query_of[at]], folder.texts[folder.places[at]]) for at in members]
     return score(pairs, encoder, engine).logits
 
@@ -308,7 +310,7 @@ def train(
     terms = [Inner(parse_inner(text), start, _dtype(bf16)) for text in inner]
     run = Run(start, out, schedule, dtype=_dtype(bf16), freeze_words=not train_words, recompute=recompute)
     run.add([matrix for term in terms for matrix in term.projections if matrix is not None])
-    encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length)
+    encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length, threads=engines.allowed_cores())
     drawer = Drawer(lists, encoder, fused, drawing, seed=seed, rank=run.rank)
     _manifest(out, facts, schedule)  # after whatever may refuse the options, so that they can be corrected
     run.resume()
