@@ -194,15 +194,15 @@ def test_an_answer_that_is_no_score_ends_the_run(folder):
 
 SLOWLY = """
 import sys, time
-from turborank import cli
-from turborank.distill import cache
-put = cache.ScoreCache.put
+from turborank.cli import main
+from turborank.distill import score_cache
+put = score_cache.ScoreCache.put
 def slowly(self, keys, scores):  # time for the test to kill us between two answers
     put(self, keys, scores)
     print("kept", len(keys), flush=True)
     time.sleep(0.05)
-cache.ScoreCache.put = slowly
-sys.exit(cli.run(sys.argv[1:]))
+score_cache.ScoreCache.put = slowly
+sys.exit(main.run(sys.argv[1:]))
 """
 
 
@@ -320,6 +320,22 @@ def test_a_malformed_run_is_named(folder, line, expected):
         TrainingFolder.load(folder.path)
     assert expected in str(fault.value)
     assert str(fault.value).endswith(f"at {path}:4")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_query_s_id(folder):
+    lines = (folder.path / "candidates.trec").read_bytes()
+    (folder.path / "candidates.trec").write_bytes(b"\xef\xbb\xbf" + lines)
+    loaded = TrainingFolder.load(folder.path)
+    assert loaded.query_ids == folder.query_ids
+    assert np.array_equal(loaded.bounds, folder.bounds)
+
+
+def test_an_id_that_is_not_utf_8_is_said_so(folder):
+    path = folder.path / "candidates.trec"
+    path.write_bytes(b"q0 Q0 d0 1 1.0 t\nq\xe9 Q0 d1 2 0.5 t\n")
+    with pytest.raises(InputError) as fault:
+        TrainingFolder.load(folder.path)
+    assert fault.value.message == f"expected UTF-8, got byte 0xe9 at {path}:2"
 
 
 def test_labels_of_a_training_query_cannot_be_held_out_too(folder):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from turborank.architectures import bert, encoder
 from turborank.checkpoint import verify
 from turborank.data.corpus import Step
-from turborank.data.files import replacing
+from turborank.data.files import file_hash, replacing
 from turborank.errors import CheckpointError, InputError
 from turborank.ops import torch_training
 from turborank.scheduler import plan
@@ -88,8 +87,7 @@ class BiEncoder:
         sizes = path / "sentence_bert_config.json"
         if sizes.is_file():
             limit = min(limit, int(verify.json_object(sizes).get("max_seq_length") or MAX_TOKENS))
-        with (path / verify.WEIGHTS).open("rb") as file:
-            revision = hashlib.file_digest(file, "sha256").hexdigest()
+        revision = file_hash(path / verify.WEIGHTS)
         tokenizer = Tokenizer.from_file(str(path / verify.TOKENIZER))
         return cls(weights, config, tokenizer, limit, name=path.resolve().name, revision=revision)
 
@@ -145,15 +143,6 @@ def found(folder: str | Path) -> Path:
         raise InputError(f"expected the folder of a bi-encoder, got none at {path}")
     verify.files(path)
     return path
-
-
-def is_biencoder(folder: Path) -> bool:
-    """Whether a folder has the layout of sentence-transformers (``modules.json`` with a Transformer first)."""
-    try:
-        modules = json.loads((folder / "modules.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(modules, list) and bool(modules) and "Transformer" in str(modules[0].get("type", ""))
 
 
 # A bi-encoder's vectors of many texts, kept in blocks under the hash of what they were made from.

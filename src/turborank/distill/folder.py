@@ -15,7 +15,6 @@ Texts are held once and everything else in arrays: a pool place costs 14 bytes, 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,14 +29,13 @@ from turborank.data.corpus import beir_text
 from turborank.data.files import (
     file_hash,
     identity,
-    open_binary,
     parse_object,
     read_records,
     replacing,
     string_field,
     write_json,
 )
-from turborank.data.trec import Scored, format_run, read_qrels
+from turborank.data.trec import Scored, format_run, read_qrels, read_run_lines
 from turborank.errors import InputError
 from turborank.types import Float32
 
@@ -268,30 +266,15 @@ def _refuse_overlap(folder: Path, judged: Mapping[str, tuple[Places, Places, Any
 def read_pairs(path: Path, queries: Ids, documents: Ids) -> tuple[Places, Places, Float32]:
     """A TREC run as arrays (N,): places of the query and of the document, score; in the order of the file.
 
-    Raises InputError, with file and line, as :func:`turborank.data.trec.read_run` does, and for unknown ids.
+    Raises InputError, with file and line, as :func:`turborank.data.trec.read_run_lines` does, and for unknown ids.
     """
     which, places, scores, lines = array("i"), array("i"), array("f"), array("q")
-    with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
-            columns = raw.split()
-            if not columns:
-                continue
-            where = f"{path}:{number}"
-            if len(columns) != 6:
-                raise InputError(
-                    f"expected six columns (query Q0 document rank score tag), got {len(columns)} at {where}"
-                )
-            try:
-                score = float(columns[4])
-                query, document = columns[0].decode(), columns[2].decode()
-            except ValueError:
-                score, query, document = math.nan, "", ""
-            if not math.isfinite(score):
-                raise InputError(f"expected a finite score in column five, got {columns[4]!r} at {where}")
-            which.append(queries.at(query, "query", where))
-            places.append(documents.at(document, "document", where))
-            scores.append(score)
-            lines.append(number)
+    for number, query_id, doc_id, score in read_run_lines(path):
+        where = f"{path}:{number}"
+        which.append(queries.at(query_id, "query", where))
+        places.append(documents.at(doc_id, "document", where))
+        scores.append(score)
+        lines.append(number)
     asked, found = np.frombuffer(which, dtype=np.int32), np.frombuffer(places, dtype=np.int32)
     keys = _keys(asked, found, len(documents))
     order = np.argsort(keys, kind="stable")

@@ -12,7 +12,7 @@ import numpy as np
 
 from turborank.data.bm25 import parameters
 from turborank.data.download import Told, _quiet
-from turborank.data.files import check_folder, file_hash, replacing, write_json
+from turborank.data.files import check_folder, file_hash, read_manifest, replacing, write_json
 from turborank.distill import biencoder
 from turborank.distill.folder import (
     CACHE,
@@ -46,7 +46,7 @@ def build(
     """
     _refuse(out, recipe)
     about = _about(recipe, plan, dense)
-    known = _known(out / MANIFEST, about)
+    known = read_manifest(out / MANIFEST, about)
     if known is not None:
         return known
     made = collect(recipe, whole=plan.mines)
@@ -104,20 +104,6 @@ def _about(recipe: Recipe, plan: PoolPlan, dense: Path | None) -> dict[str, Any]
         "bi_encoder": _weights_hash(dense) if dense is not None else None,
     }
     return dict(json.loads(json.dumps(about)))
-
-
-def _known(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest that is there, if it is one of the same thing."""
-    if not path.exists():
-        return None
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    differing = [key for key in about if known.get(key) != about[key]]
-    if differing:
-        raise InputError(
-            f"expected a folder made of the same, got another {', '.join(differing)} at {path}",
-            hint="choose another --out, or delete the folder",
-        )
-    return known
 
 
 def _hashes(path: Path) -> str | dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from turborank.data.files import read_manifest, write_text
 from turborank.errors import InputError
 from turborank.evaluate.html import ABOVE, SERIES, colour, figure, labelled, table
 
@@ -86,20 +87,8 @@ def write_report(run: Path, target: Path | None = None) -> Path:
     """
     curve = read_curve(run / CURVE)
     page = target or run / PAGE
-    page.write_text(render(curve, _manifest(run / MANIFEST), run.resolve().name), encoding="utf-8")
+    write_text(page, render(curve, read_manifest(run / MANIFEST, {}) or {}, run.resolve().name))
     return page
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"expected JSON, got none ({error}) at {path}") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
-    return manifest
 
 
 # ---------------------------------------------------------------- the page

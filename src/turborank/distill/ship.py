@@ -8,7 +8,6 @@ ranking does not depend on it. *Quantise*: every matrix to int8 with one scale a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from turborank.checkpoint import verify
 from turborank.checkpoint.tensors import SCALE, quantise
+from turborank.data.files import replacing_path
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.students import Student
 from turborank.distill.train import Serving, held_out_logits
@@ -93,9 +93,6 @@ def write_int8(student: Student, folder: Path) -> None:
             tensors[name], tensors[name + SCALE] = quantise(value)
         else:
             tensors[name] = value
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / verify.WEIGHTS
-    save_file(tensors, path, metadata={"format": "np"})
-    path.chmod(0o644)
-    (folder / verify.CONFIG).write_text(json.dumps(student.raw_config, indent=2) + "\n", encoding="utf-8")
-    student.tokenizer.save(str(folder / verify.TOKENIZER), pretty=False)
+    with replacing_path(folder / verify.WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "np"})
+    student.save_around(folder)

@@ -10,26 +10,26 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from turborank import checkpoint
 from turborank.architectures import ARCHITECTURES, encoder, jinabert, recognise
 from turborank.checkpoint import verify
+from turborank.checkpoint.tensors import dense
+from turborank.data.files import replacing_path, write_json, write_text
+from turborank.distill.biencoder import BiEncoder
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import torch_training
 from turborank.types import ModelConfig, PackedBatch
-
-if TYPE_CHECKING:
-    from turborank.distill.biencoder import BiEncoder
 
 WORDS = "embeddings.word_embeddings.weight"
 COSINE_SCALE = 20.0  # the logit of a cosine of 1, before training
@@ -86,19 +86,21 @@ class Student:
     @classmethod
     def load(cls, model: str | Path | None) -> Student:
         """A checkpoint that turborank loads (name or folder), int8 multiplied out."""
-        from turborank.checkpoint.tensors import dense
-
         loaded = checkpoint.load(model)
         weights = {name: torch.from_numpy(w.copy()) for name, w in dense(loaded.weights).items()}
         return cls(weights, copy.deepcopy(loaded.raw_config), loaded.tokenizer)
 
     def save(self, folder: Path) -> None:
         """Three files that ``Reranker(folder)`` loads."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: w.detach().float().contiguous() for name, w in self.weights.items()}
-        save_file(tensors, folder / verify.WEIGHTS, metadata={"format": "pt"})
-        (folder / verify.CONFIG).write_text(json.dumps(self.raw_config, indent=2) + "\n", encoding="utf-8")
-        self.tokenizer.save(str(folder / verify.TOKENIZER), pretty=False)
+        with replacing_path(folder / verify.WEIGHTS) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        self.save_around(folder)
+
+    def save_around(self, folder: Path) -> None:
+        """The files of a model folder beside the weights: ``config.json`` and ``tokenizer.json``."""
+        write_json(folder / verify.CONFIG, self.raw_config)
+        write_text(folder / verify.TOKENIZER, self.tokenizer.to_str())
 
 
 def _chosen(layers: int | Sequence[int], of: int) -> tuple[int, ...]:
@@ -155,8 +157,6 @@ def from_bert(
     order, which loses much (pooled cosine .25 against .61 at the standard slopes). ``head``: see
     :mod:`turborank.architectures.jinabert`.
     """
-    from turborank.distill.biencoder import BiEncoder
-
     if slopes not in SLOPES:
         raise UnknownKeyError("slopes", slopes, SLOPES)
     if head not in HEADS:
@@ -269,8 +269,6 @@ def match_heads(weights: dict[str, Tensor], config: ModelConfig, source: BiEncod
     slope's bias, over the source's hidden states and the student's (its lower layers already permuted). The cheapest
     assignment is found by the Hungarian algorithm.
     """
-    from scipy.optimize import linear_sum_assignment
-
     batches = [source.pack([ids]) for ids in source.token_ids(texts, PROBE_TOKENS)]
     size = config.head_size
     for layer in range(config.num_hidden_layers):

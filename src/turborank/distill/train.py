@@ -24,7 +24,7 @@ from torch import Tensor
 from turborank import engines
 from turborank.architectures.jinabert import COSINES
 from turborank.checkpoint import verify
-from turborank.data.files import read_records, write_json
+from turborank.data.files import file_hash, read_manifest, read_records, write_json
 from turborank.data.trec import Scored, read_qrels
 from turborank.distill.batches import Drawer, Drawing
 from turborank.distill.biencoder import BiEncoder
@@ -361,8 +361,7 @@ def _hash(what: Path | Mapping[str, torch.Tensor]) -> str:
         path = what / verify.WEIGHTS if what.is_dir() else what
         if not path.is_file():
             raise InputError(f"expected a file, got nothing at {path}")
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     digest = hashlib.sha256()
     for name in sorted(what):
         digest.update(name.encode())
@@ -383,15 +382,5 @@ def _plain(value: Any) -> Any:
 def _manifest(out: Path, facts: dict[str, Any], schedule: Schedule) -> None:
     """Write what the run is made of; refuse to continue another one."""
     facts = _plain(facts | {"schedule": {k: v for k, v in asdict(schedule).items() if k not in FREE}})
-    path = out / MANIFEST
-    if path.is_file():
-        known = verify.json_object(path)
-        differing = [key for key in facts if known.get(key) != facts[key]]
-        if differing:
-            raise InputError(
-                f"expected the run that is there to be of the same, got another {', '.join(differing)} at {path}",
-                hint="choose another --out, or delete the folder",
-            )
-        return
-    facts["versions"] = {"torch": torch.__version__}
-    write_json(path, facts)
+    if read_manifest(out / MANIFEST, facts) is None:
+        write_json(out / MANIFEST, facts | {"versions": {"torch": torch.__version__}})

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from turborank.architectures import ARCHITECTURES
+from turborank.data.files import replacing_folder, write_text
 from turborank.distill.students import WORDS, Student
 from turborank.errors import TrainingError
 from turborank.ops import torch_training
@@ -356,14 +357,10 @@ def checkpoints(out: Path) -> list[Path]:
 
 def _whole(target: Path, write: Callable[[Path], None]) -> None:
     """Write a folder so that it appears whole or not at all. Raises TrainingError; the old one then stays."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        write(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with replacing_folder(target) as folder:
+            write(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise _unwritten("a checkpoint", target, error) from error
 
 
@@ -391,4 +388,4 @@ def _shorten(curve: Path, steps: int) -> None:
     if curve.is_file():
         rows = [line for line in curve.read_text(encoding="utf-8").splitlines() if line.strip()]
         kept = [line for line in rows if json.loads(line)["step"] <= steps]
-        curve.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(curve, "".join(f"{line}\n" for line in kept))

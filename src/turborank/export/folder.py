@@ -17,6 +17,7 @@ from turborank import checkpoint
 from turborank.checkpoint import Checkpoint
 from turborank.checkpoint.tensors import dense
 from turborank.checkpoint.verify import CONFIG, TOKENIZER, WEIGHTS
+from turborank.data.files import write_json
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.tokens import read_template
 from turborank.types import ModelConfig
@@ -85,7 +86,7 @@ def to_onnx(source: Checkpoint, folder: Path) -> str:
         "turborank": version("turborank"),
     }
     onnx_export.write(weights, source.config, folder / ONNX, about)
-    _write_json(folder / CONFIG, source.raw_config)
+    write_json(folder / CONFIG, source.raw_config)
     _write_tokenizer(source, folder)
     worst = onnx_export.check(weights, source.config, folder / ONNX)
     if worst is None:
@@ -133,7 +134,7 @@ def to_sentence_transformers(source: Checkpoint, folder: Path) -> str:
         "torch_dtype": "float32",
         "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"},
     }
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     _write_tokenizer(source, folder)
     return "CrossEncoder(folder).predict gives sigmoid scores"
 
@@ -149,10 +150,6 @@ EXPORTS: dict[str, Export] = {
 
 
 # ---------------------------------------------------------------- files that both have
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _pad(tokenizer: Tokenizer, raw: Mapping[str, Any]) -> tuple[str, int]:
@@ -181,7 +178,7 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> None:
         "sep_token": tokenizer.id_to_token(template.suffix[-1]) if template.suffix else None,
         "unk_token": unknown,
     }
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
