@@ -61,6 +61,8 @@ OWNERS = {
     "matplotlib": ("evaluate",),
     "accelerate": ("distill",),
     "scipy": ("distill", "evaluate"),
+    "httpx": ("distill.http_teacher",),
+    "tenacity": ("distill.http_teacher",),
     "langchain_core": ("integrations.langchain",),
     "pydantic": ("integrations.langchain",),
     "llama_index": ("integrations.llama_index",),

@@ -21,11 +21,11 @@ from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
 from turborank.errors import InputError, TooLongError
-from turborank.scheduler import Progress, Scores, score
+from turborank.scheduler import Scores, score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Float32, Pair, Ranked
+from turborank.types import Document, Float32, Pair, Progress, Ranked
 
 MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
 MAX_THREADS = 4096  # more than any machine has cores

@@ -8,7 +8,7 @@ depend on any of this: engines give the same bits whatever shares the batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,14 +18,12 @@ import numpy.typing as npt
 from turborank.engines import Engine
 from turborank.errors import EngineError, TooLongError
 from turborank.tokens import PairEncoder, pack
-from turborank.types import Encoding, Float32, Int32, Pair
+from turborank.types import Encoding, Float32, Int32, Pair, Progress
 
 TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of its own
 CHUNK_CHARACTERS = 200_000  # text tokenised at a time, so that memory stays bounded and work overlaps
 QUERY_CHARACTERS = 2_000  # of a query that count for each pair: it is tokenised once a chunk
 FIRST_CHUNK_CHARACTERS = 20_000  # the first chunk is small, because nothing overlaps its tokenisation
-
-Progress = Callable[[int, int], None]
 
 
 class Scores(NamedTuple):
