@@ -1,9 +1,9 @@
-"""What an installation costs: seconds from nothing to the first score, and what import and first score take on each row.
+"""What an installation costs: seconds from nothing to the first score; import and first score on each row.
 
 python bench/install.py WHEEL [--python PYTHON]
 
-Makes a fresh virtual environment and installs the wheel and its dependencies there from wheels alone, with no compiler on
-the PATH. Prints JSON: bytes, seconds, MiB of peak memory (Linux).
+Makes a fresh virtual environment and installs the wheel and its dependencies there from wheels alone, with no compiler
+on the PATH. Prints JSON: bytes, seconds, MiB of peak memory (Linux).
 """
 
 from __future__ import annotations

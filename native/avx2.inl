@@ -1,4 +1,4 @@
-// Vocabulary for 256-bit vectors: 8 floats. isa_avx2.cpp and avxvnni.inl add int8.
+// Vector operations for 256-bit vectors of 8 floats. isa_avx2.cpp and avxvnni.inl add int8.
 
 constexpr int W = 8;
 using F = __m256;
@@ -58,7 +58,7 @@ TR_INLINE void dot(F& left, F& right, const float* a, F w0, F w1) {
     left = fma(all, w0, left), right = fma(all, w1, right);
 }
 
-// Eight rows of eight floats, transposed in place.
+// Transposes eight rows of eight floats in place.
 TR_INLINE void transpose(F (&m)[8]) {
     F a[8], b[8];
     for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(m[i], m[i + 1]), a[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);

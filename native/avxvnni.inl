@@ -1,5 +1,5 @@
-// int8 with vpdpbusd of 256 bits, in the encoding that TR_VPDPBUSD names; all else is AVX2's. As with AVX-512, activations are
-// stored plus 128, and where the sums begin takes that back.
+// int8 with vpdpbusd of 256 bits in the encoding TR_VPDPBUSD; all else is that of AVX2. As with AVX-512, activations are
+// stored plus 128 and the initial sums correct for it.
 
 using Int8 = uint8_t;
 constexpr int kInt8Group = 4, kInt8Offset = 128;
@@ -26,7 +26,7 @@ TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m
             : "m"(*reinterpret_cast<const int32_t*>(a)), "x"(w0), "x"(w1));
 }
 #else
-// The stand-in: even and odd bytes apart, by two instructions whose sums are exact.
+// The stand-in for vpdpbusd: multiplies even and odd bytes separately, by two instructions whose sums are exact.
 TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m256i w1) {
     int32_t word;
     std::memcpy(&word, a, 4);

@@ -1,4 +1,4 @@
-// 64-bit Arm with the dot product (Apple M1, Neoverse N1 and later): sdot multiplies signed bytes, four to a lane.
+// 64-bit Arm with the dot product (Apple M1, Neoverse N1 and later): sdot multiplies signed bytes, four in each lane.
 #include "kernels.h"
 
 namespace turborank {

@@ -1,5 +1,6 @@
 // 64-bit Arm with int8 matrix products and bf16 (Apple M2, Neoverse V1 and N2, and later). smmla multiplies two rows of eight
-// bytes by two columns of eight: the left side's rows are stored in pairs, and a sum is a square of two rows and two columns.
+// bytes by two columns of eight, so the rows of the left side are stored in pairs, and a vector of sums holds two rows by two
+// columns.
 #include "kernels.h"
 
 namespace turborank {
@@ -17,12 +18,12 @@ TR_INLINE int32x4_t second_halves(int32x4_t a, int32x4_t b) {
     return vreinterpretq_s32_s64(vzip2q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
 }
 
-// In assembly for the reason that neon.inl has.
+// In assembly, for the reason given in neon.inl.
 TR_INLINE void add_square(int32x4_t& sum, int8x16_t rows, int8x16_t columns) {
     __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(rows), "w"(columns));
 }
 
-// One word of the depth: `left` of each pair of rows by four pairs of columns.
+// One word of the depth: each pair of rows of `left` by four pairs of columns.
 template <int... p>
 TR_INLINE void add_squares_of(Indices<p...>, int32x4_t (*sums)[4], const Int8* const* left, ptrdiff_t at, const std::byte* right) {
     const int8x16_t rows[] = {load_vector(left[p] + at)...};
@@ -34,7 +35,7 @@ TR_INLINE void add_squares_of(Indices<p...>, int32x4_t (*sums)[4], const Int8* c
     (add_square(sums[p][3], rows[p], w3), ...);
 }
 
-// block() of blocks.inl for int8: an even number of rows, or one, whose partner's sums are thrown away.
+// block() of blocks.inl for int8, for an even number of rows, or for one row, whose partner's sums are discarded.
 template <class Op, int... r, class Start, class Finish, class Each = Nothing>
     requires(same_type<Op, Int8>)
 TR_INLINE void block(Indices<r...>, const Int8* a, ptrdiff_t row, ptrdiff_t step, const std::byte* right, int words, const Start& start,
@@ -65,7 +66,7 @@ TR_INLINE uint16x4_t to_bf16(F x) { return vreinterpret_u16_bf16(vcvt_bf16_f32(x
 TR_INLINE void store(bf16* p, F x) { vst1_u16(&p->bits, to_bf16(x)); }
 TR_INLINE void store2(bf16* p, F a, F b) { vst1q_u16(&p->bits, vcombine_u16(to_bf16(a), to_bf16(b))); }
 
-// Words of attention: a float, or two bf16.
+// One word of attention: one float, or two bf16.
 template <class E>
 TR_INLINE F to_word(F even, F odd) {
     if constexpr (same_type<E, float>) return odd;
@@ -77,7 +78,7 @@ TR_INLINE F add_squares(F words, F sum) {
     else return vbfdotq_f32(sum, vreinterpretq_bf16_f32(words), vreinterpretq_bf16_f32(words));
 }
 
-// words[i] = 2^even[i] and 2^odd[i] as one word of two bf16, and their sums; `deep` is for isa_avx512.cpp's way.
+// words[i] = 2^even[i] and 2^odd[i] as one word of two bf16, and adds them to sums. `deep` is used by isa_avx512.cpp only.
 constexpr float kDeep = 0.0f;
 template <bool deep, int N>
 TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], F (&sums)[N]) {
@@ -87,7 +88,7 @@ TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], 
     }
 }
 
-// [pairs of keys][D] words of two; a key behind the last one is zero.
+// The values as words of two keys, [keys / 2][D]; a key after the last one is zero.
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
     for (int j = 0; j < n; j += 2)
         for (int c = 0; c < D; c += 8) {

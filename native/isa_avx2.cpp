@@ -1,5 +1,5 @@
-// AVX2: activations are widened to 16 bits when they are quantised and weights when they are read, because the byte
-// product of this instruction set (vpmaddubsw) saturates. vpmaddwd does not: the same integers as everywhere.
+// AVX2: activations are widened to 16 bits when they are quantised, weights when they are read, because the byte product of
+// this instruction set (vpmaddubsw) saturates. vpmaddwd does not, so the integer sums equal those of the other rows.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -23,7 +23,7 @@ TR_INLINE auto load_right(const std::byte* p) {
     else return load(reinterpret_cast<const float*>(p));
 }
 
-// In assembly, because gcc 12 holds many products at once and spills the sums.
+// In assembly, because gcc 12 keeps many products in registers at once and spills the sums.
 TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m256i w1) {
     __m256i all, product;
     __asm__("vpbroadcastd %4, %2\n\tvpmaddwd %5, %2, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %6, %2, %2\n\tvpaddd %2, %1, %1"

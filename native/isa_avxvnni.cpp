@@ -1,6 +1,6 @@
-// AVX-VNNI (Intel's 12th generation and later; AMD's Zen 5): vpdpbusd of 256 bits without AVX-512. Compiled three times at most:
-// in the encoding of AVX-VNNI; in that of AVX-512, the same instruction where AVX-512 VNNI is without AVX-VNNI; and, where
-// TR_STAND_IN asks for it (the checks without Python), by a stand-in for processors that have neither.
+// AVX-VNNI (Intel's 12th generation and later; AMD's Zen 5): vpdpbusd of 256 bits without AVX-512. Compiled up to three times:
+// in the encoding of AVX-VNNI; in that of AVX-512, for processors with AVX-512 VNNI but without AVX-VNNI; and with TR_STAND_IN
+// (the checks without Python) with a replacement of the instruction, for processors that have neither.
 #include <immintrin.h>
 
 #include "kernels.h"

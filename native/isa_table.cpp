@@ -1,4 +1,4 @@
-// Which instruction sets this build contains, and which of them this machine can run.
+// The table of instruction sets in this build, and detection of those that this machine supports.
 #include "kernels.h"
 
 #if defined(TR_X86_KERNELS)
@@ -16,7 +16,7 @@ namespace turborank {
 namespace {
 
 #if defined(TR_X86_KERNELS)
-// Linux hands out the matrix tiles only to processes that ask (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
+// Linux allows matrix tiles only to processes that request them (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool tiles_permitted() {
 #if defined(__linux__)
     constexpr unsigned kBf16TileInt8 = 1u << 22 | 1u << 24 | 1u << 25;
@@ -28,8 +28,8 @@ bool tiles_permitted() {
 #endif
 }
 
-// What the processor has, and the registers that the system saves. By hand, because __builtin_cpu_supports needs a library
-// of the compiler's that clang does not link on Windows.
+// Features of the processor, and the registers that the operating system saves. Read with CPUID, because
+// __builtin_cpu_supports needs a compiler library that clang does not link on Windows.
 struct Cpu {
     unsigned a = 0, b = 0, c = 0, d = 0;
     Cpu(unsigned leaf, unsigned part) {
@@ -59,7 +59,7 @@ unsigned detect() {
 #endif
     if (!zmm_saved || !all(more.b, kFDqBwVl) || !all(more.c, kHasVnni)) return ymm;
     if (!(most.a & kHasBf16)) return ymm | kVnni | kVnni256;
-    // Intel's vdpbf16ps begins every second cycle: half the multiplications a second of its vfmadd, where AMD's has twice as many.
+    // Intel issues a vdpbf16ps every second cycle, half the multiplications of its vfmadd; AMD's has twice those of vfmadd.
     const bool amd = Cpu(0, 0).b == kAuth;
     return ymm | kVnni | kVnni256 | kBf16 | (amd ? kFastBf16 : 0u) | (tiles_permitted() ? kAmx : 0u);
 }
@@ -75,7 +75,7 @@ bool has(const char* name) {
     size_t size = sizeof value;
     return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
 }
-unsigned detect() {  // every Mac with such a processor has the dot product, but old systems have no name for it
+unsigned detect() {  // every Arm Mac has the dot product; old systems have no name for it
     return kArmDot | (has("hw.optional.arm.FEAT_I8MM") ? kArmI8mm : 0u) | (has("hw.optional.arm.FEAT_BF16") ? kArmBf16 : 0u);
 }
 #else

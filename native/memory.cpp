@@ -39,7 +39,7 @@ void Buffer::reserve(size_t bytes) {
     void* data = allocate(alignment, (rounded + alignment - 1) / alignment * alignment);
     if (!data) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-    if (alignment == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);  // a wish; failure changes only the speed
+    if (alignment == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);  // optional: failure affects only the speed
 #endif
     std::memset(data, 0, rounded);
     data_ = data, size_ = rounded;

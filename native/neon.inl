@@ -1,4 +1,5 @@
-// Vocabulary for 128-bit vectors of 64-bit Arm: 4 floats. isa_armdot.cpp and isa_armi8mm.cpp add int8 and, the second, bf16.
+// Vector operations for 128-bit vectors of 64-bit Arm: 4 floats. isa_armdot.cpp and isa_armi8mm.cpp add int8, the latter also
+// bf16.
 #include <arm_neon.h>
 
 constexpr int W = 4;
@@ -57,7 +58,7 @@ TR_INLINE void store_int8(Int8* p, F x) {
 using Integers = int32x4_t;
 constexpr bool kTiles = false;
 constexpr int kInt8Offset = 0;
-// 16 sums, the left side's words and the right side's vectors of one step: 26 of 32 registers with sdot, 24 with smmla.
+// Registers: 16 sums, and the words of the left and the vectors of the right side of one step; 26 of 32 with sdot, 24 with smmla.
 constexpr int kRowsAtOnce = 8;
 
 // Four words of one row, or one vector of the right side: floats, pairs of bf16, or groups of int8.
@@ -70,7 +71,7 @@ template <class Op>
 TR_INLINE auto load_right(const std::byte* p) { return load_vector(reinterpret_cast<const Op*>(p)); }
 
 // sum += the product of a vector with the word in one lane of `left`. In assembly, because gcc 12 copies the sums of the
-// intrinsics from register to register: eight copies beside 64 products.
+// intrinsics between registers: eight copies for 64 products.
 template <class Op, int lane>
 TR_INLINE void add_dot(F& sum, F right, F left) {
     if constexpr (same_type<Op, float>) __asm__("fmla %0.4s, %1.4s, %2.s[%3]" : "+w"(sum) : "w"(right), "w"(left), "i"(lane));
@@ -81,7 +82,7 @@ TR_INLINE void add_dot(int32x4_t& sum, int8x16_t right, int8x16_t left) {
     __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(right), "w"(left), "i"(lane));
 }
 
-// Four rows of four floats, transposed in place.
+// Transposes four rows of four floats in place.
 TR_INLINE void transpose(F (&m)[4]) {
     const auto low = [](F a, F b) TR_LAMBDA { return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b))); };
     const auto high = [](F a, F b) TR_LAMBDA { return vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b))); };
@@ -91,7 +92,7 @@ TR_INLINE void transpose(F (&m)[4]) {
 
 #include "blocks.inl"
 
-// One word of the depth, lane `lane` of each row's four, by 2 W columns.
+// One word of the depth, lane `lane` of each row's four words, by 2 W columns.
 template <class Op, int lane, int... r, class Left>
 TR_INLINE void add_dots(Indices<r...>, Sum<Op>* x, Sum<Op>* y, const Left* left, const std::byte* right) {
     const auto w0 = load_right<Op>(right), w1 = load_right<Op>(right + kRightVector<Op>);
@@ -99,8 +100,9 @@ TR_INLINE void add_dots(Indices<r...>, Sum<Op>* x, Sum<Op>* y, const Left* left,
     (add_dot<Op, lane>(y[r], w1, left[r]), ...);
 }
 
-// block() of blocks.inl. A multiplication takes one lane of its second factor, so nothing of the left side is broadcast: a
-// load brings four words of a row or, where the rows' words are neighbours (the values of attention), four rows' words.
+// block() of blocks.inl. The multiplication can use one lane of its second factor, so words of the left side need no
+// broadcast: one load reads four words of a row or, if words of consecutive rows are adjacent (attention's values), the words
+// of four rows.
 template <class Op>
 constexpr bool kByLane = !same_type<Op, Int8> || kInt8Group == 4;
 

@@ -32,9 +32,11 @@ PRECISIONS = {"float32": 1e-4, "float16": 5e-3} | ({"bfloat16": 2e-2} if CUDA el
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # in filling, which nobody reads
 
 
-def layout(lengths: list[int]) -> tuple[Int32, triton_ops.Layout]:
+def layout(lengths: list[int]) -> tuple[Int32, triton_ops.RowLayout]:
     cu = np.cumsum([0, *lengths]).astype(np.int32)
-    return cu, triton_ops.Layout(*(torch.from_numpy(table).to(DEVICE) for table in triton_ops.tables(cu)), max(lengths))
+    return cu, triton_ops.RowLayout(
+        *(torch.from_numpy(table).to(DEVICE) for table in triton_ops.tables(cu)), max(lengths)
+    )
 
 
 def random_qkv(lengths: list[int], heads: int, scale: float, dtype: str = "float32") -> Any:

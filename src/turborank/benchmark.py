@@ -1,4 +1,8 @@
-"""Contestants: each runs in a process of its own, takes orders, and is stopped while others work."""
+"""Speed and error of engines and other libraries; what ``turborank bench`` measures.
+
+Each contestant (an engine in one precision, or another library) runs in its own worker process. The parent sends
+commands as JSON lines and suspends all workers but the one it measures.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +30,16 @@ from turborank.errors import EngineError, InputError, UnknownKeyError
 from turborank.tokens import pack
 from turborank.types import Encoding, Float32, ModelConfig
 
-TURN = 0.25  # seconds that a contestant works in one turn, and one call at least
-SLOW = 2.0  # seconds a call, for those who have fewer turns
-BATCH = 32  # pairs in a padded batch, as the libraries' default is
+TURN = 0.25  # minimum seconds of calls in one turn of a contestant; one call at least
+SLOW = 2.0  # seconds; contestants with slower calls get a turn in every second round only
+BATCH = 32  # pairs in a padded batch, the default of the other libraries
 
 Scorer = Callable[[Sequence[Encoding], int], Float32]  # (encodings, batch size) -> logits (P,)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to run the model, in a process of its own.
+    """One way to run the model, measured in its own process.
 
     ``loader`` is ``"module:function"`` or ``"file.py:function"``; the function takes the model's folder, the number of
     threads and ``options`` and returns a Scorer.
@@ -49,7 +53,7 @@ class Contestant:
 
 
 class EngineScorer:
-    """One of our engines, fed as the scheduler feeds it: unpadded batches of a token budget."""
+    """A turborank engine with the scheduler's batches: no padding, limited by a token budget."""
 
     def __init__(self, engine: Any, token_budget: int) -> None:
         self.engine = engine
@@ -65,7 +69,7 @@ class EngineScorer:
 
 
 def load_engine(model: Path, threads: int, options: Mapping[str, Any]) -> EngineScorer:
-    """A row of ENGINES with a precision."""
+    """Scorer of the engine and precision that ``options`` names."""
     from turborank import checkpoint, engines
     from turborank.scheduler import budget
 
@@ -76,7 +80,7 @@ def load_engine(model: Path, threads: int, options: Mapping[str, Any]) -> Engine
 
 
 def function(reference: str) -> Any:
-    """What ``"module:name"`` or ``"file.py:name"`` means."""
+    """Import the object that ``"module:name"`` or ``"file.py:name"`` refers to."""
     where, _, name = reference.rpartition(":")
     if not where.endswith(".py"):
         return getattr(importlib.import_module(where), name)
@@ -90,7 +94,7 @@ def function(reference: str) -> Any:
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process held at most (resident)."""
+    """Peak resident memory of this process in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
@@ -102,7 +106,7 @@ def peak_memory() -> int:
 
 
 class _Work:
-    """The orders a worker obeys, by name."""
+    """The commands of a worker process; each method is one command."""
 
     def __init__(self, order: Mapping[str, Any]) -> None:
         began = time.perf_counter()
@@ -140,7 +144,10 @@ class _Work:
 
 
 def worker() -> None:
-    """Obey orders, one JSON line each, until there are no more. Libraries may print: to standard error."""
+    """Entry point of a worker process: execute commands, one JSON line each, until standard input closes.
+
+    Answers go to a copy of standard output; the original is redirected to standard error, because libraries print.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -156,7 +163,7 @@ def worker() -> None:
 
 
 class Process:
-    """A contestant's process, stopped (where the system can) while others work."""
+    """A contestant's worker process, suspended by SIGSTOP (where the system has it) between commands."""
 
     def __init__(self, contestant: Contestant, model: Path, threads: int) -> None:
         self.contestant = contestant
@@ -192,7 +199,7 @@ class Process:
         return [float(logit) for logit in self._order("logits", workload=workload, batch=batch)]
 
     def peak(self) -> int:
-        """Bytes of memory that the process held at most."""
+        """Peak resident memory of the process in bytes."""
         return int(self._order("peak"))
 
     def _order(self, do: str, **arguments: Any) -> Any:
@@ -203,12 +210,12 @@ class Process:
             self.signal("SIGSTOP")
 
     def signal(self, name: str) -> None:
-        """Stop or continue the process, where the system can."""
+        """Send the named signal, if the system has it and the process is alive."""
         if hasattr(signal, name) and self._child.poll() is None:
             self._child.send_signal(getattr(signal, name))
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process and close its pipes."""
         self._child.kill()
         with contextlib.suppress(BrokenPipeError), self._child:
             pass  # leaving closes the pipes and waits
@@ -216,7 +223,7 @@ class Process:
 
 @contextlib.contextmanager
 def processes(contestants: Sequence[Contestant], model: Path, threads: int) -> Iterator[dict[str, Process]]:
-    """All contestants, loaded and waiting; one that cannot run here is an error."""
+    """Worker processes of all contestants, loaded and suspended. Raises EngineError when one cannot start."""
     running: dict[str, Process] = {}
     try:
         for contestant in contestants:
@@ -234,9 +241,12 @@ Turn = tuple[str, int]  # a contestant's name and a batch size
 def in_turns(
     running: Mapping[str, Process], turns: Mapping[str, Sequence[Turn]], rounds: int
 ) -> dict[str, dict[Turn, list[float]]]:
-    """Workload -> turn -> seconds of every call. The order is turned round each time. The first call of each turn is
-    a warm-up and not counted, except that those who need over SLOW seconds for it save time: it counts, and they
-    have a turn only every second round."""
+    """Workload -> turn -> seconds of every counted call.
+
+    The order of contestants is reversed in every second round. The first call of a contestant is a warm-up and is not
+    counted, unless it takes more than SLOW seconds: then it counts, and the contestant gets a turn in every second
+    round only.
+    """
     took: dict[str, dict[Turn, list[float]]] = {w: {turn: [] for turn in each} for w, each in turns.items()}
     for number in range(rounds):
         for workload, each in took.items():
@@ -251,18 +261,18 @@ def in_turns(
     return took
 
 
-# The workloads, and a model with random weights to run them on.
+# Workloads, and a model with random weights.
 
 
 class Workload(NamedTuple):
-    """Pairs of given lengths, in the order a caller would give them."""
+    """Pairs of given lengths in tokens, in the caller's order."""
 
     title: str
     lengths: tuple[int, ...]
 
 
 def _ragged(pairs: int = 100, median: float = 142.0, spread: float = 0.6) -> tuple[int, ...]:
-    """Log-normal lengths like those of search results, 16 to 1,024, mean about 170."""
+    """Log-normal lengths in tokens, 16 to 1,024, mean about 170, similar to search results."""
     drawn = np.random.default_rng(11).lognormal(math.log(median), spread, pairs)
     return tuple(int(n) for n in np.clip(np.rint(drawn), 16, 1024))
 
@@ -279,13 +289,13 @@ LONG = "1x8192"  # padded peers need up to 12 GB for it, so it runs in one proce
 
 
 def title(workload: str) -> str:
-    """How a table calls a workload."""
+    """Display name of a workload."""
     lengths = WORKLOADS[workload].lengths
     return WORKLOADS[workload].title.format(mean=sum(lengths) / len(lengths))
 
 
 def encodings(workload: str, vocabulary: int, types: int = 2) -> list[Encoding]:
-    """The workload's random tokens, the same in every process; two thirds of a pair are its document."""
+    """The workload's random tokens, the same in every process; two thirds of each pair are the document."""
     rng = np.random.default_rng(5)
     out = []
     for n in WORKLOADS[workload].lengths:
@@ -296,7 +306,7 @@ def encodings(workload: str, vocabulary: int, types: int = 2) -> list[Encoding]:
 
 
 def sizes(model: Path) -> tuple[int, int]:
-    """A checkpoint's vocabulary and number of token types: what ``encodings`` may draw from."""
+    """Vocabulary size and number of token types of a checkpoint, for ``encodings``."""
     config = json.loads((model / "config.json").read_text())
     return int(config["vocab_size"]), int(config.get("type_vocab_size", 0))  # ModernBERT has none
 
@@ -310,7 +320,7 @@ TURBO: dict[str, Any] = {
 
 
 def turbo_config(layers: int = 6) -> ModelConfig:
-    """The published shape; fewer layers for tests."""
+    """Config of jina-reranker-v1-turbo-en's shape; tests use fewer layers."""
     raw = TURBO | {"num_hidden_layers": layers}
     found = jinabert.recognise(raw, {"encoder.layer.0.mlp.gated_layers.weight": (3072, 384)})
     assert found is not None
@@ -318,9 +328,11 @@ def turbo_config(layers: int = 6) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32]:
-    """As the published config initialises a model, N(0, 0.02), except where that would be too easy: biases are not
-    zero, gains not one, and queries and keys are wide enough (N(0, 1/C)) for attention scores of standard deviation
-    about 1. Flat attention would let ALiBi skipping drop more than it can in a trained model."""
+    """Random weights, N(0, 0.02²) as in the published config, with non-zero biases and gains other than one.
+
+    Query and key weights have the variance 1/C, so that attention scores have a standard deviation of about 1: with
+    flat attention, ALiBi skipping would drop more blocks than in a trained model.
+    """
     rng = np.random.default_rng(seed)
     weights: dict[str, Float32] = {}
     for name, shape in ARCHITECTURES[config.architecture].parameters(config).items():
@@ -332,7 +344,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Float32]:
 
 
 def write_model(folder: Path, tokenizer: Path, layers: int = 6) -> None:
-    """A random checkpoint in the published layout, stored as bfloat16 like the published one."""
+    """Write a checkpoint of random weights in the published layout, in bfloat16 as the published one."""
     config = turbo_config(layers)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     blocks, offset = [], 0
@@ -353,17 +365,20 @@ def write_model(folder: Path, tokenizer: Path, layers: int = 6) -> None:
         file.writelines(blocks)
 
 
-# Speed beside error, for everything that can run on this machine.
+# Speed and error of everything that can run on this machine.
 
 
 def speed(workload: str, took: Sequence[float]) -> dict[str, float]:
-    """Seconds (least and median) and real tokens per second, from the least."""
+    """Minimum and median seconds, and tokens per second (padding excluded) of the fastest call."""
     tokens = sum(WORKLOADS[workload].lengths)
     return {"min_s": min(took), "median_s": float(np.median(took)), "tokens_s": tokens / min(took), "calls": len(took)}
 
 
 def error(logits: Sequence[float], exact: Sequence[float]) -> dict[str, float | None]:
-    """Distance from the reference engine's logits; ``rms_share`` is the rms error over their standard deviation."""
+    """Maximum and rms distance from the reference engine's logits, and Spearman's rank correlation.
+
+    ``rms_share`` is the rms error divided by the standard deviation of the reference engine's logits.
+    """
     got, want = np.asarray(logits, np.float64), np.asarray(exact, np.float64)
     rms = float(np.sqrt(np.mean((got - want) ** 2)))
     many = len(want) > 2
@@ -376,13 +391,13 @@ def error(logits: Sequence[float], exact: Sequence[float]) -> dict[str, float | 
 
 
 def exact_logits(model: Path, workload: str) -> list[float]:
-    """The reference engine's logits (P,); slow."""
+    """Logits (P,) of the reference engine, which is slow."""
     scorer = load_engine(model, 1, {"engine": "reference"})
     return [float(x) for x in scorer(encodings(workload, *sizes(model)))]
 
 
 def engines_here() -> list[Contestant]:
-    """Our engines that can run on this machine: every precision of every instruction set, and torch if installed."""
+    """Contestants of this package: every precision of every instruction set here, and torch if it is installed."""
     from turborank.engines import ENGINES, native
 
     out = [
@@ -403,7 +418,7 @@ def engines_here() -> list[Contestant]:
 
 
 def _peers(file: Path, model: Path) -> tuple[list[Contestant], dict[str, str]]:
-    """Rows of a PEERS table (see bench/peers.py) that can run, prepared; and why others cannot."""
+    """Contestants of a PEERS table (see bench/peers.py) that can run here, and for the others the reason."""
     file = file.resolve()
     if not file.is_file():
         raise InputError(f"expected a Python file with a table PEERS, got no file at {file}")
@@ -416,7 +431,7 @@ def _peers(file: Path, model: Path) -> tuple[list[Contestant], dict[str, str]]:
         try:
             if row.prepare is not None:
                 row.prepare(model, row.options)
-        except Exception as error:  # a peer's failure is a line of the report, whatever its library raises
+        except Exception as error:  # libraries raise anything; a failure becomes a line of the report
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         ready.append(Contestant(name, row.label, f"{file}:{row.load.__name__}", row.options))
@@ -426,7 +441,11 @@ def _peers(file: Path, model: Path) -> tuple[list[Contestant], dict[str, str]]:
 def compare(
     *, workloads: Sequence[str], rounds: int, threads: int | None = None, peers: Path | None = None, errors: bool = True
 ) -> dict[str, Any]:
-    """Everything that can run here, on each of ``workloads``: rows with speed and error; and what was left out, why."""
+    """Measure everything that can run here on each of ``workloads``.
+
+    Returns ``workloads`` (name -> rows with speed and error) and ``left_out`` (name -> reason).
+    Raises UnknownKeyError for an unknown workload, and EngineError when a contestant fails.
+    """
     from turborank import catalog
     from turborank.engines import allowed_cores
     from turborank.reranker import MAX_THREADS, whole

@@ -1,8 +1,8 @@
-"""The faces other libraries expect of a cross-encoder, over the same :class:`~turborank.Reranker`.
+"""Interfaces of other libraries' cross-encoders, implemented by :class:`~turborank.Reranker`.
 
-``CrossEncoder``      sentence-transformers': ``predict(pairs)`` and ``rank(query, documents)``. Change the import, keep
-                      the code. It knows the parameters of sentence-transformers 4 to 6: what does not change a score
-                      (batch sizes, pools of processes) is accepted, what would and cannot be done (prompts) is refused.
+``CrossEncoder``      a drop-in replacement of sentence-transformers' class: ``predict(pairs)`` and
+                      ``rank(query, documents)``, with the parameters of versions 4 to 6. Parameters that do not change
+                      a score (batch size, process pool) are accepted and ignored; prompts raise an error.
 ``MtebCrossEncoder``  mteb's ``CrossEncoderProtocol``: ``mteb.evaluate(MtebCrossEncoder(Reranker(…)), tasks)``.
 """
 
@@ -22,16 +22,16 @@ from turborank.types import Float32, Progress
 
 Activation = Callable[[Any], Any]  # torch tensor (P, 1) -> as many numbers, such as torch.nn.Sigmoid()
 
-# Where a config.json names its activation, newest first; values end in a torch class name.
+# Keys of config.json that name the activation, newest first; values end in a torch class name.
 _NAMED_IN_CONFIG = (("sentence_transformers", "activation_fn"), ("sbert_ce_default_activation_function", None))
 _ACTIVATIONS = ("sigmoid", "identity")
 
 
 def published_activation(reranker: Reranker) -> str:
-    """How a model's published scores are made of its logits: "sigmoid", or "identity".
+    """The activation between a model's logits and its published scores: "sigmoid" or "identity".
 
-    Decided as sentence-transformers does, by ``config.json``, with the catalog's word where that is silent, and else
-    the sigmoid of a model with one label. Raises InputError for a function turborank does not know.
+    Read from ``config.json`` as sentence-transformers does, else from the catalog, else "sigmoid" (the default for
+    models with one label). Raises InputError when ``config.json`` names another function.
     """
     for key, inner in _NAMED_IN_CONFIG:
         named = reranker.checkpoint.raw_config.get(key)
@@ -50,7 +50,10 @@ def published_activation(reranker: Reranker) -> str:
 
 
 def activate(logits: Float32, activation: str | Activation) -> Float32:
-    """Scores (P,), float32, of logits (P,). A function is given a torch tensor, as in sentence-transformers."""
+    """Scores (P,), float32, of logits (P,). A callable gets a torch tensor (P, 1), as in sentence-transformers.
+
+    Raises InputError for an unknown name, and when a callable does not return one number per pair.
+    """
     if callable(activation):
         import torch
 
@@ -70,7 +73,7 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto":
 
 
 def _precision_of(model_kwargs: Mapping[str, Any]) -> str:
-    """Our name of the dtype, given by its name or as torch's own object."""
+    """Name of the precision for a dtype, which may be a string or a torch.dtype."""
     wanted = model_kwargs.get("dtype", model_kwargs.get("torch_dtype"))
     name = "auto" if wanted is None else str(wanted).removeprefix("torch.")
     if name not in _PRECISIONS:
@@ -79,7 +82,7 @@ def _precision_of(model_kwargs: Mapping[str, Any]) -> str:
 
 
 def _check_revision(reranker: Reranker, revision: str | None) -> None:
-    """A revision of the Hub that was asked for must be the one that was loaded; folders have none."""
+    """Raise InputError unless ``revision`` is the one that was loaded; local folders have no revision."""
     checkpoint = reranker.checkpoint
     if checkpoint.origin in ("hub", "cache") and revision not in (None, "main", checkpoint.revision):
         raise InputError(
@@ -91,30 +94,30 @@ def _check_revision(reranker: Reranker, revision: str | None) -> None:
 class CrossEncoder:
     """``sentence_transformers.CrossEncoder`` for models with one label, run by turborank.
 
-    Differences, all on purpose: a pair is read to the model's own length (8,192 tokens for the jina rerankers), where
-    sentence-transformers stops at the tokenizer's 512 (``max_length=512`` brings that back); special tokens in texts
-    are plain text (``faithful=True`` brings their power back); and ``rank`` sorts by logit, so scores that
-    round to the same float still come in order.
+    Intended differences: the maximum length is the model's own (8,192 tokens for the jina rerankers), not the
+    tokenizer's 512 (``max_length=512`` restores it); special-token strings in texts are plain text
+    (``faithful=True`` restores their meaning); ``rank`` sorts by logit, so that scores which round to the same float
+    stay in order.
 
     Args:
-        model_name_or_path: what :class:`~turborank.Reranker` takes; by default the embedded model.
+        model_name_or_path: as for :class:`~turborank.Reranker`; by default the embedded model.
         num_labels: 1, or None for the model's own, which must be 1.
-        max_length: tokens of a pair that are read.
-        activation_fn: "sigmoid", "identity" or a function of a torch tensor; by default the published one.
-        device: "cpu", "cuda" (the torch engine, which must then find one), a torch.device of these, or None.
-        trust_remote_code: of no effect: turborank never runs code from a checkpoint.
-        local_files_only: never touch the network.
-        revision: for models of the catalog, the one it names; of no effect on a folder.
-        model_kwargs: ``dtype`` (or ``torch_dtype``) chooses the precision where ``precision`` does not; what else is in
-            it has no influence on a score.
-        cache_folder, token, backend: of no effect: ``HF_HOME`` and ``HF_TOKEN`` say where models are kept and who asks.
-        engine: of :class:`~turborank.Reranker`, as are the next two.
-        precision: "auto" is the engine's default, int8 on CPUs; "fp32" for the published scores to 1e-5.
-        faithful: honour special-token strings in texts.
+        max_length: maximum tokens of a pair, special tokens included.
+        activation_fn: "sigmoid", "identity" or a function of a torch tensor; by default the published activation.
+        device: "cpu", "cuda" (selects the torch engine), a torch.device of these, or None.
+        trust_remote_code: no effect; turborank never runs code from a checkpoint.
+        local_files_only: do not use the network.
+        revision: must be the revision that the catalog names; no effect on a folder.
+        model_kwargs: ``dtype`` (or ``torch_dtype``) sets the precision when ``precision`` is "auto"; other keys have no
+            effect.
+        cache_folder, token, backend: no effect; set ``HF_HOME`` and ``HF_TOKEN`` for the cache folder and the token.
+        engine: as for :class:`~turborank.Reranker`.
+        precision: "auto" is the engine's default, int8 on CPUs; "fp32" gives the published scores to 1e-5.
+        faithful: treat special-token strings in texts as special tokens.
 
     Raises:
         TurborankError: as :class:`~turborank.Reranker` does.
-        EngineUnavailableError: ``device="cuda"`` and there is none.
+        EngineUnavailableError: ``device="cuda"`` on a machine without a CUDA device.
 
     """
 
@@ -160,7 +163,7 @@ class CrossEncoder:
 
     @property
     def max_length(self) -> int:
-        """Tokens of a pair that are read, template included."""
+        """Maximum tokens of a pair, special tokens included."""
         return self.reranker.max_length
 
     def predict(
@@ -180,26 +183,26 @@ class CrossEncoder:
         pool: Any = None,
         chunk_size: int | None = None,
     ) -> Any:
-        """Scores of (query, document) pairs, in the order given; of one pair, its score.
+        """Scores (P,) of (query, document) pairs in the given order; for a single pair, its score.
 
         Args:
-            inputs: a list of pairs, or one pair; ``sentences`` is the older name.
-            batch_size: checked, and otherwise of no effect: batches are planned by tokens, and no score depends on
-                them.
-            show_progress_bar: whether to show one (on stderr); None means no.
-            activation_fn: instead of the model's, for this call.
-            apply_softmax: of no effect on models with one label.
-            convert_to_numpy: a float32 array; else a list of torch scalars.
-            convert_to_tensor: a torch tensor; wins over ``convert_to_numpy``.
-            sentences: see ``inputs``.
-            prompt_name: must be None: rerankers of these families have no prompts.
-            prompt: the same.
-            device: of no effect: where to compute is decided once, at construction.
-            pool: of no effect, like ``chunk_size``.
-            chunk_size: of no effect.
+            inputs: a list of pairs, or one pair.
+            batch_size: must be positive; no other effect, because batches are planned by tokens.
+            show_progress_bar: show a progress bar on stderr; None means no.
+            activation_fn: replaces the model's activation in this call.
+            apply_softmax: no effect on models with one label.
+            convert_to_numpy: return a float32 array; if False, a list of torch scalars.
+            convert_to_tensor: return a torch tensor; takes precedence over ``convert_to_numpy``.
+            sentences: the older name of ``inputs``.
+            prompt_name: must be None; these rerankers have no prompts.
+            prompt: must be None.
+            device: no effect; the device is set in the constructor.
+            pool: no effect.
+            chunk_size: no effect.
 
         Raises:
-            InputError: not exactly one of ``inputs`` and ``sentences``, or something in them is no pair of strings.
+            InputError: both or neither of ``inputs`` and ``sentences`` are given, an item is not a pair of strings, or
+                a prompt is given.
 
         """
         _refuse_prompts(prompt_name, prompt)
@@ -237,9 +240,9 @@ class CrossEncoder:
         pool: Any = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Documents by relevance, best first: ``corpus_id``, ``score`` and, if asked for, ``text`` of each.
+        """Documents sorted by score, best first: ``corpus_id``, ``score`` and, with ``return_documents``, ``text``.
 
-        Ties keep the order given. ``top_k`` keeps the best so many. Arguments are those of :meth:`predict`.
+        Ties keep the input order. ``top_k`` limits the number of results. Other arguments are as for :meth:`predict`.
         """
         _refuse_prompts(prompt_name, prompt)
         documents = listed("documents", documents)
@@ -271,7 +274,7 @@ def _refuse_prompts(*prompts: str | None) -> None:
 
 
 def _with_bar(reranker: Reranker, pairs: Iterable[tuple[str, str]], shown: bool) -> Float32:
-    """Logits of pairs, with a bar on stderr where it is asked for."""
+    """Logits (P,) of pairs, with a progress bar on stderr if ``shown``."""
     if not shown:
         return reranker.score(pairs)
     from tqdm.auto import tqdm  # huggingface_hub brings it
@@ -287,14 +290,14 @@ def _with_bar(reranker: Reranker, pairs: Iterable[tuple[str, str]], shown: bool)
 
 
 class MtebCrossEncoder:
-    """A reranker as mteb wants it. Scores are logits: mteb only orders them."""
+    """mteb's ``CrossEncoderProtocol``. Scores are logits, because mteb only sorts by them."""
 
     def __init__(self, reranker: Reranker) -> None:
         self.reranker = reranker
 
     @property
     def mteb_model_meta(self) -> Any:
-        """The ModelMeta: who scored, so that results are filed under the right name."""
+        """The ModelMeta: the name and revision under which mteb stores results."""
         from mteb.models import ModelMeta
 
         checkpoint = self.reranker.checkpoint
@@ -324,7 +327,8 @@ class MtebCrossEncoder:
     ) -> npt.NDArray[np.float32]:
         """Logits (P,) of the pairs of ``inputs1`` (queries) and ``inputs2`` (documents), both in mteb's batches.
 
-        The task, its split and mteb's batch size and embedding precision have no influence on a score.
+        The other arguments, except ``show_progress_bar``, have no effect. Raises InputError when there are not as many
+        queries as documents.
         """
         queries, documents = ([text for batch in inputs for text in batch["text"]] for inputs in (inputs1, inputs2))
         if len(queries) != len(documents):

@@ -1,18 +1,18 @@
-"""Every error turborank raises, in one tree.
+"""The exception hierarchy: every error that turborank raises on purpose.
 
     TurborankError
-    ├── InputError              what the caller sent cannot be ranked        (also a ValueError)
+    ├── InputError              the caller's input cannot be ranked          (also a ValueError)
     │   ├── TooLongError        a pair exceeds the length limit and the policy is "error"
-    │   └── UnknownKeyError     a name that is in none of our tables
-    ├── CheckpointError         a model folder that cannot be trusted or understood
-    │   └── ModelNotFoundError  no such model here, and it could not be fetched
-    ├── EngineError             the engine cannot run, or produced something that is not a score
-    │   └── EngineUnavailableError   the engine, precision or instruction set is not on this machine
-    └── TrainingError           a step or a checkpoint of a training run could not be finished
+    │   └── UnknownKeyError     a name that is not in the table of allowed names
+    ├── CheckpointError         a model folder is incomplete, damaged or of an unknown architecture
+    │   └── ModelNotFoundError  the model is not on this machine and could not be downloaded
+    ├── EngineError             the engine failed, or returned a logit that is not finite
+    │   └── EngineUnavailableError   this machine lacks the engine, precision or instruction set
+    └── TrainingError           a training step or checkpoint could not be completed
 
-One grammar for all messages: what was expected, what came, where, what to do.
-Each class carries a stable ``code`` (for programs), an HTTP ``status`` (for the service) and the
-instance may carry a ``hint`` (what to do next), which is printed after the message.
+All messages have the same order: what was expected, what came, where, what to do.
+Each class has a stable ``code`` (for programs) and an HTTP ``status`` (for the service). An instance
+may have a ``hint`` (what to do next), which follows the message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 
 class TurborankError(Exception):
-    """Base of all errors raised on purpose by turborank."""
+    """Base class of all errors that turborank raises on purpose."""
 
     code = "error"
     status = 500
@@ -33,7 +33,7 @@ class TurborankError(Exception):
 
 
 class InputError(TurborankError, ValueError):
-    """The caller's input cannot be ranked as it stands."""
+    """The caller's input is invalid and cannot be ranked."""
 
     code = "invalid_input"
     status = 422
@@ -47,20 +47,20 @@ class TooLongError(InputError):
     def __init__(self, message: str, *, hint: str | None = None, place: int = 0, where: str = "") -> None:
         super().__init__(f"{where}: {message}" if where else message, hint=hint)
         self.fault = message
-        self.place = place  # of the pair among those given
+        self.place = place  # 0-based index of the pair among those passed in
 
     def at(self, place: int, where: str) -> TooLongError:
-        """The same fault, by another name of its place."""
+        """A copy of this error with another index and with ``where`` in front of the message."""
         return TooLongError(self.fault, hint=self.hint, place=place, where=where)
 
 
 class UnknownKeyError(InputError):
-    """A name that is in none of our tables; the message lists the table."""
+    """A name that is not in the table of allowed names; the message lists them and the closest match."""
 
     code = "unknown_key"
 
     def __init__(self, what: str, got: object, expected: Iterable[str], *, hint: str | None = None) -> None:
-        import difflib  # only for people who mistype: it costs a tenth of our import
+        import difflib  # imported here because it would add a tenth to the import time of turborank
 
         names = sorted(expected)
         close = difflib.get_close_matches(str(got), names, n=1)
@@ -71,31 +71,31 @@ class UnknownKeyError(InputError):
 
 
 class CheckpointError(TurborankError):
-    """A model folder that is incomplete, damaged, or of no architecture we know."""
+    """A model folder is incomplete, damaged or of an unknown architecture."""
 
     code = "bad_checkpoint"
 
 
 class ModelNotFoundError(CheckpointError):
-    """No such model on this machine, and none could be fetched."""
+    """The model is not on this machine and could not be downloaded."""
 
     code = "model_not_found"
     status = 404
 
 
 class EngineError(TurborankError):
-    """The engine failed, or produced something that is not a score."""
+    """The engine failed, or returned a logit that is not finite."""
 
     code = "engine_error"
 
 
 class EngineUnavailableError(EngineError):
-    """The engine, precision or instruction set asked for does not exist on this machine."""
+    """The requested engine, precision or instruction set is not available on this machine."""
 
     code = "engine_unavailable"
 
 
 class TrainingError(TurborankError):
-    """A training run cannot go on; its last whole checkpoint stays."""
+    """A training run cannot continue; its last complete checkpoint stays on disk."""
 
     code = "training_stopped"

@@ -1,8 +1,8 @@
-"""Any number of pairs through an engine: bounded memory, caller's order, honest bookkeeping.
+"""Token-budget batching: score any number of pairs in bounded memory, in the caller's order.
 
-Pairs are tokenised a chunk ahead of the computation, sorted by length within the chunk, cut into batches
-of at most ``token_budget`` tokens, and their logits put back in the caller's order. A pair's logit does not
-depend on any of this: engines give the same bits whatever shares the batch.
+A background thread tokenises one chunk of pairs while the engine computes the previous one. Each chunk is
+sorted by length and cut into batches of at most ``token_budget`` tokens; the logits return to the caller's
+order. A pair's logit does not depend on the other pairs of its batch (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from turborank.tokens import PairEncoder, pack
 from turborank.types import Encoding, Float32, Int32, Pair, Progress
 
 TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of its own
-CHUNK_CHARACTERS = 200_000  # text tokenised at a time, so that memory stays bounded and work overlaps
-QUERY_CHARACTERS = 2_000  # of a query that count for each pair: it is tokenised once a chunk
-FIRST_CHUNK_CHARACTERS = 20_000  # the first chunk is small, because nothing overlaps its tokenisation
+CHUNK_CHARACTERS = 200_000  # characters tokenised at a time: bounds memory, and lets tokenisation overlap computation
+QUERY_CHARACTERS = 2_000  # maximum characters of a query counted for each pair: it is tokenised once per chunk
+FIRST_CHUNK_CHARACTERS = 20_000  # small, because no computation overlaps the first chunk's tokenisation
 
 
 class Scores(NamedTuple):
-    """What the model said about P pairs, in the caller's order."""
+    """Logits and token counts of P pairs, in the caller's order."""
 
     logits: Float32  # (P,)
-    tokens: Int32  # (P,) tokens read, template included; overlapping windows count once
-    truncated: Int32  # (P,) tokens not read
-    spans: npt.NDArray[np.int64]  # (P, 2) characters of the document behind the logit
+    tokens: Int32  # (P,) tokens read, special tokens included; overlaps of windows count once
+    truncated: Int32  # (P,) tokens dropped by the length policy
+    spans: npt.NDArray[np.int64]  # (P, 2) start and end, in characters, of the text that the logit was computed from
 
 
 def budget(engine: Engine) -> int:
-    """Tokens in one batch: an engine may say how many it wants."""
+    """Maximum tokens of a batch: the engine's ``token_budget`` if it has one, else TOKEN_BUDGET."""
     return int(getattr(engine, "token_budget", TOKEN_BUDGET))
 
 
@@ -54,7 +54,7 @@ def plan(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> list[list[
 
 
 def chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
-    """(place of its first pair, chunk) with about CHUNK_CHARACTERS of text in each chunk."""
+    """Yield (index of the first pair, chunk of pairs), with about CHUNK_CHARACTERS of text in each chunk."""
     start, size, limit = 0, 0, FIRST_CHUNK_CHARACTERS
     for index, (query, document) in enumerate(pairs):
         size += min(len(query), QUERY_CHARACTERS) + len(document)
@@ -66,22 +66,22 @@ def chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, Sequence[Pair]]]:
 
 
 def _encoded(pairs: Sequence[Pair], encoder: PairEncoder) -> Iterator[tuple[int, list[list[Encoding]]]]:
-    """Chunks of encodings, each tokenised while the one before it is being computed."""
+    """Yield (index of the first pair, encodings) of each chunk; the next chunk is tokenised in the background."""
     pieces = list(chunks(pairs))
-    if len(pieces) <= 1:  # nothing to overlap: a thread would only cost its start
+    if len(pieces) <= 1:  # nothing to overlap, so starting a thread would only cost time
         yield from ((start, _encode(encoder, start, piece)) for start, piece in pieces)
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-tokens") as ahead:
         running = ((start, ahead.submit(_encode, encoder, start, piece)) for start, piece in pieces)
         current = next(running, None)
         while current is not None:
-            following = next(running, None)  # already running before the caller computes the current one
+            following = next(running, None)  # starts tokenising before the caller computes the current chunk
             yield current[0], current[1].result()
             current = following
 
 
 def _encode(encoder: PairEncoder, start: int, pairs: Sequence[Pair]) -> list[list[Encoding]]:
-    """The encodings of a chunk; an error about length says which of all pairs it is about."""
+    """The encodings of a chunk; a TooLongError gets the pair's index among all pairs."""
     try:
         return encoder.encode(pairs)
     except TooLongError as error:
@@ -104,11 +104,11 @@ def score(
     token_budget: int | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every pair, ``token_budget`` (by default what the engine wants) tokens at a time.
+    """Score all pairs in batches of at most ``token_budget`` tokens (default: the engine's own budget).
 
-    ``progress`` is called with (pairs done, pairs in all) from the caller's thread.
-    Raises EngineError when a logit is not a finite number: such a pair has no place in a ranking; and TooLongError,
-    with the pair's place, where the length policy is ``error``.
+    ``progress`` is called in the caller's thread with (pairs done, total pairs).
+    Raises EngineError when a logit is not finite, and TooLongError, with the pair's index, when a pair is too long
+    under the length policy ``error``.
     """
     size = token_budget or budget(engine)
     total, done, parts = len(pairs), 0, [gather([], np.empty(0, dtype=np.float32))]
@@ -122,10 +122,10 @@ def score(
 
 
 def gather(encoded: Sequence[Sequence[Encoding]], logits: Float32, *, first_pair: int = 0) -> Scores:
-    """Scores of pairs from the logits (W,) of their W windows in order: a pair's logit is its best window's.
+    """Scores of pairs from the logits (W,) of their W windows in order: a pair's logit is the maximum of its windows.
 
-    ``first_pair`` is the place of the first pair in the caller's list, for the message of the EngineError that
-    is raised when a logit is not a finite number.
+    ``first_pair`` is the index of the first pair in the caller's list, used in error messages.
+    Raises EngineError when a logit is not finite.
     """
     best = Scores(
         np.empty(len(encoded), dtype=np.float32),

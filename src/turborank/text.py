@@ -1,4 +1,4 @@
-"""Texts: fields of documents, lone surrogates, cleaning, sentences and passages."""
+"""Text functions: fields of a document, lone surrogates, cleaning rules, sentence and passage splitting."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 DEFAULT_FIELDS = ("title", "text")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-MIN_WORDS, MAX_WORDS = 40, 240  # of a passage cut from a long document
-LONGEST_SENTENCE = MAX_WORDS - MIN_WORDS  # longer ones (speech without full stops) are cut
+MIN_WORDS, MAX_WORDS = 40, 240  # words of a passage cut from a long document
+LONGEST_SENTENCE = MAX_WORDS - MIN_WORDS  # words; longer sentences (transcripts without full stops) are split
 
-# The Penn treebank's spellings of brackets and quotation marks; an opening mark takes the blank after it along.
+# Brackets as the Penn Treebank spells them, and the written brackets.
 _TREEBANK = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
 _TREEBANK_TOKEN = re.compile("|".join(_TREEBANK), flags=re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z\"(])")
 
 
 def plain(text: str) -> str:
-    """Lone surrogates cannot be encoded; each becomes U+FFFD, which keeps character offsets."""
+    """Replace each lone surrogate, which UTF-8 cannot encode, by U+FFFD; character offsets stay the same."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -33,9 +33,10 @@ def plain(text: str) -> str:
 
 
 def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> str:
-    """The text the model reads: a string as it is, a mapping's ``fields`` joined by spaces.
+    """The text that the model reads: the string itself, or a mapping's ``fields`` joined by spaces.
 
-    Raises InputError for anything else, and for a mapping with none of the fields.
+    Fields that are absent or None are skipped. Raises InputError when ``document`` is neither a string nor a mapping,
+    when the mapping has none of the fields, and when a field is neither text nor a number.
     """
     if isinstance(document, str):
         return document
@@ -52,12 +53,12 @@ def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> s
 
 
 def spaces(text: str) -> str:
-    """White space of any kind and length as one blank."""
+    """Replace each run of white space by one space, and strip both ends."""
     return " ".join(text.split())
 
 
 def treebank(text: str) -> str:
-    """Tokens of the Penn treebank as written text: brackets, quotation marks, no blank before a comma or an n't."""
+    """Undo Penn Treebank tokenisation: brackets, quotation marks, spaces before punctuation and before ``n't``."""
     text = _TREEBANK_TOKEN.sub(lambda found: _TREEBANK[found[0].lower()], spaces(text))
     text = re.sub(r"`` ?| ?''", '"', text)
     text = re.sub(r" ([.,;:?!%)\]])", r"\1", text)
@@ -66,12 +67,12 @@ def treebank(text: str) -> str:
 
 
 def transcript(text: str) -> str:
-    """Without a transcriber's marks in braces, as ``{disfmarker}`` and ``{vocalsound}``."""
+    """Remove transcription marks in braces, such as ``{disfmarker}`` and ``{vocalsound}``."""
     return spaces(re.sub(r"\{[a-z]+\}", " ", text))
 
 
 def alternatives(text: str) -> str:
-    """Without bracketed alternatives, as in ``What is (are) …`` and ``symptom(s)``."""
+    """Remove bracketed alternatives, as in ``What is (are) …`` and ``symptom(s)``."""
     return spaces(re.sub(r"\((?:are|is|was|were|s|es)\)", "", text))
 
 
@@ -84,7 +85,10 @@ CLEANERS: Mapping[str, Callable[[str], str]] = {
 
 
 def cleaner(names: Iterable[str]) -> Callable[[str], str]:
-    """The rules of CLEANERS named, one after the other; white space is always made even, at the end."""
+    """A function that applies the named rules of CLEANERS in order, and ``spaces`` at the end if it is not named.
+
+    Raises UnknownKeyError for an unknown rule.
+    """
     chosen = list(names)
     for name in chosen:
         if name not in CLEANERS:
@@ -100,14 +104,14 @@ def cleaner(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text of one line: a full stop, then a capital letter, a quotation mark or a bracket."""
+    """Split a one-line text after ``.``, ``?`` or ``!`` and a space before a capital letter, ``"`` or ``(``."""
     return _SENTENCE_END.split(text)
 
 
 def cut(text: str, rng: np.random.Generator) -> Iterator[str]:
-    """A long text as passages of whole sentences, each of a random length of MIN_WORDS to MAX_WORDS words.
+    """Cut a long text into passages of whole sentences, each of a random length of MIN_WORDS to MAX_WORDS words.
 
-    What is left at the end is a passage, too, if it has MIN_WORDS; a sentence of more than LONGEST_SENTENCE is cut.
+    Sentences of more than LONGEST_SENTENCE words are split. The remainder is yielded if it has MIN_WORDS words.
     """
     wanted = int(rng.integers(MIN_WORDS, MAX_WORDS))
     words: list[str] = []
@@ -127,18 +131,18 @@ def _pieces(text: str) -> Iterator[list[str]]:
             yield words[start : start + LONGEST_SENTENCE]
 
 
-# A document's passages by character offsets: sentences, joined when short and split when long.
+# Passages of a document by character offsets: sentences, joined when short and split when long.
 
 SHORTEST, LONGEST = 40, 600  # characters of a passage
-MOST = 64  # passages of a document; longer documents get longer passages
+MOST = 64  # maximum passages of a document; longer documents get longer passages
 _END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n\s*\n")
 _SPACE = re.compile(r"\s+")
 
 
 def passages(text: str) -> list[tuple[int, int]]:
-    """Offsets (start, end) of the passages of ``text`` in reading order, without white space around them.
+    """Character offsets (start, end) of the passages of ``text`` in order, without surrounding white space.
 
-    Together they hold every character that is not white space.
+    The passages cover every character that is not white space.
     """
     shortest = max(SHORTEST, -(-len(text) // MOST))
     longest = max(LONGEST, shortest)
@@ -156,7 +160,8 @@ def passages(text: str) -> list[tuple[int, int]]:
 
 
 def _split(text: str, start: int, end: int, longest: int) -> list[int]:
-    """Where to cut text[start:end] so that no piece is longer than ``longest``: about evenly, at white space if any."""
+    """Offsets that cut text[start:end] into about equal pieces of at most ``longest`` characters, at white space if
+    there is any."""
     cuts = []
     while end - start > longest:
         size = end - start

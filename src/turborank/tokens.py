@@ -1,12 +1,12 @@
-"""Pairs to tokens. The length policy lives here and only here.
+"""Tokenisation of pairs, the length policy, and packing of encodings into a batch.
 
-A pair becomes ``prefix query middle document suffix``, the model's own template read off its tokenizer
-(``<s> q </s></s> d </s>`` for the jina rerankers, ``[CLS] q [SEP] d [SEP]`` for BERT). When that is longer
-than ``max_length``, the policy decides, and whatever is left out is counted on the :class:`Encoding`:
+A pair becomes ``prefix query middle document suffix``. The template comes from the model's tokenizer
+(``<s> q </s></s> d </s>`` for the jina rerankers, ``[CLS] q [SEP] d [SEP]`` for BERT). The length policy applies
+to pairs of more than ``max_length`` tokens; the :class:`Encoding` counts the tokens that it drops:
 
-``truncate``  the published rule, ``longest_first``: each text keeps its first tokens
-``windows``   the document is read whole, in overlapping windows; the pair's logit is its best window's
-``error``     :class:`TooLongError`
+``truncate``  cut by ``longest_first``, the rule of the published models (docs/model.md §4.3)
+``windows``   read the whole document in overlapping windows; the pair's logit is the maximum of its windows
+``error``     raise :class:`TooLongError`
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from turborank.text import plain
 from turborank.types import Encoding, Int32, PackedBatch, Pair
 
 LENGTH_POLICIES = ("truncate", "windows", "error")
-WINDOW_OVERLAP = 0.25  # share of a window that the next one reads again
-CHARACTERS_PER_TOKEN = 12  # a text of more than so many for each token that is read is certainly cut
-MIN_LENGTH = 16  # fewer tokens cannot hold a template, a question and an answer
+WINDOW_OVERLAP = 0.25  # share of a window's document tokens that the next window repeats
+CHARACTERS_PER_TOKEN = 12  # a text of more than max_length times as many characters is expected to be cut
+MIN_LENGTH = 16  # minimum max_length: the special tokens and a few tokens of query and document
 
 
 class Template(NamedTuple):
-    """The special tokens of a pair, with the segment (type id) of every part."""
+    """The special tokens around query and document, and the type id of each part."""
 
     prefix: tuple[int, ...]
     middle: tuple[int, ...]
@@ -42,7 +42,10 @@ class Template(NamedTuple):
 
 
 def read_template(tokenizer: Tokenizer) -> Template:
-    """The pair template of a tokenizer, found by encoding a pair and looking at which tokens are special."""
+    """The pair template of a tokenizer, found by encoding a pair and reading which tokens are special.
+
+    Raises CheckpointError when the encoded pair lacks one of its texts.
+    """
     probe = tokenizer.encode("a", "b")
     owners = probe.sequence_ids  # 0 for the query, 1 for the document, None for template tokens
     if 0 not in owners or 1 not in owners:
@@ -65,9 +68,9 @@ def read_template(tokenizer: Tokenizer) -> Template:
 
 
 def longest_first(query: int, document: int, room: int) -> tuple[int, int]:
-    """Tokens kept of each text by the published rule (docs/model.md §4.3).
+    """Tokens to keep of (query, document) so that both fit into ``room`` tokens, by docs/model.md §4.3.
 
-    The longer text is cut first, to the shorter's length at most; then both share what room there is.
+    The longer text is cut first, down to the length of the shorter; then both get half of the room.
     With equal lengths the query counts as the shorter.
     """
     if query + document <= room:
@@ -81,7 +84,7 @@ def longest_first(query: int, document: int, room: int) -> tuple[int, int]:
 
 
 def window_starts(document: int, window: int) -> list[int]:
-    """Where overlapping windows begin, so that every token is read and the last window is full."""
+    """First document token of each overlapping window; the windows cover all tokens, and the last one is full."""
     if document <= window:
         return [0]
     stride = max(1, window - int(window * WINDOW_OVERLAP))
@@ -90,20 +93,20 @@ def window_starts(document: int, window: int) -> list[int]:
 
 
 class Limits(NamedTuple):
-    """What one request asks of the length policy; None leaves it as the encoder was made."""
+    """Length limits of one request; None means the encoder's own value."""
 
     policy: str | None = None
-    max_length: int | None = None  # tokens of a pair, template included; never above the encoder's own
+    max_length: int | None = None  # tokens of a pair, special tokens included; at most the encoder's own
     max_query: int | None = None  # tokens of the query
     max_document: int | None = None  # tokens of each document
-    max_windows: int | None = None  # windows of each document; text behind the last one counts as cut
+    max_windows: int | None = None  # windows of each document; text after the last one counts as cut
 
 
 NO_LIMITS = Limits()
 
 
 class _Text:
-    """A text, its ids once it is tokenised, and the tokenizer's own encoding where its offsets will be needed."""
+    """A text, its token ids after tokenisation, and the tokenizer's encoding when offsets will be needed."""
 
     __slots__ = ("ids", "offsets", "text")
 
@@ -114,17 +117,21 @@ class _Text:
 
 
 def _characters(offsets: tokenizers.Encoding, token: int) -> tuple[int, int]:
-    """Where a token's characters begin and end in the text."""
+    """(start, end) of a token in the text, in characters."""
     span = offsets.token_to_chars(token)
-    assert span is not None  # only template tokens have no characters, and there are none
+    assert span is not None  # only special tokens have no characters, and the text was encoded without them
     return span
 
 
 class PairEncoder:
-    """Turns pairs into encodings under one length policy.
+    """Encode pairs under one length policy.
 
-    ``faithful`` reproduces the published tokenizers, which honour special-token strings inside user text;
-    by default such strings are plain text, so that a document cannot forge a separator.
+    ``max_length`` counts the tokens of a pair, special tokens included; ``policy`` is one of LENGTH_POLICIES.
+    ``faithful`` reproduces the published tokenizers, which turn strings such as ``</s>`` in a text into special
+    tokens. By default these strings are plain text, so that a document cannot inject a separator.
+
+    Raises UnknownKeyError for another policy, InputError for a max_length below MIN_LENGTH, and CheckpointError for a
+    tokenizer without a pair template.
     """
 
     def __init__(
@@ -144,10 +151,11 @@ class PairEncoder:
             raise InputError(f"expected max_length to be at least {MIN_LENGTH}, got {max_length}")
 
     def encode(self, pairs: Sequence[Pair], limits: Limits = NO_LIMITS) -> list[list[Encoding]]:
-        """One list for each pair: a single encoding, or its windows in reading order.
+        """One list for each pair: a single encoding, or the encodings of its windows in reading order.
 
-        Texts are tokenised in parallel outside the GIL, and each distinct query once. A TooLongError has the place of
-        its pair.
+        The tokenizer runs in parallel outside the GIL; each distinct query is tokenised once.
+        Raises TooLongError, with the pair's index, under the policy ``error``, and UnknownKeyError for an unknown
+        policy.
         """
         if limits.policy not in (None, *LENGTH_POLICIES):
             raise UnknownKeyError("length", limits.policy, LENGTH_POLICIES)
@@ -165,8 +173,10 @@ class PairEncoder:
         return encodings
 
     def _tokenise(self, texts: Sequence[_Text]) -> None:
-        """Ids for all texts. What is certainly too long keeps its offsets, which say where it was cut; others are
-        quicker without, and the few of them that are cut are tokenised again."""
+        """Set the ids of all texts, and the offsets of the longest, which are expected to be cut.
+
+        Tokenising without offsets is faster; a shorter text that is cut after all is tokenised again.
+        """
         edge = CHARACTERS_PER_TOKEN * self.max_length
         long, short = ([text for text in texts if (len(text.text) > edge) is is_long] for is_long in (True, False))
         for group, encode in ((long, self.tokenizer.encode_batch), (short, self.tokenizer.encode_batch_fast)):
@@ -218,9 +228,10 @@ class PairEncoder:
         room: int,
         max_windows: int | None,
     ) -> list[Encoding]:
-        """Only a query of more than half the room is ever cut; the document is read to its end, or to ``max_windows``.
+        """Encodings of overlapping windows over the document, up to ``max_windows``, each with the query.
 
-        ``full``: tokens of query and document as they came.
+        The query is cut only when it takes more than half of the room. ``full``: tokens of query and document before
+        any cut.
         """
         kept = query[: max(room // 2, room - len(document))]
         window = room - len(kept)
@@ -262,7 +273,7 @@ class PairEncoder:
 
 
 def pack(encodings: Sequence[Encoding]) -> PackedBatch:
-    """Encodings laid end to end in the order given, without padding."""
+    """Concatenate encodings in the given order, without padding."""
     lengths = [len(encoding) for encoding in encodings]
     return PackedBatch(
         input_ids=np.concatenate([np.empty(0, np.int32), *(encoding.input_ids for encoding in encodings)]),

@@ -1,6 +1,6 @@
-"""The nouns of the system, as plain immutable values.
+"""The shared data types, as immutable values.
 
-Dimension letters, used in every docstring and shape comment of the code:
+Dimension letters in docstrings and shape comments:
 
     P  pairs in a batch            L  layers            Q  queries
     T  tokens in a batch           H  heads             K  documents of one list
@@ -31,7 +31,7 @@ def no_progress(task: str) -> Progress:
 
 
 class Pair(NamedTuple):
-    """One question to the model: how well does ``document`` answer ``query``?"""
+    """A query and a document: the unit that the model scores."""
 
     query: str
     document: str
@@ -39,31 +39,30 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The tokens of one pair (or of one window of it), template included.
+    """The tokens of one pair (or of one window of it), special tokens included.
 
-    ``query_cut`` and ``document_cut`` count the tokens the length policy dropped; nothing is ever
-    dropped without being counted here.
+    ``query_cut`` and ``document_cut`` count every token that the length policy dropped.
     """
 
     input_ids: Int32  # (n,)
     type_ids: Int32  # (n,) segment of each token, as the model's template defines it
-    read: int  # tokens of the pair that are read; over all its windows, overlaps counted once
+    read: int  # tokens of the pair that the model reads, over all windows; overlaps count once
     query_cut: int = 0
     document_cut: int = 0
-    span: tuple[int, int] = (0, 0)  # characters of the document in this encoding
+    span: tuple[int, int] = (0, 0)  # (start, end) of this encoding in the document, in characters
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
 
     @property
     def truncated(self) -> int:
-        """Tokens of the pair that the model does not read."""
+        """Tokens of the pair that the length policy dropped."""
         return self.query_cut + self.document_cut
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """P pairs laid end to end; there is no padding anywhere in turborank."""
+    """P pairs, concatenated without padding."""
 
     input_ids: Int32  # (T,)
     type_ids: Int32  # (T,)
@@ -81,7 +80,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What a forward pass needs to know about a checkpoint, whatever its family.
+    """The shape of a checkpoint and the variants of its forward pass, for all architectures.
 
     Built by :func:`turborank.architectures.recognise` from ``config.json`` and the tensor names.
     """
@@ -92,7 +91,7 @@ class ModelConfig:
     num_hidden_layers: int  # L
     num_attention_heads: int  # H
     intermediate_size: int  # F
-    max_length: int  # tokens of a pair the model can read
+    max_length: int  # maximum tokens of a pair, special tokens included
     type_vocab_size: int
     layer_norm_eps: float
     feed_forward: str = "gelu"  # "gelu" (two linears) or "geglu" (gated, docs/model.md §3.4)
@@ -100,12 +99,12 @@ class ModelConfig:
     head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine", "focus": see architectures.jinabert
     position_offset: int = 0  # first learned position (XLM-R counts from 2)
     position_buckets: int = 0  # relative positions to one side (DeBERTa); 0: the model has none
-    max_relative_positions: int = 0  # distances from here on share the last bucket
-    half_window: int = 0  # keys a sliding layer reads to either side (ModernBERT); 0: every layer reads the whole pair
-    global_layers: tuple[int, ...] = ()  # layers that read the whole pair although there is a window
-    global_theta: float = 0.0  # RoPE's base in those layers; 0: the model has no RoPE
-    local_theta: float = 0.0  # and in the others
-    pooling: str = "cls"  # what the classifier reads: the first token ("cls") or the mean of all ("mean")
+    max_relative_positions: int = 0  # larger distances share the last bucket
+    half_window: int = 0  # keys on each side in sliding-window attention (ModernBERT); 0: full attention in all layers
+    global_layers: tuple[int, ...] = ()  # indices of layers with full attention when half_window is set
+    global_theta: float = 0.0  # RoPE base of layers with full attention; 0: the model has no RoPE
+    local_theta: float = 0.0  # RoPE base of layers with sliding-window attention
+    pooling: str = "cls"  # input of the classifier: the first token ("cls") or the mean over tokens ("mean")
     head_bias: bool = False  # whether the norm inside the classifier has a bias (ModernBERT)
 
     @property
@@ -115,12 +114,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """One document in a ranking, best first."""
+    """One document of a ranking."""
 
-    index: int  # 0-based place in the caller's list
-    document: Document  # as the caller gave it
-    logit: float  # what we sort by
+    index: int  # 0-based index in the caller's list
+    document: Document  # as the caller passed it
+    logit: float  # the sort key, higher is better
     score: float  # relevance score, sigmoid(logit)
-    tokens: int  # tokens the model read for this document, query and template included
-    truncated: int  # tokens it did not read; 0 unless the length policy cut something
-    span: tuple[int, int]  # characters of the document text behind the logit
+    tokens: int  # tokens read for this document, query and special tokens included
+    truncated: int  # tokens dropped by the length policy
+    span: tuple[int, int]  # (start, end) in the document's text, in characters, of what the logit was computed from

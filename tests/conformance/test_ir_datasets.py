@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("ir_datasets", reason="ir-datasets is not installed in this environment")
 
-from turborank.data.dataset_table import DATASETS, Row
+from turborank.data.dataset_table import DATASETS, DatasetRow
 
 PUBLIC = [row for row in DATASETS.values() if row.group == "beir" and row.files]
 
@@ -21,7 +21,7 @@ def shipped(name: str) -> dict[str, Any]:
     return loaded
 
 
-def described(row: Row) -> dict[str, Any]:
+def described(row: DatasetRow) -> dict[str, Any]:
     """What ir_datasets says of the split we evaluate."""
     name = row.name.replace("cqadupstack-", "cqadupstack/").replace("webis-touche2020", "webis-touche2020/v2")
     about, name = shipped("metadata"), f"beir/{name}"
@@ -31,14 +31,14 @@ def described(row: Row) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("row", PUBLIC, ids=lambda row: row.name)
-def test_addresses_and_checksums(row: Row) -> None:
+def test_addresses_and_checksums(row: DatasetRow) -> None:
     (ours,) = row.files
     theirs = {entry["url"]: entry["expected_md5"] for entry in shipped("downloads")["beir"].values()}
     assert theirs[ours.url] == ours.md5
 
 
 @pytest.mark.parametrize("row", PUBLIC, ids=lambda row: row.name)
-def test_counts(row: Row) -> None:
+def test_counts(row: DatasetRow) -> None:
     theirs = described(row)
     counts = (theirs["queries"]["count"], theirs["docs"]["count"], theirs["qrels"]["count"])
     assert (row.queries, row.documents, row.judgements) == counts

@@ -16,7 +16,7 @@ from mini import write_mini
 
 from turborank import InputError
 from turborank.data import datasets
-from turborank.data.dataset_table import Download, Row
+from turborank.data.dataset_table import DatasetRow, Download
 from turborank.data.download import fetch, obtain
 from turborank.data.layouts import LAYOUTS
 from turborank.evaluate import DATASETS
@@ -141,14 +141,14 @@ def test_what_cannot_be_had_says_what_to_do(server: Server, tmp_path: Path) -> N
         fetch(file_of(server), tmp_path)
 
 
-def mini_row(server: Server, tmp_path: Path, name: str = "mini") -> Row:
+def mini_row(server: Server, tmp_path: Path, name: str = "mini") -> DatasetRow:
     folder = write_mini(tmp_path / "source" / "mini")
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for path in sorted(folder.rglob("*")):
             archive.write(path, path.relative_to(folder.parent))
     server.content = packed.getvalue()
-    return Row(name, "test", 3, 6, 6, "none", (file_of(server),), folder="mini")
+    return DatasetRow(name, "test", 3, 6, 6, "none", (file_of(server),), folder="mini")
 
 
 def test_a_row_is_downloaded_unpacked_and_loaded(
@@ -170,7 +170,7 @@ def packed_zip(files: dict[str, str]) -> bytes:
     return data.getvalue()
 
 
-def stand_in(row: Row, folder: Path) -> dict[str, bytes]:
+def stand_in(row: DatasetRow, folder: Path) -> dict[str, bytes]:
     """File name -> content: a tiny collection, packed as the row's own is."""
     if row.layout == "beir":
         source = write_mini(folder)
@@ -202,7 +202,7 @@ DOWNLOADED = [row for row in DATASETS.values() if row.files]
 
 
 @pytest.mark.parametrize("row", DOWNLOADED, ids=lambda row: row.name)
-def test_every_row_is_fetched_unpacked_and_read(server: Server, tmp_path: Path, row: Row) -> None:
+def test_every_row_is_fetched_unpacked_and_read(server: Server, tmp_path: Path, row: DatasetRow) -> None:
     """By the address's own file name, into the folder where the row's layout looks; only the host is another."""
     contents = stand_in(row, tmp_path / "source")
     base = f"http://127.0.0.1:{server.server_address[1]}/"
@@ -235,7 +235,7 @@ def test_an_archive_cannot_write_outside_its_folder(server: Server, tmp_path: Pa
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("../evil.txt", "x")
     server.content = packed.getvalue()
-    row = Row(row.name, "test", 3, 6, 6, "none", (file_of(server),), folder="mini")
+    row = DatasetRow(row.name, "test", 3, 6, 6, "none", (file_of(server),), folder="mini")
     with pytest.raises(InputError, match=r"inside one folder, got '\.\./evil\.txt'"):
         obtain(row, tmp_path / "data", offline=False)
     assert not (tmp_path / "evil.txt").exists()

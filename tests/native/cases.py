@@ -45,7 +45,7 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
     return model, [int(n) for n in rng.integers(2, longest, int(rng.integers(1, 9)))]
 
 
-Layouts = dict[tuple[str, str], native_weights.Layout]
+Layouts = dict[tuple[str, str], native_weights.Packing]
 
 
 def layouts(path: str | None) -> Layouts:
@@ -54,13 +54,13 @@ def layouts(path: str | None) -> Layouts:
         return {(isa, p): native.layout(isa, p) for isa in native.isas() for p in native.precisions(isa)}
     rows = [line.split() for line in Path(path).read_text().splitlines()]
     return {
-        (isa, p): native_weights.Layout(p, int(group), bool(int(tiles)), int(offset), int(lanes), int(exchange))
+        (isa, p): native_weights.Packing(p, int(group), bool(int(tiles)), int(offset), int(lanes), int(exchange))
         for isa, p, group, tiles, offset, lanes, exchange, *_ in rows
     }
 
 
 def write_model(
-    file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str, layout: native_weights.Layout
+    file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str, layout: native_weights.Packing
 ) -> None:
     """What one row of the instruction-set table reads."""
     packed, facts = native_weights.pack(tensors, model, layout)

@@ -35,7 +35,7 @@ def test_every_setting_can_come_from_each_source(tmp_path, name):
     value = EXAMPLES.get(kind, ("a=b", "c=d"))
     value = {"length": "windows", "log_level": "debug"}.get(name, value)
     if kind is int:
-        value = max(value, int(FIELDS[name].metadata["least"] or 0))
+        value = max(value, int(FIELDS[name].metadata["minimum"] or 0))
     pair = {"tls_certificate": {"tls_key": "k"}, "tls_key": {"tls_certificate": "c"}}.get(name, {})
     text = ",".join(value) if isinstance(value, tuple) else str(value)
     written = list(value) if isinstance(value, tuple) else value

@@ -1,9 +1,9 @@
-"""A model folder from an ONNX file: for those who have nothing but ``model.onnx``, float or quantised to 8 bits.
+"""Convert an ONNX file, float or dynamically quantised to 8 bits, to a model folder.
 
-Exporters keep the names of embeddings, norms and biases, but a linear layer's weight becomes an anonymous constant of
-a ``MatMul`` or ``MatMulInteger`` node, stored (in, out). It gets its name back from the bias that is added to its
-product. ONNX Runtime's dynamic quantisation stores a tensor W as three: ``NAME_quantized``, ``NAME_scale`` and
-``NAME_zero_point``, W = (q - zero point)·scale, with one scale a tensor or one an output column
+Exporters keep the names of embeddings, norms and biases, but the weight of a linear layer becomes an unnamed constant
+of a ``MatMul`` or ``MatMulInteger`` node, stored (in, out). Its name is recovered from the bias that is added to the
+product. ONNX Runtime's dynamic quantisation stores a tensor W as ``NAME_quantized``, ``NAME_scale`` and
+``NAME_zero_point``, W = (q - zero point)·scale, with one scale for the tensor or one for each output column
 (onnxruntime.quantization, per_channel).
 """
 
@@ -24,7 +24,7 @@ from turborank.errors import CheckpointError, InputError
 from turborank.types import Float32
 
 _PRODUCTS = ("MatMul", "MatMulInteger", "Gemm")
-_BETWEEN = ("Cast", "Mul")  # from an integer product to the addition of its bias
+_BETWEEN = ("Cast", "Mul")  # nodes between an integer product and the addition of its bias
 _QUANTISED = "_quantized"
 
 
@@ -33,11 +33,11 @@ def import_onnx(
 ) -> Checkpoint:
     """Write the published layout (float32 ``model.safetensors``, ``config.json``, ``tokenizer.json``) to ``out``.
 
-    ``config`` and ``tokenizer`` are by default the files of those names beside the ONNX file. Returns the checkpoint,
-    read back and verified: every tensor of its architecture is there, in shape and finite.
+    ``config`` and ``tokenizer`` default to ``config.json`` and ``tokenizer.json`` in the folder of the ONNX file.
+    Returns the checkpoint, read back from ``out`` and verified.
 
-    Raises InputError where a file is missing or ``out`` holds files, CheckpointError where the graph's tensors are not
-    those of the model that ``config.json`` describes; ``out`` is then left empty.
+    Raises InputError if a file is missing or ``out`` is not empty, CheckpointError if the graph's tensors are not those
+    of the model that ``config.json`` describes; ``out`` is then left empty.
     """
     source, folder = Path(model).expanduser(), Path(out).expanduser()
     found = {
@@ -95,7 +95,7 @@ def read_onnx(path: str | Path) -> dict[str, Float32]:
 
 
 def _float(stored: Mapping[str, Any], name: str) -> Float32:
-    """A tensor in float32: as it is, or (q - zero point)·scale."""
+    """A tensor as float32; quantised ones are computed as (q - zero point)·scale."""
     if name in stored:
         plain: Float32 = stored[name].astype(np.float32)
         return plain
@@ -106,7 +106,7 @@ def _float(stored: Mapping[str, Any], name: str) -> Float32:
 
 
 def _linear_weights(graph: Any, stored: Mapping[str, Any], path: str | Path) -> Iterator[tuple[str, Float32]]:
-    """(name, weight as stored: (in, out)) of every product with a constant."""
+    """(name, weight (in, out) as stored) of every product with a constant."""
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
@@ -133,5 +133,5 @@ def _name(node: Any, constant: str, readers: dict[str, list[Any]], stored: Mappi
             biases = [name for name in step.input if name in stored and name.endswith(".bias")]
             if not biases:
                 raise CheckpointError(f"expected a named bias beside {constant}, got {list(step.input)} at {path}")
-            return biases[0].removesuffix("bias") + "weight"
+            return str(biases[0]).removesuffix("bias") + "weight"
         output = step.output[0]

@@ -36,7 +36,7 @@ _RELEVANT = ("relevant", "is relevant")
 _IRRELEVANT = ("irrelevant", "not relevant", "non relevant", "nonrelevant")
 
 
-class Layout(NamedTuple):
+class FolderLayout(NamedTuple):
     """A folder's tensors by canonical name, and config.json merged with the layout's other settings."""
 
     weights: TensorFile
@@ -48,7 +48,7 @@ class _Module(NamedTuple):
     folder: Path
 
 
-def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None) -> Layout:
+def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None) -> FolderLayout:
     """Read a model folder in whichever layout it has.
 
     Args:
@@ -72,7 +72,7 @@ def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None
         config["model_type"] = "xlm-roberta"
         _unfuse(weights)
     _one_of_two(weights, config, relevant)
-    return Layout(weights, config)
+    return FolderLayout(weights, config)
 
 
 def extra_files(folder: Path) -> list[str]:

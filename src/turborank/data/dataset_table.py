@@ -23,7 +23,7 @@ class Download(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DatasetRow:
     """One dataset."""
 
     name: str
@@ -57,42 +57,42 @@ UNSTATED = "not stated by its authors"
 
 def _beir(
     name: str, counts: tuple[int, int, int], md5: str, licence: str, split: str = "test", twins: bool = False
-) -> Row:
+) -> DatasetRow:
     queries, documents, judgements = counts
     files = (Download(f"{BEIR_FILES}{name}.zip", f"{name}.zip", md5),)
-    return Row(
+    return DatasetRow(
         name, "beir", queries, documents, judgements, licence, files,
         folder=name, split=split, queries_are_documents=twins,
     )  # fmt: skip
 
 
-def _forum(name: str, queries: int, documents: int, judgements: int) -> Row:
+def _forum(name: str, queries: int, documents: int, judgements: int) -> DatasetRow:
     files = (Download(f"{BEIR_FILES}cqadupstack.zip", "cqadupstack.zip", "4e41456d7df8ee7760a7f866133bda78"),)
-    return Row(
+    return DatasetRow(
         f"cqadupstack-{name}", "beir", queries, documents, judgements, "Apache-2.0", files,
         folder=f"cqadupstack/{name}", note="one of CQADupStack's twelve forums; BEIR reports their mean",
     )  # fmt: skip
 
 
-def _licensed(name: str, queries: int, licence: str) -> Row:
-    return Row(
+def _licensed(name: str, queries: int, licence: str) -> DatasetRow:
+    return DatasetRow(
         name, "beir", queries, None, None, licence, note="needs an agreement with its owner; BEIR's wiki says how"
     )
 
 
-def _scrolls(name: str, queries: int, revision: str, sha256: str) -> Row:
+def _scrolls(name: str, queries: int, revision: str, sha256: str) -> DatasetRow:
     files = (Download(f"{SCROLLS_FILES}{revision}/{name}.zip", f"{name}.zip", sha256=sha256),)
-    return Row(
+    return DatasetRow(
         f"loco-{name}", "loco", queries, queries, queries, UNSTATED, files,
         layout="scrolls", folder=name, split="validation",
         note="LoCoV0: the summary is the query, the whole input the document; candidates are the whole split",
     )  # fmt: skip
 
 
-def _qasper(field: str) -> Row:
+def _qasper(field: str) -> DatasetRow:
     url = "https://qasper-dataset.s3.us-west-2.amazonaws.com/qasper-test-and-evaluator-v0.3.tgz"
     sha256 = "72a52a41193e2838b8074f80ac074b94f956b84886c36a61c58a7df4171bdd72"
-    return Row(
+    return DatasetRow(
         f"loco-qasper-{field}", "loco", 416, 416, 416, "CC BY 4.0", (Download(url, "qasper-test.tgz", sha256=sha256),),
         layout=f"qasper-{field}", note=f"LoCoV0: the paper's {field} is the query, its full text the document",
     )  # fmt: skip
@@ -105,8 +105,8 @@ def _local(
     *,
     relevant_from: int = 1,
     note: str,
-) -> Row:
-    return Row(name, "collections", *counts, licence, relevant_from=relevant_from, note=note)
+) -> DatasetRow:
+    return DatasetRow(name, "collections", *counts, licence, relevant_from=relevant_from, note=note)
 
 
 _MSMARCO = "MS MARCO terms: non-commercial research"
@@ -150,13 +150,13 @@ _ROWS = (
              "6dff4c1ffb7d81cdd909872862f65a2fc9409e6e4b9c15665e281338a48bc61b"),
     _qasper("title"),
     _qasper("abstract"),
-    Row(
+    DatasetRow(
         "anthropic-docs-rag", "rag", 100, 232, 192, "MIT",
         (Download(f"{COOKBOOK}data/anthropic_docs.json", "anthropic_docs.json"),
          Download(f"{COOKBOOK}evaluation/docs_evaluation_dataset.json", "docs_evaluation_dataset.json")),
         layout="anthropic-docs", measure="Success@5", note="questions over documentation chunks",
     ),
-    Row(
+    DatasetRow(
         "chunking_evaluation", "rag", 472, None, None, "MIT",
         (Download(f"{CHUNKING}questions_df.csv", "questions_df.csv"),
          *(Download(f"{CHUNKING}corpora/{name}.md", f"corpora/{name}.md")
@@ -179,7 +179,7 @@ _ROWS = (
     ),
 )  # fmt: skip
 
-DATASETS: Mapping[str, Row] = {row.name: row for row in _ROWS}
+DATASETS: Mapping[str, DatasetRow] = {row.name: row for row in _ROWS}
 FORUMS = tuple(name for name in DATASETS if name.startswith("cqadupstack-"))
 # A name for several datasets. In a mean, CQADupStack counts once.
 GROUPS: Mapping[str, tuple[str, ...]] = {

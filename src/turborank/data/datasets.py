@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turborank.data.corpus import Corpus
-from turborank.data.dataset_table import DATASETS, GROUPS, Row
+from turborank.data.dataset_table import DATASETS, GROUPS, DatasetRow
 from turborank.data.download import obtain
 from turborank.data.layouts import LAYOUTS, Parts
 from turborank.data.trec import Qrels
@@ -30,7 +30,7 @@ class Dataset:
     qrels: Qrels
     corpus: Corpus
     fingerprint: str  # changes whenever a query or a document does
-    row: Row | None = None  # None: the user's own data
+    row: DatasetRow | None = None  # None: the user's own data
     notes: tuple[str, ...] = ()  # what was found, and how it is counted
     queries_are_documents: bool = False
     relevant_from: int = 1
@@ -102,7 +102,7 @@ def _examples(values: Sequence[str]) -> str:
     return ", ".join(map(repr, values[:SHOWN])) + more
 
 
-def _checked(name: str, split: str, parts: Parts, row: Row | None, keep_unknown: bool) -> Dataset:
+def _checked(name: str, split: str, parts: Parts, row: DatasetRow | None, keep_unknown: bool) -> Dataset:
     """A dataset from its parts, once they have been compared with each other and with the row's counts."""
     if not parts.qrels:
         raise InputError(f"expected judged queries in {name}, got none")
@@ -150,7 +150,7 @@ def _unknown_documents(name: str, parts: Parts, keep: bool) -> list[str]:
     return [f"judged documents not in the corpus: {len(unknown)} ({_examples(unknown)}); they count as not found"]
 
 
-def _assert_counts(row: Row, parts: Parts) -> None:
+def _assert_counts(row: DatasetRow, parts: Parts) -> None:
     """The numbers of the table, so that another collection under the same name never passes for this one."""
     got = {
         "queries": len(parts.qrels),

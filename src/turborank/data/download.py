@@ -10,7 +10,7 @@ import zipfile
 from http.client import HTTPException
 from pathlib import Path
 
-from turborank.data.dataset_table import Download, Row
+from turborank.data.dataset_table import DatasetRow, Download
 from turborank.data.files import file_hash
 from turborank.errors import InputError
 from turborank.types import Progress, StartProgress, no_progress
@@ -97,7 +97,7 @@ def _unpack(archive: Path, into: Path) -> None:
     os.replace(staging, into)
 
 
-def obtain(row: Row, data_dir: Path, *, offline: bool, progress: StartProgress = no_progress) -> Path:
+def obtain(row: DatasetRow, data_dir: Path, *, offline: bool, progress: StartProgress = no_progress) -> Path:
     """The folder of a dataset, downloaded and unpacked if it is not under ``data_dir`` yet.
 
     Looked for at ``data_dir/<name>`` first, where anybody may put it. Raises InputError, saying what to put

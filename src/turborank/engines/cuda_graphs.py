@@ -24,7 +24,7 @@ MOST_TOKENS = 32_768  # largest batch to capture: above, the kernels take longer
 KEPT = 256  # sizes with a graph; batches of further sizes run kernel by kernel, which costs less than recapturing
 FEWEST_TOKENS, FEWEST_PAIRS = 256, 8
 
-Forward = Callable[[PackedBatch], Tensor]  # a batch on the device, with a Layout for its cu_seqlens -> logits (P,)
+Forward = Callable[[PackedBatch], Tensor]  # a batch on the device, with a RowLayout for its cu_seqlens -> logits (P,)
 
 
 def rounded(tokens: int, pairs: int, longest: int) -> tuple[int, int, int]:
@@ -54,7 +54,7 @@ class Size:
             self.moved[s : s + n].view(shape) for s, n, shape in zip(starts, counts, shapes, strict=False)
         ]
         ids, types, cu_seqlens, positions, blocks, firsts = views
-        where: Any = triton_ops.Layout(cu_seqlens, positions, blocks, firsts, longest)
+        where: Any = triton_ops.RowLayout(cu_seqlens, positions, blocks, firsts, longest)
         self.batch = PackedBatch(ids, types, where, longest)  # on the device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None

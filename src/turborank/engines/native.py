@@ -47,9 +47,10 @@ def automatic() -> str:
 
 
 def supports(config: ModelConfig) -> bool:
-    """Whether the C++ side knows the architecture and its sizes."""
+    """Whether the C++ engine supports the architecture and its sizes."""
     known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
-    # attention_relative.inl: neighbouring distances have neighbouring rows (not so if many buckets end at a short one).
+    # attention_relative.inl needs equal or neighbouring table rows for neighbouring distances; a config with many
+    # buckets up to a short distance has gaps.
     return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
@@ -79,9 +80,9 @@ def precisions(isa: str) -> list[str]:
     return [] if _native is None else list(_native.isas().get(isa, []))
 
 
-def layout(isa: str, precision: str) -> native_weights.Layout:
+def layout(isa: str, precision: str) -> native_weights.Packing:
     """The weight layout of one row of the instruction-set table in one precision."""
-    return native_weights.Layout(precision, *_native.isas()[isa][precision])
+    return native_weights.Packing(precision, *_native.isas()[isa][precision])
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:

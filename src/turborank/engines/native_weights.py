@@ -35,7 +35,7 @@ _LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 32 << 20  # bytes; pages of a block tha
 _ONE = np.float32(1.0)
 
 
-class Layout(NamedTuple):
+class Packing(NamedTuple):
     """The weight layout of one row of the instruction-set table in one precision (kernels.h, Kernels)."""
 
     precision: str
@@ -57,7 +57,7 @@ class Columns(NamedTuple):
         return Columns(self.codes[order], self.scale[order], self.bias[order])
 
 
-def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> tuple[dict[str, Bytes], dict[str, Any]]:
+def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Packing) -> tuple[dict[str, Bytes], dict[str, Any]]:
     """Pack all tensors of a model: (arrays by the names of native/weights.cpp, facts about them for the C++ side).
 
     Word embeddings are not copied; the kernels read the stored table. Raises CheckpointError if a tensor is missing or
@@ -84,7 +84,7 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
 class _Packer:
     words, norm = "embeddings.word_embeddings.weight", "embeddings.LayerNorm"
 
-    def __init__(self, weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> None:
+    def __init__(self, weights: Mapping[str, Array], config: ModelConfig, layout: Packing) -> None:
         self._weights, self._config, self._layout = weights, config, layout
         self._stored = weights.stored if isinstance(weights, TensorFile) else weights.__getitem__
         self._arena = _Arena()

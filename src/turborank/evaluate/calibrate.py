@@ -38,7 +38,7 @@ _TRUTHS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 Floats = npt.NDArray[np.float64]
 
 
-class Judged(NamedTuple):
+class JudgedPair(NamedTuple):
     """A pair that somebody judged."""
 
     pair: Pair
@@ -84,7 +84,7 @@ class Findings:
     queries: int
 
 
-def read_judged(path: Path, relevant_from: float = 1) -> list[Judged]:
+def read_judged(path: Path, relevant_from: float = 1) -> list[JudgedPair]:
     """Judged pairs of a JSON-lines, CSV or TSV file with the fields ``query``, ``document`` and one of LABELS.
 
     A document is a string, or an object with ``title`` and ``text``. Judgements of at least ``relevant_from`` count as
@@ -105,7 +105,7 @@ def read_judged(path: Path, relevant_from: float = 1) -> list[Judged]:
             raise InputError(f"{error.message} at {where}") from None
         except (TypeError, ValueError):
             raise InputError(f"expected a number as the judgement, got {label!r:.60} at {where}") from None
-        judged.append(Judged(Pair(query, text), grade >= relevant_from))
+        judged.append(JudgedPair(Pair(query, text), grade >= relevant_from))
     count = sum(one.relevant for one in judged)
     if not 0 < count < len(judged):
         raise InputError(
@@ -194,7 +194,7 @@ def design_effect(hits: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) ->
 
 def calibrate(
     reranker: Reranker,
-    judged: Sequence[Judged],
+    judged: Sequence[JudgedPair],
     *,
     targets: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from turborank.data.dataset_table import PUBLISHED, Published
 from turborank.evaluate.measures import RESAMPLES, SEED, Comparison
-from turborank.evaluate.record import Evaluation, Line, Result, System
+from turborank.evaluate.record import Evaluation, Result, System, TableLine
 
 EXTREMES = 5  # queries shown at either end
 MAX_QUERY = 240  # characters of a query shown
@@ -29,7 +29,7 @@ FOOTER = (
 
 
 def page(
-    evaluation: Evaluation, lines: Sequence[Line], heads: Sequence[str], averages: Sequence[tuple[str, Published]]
+    evaluation: Evaluation, lines: Sequence[TableLine], heads: Sequence[str], averages: Sequence[tuple[str, Published]]
 ) -> str:
     """The whole page."""
     css = files("turborank.evaluate").joinpath("report.css").read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def table(heads: Iterable[str], rows: str) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _summary(lines: Sequence[Line], heads: Sequence[str]) -> str:
+def _summary(lines: Sequence[TableLine], heads: Sequence[str]) -> str:
     ours = [line for line in lines if not line.source]
     rows = []
     for place, line in enumerate(lines):

@@ -58,7 +58,7 @@ class Result:
         return (*sample, *self.dataset.notes, *self.notes)
 
 
-class Line(NamedTuple):
+class TableLine(NamedTuple):
     """A row of the summary: a system with a value for every dataset, or none."""
 
     system: str

@@ -13,7 +13,7 @@ from turborank.data.dataset_table import FORUMS, PUBLISHED, PUBLISHED_MEANS, Pub
 from turborank.data.files import write_json, write_text
 from turborank.evaluate.html import page
 from turborank.evaluate.measures import RESAMPLES, SEED, Comparison
-from turborank.evaluate.record import Evaluation, Line, Result
+from turborank.evaluate.record import Evaluation, Result, TableLine
 
 
 def write(evaluation: Evaluation, out: Path, *, finished: bool = True) -> None:
@@ -65,7 +65,7 @@ def _averaged(evaluation: Evaluation) -> list[int]:
     return same if len(same) > 1 else []
 
 
-def summary(evaluation: Evaluation) -> list[Line]:
+def summary(evaluation: Evaluation) -> list[TableLine]:
     """Systems against datasets, then what others have published."""
     names = dict.fromkeys(system.name for result in evaluation.results for system in result.systems)
     lines = []
@@ -74,7 +74,7 @@ def summary(evaluation: Evaluation) -> list[Line]:
             next((system.means[result.measure] for system in result.systems if system.name == name), None)
             for result in evaluation.results
         ]
-        lines.append(Line(name, (*values, *_mean(evaluation, values))))
+        lines.append(TableLine(name, (*values, *_mean(evaluation, values))))
     figures = [PUBLISHED.get(result.dataset.name, ()) for result in evaluation.results]
     for system in dict.fromkeys(figure.system for row in figures for figure in row):
         cells = [
@@ -83,7 +83,7 @@ def summary(evaluation: Evaluation) -> list[Line]:
         ]
         source = next(figure.source for row in figures for figure in row if figure.system == system)
         if any(value is not None for value in cells):
-            lines.append(Line(system, (*cells, *_mean(evaluation, cells)), source))
+            lines.append(TableLine(system, (*cells, *_mean(evaluation, cells)), source))
     return lines
 
 

@@ -1,6 +1,6 @@
 """The ops in Triton kernels, for inference on GPUs (docs/gpu.md): no padding, no n×n tensors.
 
-The forward receives a :class:`Layout` in place of ``cu_seqlens``. Ops that are not defined here are those of
+The forward receives a :class:`RowLayout` in place of ``cu_seqlens``. Ops that are not defined here are those of
 :mod:`turborank.ops.torch`. Training on GPUs uses :mod:`turborank.ops.torch_flex`.
 
 **Attention** is FlashAttention-2 (arXiv 2307.08691) over packed pairs. A program takes 64 queries of one pair and one
@@ -56,7 +56,7 @@ def supports(config: ModelConfig) -> bool:
     return fits
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """Device tables of the pairs of a packed batch. Takes the place of ``cu_seqlens`` in every op of this module."""
 
     cu_seqlens: Tensor  # (P+1,) int32
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
 
 
 def tables(cu_seqlens: Int32) -> list[Int32]:
-    """The four tables of a Layout, in order, as numpy arrays."""
+    """The four tables of a RowLayout, in order, as numpy arrays."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     positions = np.arange(cu_seqlens[-1]) - np.repeat(starts, ends - starts)
     counts = (ends - starts + QUERIES - 1) // QUERIES
@@ -89,7 +89,7 @@ def _heads(slopes: tuple[float, ...], device: torch.device) -> tuple[Tensor, Ten
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, where: Layout, heads: int, slopes: Sequence[float], first_only: bool
+    q: Tensor, k: Tensor, v: Tensor, where: RowLayout, heads: int, slopes: Sequence[float], first_only: bool
 ) -> Tensor:
     out, width = torch.empty_like(q), k.shape[1]
     order, table = _heads(tuple(slopes) or (0.0,) * heads, q.device)
@@ -131,24 +131,24 @@ def geglu(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def positions(where: Layout) -> Tensor:
+def positions(where: RowLayout) -> Tensor:
     return where.positions
 
 
-def first_tokens(x: Tensor, where: Layout) -> Tensor:
+def first_tokens(x: Tensor, where: RowLayout) -> Tensor:
     return torch_ops.take(x, where.firsts[:, 0])
 
 
-def segment_means(x: Tensor, type_ids: Tensor, where: Layout) -> tuple[Tensor, Tensor]:
+def segment_means(x: Tensor, type_ids: Tensor, where: RowLayout) -> tuple[Tensor, Tensor]:
     return torch_ops.segment_means(x, type_ids, where.cu_seqlens)
 
 
-def focused_means(x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, where: Layout, passage: int) -> Tensor:
+def focused_means(x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, where: RowLayout, passage: int) -> Tensor:
     return torch_ops.focused_means(x, query, focus, type_ids, where.cu_seqlens, passage)
 
 
 def disentangled_attention(
-    q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], where: Layout, heads: int,
+    q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], where: RowLayout, heads: int,
     first_only: bool,
 ) -> Tensor:  # fmt: skip
     return torch_ops.disentangled_attention(q, k, v, pos_q, pos_k, rows, where.cu_seqlens, heads, first_only)

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and the way of a request from bytes to bytes."""
+"""The ASGI application: routes and endpoints."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from turborank.serve import auth, dialects, openapi
 from turborank.serve.auth import Key
 from turborank.serve.dialects import DIALECTS
 from turborank.serve.http import JSON, Front, decode_as, decode_fields, read_body, respond, unless_gone
-from turborank.serve.models import Model
+from turborank.serve.models import ServedModel
 from turborank.serve.openapi import version
 from turborank.serve.service import LOADING_RETRY, Service
 from turborank.serve.telemetry import CONTENT_TYPE
 from turborank.serve.wire import Answer, Ask, Problem
 
-LARGE = 128 * 1024  # bytes of a body that is decoded off the event loop
+LARGE = 128 * 1024  # larger bodies (in bytes) are decoded in a worker thread, so that they do not block the event loop
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def build(service: Service, *, on_failure: Callable[[BaseException], None] | None = None) -> ASGIApp:
-    """The application around a service. ``on_failure`` is told when the first model cannot be loaded."""
+    """Build the ASGI application of a service. ``on_failure`` is called when the default model cannot be loaded."""
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -46,7 +46,7 @@ def build(service: Service, *, on_failure: Callable[[BaseException], None] | Non
                 if on_failure:
                     on_failure(error)
 
-        loading = asyncio.create_task(load())  # the door is open while it loads; /ready says when
+        loading = asyncio.create_task(load())  # connections are accepted while it loads; /ready answers 503 until then
         yield
         loading.cancel()
         service.close()
@@ -61,14 +61,14 @@ def build(service: Service, *, on_failure: Callable[[BaseException], None] | Non
         open_door=not service.ring.required,
         count=lambda dialect, status: service.metrics.requests.labels(dialect, str(status)).inc(),
     )
-    if service.settings.cors_origin:  # outermost: a page is to be able to read refusals too
+    if service.settings.cors_origin:  # outermost, so that pages of other origins can read error responses too
         origins = list(service.settings.cors_origin)
         app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return app
 
 
 def rank_endpoint(service: Service, names: list[str]) -> Endpoint:
-    """One path, and the dialects spoken there."""
+    """The endpoint of one path, which serves the dialects ``names``."""
 
     async def endpoint(request: Request) -> Response:
         record = request.state.record
@@ -96,7 +96,7 @@ def rank_endpoint(service: Service, names: list[str]) -> Endpoint:
 
 
 async def _read(service: Service, request: Request, names: list[str], record: dict[str, Any]) -> Ask:
-    """The request as an Ask; ``record`` learns which dialect it is in."""
+    """Decode the request into an Ask; write dialect, size and times into the log record ``record``."""
     started = time.monotonic()
     body = await read_body(request, service.settings)
     received = time.monotonic()
@@ -124,7 +124,7 @@ async def _read(service: Service, request: Request, names: list[str], record: di
 
 
 def _describe(record: dict[str, Any], span: Any, ask: Ask, answer: Answer) -> None:
-    """What the log and the trace say about a request: counts and times, never text."""
+    """Write the request's counts and times into the log record and the trace; texts are never logged."""
     record["model"] = answer.model
     record["documents"] = len(ask.pairs)
     record["tokens"] = answer.tokens
@@ -136,7 +136,7 @@ def _describe(record: dict[str, Any], span: Any, ask: Ask, answer: Answer) -> No
 
 
 def _headers(dialect: str, ask: Ask, answer: Answer, record: dict[str, Any]) -> dict[str, str]:
-    """The truth about length, for dialects whose bodies have no room for it; and TEI's own headers."""
+    """Response headers: tokens read and cut, for dialects whose bodies lack these fields, and the headers of TEI."""
     headers = {"x-turborank-tokens": str(answer.tokens), "x-turborank-truncated-tokens": str(answer.truncated)}
     if dialect == "tei":
         times = {stage: str(round(seconds * 1000)) for stage, seconds in answer.timings.items()}
@@ -153,13 +153,13 @@ def _headers(dialect: str, ask: Ask, answer: Answer, record: dict[str, Any]) -> 
     return headers
 
 
-# Everything that is asked with GET: models, health, metrics, the OpenAPI document, the playground.
+# GET endpoints: models, health, metrics, the OpenAPI document, the playground.
 
 OWNER = "turborank"
 
 
-def describe(service: Service, model: Model) -> dict[str, Any]:
-    """A model as OpenAI, Cohere and Infinity clients read it, at once."""
+def describe(service: Service, model: ServedModel) -> dict[str, Any]:
+    """A model in one object with the fields that OpenAI, Cohere and Infinity clients read."""
     reranker = model.reranker
     entry: dict[str, Any] = {
         "id": model.name,
@@ -196,7 +196,7 @@ def get_endpoints(service: Service) -> dict[str, Endpoint]:
         "/models": models,
         "/v1/models/{model:path}": _model(service),
         "/info": _info(service),
-        # prefixes, for clients that append the path to a base URL
+        # prefixed paths, for clients that append a path to their base URL
         **{f"{prefix}/health": health for prefix in ("/tei", "/infinity", "/vllm")},
         **{f"{prefix}/models": models for prefix in ("/infinity", "/vllm/v1", "/cohere/v1", "/voyage/v1", "/jina/v1")},
         "/tei/info": _info(service),
@@ -212,7 +212,7 @@ def get_endpoints(service: Service) -> dict[str, Endpoint]:
 
 
 def _quiet(make: Callable[[], Response]) -> Endpoint:
-    """An endpoint that is asked every few seconds: its successes are logged at debug level only."""
+    """A GET endpoint that monitoring polls often; successful requests are logged at debug level only."""
 
     async def endpoint(request: Request) -> Response:
         request.state.record["quiet"] = True
@@ -258,7 +258,7 @@ def _model(service: Service) -> Endpoint:
 
 
 def _info(service: Service) -> Endpoint:
-    """What text-embeddings-inference says of itself; also Weaviate's /meta."""
+    """/info with the fields of text-embeddings-inference; also serves Weaviate's /meta."""
 
     async def endpoint(request: Request) -> Response:
         auth.authorise(service.ring, request.headers.raw)
@@ -297,7 +297,7 @@ def _playground() -> Endpoint:
 
 
 def content_policy(page: str) -> str:
-    """A policy that lets the page run its own script and style, named by their hashes, and nothing else."""
+    """A Content-Security-Policy that allows only the page's own script and style, by their hashes."""
 
     def hashes(tag: str) -> str:
         bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""API keys: made once, kept only as hashes, read again whenever their file changes.
+"""API keys, rate limits and size limits.
 
-A key is 256 random bits, so one round of SHA-256 hides it well: there is nothing to guess, and a slow hash would
-only make requests slow. Passwords chosen by people would need one; keys are never chosen by people.
+The key file stores only SHA-256 hashes and is read again when it changes. A key has 256 random bits, so it cannot be
+guessed from its hash; a slow password hash would add time to each request and no security.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from turborank.types import Pair
 
 SECRET_PREFIX = "tr-"
 ANY_MODEL = "*"
-CHECK_EVERY = 1.0  # seconds between looks at the file
+CHECK_EVERY = 1.0  # minimum seconds between checks for a changed key file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FIELDS = {"name", "sha256", "models", "requests_per_minute", "tokens_per_minute"}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One caller: who it is, what it may use, and how fast."""
+    """One API key: its name, hash, allowed models and rate limits."""
 
     name: str
     sha256: str
     models: tuple[str, ...] = (ANY_MODEL,)
-    requests_per_minute: int = 0  # 0: as the settings say
+    requests_per_minute: int = 0  # 0: the limit of the settings
     tokens_per_minute: int = 0
 
     def allows(self, model: str) -> bool:
@@ -49,14 +49,14 @@ ANONYMOUS = Key("anonymous", "")
 
 
 def digest(secret: str) -> str:
-    """What is kept of a key."""
+    """SHA-256 of a key as 64 hexadecimal digits, the form in which the key file stores it."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 0, tokens: int = 0) -> str:
-    """Append a new key to the file, which is made if need be, and return its secret: the only time anyone sees it.
+    """Create a key, append its hash to the file (created if missing) and return the secret, which is not stored.
 
-    Raises InputError when the name is taken or unusable, or the file is not a key file.
+    Raises InputError when the name is taken or invalid, and when the file is not a key file or cannot be written.
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"expected a name of letters, digits, dots, dashes and underscores, got {name!r}")
@@ -73,7 +73,9 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
     lines += [f"tokens_per_minute = {tokens}"] if tokens else []
     text = "\n".join(lines) + "\n"
     try:
-        tomllib.loads((path.read_text("utf-8") if path.exists() else "") + text)  # what we leave, we can read
+        tomllib.loads(
+            (path.read_text("utf-8") if path.exists() else "") + text
+        )  # make sure that the result can be read
     except tomllib.TOMLDecodeError as error:
         raise InputError(
             f"expected a file that [[keys]] can be appended to, got {path}: {error}",
@@ -128,10 +130,10 @@ def _key(entry: Any, where: str) -> Key:
 
 
 class KeyRing:
-    """The keys that are valid now.
+    """The currently valid keys: those of the key file, and the one of the environment variable.
 
-    A file that becomes unreadable while the server runs changes nothing but the log (``complain``): locking everyone
-    out, or letting everyone in, would both be worse.
+    When the file becomes unreadable while the server runs, the keys read last stay valid and ``complain`` is called:
+    neither rejecting nor admitting all callers would be safe.
     """
 
     def __init__(
@@ -152,11 +154,11 @@ class KeyRing:
 
     @property
     def required(self) -> bool:
-        """Whether callers need a key at all. An empty key file needs one that nobody has."""
+        """Whether callers need a key. With an empty key file every request is rejected."""
         return self._path is not None or bool(self._fixed)
 
     def find(self, secret: str) -> Key | None:
-        """The key with this secret. Every key is compared, each in constant time."""
+        """The key with this secret, or None. All keys are compared, each in constant time."""
         self._reload()
         presented, found = digest(secret), None
         for key in self._keys:
@@ -188,7 +190,7 @@ class KeyRing:
             self._complain(f"the keys stay as they were: {error}")
 
 
-# Who may ask how much: bearer keys, rates per key, sizes per request. Every refusal names the setting behind it.
+# Bearer authentication, rate limits of each key, size limits of each request. Errors name the setting of the limit.
 
 MINUTE = 60.0
 
@@ -211,9 +213,9 @@ def authorise(ring: KeyRing, headers: Iterable[tuple[bytes, bytes]]) -> Key:
 
 
 class Bucket:
-    """A rate per minute that may be used in bursts: full at first, refilled steadily.
+    """A token bucket: starts full, holds one minute's amount and refills continuously.
 
-    What a request costs is known only when it has been tokenised, so ``take`` may overdraw; the next caller waits.
+    A request's tokens are known only after tokenisation, so ``take`` may make the level negative; later requests wait.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
@@ -223,14 +225,14 @@ class Bucket:
         self._when = clock()
 
     def level(self) -> float:
-        """What may be taken now."""
+        """The amount available now; negative after an overdraft."""
         now = self._clock()
         self._level = min(float(self.per_minute), self._level + (now - self._when) * self.per_minute / MINUTE)
         self._when = now
         return self._level
 
     def wait(self, need: float = 1.0) -> float:
-        """Seconds until ``need`` may be taken; 0 when it may be now."""
+        """Seconds until ``need`` is available; 0 if it is available now."""
         return max(0.0, (min(need, self.per_minute) - self.level()) * MINUTE / self.per_minute)
 
     def take(self, amount: float) -> None:
@@ -238,7 +240,7 @@ class Bucket:
 
 
 class Rates:
-    """Requests and tokens per minute, for each key by itself."""
+    """Rate limits in requests and tokens per minute, separate for each key."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._default = {"requests": settings.requests_per_minute, "tokens": settings.tokens_per_minute}
@@ -256,7 +258,7 @@ class Rates:
         return bucket
 
     def enter(self, key: Key) -> None:
-        """Count a request. Raises Problem 429 when the key's requests or tokens are used up."""
+        """Count a request. Raises Problem 429 when the key has used up its requests or tokens."""
         requests, tokens = self._bucket(key, "requests"), self._bucket(key, "tokens")
         for kind, bucket in (("requests", requests), ("tokens", tokens)):
             wait = bucket.wait() if bucket else 0.0
@@ -272,13 +274,13 @@ class Rates:
             requests.take(1)
 
     def spend(self, key: Key, tokens: int) -> None:
-        """Count the tokens of a request, once they are known."""
+        """Count the tokens of a request after tokenisation."""
         bucket = self._bucket(key, "tokens")
         if bucket:
             bucket.take(tokens)
 
     def headers(self, key: Key) -> dict[str, str]:
-        """The x-ratelimit headers that OpenAI clients read; none where there is no limit."""
+        """The x-ratelimit headers that OpenAI clients read, for the limits that are set."""
         headers = {}
         for kind in ("requests", "tokens"):
             bucket = self._bucket(key, kind)
@@ -290,7 +292,7 @@ class Rates:
 
 
 def check_sizes(settings: Settings, pairs: Sequence[Pair], *, field: str = "documents") -> None:
-    """Raises Problem 413 when a request has too many documents or characters, naming the setting and the place."""
+    """Raise Problem 413, with the setting and the field, for too many documents or characters."""
     if len(pairs) > settings.max_documents:
         raise _too_large("max_documents", settings.max_documents, f"{len(pairs)} documents", field)
     most = settings.max_document_characters
@@ -314,6 +316,6 @@ def _too_large(setting: str, limit: int, got: str, param: str) -> Problem:
 
 
 def check_tokens(settings: Settings, tokens: int) -> None:
-    """Raises Problem 413 when a request needs more computing than the setting allows."""
+    """Raise Problem 413 when a request has more than ``max_tokens`` tokens."""
     if tokens > settings.max_tokens:
         raise _too_large("max_tokens", settings.max_tokens, f"{tokens} tokens or more", "documents")

@@ -1,7 +1,7 @@
-"""Settings: one name each, whether it comes as a flag, from the environment or from a TOML file.
+"""Settings of the server, from command-line options, environment variables and a TOML file.
 
-``--max-documents 500`` · ``TURBORANK_MAX_DOCUMENTS=500`` · ``max_documents = 500``; flags win over the environment,
-which wins over the file. An error about a limit names its setting.
+``--max-documents 500`` · ``TURBORANK_MAX_DOCUMENTS=500`` · ``max_documents = 500``. Options take precedence over the
+environment, and the environment over the file. Errors about a limit name its setting.
 """
 
 from __future__ import annotations
@@ -21,88 +21,124 @@ from turborank.tokens import LENGTH_POLICIES
 
 PREFIX = "TURBORANK_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-MOST_PORT = 65_535
+MAX_PORT = 65_535
 _MIB = 1024 * 1024
 
 
-def _setting(default: Any, group: str, help_text: str, *, least: float | None = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": help_text, "least": least})
+def _setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": help_text, "minimum": minimum})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything `turborank serve` can be told. Field metadata is what ``--help`` prints."""
+    """All settings of `turborank serve`. The field metadata has the text and group for ``--help``."""
 
     model: tuple[str, ...] = _setting(
         (),
         "Models",
         "A model to serve: a catalog name, a folder, a Hugging Face id, or NAME=any of these. Repeat it for several; "
-        "the first is the default and is loaded at start, the others when first asked for.",
+        "the first is the default and is loaded at start, the others on first use.",
     )
     alias: tuple[str, ...] = _setting(
-        (), "Models", "NAME=MODEL: another name clients may ask for, say rerank-v3.5=jina-reranker-v1-turbo-en."
+        (), "Models", "NAME=MODEL: another name for a served model, for example rerank-v3.5=jina-reranker-v1-turbo-en."
     )
     engine: str = _setting("auto", "Models", "auto, native, torch or reference.")
-    precision: str = _setting("auto", "Models", "auto, or one that the engine has: int8, bf16, fp32.")
-    length: str = _setting("truncate", "Models", "Pairs longer than the model reads: truncate, windows or error.")
-    max_length: int = _setting(0, "Models", "Tokens read of a pair; 0 means what the model was made for.", least=0)
-    threads: int = _setting(0, "Models", "Threads to compute with; 0 means all cores.", least=0)
-    model_memory: int = _setting(
-        4096, "Models", "MiB of weights kept loaded; beyond it the model unused longest is let go.", least=1
+    precision: str = _setting("auto", "Models", "auto, int8, bf16 or fp32, as far as the engine has it.")
+    length: str = _setting(
+        "truncate",
+        "Models",
+        "What to do with pairs longer than max_length: truncate, windows (read all of it) or error.",
     )
-    offline: bool = _setting(False, "Models", "Never touch the network.")
+    max_length: int = _setting(0, "Models", "Maximum tokens of a pair; 0 means the model's own.", minimum=0)
+    threads: int = _setting(0, "Models", "Number of compute threads; 0 means all cores.", minimum=0)
+    model_memory: int = _setting(
+        4096,
+        "Models",
+        "Maximum MiB of loaded weights; above it the minimum recently used model is unloaded.",
+        minimum=1,
+    )
+    offline: bool = _setting(False, "Models", "Do not use the network to find models.")
     calibration: tuple[str, ...] = _setting(
-        (), "Models", "NAME=FILE: what `turborank calibrate` made for a served model; else its calibration.json."
+        (),
+        "Models",
+        "NAME=FILE: calibration of a served model, written by `turborank calibrate`; default: its calibration.json.",
     )
     score_cache_entries: int = _setting(
-        0, "Models", "Scores kept by content, so that a pair is not read twice, about 150 bytes each; 0: none.", least=0
+        0,
+        "Models",
+        "Maximum scores in the cache, keyed by the pair's text, about 150 bytes each; 0: no cache.",
+        minimum=0,
     )
     score_cache: str = _setting(
-        "", "Models", "SQLite file of the kept scores, which outlives the server; by default they are in memory."
+        "", "Models", "SQLite file of the score cache, kept across restarts; by default the cache is in memory."
     )
 
-    host: str = _setting("127.0.0.1", "Server", "Address to listen on; anything but loopback needs keys.")
-    port: int = _setting(8080, "Server", "Port to listen on.", least=0)
-    tls_certificate: str = _setting("", "Server", "PEM file; with it and --tls-key the server speaks HTTPS.")
-    tls_key: str = _setting("", "Server", "PEM file of the certificate's private key.")
-    root_path: str = _setting("", "Server", "Path prefix a reverse proxy strips, say /rerank-api.")
-    playground: bool = _setting(True, "Server", "Serve the playground page at /.")
-    cors_origin: tuple[str, ...] = _setting(
-        (), "Server", "An origin whose pages may call this server; may be repeated."
+    host: str = _setting("127.0.0.1", "Server", "Address to listen on; other addresses than loopback require API keys.")
+    port: int = _setting(8080, "Server", "Port to listen on.", minimum=0)
+    tls_certificate: str = _setting(
+        "", "Server", "PEM file of the certificate; with it and --tls-key the server uses HTTPS."
     )
+    tls_key: str = _setting("", "Server", "PEM file of the certificate's private key.")
+    root_path: str = _setting("", "Server", "Path prefix that a reverse proxy removes, for example /rerank-api.")
+    playground: bool = _setting(True, "Server", "Serve the playground page at /.")
+    cors_origin: tuple[str, ...] = _setting((), "Server", "Origin whose pages may call this server; repeatable.")
     allowed_host: tuple[str, ...] = _setting(
-        (), "Server", "A Host header to answer; by default any, but only loopback names when there are no keys."
+        (), "Server", "Accepted Host header; repeatable. Default: any; without keys on loopback, only loopback names."
     )
     log_level: str = _setting("info", "Server", "debug, info, warning or error.")
-    otlp_endpoint: str = _setting("", "Server", "Where to send OpenTelemetry spans (needs the extra 'otel').")
+    otlp_endpoint: str = _setting("", "Server", "URL to which OpenTelemetry spans are sent (needs the extra 'otel').")
 
     keys: str = _setting(
-        "", "Keys and rates", "TOML file of API keys, made by `turborank keys new`; read again when changed."
+        "", "Keys and rates", "TOML file of API keys, written by `turborank keys new`; read again when it changes."
     )
-    requests_per_minute: int = _setting(0, "Keys and rates", "For keys without their own; 0 means no limit.", least=0)
-    tokens_per_minute: int = _setting(0, "Keys and rates", "For keys without their own; 0 means no limit.", least=0)
+    requests_per_minute: int = _setting(
+        0, "Keys and rates", "Request limit of keys without their own; 0 means no limit.", minimum=0
+    )
+    tokens_per_minute: int = _setting(
+        0, "Keys and rates", "Token limit of keys without their own; 0 means no limit.", minimum=0
+    )
 
-    max_body: int = _setting(32 * _MIB, "Limits", "Bytes of a request body.", least=1)
-    max_documents: int = _setting(2048, "Limits", "Documents of a request.", least=1)
+    max_body: int = _setting(32 * _MIB, "Limits", "Maximum bytes of a request body.", minimum=1)
+    max_documents: int = _setting(2048, "Limits", "Maximum documents of a request.", minimum=1)
     max_document_characters: int = _setting(
-        1_000_000, "Limits", "Characters of one document, or of the query.", least=1
+        1_000_000, "Limits", "Maximum characters of one document, or of the query.", minimum=1
     )
-    max_characters: int = _setting(8_000_000, "Limits", "Characters of a request, the query counted once.", least=1)
-    max_tokens: int = _setting(2_000_000, "Limits", "Tokens computed for a request.", least=1)
-    header_timeout: float = _setting(10.0, "Limits", "Seconds a client may take to send its headers.", least=0.1)
-    body_timeout: float = _setting(30.0, "Limits", "Seconds a client may take to send its body.", least=0.1)
-    answer_timeout: float = _setting(30.0, "Limits", "Seconds an answer may lie unread by its client.", least=0.1)
-    keep_alive: int = _setting(75, "Limits", "Seconds an idle connection is kept.", least=1)
-    max_connections: int = _setting(2048, "Limits", "Connections at a time; beyond it the answer is 503.", least=1)
+    max_characters: int = _setting(
+        8_000_000, "Limits", "Maximum characters of a request; the query counts once.", minimum=1
+    )
+    max_tokens: int = _setting(
+        2_000_000, "Limits", "Maximum tokens of a request; the query counts with each document.", minimum=1
+    )
+    header_timeout: float = _setting(
+        10.0, "Limits", "Maximum seconds for receiving the headers of a request.", minimum=0.1
+    )
+    body_timeout: float = _setting(30.0, "Limits", "Maximum seconds for receiving the body of a request.", minimum=0.1)
+    answer_timeout: float = _setting(
+        30.0,
+        "Limits",
+        "Seconds without progress in sending a response after which the connection is closed.",
+        minimum=0.1,
+    )
+    keep_alive: int = _setting(75, "Limits", "Seconds after which an idle connection is closed.", minimum=1)
+    max_connections: int = _setting(
+        2048, "Limits", "Maximum concurrent connections; more are answered with 503.", minimum=1
+    )
 
-    batch_tokens: int = _setting(4096, "Queue", "Tokens computed at a time, of any requests.", least=16)
-    queue_tokens: int = _setting(1_000_000, "Queue", "Tokens that may wait; beyond it the answer is 429.", least=1)
-    queue_seconds: float = _setting(
-        5.0, "Queue", "Seconds a request may expect to wait; beyond it the answer is 429 at once.", least=0.01
+    batch_tokens: int = _setting(
+        4096, "Queue", "Maximum tokens of a batch, which may join several requests.", minimum=16
     )
-    timeout: float = _setting(60.0, "Queue", "Seconds until an unanswered request gets 504.", least=0.01)
+    queue_tokens: int = _setting(
+        1_000_000, "Queue", "Maximum tokens in the queue; more are answered with 429.", minimum=1
+    )
+    queue_seconds: float = _setting(
+        5.0, "Queue", "Maximum expected waiting time in seconds; above it the answer is 429 at once.", minimum=0.01
+    )
+    timeout: float = _setting(60.0, "Queue", "Seconds after which a request is answered with 504.", minimum=0.01)
     drain: float = _setting(
-        0.0, "Queue", "Seconds between SIGTERM and closing the door, so that load balancers can look away.", least=0
+        0.0,
+        "Queue",
+        "Seconds between SIGTERM and refusing connections, so that load balancers can deregister.",
+        minimum=0,
     )
 
     def __post_init__(self) -> None:
@@ -114,12 +150,12 @@ class Settings:
 
     @property
     def prefix(self) -> str:
-        """``root_path`` with a slash before it and none behind, or nothing."""
+        """``root_path`` with a leading and without a trailing slash; empty if unset."""
         return f"/{self.root_path.strip('/')}".rstrip("/")
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can connect."""
+        """Whether the server listens on a loopback address only."""
         return is_loopback(self.host)
 
 
@@ -129,11 +165,11 @@ _CHOICES = {"length": LENGTH_POLICIES, "log_level": LOG_LEVELS}
 
 
 def _faults(name: str, value: Any) -> list[str]:
-    least = FIELDS[name].metadata["least"]
-    if least is not None and not value >= least:  # also false for NaN
-        return [f"expected {name} to be at least {least}, got {value}"]
-    if name == "port" and value > MOST_PORT:
-        return [f"expected port to be at most {MOST_PORT}, got {value}"]
+    minimum = FIELDS[name].metadata["minimum"]
+    if minimum is not None and not value >= minimum:  # also false for NaN
+        return [f"expected {name} to be at least {minimum}, got {value}"]
+    if name == "port" and value > MAX_PORT:
+        return [f"expected port to be at most {MAX_PORT}, got {value}"]
     if name in _CHOICES and value not in _CHOICES[name]:
         return [UnknownKeyError(name, value, _CHOICES[name]).message]
     if name in ("alias", "calibration"):
@@ -143,7 +179,7 @@ def _faults(name: str, value: Any) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own."""
+    """Whether ``host`` is a loopback address or "localhost"."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -153,9 +189,9 @@ def is_loopback(host: str) -> bool:
 def load(
     given: Mapping[str, Any] | None = None, *, environment: Mapping[str, str] | None = None, path: str | None = None
 ) -> Settings:
-    """Settings from flags (``given``; None values are absent), then the environment, then the TOML file.
+    """Settings from options (``given``; None means unset), then the environment, then the TOML file.
 
-    Raises InputError naming a setting that does not exist or does not fit, and where it came from.
+    Raises InputError, with the setting and its source, for an unknown setting or an invalid value.
     """
     environment = os.environ if environment is None else environment
     path = path or environment.get(PREFIX + "CONFIG") or None
@@ -183,7 +219,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _converted(name: str, value: Any, source: str) -> Any:
-    """``value`` as the setting's type; text from the environment is parsed."""
+    """``value`` converted to the setting's type; strings from the environment are parsed."""
     wanted = TYPES[name]
     if wanted not in (str, int, float, bool):  # a tuple of strings
         items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value

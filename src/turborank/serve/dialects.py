@@ -1,7 +1,7 @@
-"""DIALECTS: what rerank clients speak, one row each - paths, the request's type, decode, encode, error.
+"""The table DIALECTS of rerank APIs, one row each: paths, request type, decoder, encoder, error format.
 
-Where rows share a path, the request's fields tell them apart: a row with ``marks`` is taken when the request has one of
-them. To add a dialect, add a row, and its recorded request, response and error to tests/serve.
+Where rows share a path, the fields of the request select the row: a row with ``marks`` is selected when the request has
+one of these fields. To add a dialect, add a row, and a recorded request, response and error to tests/serve.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from turborank.types import Document, Pair, Ranked
 
 NULL = msgspec.Raw(b"null")
 DOCUMENTS_PER_SEARCH_UNIT = 100
-# Fields that change nothing about the answer: ignored without a word. All others we do not know become a warning.
+# Fields without effect on the response, ignored silently. All other unknown fields cause a warning.
 SILENT = frozenset({"user", "request_id", "cache_salt", "priority", "encoding_format", "stream"})
 
 
 class Dialect(NamedTuple):
-    """One way of asking for a ranking."""
+    """The request, response and error format of one rerank API."""
 
     note: str
     paths: tuple[str, ...]
@@ -51,7 +51,10 @@ def _texts(documents: list[str | dict[str, Any]], fields: list[str] | None) -> l
 
 
 def _limits(request: Any) -> Limits:
-    """The length policy a request asks for; explicit ``length`` wins over what other fields imply."""
+    """The length limits of a request; an explicit ``length`` takes precedence over what other fields imply.
+
+    Raises Problem 422 for a ``truncate_prompt_tokens`` below MIN_LENGTH.
+    """
     policy = request.length
     cap = request.truncate_prompt_tokens
     if policy is None and cap is not None:
@@ -168,14 +171,14 @@ def _meta(ask: Ask, answer: Answer, version: str) -> wire.MetaData:
     )
 
 
-def _results(ask: Ask, answer: Answer, *, strings: bool = False) -> list[wire.Result]:
-    """Documents as objects, or as ``strings``: the text that was read."""
+def _results(ask: Ask, answer: Answer, *, strings: bool = False) -> list[wire.RankedResult]:
+    """The ranking; documents are objects, or with ``strings`` the text that the model read."""
 
     def document(ranked: Ranked) -> dict[str, Any] | str:
         return ask.pairs[ranked.index].document if strings else _as_object(ranked.document)
 
     return [
-        wire.Result(
+        wire.RankedResult(
             index=ranked.index,
             relevance_score=ranked.logit if ask.raw_scores else ranked.score,
             document=document(ranked) if ask.return_documents else UNSET,
@@ -223,7 +226,7 @@ def encode_vllm(ask: Ask, answer: Answer) -> wire.RerankResponse:
 
 def encode_score(ask: Ask, answer: Answer) -> wire.ScoreResponse:
     logits = answer.scores.logits.tolist()
-    scored = [wire.Scored(i, logit if ask.raw_scores else sigmoid(logit)) for i, logit in enumerate(logits)]
+    scored = [wire.ScoredIndex(i, logit if ask.raw_scores else sigmoid(logit)) for i, logit in enumerate(logits)]
     usage = wire.Usage(answer.tokens, answer.tokens)
     meta = _meta(ask, answer, "1")
     return wire.ScoreResponse(f"score-{answer.id}", "list", answer.created, answer.model, scored, usage, meta)
@@ -251,7 +254,7 @@ def _openai(problem: Problem) -> dict[str, Any]:
 
 
 def error_superset(problem: Problem, request_id: str) -> tuple[int, Any]:
-    """OpenAI's error object, Cohere's message and Jina's and Voyage's detail, all in one."""
+    """One body with OpenAI's ``error``, Cohere's ``message``, and the ``detail`` of Jina and Voyage."""
     body = {"id": request_id, "message": problem.message, "detail": problem.message, "error": _openai(problem)}
     return problem.status, body
 
@@ -282,7 +285,7 @@ def error_weaviate(problem: Problem, request_id: str) -> tuple[int, Any]:
 
 
 _SUPERSET = Dialect(
-    note="Jina, Cohere v1, LiteLLM, Dify, Haystack, llama.cpp: one answer that satisfies them all",
+    note="Jina, Cohere v1, LiteLLM, Dify, Haystack, llama.cpp: one response with the fields that all of them read",
     paths=("/v1/rerank", "/rerank", "/v1/reranking", "/reranking", "/jina/v1/rerank"),
     request=wire.RerankRequest,
     response=wire.RerankResponse,
@@ -352,16 +355,16 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def by_path() -> dict[str, list[str]]:
-    """Path -> the names of its dialects, those with marks first; the last one takes what the others do not."""
+    """Path -> names of its dialects, those with marks first; the last one is the default."""
     paths = dict.fromkeys(path for row in DIALECTS.values() for path in row.paths)
     sharing = {path: [name for name, row in DIALECTS.items() if path in row.paths] for path in paths}
     return {path: sorted(names, key=lambda name: not DIALECTS[name].marks) for path, names in sharing.items()}
 
 
 def recognise(names: list[str], present: Mapping[str, Any]) -> str:
-    """Which of a path's dialects a request with these fields speaks.
+    """The dialect, among the ``names`` of a path, of a request with these fields.
 
-    Clients send a mark of theirs as null, too (Voyage's top_k), so that it counts unless the dialect cannot do without.
+    A mark with the value null counts as present (Voyage sends ``top_k: null``), unless the dialect requires the field.
     """
 
     def speaks(row: Dialect) -> bool:
@@ -372,5 +375,5 @@ def recognise(names: list[str], present: Mapping[str, Any]) -> str:
 
 
 def unknown_fields(row: Dialect, present: Mapping[str, Any]) -> list[str]:
-    """Fields of the request that its dialect does not have, but for those that change nothing."""
+    """Fields of the request that its dialect does not have, without those in SILENT."""
     return sorted(present.keys() - wire.fields_of(row.request) - SILENT)

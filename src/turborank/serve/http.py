@@ -1,4 +1,4 @@
-"""HTTP without opinions about ranking: bodies within limits, JSON in and out, and the wrapper around every request."""
+"""HTTP functions that do not depend on ranking: body limits, JSON, and the middleware around every request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from turborank.serve.dialects import error_superset
 from turborank.serve.wire import Problem
 
 JSON = "application/json"
-CLIENT_GONE = 499  # only ever seen in logs and metrics
+CLIENT_GONE = 499  # the client disconnected; only in logs and metrics
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LONE_SURROGATE = re.compile(
     rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|u([dD][c-fC-F][0-9a-fA-F]{2})|.)"
@@ -41,13 +41,16 @@ _PLAIN = {
 
 
 def respond(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """``body`` as JSON; None as nothing."""
+    """A JSON response; None gives an empty body."""
     content = b"" if body is None else msgspec.json.encode(body)
     return Response(content, status, headers=headers, media_type=JSON)
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
-    """The body, or Problem: 415 unless it is plain JSON, 413 beyond max_body, 408 when it takes too long."""
+    """The request body in bytes.
+
+    Raises Problem 415 unless it is uncompressed JSON, 413 above ``max_body`` and 408 after ``body_timeout``.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON and not kind.endswith("+json"):
         message = f"expected the header 'Content-Type: {JSON}', got {kind[:100] or 'none'!r}"
@@ -78,9 +81,9 @@ def _check_size(size: int, limit: int) -> None:
 
 
 def decode_fields(body: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
-    """The fields of a JSON object, their values unread; and the body, with lone surrogates replaced by U+FFFD.
+    """(body with lone surrogates replaced by U+FFFD, its top-level fields with undecoded values).
 
-    Raises Problem 400 for what is no JSON at all, 422 for another value than an object.
+    Raises Problem 400 when the body is not JSON, and 422 when it is not an object.
     """
     try:
         try:
@@ -104,7 +107,7 @@ def _replacement(match: re.Match[bytes]) -> bytes:
 
 
 def decode_as(body: bytes, kind: type[Any]) -> Any:
-    """The body as ``kind``; numbers and booleans may be strings. Raises Problem naming the place of the fault."""
+    """The body decoded as ``kind``; numbers and booleans may be strings. Raises Problem with the path of the error."""
     try:
         return msgspec.json.decode(body, type=kind, strict=False)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -112,7 +115,7 @@ def decode_as(body: bytes, kind: type[Any]) -> Any:
 
 
 def problem_of(error: Exception) -> Problem:
-    """A decoding error as 422 with its place, or 400 when there is no place because it is no JSON."""
+    """A decoding error as Problem: 422 with the path of the field, or 400 when the body is not JSON."""
     if isinstance(error, msgspec.ValidationError):
         what, _, where = str(error).partition(" - at `")
         path = where.rstrip("`") or "$"
@@ -128,7 +131,7 @@ def problem_of(error: Exception) -> Problem:
 
 
 async def unless_gone(request: Request, work: asyncio.Task[Any]) -> Any:
-    """The result of ``work``, which is cancelled when the client goes away (raises ClientDisconnect)."""
+    """The result of ``work``. Cancels it and raises ClientDisconnect when the client disconnects first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -147,12 +150,12 @@ async def unless_gone(request: Request, work: asyncio.Task[Any]) -> Any:
 
 
 class Front:
-    """Around every request: its id, its Host, its log line and counters; whatever fails inside becomes an answer."""
+    """Middleware of every request: request id, Host check, log line and counters; exceptions become error responses."""
 
     def __init__(self, app: ASGIApp, settings: Settings, *, open_door: bool, count: Callable[[str, int], None]) -> None:
         self._app = app
         self._hosts = {_PORT.sub("", host).lower() for host in settings.allowed_host}
-        # Without keys, the Host header is what tells a page of this machine from one that had its name point here.
+        # Without keys, checking the Host header prevents DNS rebinding: a page of another site cannot reach the server.
         self._loopback_only = open_door and settings.loopback and not self._hosts
         self._count = count
 
@@ -164,8 +167,8 @@ class Front:
         given = request.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         record: dict[str, Any] = {"request_id": request_id, "method": scope["method"][:16]}
-        scope["app"] = self  # so that the router raises what it cannot route, instead of answering in plain text
-        scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"  # base URLs end in all manner of slashes
+        scope["app"] = self  # makes the router raise 404 and 405 instead of answering in plain text
+        scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"  # base URLs may end in slashes
         scope["state"] = {**scope.get("state", {}), "record": record}
         started = time.monotonic()
         begun = False
@@ -210,7 +213,11 @@ class Front:
             error = Problem(error.status_code, code, message)
         if not isinstance(error, Problem):
             telemetry.event("failed", {"request_id": record["request_id"]}, level=logging.ERROR, error=error)
-            error = Problem(500, "internal_error", "something failed here; see the server's log under this request id")
+            error = Problem(
+                500,
+                "internal_error",
+                "expected an answer, got an error in the server; see its log under this request id",
+            )
         record["code"] = error.code
         status, body = error_superset(error, record["request_id"])
         return respond(body, status, {**headers, **error.headers})

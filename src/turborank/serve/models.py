@@ -1,4 +1,4 @@
-"""The models of one process: loaded when first asked for, kept within a memory bound."""
+"""The models of one server process: loaded on first use, unloaded above a memory limit."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _WARM_UP = Pair(
 )
 
 
-class Model:
+class ServedModel:
     """One served model, loaded or not."""
 
     def __init__(self, name: str, source: str | None) -> None:
         self.name = name
-        self.source = source  # what Reranker is told; None: the embedded default
+        self.source = source  # argument of Reranker; None: the embedded model
         self.created = int(time.time())
         self.reranker: Reranker | None = None
         self.bytes = 0
-        self.users = 0  # requests that hold it now
-        self.used = 0.0  # when one last did
+        self.users = 0  # requests in progress
+        self.used = 0.0  # time.monotonic() of the last use
         self.loading: asyncio.Task[Reranker] | None = None
 
 
-def served(settings: Settings) -> list[Model]:
-    """The models the settings name, the default first. Raises InputError for a name given twice."""
-    models: list[Model] = []
+def served(settings: Settings) -> list[ServedModel]:
+    """The models named in the settings, the default first. Raises InputError for an invalid or repeated name."""
+    models: list[ServedModel] = []
     for text in settings.model or (catalog.DEFAULT,):
         name, separator, source = text.partition("=")
         if not separator:
@@ -55,12 +55,12 @@ def served(settings: Settings) -> list[Model]:
             raise InputError(
                 f"expected each served model to have its own name, got {name!r} twice", hint="write NAME=FOLDER"
             )
-        models.append(Model(name, source))
+        models.append(ServedModel(name, source))
     return models
 
 
 class Models:
-    """Names to rerankers."""
+    """The served models by name and alias. Raises InputError for an alias or calibration of an unknown model."""
 
     def __init__(self, settings: Settings, pool: Executor, report: Callable[[str, dict[str, Any]], None]) -> None:
         self._settings = settings
@@ -79,8 +79,8 @@ class Models:
                 raise InputError(f"expected calibration to name a served model, got {name!r}")
 
     @property
-    def default(self) -> Model:
-        """The model of requests that name none."""
+    def default(self) -> ServedModel:
+        """The model for requests that do not name one."""
         return next(iter(self._models.values()))
 
     @property
@@ -89,11 +89,11 @@ class Models:
         return self.default.reranker is not None
 
     @property
-    def all(self) -> list[Model]:
+    def all(self) -> list[ServedModel]:
         return list(self._models.values())
 
-    def find(self, name: str | None) -> Model:
-        """The served model called ``name``. Raises Problem 404 naming those there are."""
+    def find(self, name: str | None) -> ServedModel:
+        """The served model with this name or alias. Raises Problem 404, which lists the names, for an unknown one."""
         if name is None or name in UNSPECIFIED:
             return self.default
         if name not in self._names:
@@ -106,18 +106,21 @@ class Models:
             )
         return self._models[self._names[name]]
 
-    async def load(self, model: Model) -> Reranker:
-        """The model's reranker, loaded if it is not. Whoever asks meanwhile waits for the same load, which goes on
-        when all of them have left."""
+    async def load(self, model: ServedModel) -> Reranker:
+        """The model's reranker, loaded if necessary.
+
+        Concurrent requests wait for the same load, which continues when all of them are cancelled.
+        Raises Problem when the model cannot be loaded.
+        """
         if model.reranker is not None:
             return model.reranker
         if model.loading is None:
             model.loading = asyncio.create_task(self._load(model))
-            # Its failure is told to whoever still waits; asyncio wants it looked at even when nobody does.
+            # Waiting requests get the exception; retrieving it here avoids asyncio's warning when none is left.
             model.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(model.loading)
 
-    async def _load(self, model: Model) -> Reranker:
+    async def _load(self, model: ServedModel) -> Reranker:
         started = time.monotonic()
         try:
             reranker = await asyncio.get_running_loop().run_in_executor(self._pool, self._open, model)
@@ -134,8 +137,8 @@ class Models:
         return reranker
 
     @contextmanager
-    def using(self, model: Model) -> Iterator[None]:
-        """While it lasts, the model is not let go."""
+    def using(self, model: ServedModel) -> Iterator[None]:
+        """Keep the model loaded while the context is active."""
         model.users += 1
         try:
             yield
@@ -143,7 +146,7 @@ class Models:
             model.users -= 1
             model.used = time.monotonic()
 
-    def _open(self, model: Model) -> Reranker:
+    def _open(self, model: ServedModel) -> Reranker:
         settings = self._settings
         reranker = Reranker(
             model.source,
@@ -158,11 +161,11 @@ class Models:
             name, _, file = one.partition("=")
             if self._names[name] == model.name:
                 reranker.calibrate(file)
-        _ = reranker.calibration  # read now: what is wrong with it ends the load, not a request
-        reranker.score([_WARM_UP])  # the first pass through an engine sets up what later ones reuse
+        _ = reranker.calibration  # read now, so that an invalid file fails the load and not a request
+        reranker.score([_WARM_UP])  # the first forward pass allocates buffers that later ones reuse
         return reranker
 
-    def _make_room(self, newest: Model) -> None:
+    def _make_room(self, newest: ServedModel) -> None:
         bound = self._settings.model_memory * _MIB
         loaded = sorted((model for model in self.all if model.reranker is not None), key=lambda model: model.used)
         total = sum(model.bytes for model in loaded)
@@ -174,7 +177,7 @@ class Models:
 
 
 def weight_bytes(reranker: Reranker) -> int:
-    """Bytes of the parameters as the engine keeps them."""
+    """Bytes of the model's parameters in the engine's precision."""
     config = reranker.checkpoint.config
     count = sum(math.prod(shape) for shape in ARCHITECTURES[config.architecture].parameters(config).values())
     return count * BYTES[reranker.engine.precision]

@@ -1,4 +1,4 @@
-"""/openapi.json, from the table of dialects: what is served is what is described."""
+"""The OpenAPI document (/openapi.json), generated from DIALECTS."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from turborank.serve import dialects
 from turborank.serve.dialects import DIALECTS
 
 ERRORS = {
-    "400": "No JSON, or a pair longer than the model reads where the length policy is 'error'.",
+    "400": "The body is not JSON, or a pair is too long and the length policy is 'error'.",
     "401": "No valid API key.",
     "403": "The key may not use this model.",
-    "404": "No such model.",
-    "408": "The body took too long.",
-    "413": "More bytes, documents, characters or tokens than a setting allows; the message names it.",
-    "415": "Not application/json.",
-    "421": "A Host that this server does not answer to.",
-    "422": "A field is missing or wrong; the message says where.",
-    "424": "The engine failed (text-embeddings-inference's status for it).",
-    "429": "The queue is full, or the key's rate is used up; see Retry-After.",
+    "404": "Unknown model.",
+    "408": "The body was not received in time.",
+    "413": "More bytes, documents, characters or tokens than a setting allows; the message names the setting.",
+    "415": "The body is not uncompressed application/json.",
+    "421": "The server does not accept this Host header.",
+    "422": "A field is missing or invalid; the message has its path.",
+    "424": "The engine failed (the status that text-embeddings-inference uses).",
+    "429": "The queue is full, or the key's rate limit is reached; see Retry-After.",
     "500": "The engine failed.",
-    "503": "Loading or shutting down; see Retry-After.",
-    "504": "Not done in time.",
+    "503": "The model is loading, or the server is shutting down; see Retry-After.",
+    "504": "The request was not answered in time.",
 }
 _REFERENCE = "#/components/schemas/{name}"
 _ERROR_SCHEMA = {
@@ -35,16 +35,16 @@ _ERROR_SCHEMA = {
     ],
 }
 _GET = {
-    "/v1/models": ("The models served.", "200", "401"),
+    "/v1/models": ("The served models.", "200", "401"),
     "/v1/models/{model}": ("One model.", "200", "401", "403", "404"),
-    "/info": ("The default model, as text-embeddings-inference describes itself.", "200", "401"),
-    "/health": ("Whether the process lives.", "200"),
-    "/ready": ("Whether requests are answered.", "200", "503"),
+    "/info": ("The default model, with the fields of text-embeddings-inference.", "200", "401"),
+    "/health": ("Liveness: the process is running.", "200"),
+    "/ready": ("Readiness: the server answers requests.", "200", "503"),
 }
 
 
 def version() -> str:
-    """The installed version; "source" when the code runs without being installed."""
+    """The installed version; "source" when the package is not installed."""
     try:
         return metadata.version("turborank")
     except metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def version() -> str:
 
 
 def document(*, keyed: bool, root_path: str = "") -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """The OpenAPI 3.1 document; ``keyed`` adds bearer authentication."""
     kinds = [kind for row in DIALECTS.values() for kind in (row.request, row.response)]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REFERENCE)
     by_row = {name: (schemas[2 * place], schemas[2 * place + 1]) for place, name in enumerate(DIALECTS)}
@@ -63,7 +63,7 @@ def document(*, keyed: bool, root_path: str = "") -> dict[str, Any]:
         "info": {
             "title": "turborank",
             "version": version(),
-            "summary": "Rerank documents with a cross-encoder; every path speaks the dialect of a known API.",
+            "summary": "Rerank documents with a cross-encoder; each path has the format of an existing rerank API.",
         },
         "servers": [{"url": root_path or "/"}],
         "paths": paths,

@@ -1,11 +1,11 @@
-"""One queue for all requests: batches by tokens, across requests, computed by one thread.
+"""One queue for all requests: token-budget batches across requests, computed by one thread.
 
-Who is first? Each request gets a due time: its arrival plus STRETCH times the seconds its own tokens will take. Due
-times never change, so a long request is overtaken by short ones only for a while in proportion to its own length, and
-a short one waits behind long ones only until the batch at work is done. Nobody starves, and there is nothing to tune.
+Requests are served by due time: arrival plus STRETCH times the seconds that the request's own tokens take. Due times
+never change. A short request overtakes long ones and waits only for the current batch. A long request can be overtaken
+only by requests that arrive within STRETCH times its own computing time, so no request starves.
 
-A batch takes the windows of the most urgent request, longest first, and fills up with those of the next ones for the
-same model. A pair's logit does not depend on the company it keeps, so scores are the library's own, bit for bit.
+A batch takes the windows of the request with the earliest due time, longest first, then those of the next requests for
+the same model. A pair's logit does not depend on its batch, so scores have the same bits as in the library.
 """
 
 from __future__ import annotations
@@ -25,35 +25,37 @@ from turborank.tokens import pack
 from turborank.types import Encoding, Float32
 
 STRETCH = 4.0
-MEMORY = 0.8  # weight of what was measured before, when a batch adds to the measured speed
-FULL_ENOUGH = 0.25  # share of the token budget from which on a batch tells the speed; small ones are mostly overhead
+MEMORY = 0.8  # decay of earlier measurements of the speed, for each new batch
+FULL_ENOUGH = (
+    0.25  # minimum share of the token budget of a batch that updates the speed; small ones are mostly overhead
+)
 
 
 class Computed(NamedTuple):
-    """One batch, for the metrics."""
+    """Figures of one computed batch, for the metrics."""
 
     tokens: int
     pairs: int
     requests: int
     seconds: float
-    longest: int  # tokens of its longest pair: padded, the batch would have taken pairs × longest
+    longest: int  # tokens of its longest pair; with padding the batch would have pairs × longest tokens
 
 
 class Ticket:
-    """A request's place in the queue. Its windows may arrive in parts; its logits come all together."""
+    """A request in the queue. Windows are added in parts; ``future`` gets the logits of all windows at once."""
 
     def __init__(self, engine: Engine, expected: int, due: float, number: int) -> None:
         self.engine = engine
         self.urgency = (due, number)
-        self.owed = expected  # tokens still to be computed, as far as is known
+        self.owed = expected  # tokens still to be computed: an estimate until all windows are added
         self.future: asyncio.Future[Float32] = asyncio.get_running_loop().create_future()
-        self.ready: list[tuple[int, int, Encoding]] = []  # (length, place, window), the longest last
+        self.ready: list[tuple[int, int, Encoding]] = []  # (length, −index, window), the longest last
         self.logits: list[float] = []
-        self.running = 0  # windows in the batch at work
-        self.known = 0  # tokens that arrived
-        self.complete = False  # all windows have arrived
+        self.running = 0  # windows in the current batch
+        self.known = 0  # tokens of the windows added so far
+        self.complete = False  # all windows have been added
         self.dropped = False
-        self.started: float | None = None  # when its first batch began
+        self.started: float | None = None  # time.monotonic() at the start of its first batch
         self.computing = 0.0  # seconds of the batches it was part of
 
     @property
@@ -62,7 +64,11 @@ class Ticket:
 
 
 class Batcher:
-    """Bounded queue and worker thread. All methods are called from the event loop's thread."""
+    """Bounded queue with one compute thread. Call all methods from the event loop's thread.
+
+    ``queue_tokens`` and ``queue_seconds`` limit the tokens and the expected seconds of requests with earlier due times.
+    ``observe`` is called in the compute thread after each batch.
+    """
 
     def __init__(
         self,
@@ -77,9 +83,9 @@ class Batcher:
         self.queue_seconds = queue_seconds
         self.observe = observe
         self.waiting_tokens = 0
-        self.speed: float | None = None  # tokens per second, measured
-        self._measured = (0.0, 0.0)  # tokens and seconds behind it, older ones fading
-        self._tickets: list[Ticket] = []  # the most urgent first
+        self.speed: float | None = None  # measured tokens per second
+        self._measured = (0.0, 0.0)  # exponentially decayed sums of tokens and seconds
+        self._tickets: list[Ticket] = []  # sorted by due time
         self._count = 0
         self._closing = False
         self._wake = threading.Condition()
@@ -91,14 +97,14 @@ class Batcher:
         return len(self._tickets)
 
     def wait_seconds(self) -> float:
-        """How long the tokens in the queue will take, at the speed measured so far."""
+        """Seconds that the queued tokens take at the measured speed; 0 before the first measurement."""
         return self.waiting_tokens / self.speed if self.speed else 0.0
 
     def admit(self, engine: Engine, expected: int, *, always: bool = False) -> Ticket:
-        """A place in the queue for a request of about ``expected`` tokens.
+        """Queue a request of about ``expected`` tokens.
 
-        Raises Problem 429 at once when too much waits that goes first. A request that nothing goes before is always
-        let in, and so is (``always``) the second half of one that was let in before.
+        Raises Problem 429 when the requests with earlier due times exceed a limit. A request with none before it is
+        always admitted, and so is one with ``always``: the second part of an admitted request.
         """
         with self._wake:
             due = time.monotonic() + STRETCH * (expected / self.speed if self.speed else 0.0)
@@ -121,7 +127,7 @@ class Batcher:
             return ticket
 
     def add(self, ticket: Ticket, windows: Sequence[Encoding], *, last: bool) -> None:
-        """More windows of a request; with ``last`` there are no others."""
+        """Add windows to a request; ``last`` says that no more will follow."""
         with self._wake:
             if ticket.dropped:
                 return
@@ -131,21 +137,21 @@ class Batcher:
             ticket.ready.sort(key=lambda item: item[:2])
             ticket.known += sum(map(len, windows))
             ticket.complete = last
-            if last:  # what is owed was an estimate until now
+            if last:  # replace the estimate by the exact number of tokens
                 self._owe(ticket, sum(length for length, _, _ in ticket.ready))
             if ticket.done:
                 self._finish(ticket)
             self._wake.notify()
 
     def drop(self, ticket: Ticket) -> None:
-        """Forget a request whose client is gone or whose time is over; what has not begun is never computed."""
+        """Remove a request (answered, disconnected or timed out); windows not yet in a batch are not computed."""
         with self._wake:
             ticket.dropped = True
             self._forget(ticket)
         ticket.future.cancel()
 
     def close(self) -> None:
-        """Stop the worker after the batch at work."""
+        """Stop the compute thread after the current batch."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -176,7 +182,7 @@ class Batcher:
         ticket.future.get_loop().call_soon_threadsafe(tell)
 
     def _pick(self) -> list[tuple[Ticket, int, Encoding]]:
-        """The next batch: (ticket, place of the window in its request, window), longest first."""
+        """The next batch: (ticket, index of the window in its request, window), longest first."""
         batch: list[tuple[Ticket, int, Encoding]] = []
         room = self.batch_tokens
         for ticket in self._tickets:
@@ -213,9 +219,7 @@ class Batcher:
         error: Exception | None = None
         try:
             logits = tickets[0].engine.logits(packed).tolist()
-        except (
-            Exception
-        ) as failure:  # whatever the engine does, the clients of this batch hear of it, and the queue goes on
+        except Exception as failure:  # fail the requests of this batch and keep the queue running
             error, logits = failure, [0.0] * len(batch)
         seconds = time.monotonic() - started
         with self._wake:

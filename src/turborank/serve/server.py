@@ -1,4 +1,4 @@
-"""The process: uvicorn around the application, patient with nobody, graceful at the end."""
+"""The server process: uvicorn with TLS, timeouts for slow clients and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from turborank.serve.service import Service
 
 
 def check_open_door(settings: Settings, service: Service) -> str:
-    """What to say about keys at start. Raises InputError when strangers could connect and no key is needed."""
+    """The log text about API keys. Raises InputError when other machines can connect and no key is required."""
     if service.ring.required:
         return "API keys are required"
     if settings.loopback:
-        return f"no API keys: anyone on this machine may ask, nobody else can connect ({settings.host})"
+        return f"no API keys: only this machine can connect, and all its users may send requests ({settings.host})"
     raise InputError(
         f"expected API keys for a server that others can reach, got none for host {settings.host}",
         hint="make one with `turborank keys new NAME` and pass --keys FILE, or listen on 127.0.0.1",
@@ -32,10 +32,10 @@ def check_open_door(settings: Settings, service: Service) -> str:
 
 
 def protocol(header_timeout: float, answer_timeout: float) -> type[H11Protocol]:
-    """HTTP/1.1 as uvicorn speaks it, hanging up on clients that are too slow.
+    """The HTTP/1.1 protocol of uvicorn with two timeouts, in seconds, against slow clients.
 
-    A request's headers have to be there within ``header_timeout``, and an answer may not lie unread for longer than
-    ``answer_timeout``: whoever reads, however slowly, is not cut off.
+    The connection is closed when a request's headers are not complete after ``header_timeout``, and when the client
+    reads nothing of a response for ``answer_timeout``. Clients that read slowly are not disconnected.
     """
 
     class Protocol(H11Protocol):
@@ -79,10 +79,10 @@ def protocol(header_timeout: float, answer_timeout: float) -> type[H11Protocol]:
                 self.transport.close()
 
         def _watch(self, before: int | None) -> None:
-            """Look whether what was unread ``answer_timeout`` ago still is."""
+            """Abort the connection if the write buffer has not shrunk since ``answer_timeout`` seconds."""
             unread = self.transport.get_write_buffer_size()
             if before is not None and unread >= before:
-                self.transport.abort()  # closing would wait for the reader
+                self.transport.abort()  # close() would wait until the client has read the buffer
             elif unread:
                 self._reading = self.loop.call_later(answer_timeout, self._watch, unread)
 
@@ -90,11 +90,13 @@ def protocol(header_timeout: float, answer_timeout: float) -> type[H11Protocol]:
 
 
 def check_certificate(settings: Settings) -> None:
-    """Raises InputError unless the certificate and its key can be read and belong together."""
+    """Raise InputError unless the certificate and its key can be read and match."""
     if settings.tls_certificate:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")  # never asks a terminal
+            context.load_cert_chain(
+                settings.tls_certificate, settings.tls_key, password=""
+            )  # never prompts for a passphrase
         except (OSError, ssl.SSLError) as error:
             raise InputError(
                 f"expected a PEM certificate at {settings.tls_certificate} and its key at {settings.tls_key}, "
@@ -104,9 +106,9 @@ def check_certificate(settings: Settings) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on SIGTERM first says it is not ready, waits ``drain`` seconds, then closes the door.
+    """uvicorn with graceful shutdown: on SIGTERM /ready answers 503, and after ``drain`` seconds the socket closes.
 
-    Requests that are in are answered. A second signal ends everything at once.
+    Requests in progress are answered. A second signal stops the server at once.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -116,12 +118,12 @@ class Server(uvicorn.Server):
         self.failure: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
-        """The first model cannot be loaded: there is nothing to serve."""
+        """Stop the server because the default model cannot be loaded."""
         self.failure = error
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On a signal."""
+        """Signal handler: start draining; stop at once on the second signal."""
         if self._close_at is not None:
             self.should_exit = self.force_exit = True
             return
@@ -130,14 +132,14 @@ class Server(uvicorn.Server):
         telemetry.event("draining", {"signal": signal.Signals(sig).name, "seconds": self._service.settings.drain})
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
+        """Called by uvicorn ten times a second; stops the server when draining ends."""
         if self._close_at is not None and time.monotonic() >= self._close_at:
             self._service.closing = self.should_exit = True
         return await super().on_tick(counter)
 
 
 def make(settings: Settings) -> Server:
-    """A server ready to run. Raises InputError for settings that do not fit together, before anything is loaded."""
+    """A server ready to run. Raises InputError for invalid settings before a model is loaded."""
     service = Service(settings)
     try:
         doors = check_open_door(settings, service)
@@ -157,7 +159,7 @@ def make(settings: Settings) -> Server:
             root_path=settings.prefix,
             timeout_keep_alive=settings.keep_alive,
             timeout_graceful_shutdown=math.ceil(settings.timeout),
-            limit_concurrency=settings.max_connections + 1,  # uvicorn refuses the one that reaches it
+            limit_concurrency=settings.max_connections + 1,  # uvicorn refuses the connection that reaches this number
             ssl_certfile=settings.tls_certificate or None,
             ssl_keyfile=settings.tls_key or None,
         )
@@ -170,7 +172,7 @@ def make(settings: Settings) -> Server:
 
 
 def run(settings: Settings) -> None:
-    """Serve until told to stop. Raises what kept the first model from being loaded."""
+    """Serve until a signal. Raises the error when the default model cannot be loaded."""
     telemetry.set_up(settings.log_level)
     server = make(settings)
     server.run()

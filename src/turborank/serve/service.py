@@ -1,4 +1,4 @@
-"""An Ask to an Answer: sizes, tokens, the queue, the ranking. Knows nothing of HTTP but its Problems."""
+"""From an Ask to an Answer: size checks, tokenisation, queue, ranking. Independent of HTTP except for Problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turborank.score_cache import Found, ScoreCache
 from turborank.serve import auth, telemetry
 from turborank.serve.auth import Key, KeyRing
 from turborank.serve.config import PREFIX, Settings
-from turborank.serve.models import Model, Models
+from turborank.serve.models import Models, ServedModel
 from turborank.serve.queue import Batcher, Ticket
 from turborank.serve.telemetry import Metrics, Tracer
 from turborank.serve.wire import Answer, Ask, Problem, Span, SpanOptions, from_error
@@ -31,22 +31,22 @@ from turborank.text import passages
 from turborank.tokens import NO_LIMITS, WINDOW_OVERLAP, Limits, PairEncoder
 from turborank.types import Encoding, Pair
 
-API_KEY = PREFIX + "API_KEY"  # a single key, for containers; more of them live in a file
-CHARACTERS_PER_TOKEN = 4.0  # of English; corrected by what is seen
-LEAST_CHARACTERS, MOST_CHARACTERS = 0.5, 8.0  # per token, whatever is seen
-ENOUGH_CHARACTERS = 200  # in a request that tells how many a token has
-OVERHEAD = 8  # tokens of a pair's template, about
+API_KEY = PREFIX + "API_KEY"  # environment variable with a single key, for containers
+CHARACTERS_PER_TOKEN = 4.0  # initial estimate (English), updated from requests
+LEAST_CHARACTERS, MOST_CHARACTERS = 0.5, 8.0  # bounds of the estimate
+ENOUGH_CHARACTERS = 200  # minimum characters of a request that updates the estimate
+OVERHEAD = 8  # about the special tokens of a pair
 MAX_SPAN_DOCUMENTS = 100  # documents whose passages are scored
-DEFAULT_SPANS = 3  # passages given for a document unless max_spans says otherwise
-LOADING_RETRY = 2.0
+DEFAULT_SPANS = 3  # passages of each document, unless the request has max_spans
+LOADING_RETRY = 2.0  # seconds in Retry-After while the model loads or the server shuts down
 STAGES = ("tokenise", "queue", "compute")
 NO_SCORES = gather([], np.empty(0, dtype=np.float32))
 
-Named = tuple[str, Sequence[int] | None]  # what a request calls its documents, and which of them these pairs are
+Named = tuple[str, Sequence[int] | None]  # field of the documents in the request, indices of these pairs (None: all)
 
 
 class Service:
-    """Everything one process shares: models, queue, keys, rates, metrics."""
+    """The state of one server process: models, queue, keys, rate limits, score cache, metrics."""
 
     def __init__(self, settings: Settings, *, api_key: str | None = None) -> None:
         self.settings = settings
@@ -60,7 +60,9 @@ class Service:
         )
         self.rates = auth.Rates(settings)
         self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="turborank-tokens")
-        self.loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turborank-load")  # never in a request's way
+        self.loader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="turborank-load"
+        )  # separate, so that loading does not delay requests
         self.models = Models(settings, self.loader, lambda name, fields: telemetry.event(name, fields))
         self.batcher = Batcher(
             batch_tokens=settings.batch_tokens,
@@ -71,21 +73,21 @@ class Service:
         self.metrics = Metrics(self.batcher, self.models)
         self.tracer = Tracer(settings.otlp_endpoint)
         self.cache = _open_cache(settings)
-        self.draining = False  # SIGTERM came: /ready says no
-        self.closing = False  # and the time to look away is over
+        self.draining = False  # SIGTERM received: /ready answers 503
+        self.closing = False  # the drain time is over: requests are refused
         self._characters_per_token = CHARACTERS_PER_TOKEN
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered: the default model is loaded and the server is not going down."""
+        """Whether the default model is loaded and the server is not shutting down."""
         return self.models.ready and not self.draining
 
     async def start(self) -> None:
-        """Load the default model. A model that cannot be loaded ends the server, with its reason."""
+        """Load the default model. Raises Problem when it cannot be loaded."""
         await self.models.load(self.models.default)
 
     def close(self) -> None:
-        """Let everything go."""
+        """Stop the compute thread and the thread pools; close tracer and cache."""
         self.batcher.close()
         for pool in (self.pool, self.loader):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -94,7 +96,7 @@ class Service:
             self.cache.close()
 
     def admit_request(self, key: Key) -> None:
-        """What can be refused before the body is read."""
+        """The checks before the body is read. Raises Problem 503 (loading, shutting down) or 429 (rate limit)."""
         if self.closing:
             raise Problem(503, "draining", "the server is shutting down; try another", retry_after=LOADING_RETRY)
         if not self.models.ready:
@@ -102,7 +104,7 @@ class Service:
         self.rates.enter(key)
 
     async def answer(self, ask: Ask, key: Key, request_id: str) -> Answer:
-        """Rank. Raises Problem; when cancelled, what has not been computed never is."""
+        """Rank the documents of a request. Raises Problem. Cancellation removes the request from the queue."""
         model = self.models.find(ask.model)
         if not key.allows(model.name):
             message = (
@@ -119,7 +121,7 @@ class Service:
             message = f"expected an answer within {seconds:g} s (timeout), got none; send less, or try again later"
             raise Problem(504, "deadline_exceeded", message) from None
 
-    async def _answer(self, ask: Ask, key: Key, request_id: str, model: Model) -> Answer:
+    async def _answer(self, ask: Ask, key: Key, request_id: str, model: ServedModel) -> Answer:
         timings: dict[str, float] = {}
         reranker = await self.models.load(model)
         least = _least_score(reranker, ask.threshold)
@@ -158,9 +160,9 @@ class Service:
         field: str,
         held: bool = False,
     ) -> Scores:
-        """The library's scores by way of the cache, if there is one, and the queue.
+        """Scores of pairs, from the cache if there is one, else by the queue.
 
-        ``held``: the request is in already, so it is not refused.
+        ``held``: the request has been admitted before and is not refused.
         """
         if self.cache is None:
             return await self._computed(reranker, pairs, length, timings, named=(field, None), held=held)
@@ -188,7 +190,7 @@ class Service:
         named: Named,
         held: bool,
     ) -> Scores:
-        """The library's scores by way of the queue."""
+        """Scores of pairs, computed by the queue."""
         expected = expected_tokens(pairs, reranker.encoder, length, self._characters_per_token)
         ticket = self.batcher.admit(reranker.engine, expected, always=held)
         began = time.monotonic()
@@ -218,7 +220,7 @@ class Service:
         return scores
 
     def _learn(self, pairs: Sequence[Pair], scores: Scores) -> None:
-        """How many characters a token has, from a request that was read whole."""
+        """Update the estimate of characters per token from a request without truncation."""
         characters = sum(len(query) + len(document) for query, document in pairs)
         tokens = int(scores.tokens.sum()) - OVERHEAD * len(pairs)
         if characters >= ENOUGH_CHARACTERS and tokens > 0 and not scores.truncated.any():
@@ -228,7 +230,7 @@ class Service:
     async def _tokenise(
         self, encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, ticket: Ticket, named: Named
     ) -> list[list[Encoding]]:
-        """Encodings of all pairs, off the event loop; each chunk joins the queue while the next is being tokenised."""
+        """Encodings of all pairs, made in a worker thread; each chunk is queued while the next one is tokenised."""
         loop = asyncio.get_running_loop()
         encoded: list[list[Encoding]] = []
         for start, chunk in chunks(pairs):
@@ -242,7 +244,7 @@ class Service:
     async def _spans(
         self, reranker: Reranker, ask: Ask, explained: list[int], timings: dict[str, float]
     ) -> tuple[dict[int, list[Span]], int]:
-        """The best passages of each document, each scored by itself, and the tokens it took."""
+        """(best passages of each document, each scored separately; tokens of scoring them)."""
         options = ask.spans or SpanOptions()
         places = [(index, start, end) for index in explained for start, end in passages(ask.pairs[index].document)]
         pairs = [Pair(ask.pairs[index].query, ask.pairs[index].document[start:end]) for index, start, end in places]
@@ -281,7 +283,7 @@ def _open_cache(settings: Settings) -> ScoreCache | None:
 
 
 def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits, characters_per_token: float) -> int:
-    """About how many tokens pairs will take: no more of each than the model reads, in each of its windows."""
+    """Estimated tokens of pairs, at most the maximum length for each pair or window."""
     most = min(length.max_length or encoder.max_length, encoder.max_length)
     windows = (length.policy or encoder.policy) == "windows"
     total = 0
@@ -296,7 +298,10 @@ def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits,
 
 
 def _least_score(reranker: Reranker, threshold: float | str | None) -> float | None:
-    """The relevance score that a request's threshold asks for; numbers may come as strings."""
+    """Minimum relevance score for a request's threshold: a number, also as a string, or a calibration target.
+
+    Raises Problem 422 when it is invalid.
+    """
     if isinstance(threshold, str) and "=" not in threshold:
         with contextlib.suppress(ValueError):
             threshold = float(threshold)
@@ -309,7 +314,7 @@ def _least_score(reranker: Reranker, threshold: float | str | None) -> float | N
 def _encode(
     encoder: PairEncoder, pairs: Sequence[Pair], length: Limits, start: int, named: Named
 ) -> list[list[Encoding]]:
-    """Encodings of a chunk; an error about length says which document it is about."""
+    """Encodings of a chunk. Raises Problem 400, with the document's path, for a pair that is too long."""
     try:
         return encoder.encode(pairs, length)
     except TooLongError:
@@ -324,12 +329,12 @@ def _encode(
 
 
 def _cut(scores: Scores, field: str) -> list[str]:
-    """What the answer says when something was not read."""
+    """The warning of a response with truncated documents; empty if there are none."""
     cut = np.flatnonzero(scores.truncated)
     if not cut.size:
         return []
     first = int(cut[0])
     return [
-        f"{cut.size} of {len(scores.truncated)} documents were not read to their end; {field}[{first}], say: "
+        f"{cut.size} of {len(scores.truncated)} documents were not read to their end, for example {field}[{first}]: "
         f"{scores.tokens[first]} tokens read, {scores.truncated[first]} cut; length 'windows' reads everything"
     ]

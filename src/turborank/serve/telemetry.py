@@ -1,4 +1,4 @@
-"""/metrics: what an operator watches, in Prometheus' format. One registry for each application, none global."""
+"""Prometheus metrics, JSON logs and OpenTelemetry traces. Each application has its own metrics registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 
 
 class Metrics:
-    """All instruments."""
+    """The Prometheus metrics of one server."""
 
     def __init__(self, batcher: Batcher, models: Models) -> None:
         self.registry = registry = CollectorRegistry()
@@ -34,15 +34,13 @@ class Metrics:
         self.tokens = Counter(
             "turborank_tokens", "Tokens of documents ranked, query and template included.", registry=registry
         )
-        self.truncated = Counter(
-            "turborank_truncated_documents", "Documents of which something was not read.", registry=registry
-        )
-        self.cut = Counter("turborank_truncated_tokens", "Tokens not read.", registry=registry)
+        self.truncated = Counter("turborank_truncated_documents", "Documents that were truncated.", registry=registry)
+        self.cut = Counter("turborank_truncated_tokens", "Tokens cut by truncation.", registry=registry)
         self.seconds = Histogram(
             "turborank_stage_seconds", "Seconds of a request by stage.", ("stage",), buckets=_SECONDS, registry=registry
         )
         self.batches = Counter("turborank_batches", "Batches computed.", registry=registry)
-        self.computed = Counter("turborank_computed_tokens", "Tokens that went through the engine.", registry=registry)
+        self.computed = Counter("turborank_computed_tokens", "Tokens computed by the engine.", registry=registry)
         self.padding = Counter(
             "turborank_padding_saved_tokens",
             "Tokens that padding each batch to its longest pair would have added.",
@@ -56,8 +54,12 @@ class Metrics:
         )
         self._gauge("turborank_queue_tokens", "Tokens waiting.", lambda: batcher.waiting_tokens)
         self._gauge("turborank_queue_requests", "Requests waiting.", lambda: batcher.waiting_requests)
-        self._gauge("turborank_queue_seconds", "Seconds the queue will take, as measured.", batcher.wait_seconds)
-        self._gauge("turborank_tokens_per_second", "Speed of the newest batches.", lambda: batcher.speed or 0.0)
+        self._gauge(
+            "turborank_queue_seconds",
+            "Expected seconds to compute the queue, at the measured speed.",
+            batcher.wait_seconds,
+        )
+        self._gauge("turborank_tokens_per_second", "Measured speed of recent batches.", lambda: batcher.speed or 0.0)
         self._gauge("turborank_ready", "Whether the default model is loaded.", lambda: float(models.ready))
         self._budget = batcher.batch_tokens
 
@@ -98,7 +100,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, stream: TextIO | None = None) -> None:
-    """Send our events and uvicorn's to standard error as JSON."""
+    """Write the events of turborank and uvicorn as JSON lines to ``stream``, by default standard error."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in (NAME, "uvicorn", "uvicorn.error"):
@@ -106,20 +108,23 @@ def set_up(level: str, stream: TextIO | None = None) -> None:
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
         logger.setLevel(level.upper())
-    access = logging.getLogger("uvicorn.access")  # it would print paths as they came; we log every request ourselves
+    access = logging.getLogger("uvicorn.access")  # off: every request is logged by turborank, without the raw path
     access.handlers, access.propagate = [], False
 
 
 def event(name: str, fields: dict[str, Any], *, level: int = logging.INFO, error: BaseException | None = None) -> None:
-    """Log ``name`` with ``fields``."""
+    """Log the event ``name`` with ``fields``, and with the traceback of ``error``."""
     logging.getLogger(NAME).log(level, name, extra={"fields": fields}, exc_info=error)
 
 
-# OpenTelemetry spans, for those who install the extra ``otel`` and name an endpoint; otherwise nothing at all.
+# OpenTelemetry spans: active with the extra ``otel`` and an endpoint, else without effect.
 
 
 class Tracer:
-    """A span for each request, with a child for each stage. ``exporter`` replaces the OTLP one."""
+    """One span for each request, with a child span for each stage. ``exporter`` replaces the OTLP exporter.
+
+    Raises InputError when OpenTelemetry is not installed.
+    """
 
     def __init__(self, endpoint: str = "", *, exporter: Any = None) -> None:
         self._provider: Any = None
@@ -145,7 +150,7 @@ class Tracer:
 
     @contextmanager
     def request(self, headers: Mapping[str, str]) -> Iterator[Any]:
-        """The span of a request, child of the caller's when its headers carry a trace context; None when off."""
+        """The span of a request, a child of the trace context in the headers; None when tracing is off."""
         if self._provider is None:
             yield None
             return
@@ -153,7 +158,7 @@ class Tracer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         context = TraceContextTextMapPropagator().extract(headers)
-        # No exceptions are recorded: their messages may quote what the client sent.
+        # Exceptions are not recorded, because their messages may quote the client's texts.
         quiet = {"record_exception": False, "set_status_on_exception": False}
         with self._tracer.start_as_current_span("rerank", context=context, kind=SpanKind.SERVER, **quiet) as span:
             try:
@@ -163,18 +168,18 @@ class Tracer:
                 span.set_attribute("error.type", error.code if isinstance(error, Problem) else type(error).__name__)
                 if isinstance(error, Problem):
                     span.set_attribute("http.response.status_code", status)
-                if status >= 500:  # what the client did wrong is no error of this server
+                if status >= 500:  # errors of the client do not mark the span as failed
                     span.set_status(StatusCode.ERROR)
                 raise
             span.set_attribute("http.response.status_code", 200)
 
     def stage(self, name: str, seconds: float) -> None:
-        """A stage that has just ended, as a child of the request's span."""
+        """Record a stage that has just ended as a child of the request's span."""
         if self._provider is not None:
             end = time.time_ns()
             self._tracer.start_span(name, start_time=end - int(seconds * 1e9)).end(end)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()

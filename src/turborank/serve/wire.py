@@ -1,7 +1,7 @@
-"""What travels: requests and responses as typed values, and the Ask and Answer in between.
+"""Types of requests and responses, and the dialect-independent types Ask (request) and Answer (result).
 
-Field descriptions become the OpenAPI document. Numbers and booleans may come as strings, because real clients send
-them so; null means absent; unknown fields are ignored and reported as warnings.
+The types and their docstrings become the OpenAPI document. Numbers and booleans may be strings, because some clients
+send them so; null means absent; unknown fields are ignored and reported as warnings.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TextObject(Struct):
 
 
 class SpanOptions(Struct):
-    """Ask for the passages that answer best, by character offsets (Unicode code points)."""
+    """Request the best passages of each document, by character offsets (Unicode code points)."""
 
     mode: Literal["enabled", "disabled"] = "enabled"
     threshold: Probability | None = None
@@ -84,7 +84,7 @@ Texts = Annotated[list[str | TextObject], Meta(min_length=1)] | str
 
 
 class ScoreRequest(Struct, kw_only=True):
-    """Scores of pairs: one text with each of N, or N with N. Each side goes by any one of its names."""
+    """Scores of pairs: one text with each of N, or N with N. Each side has exactly one of its alternative fields."""
 
     model: str | None = None
     text_1: Texts | None = None
@@ -104,7 +104,7 @@ class ScoreRequest(Struct, kw_only=True):
 
 
 class TeiRequest(Struct, kw_only=True):
-    """What clients of text-embeddings-inference send."""
+    """Request of text-embeddings-inference."""
 
     query: str
     texts: Annotated[list[str], Meta(min_length=1)]
@@ -117,7 +117,7 @@ class TeiRequest(Struct, kw_only=True):
 
 
 class WeaviateRequest(Struct, kw_only=True):
-    """What Weaviate's reranker-transformers module sends."""
+    """Request of Weaviate's reranker-transformers module."""
 
     query: str
     documents: Annotated[list[str], Meta(min_length=1)]
@@ -125,25 +125,25 @@ class WeaviateRequest(Struct, kw_only=True):
 
 
 class Span(Struct):
-    """A passage, by character offsets, and its own relevance score."""
+    """A passage, by character offsets, with its own relevance score."""
 
     start: int
     end: int
     score: float
 
 
-class Result(Struct):
+class RankedResult(Struct):
     """One document in the ranking."""
 
     index: int
     relevance_score: float
     document: dict[str, Any] | str | UnsetType = UNSET
     relevant_spans: list[Span] | UnsetType = UNSET
-    probability: float | UnsetType = UNSET  # of a calibrated model
+    probability: float | UnsetType = UNSET  # only of a calibrated model
 
 
 class DocumentLength(Struct):
-    """How much of one document the model read: tokens, query and template included, and the characters it judged by."""
+    """Tokens read of one document (with query and special tokens), tokens cut, and the characters that were scored."""
 
     index: int
     tokens: int
@@ -159,13 +159,13 @@ class Usage(Struct):
 
 
 class ApiVersion(Struct):
-    """Which of Cohere's versions this answer follows."""
+    """Version of Cohere's API that the response follows."""
 
     version: str
 
 
 class BilledUnits(Struct):
-    """Cohere's unit: a query with up to 100 documents. Nobody is billed."""
+    """Cohere's unit, a query with up to 100 documents; for compatibility only."""
 
     search_units: float
 
@@ -178,7 +178,7 @@ class MetaTokens(Struct):
 
 
 class MetaData(Struct):
-    """The truth about the request: what was read, what was cut, how long it took, what was not understood."""
+    """Details of the result: tokens read and cut, times in milliseconds, warnings."""
 
     api_version: ApiVersion
     billed_units: BilledUnits
@@ -195,14 +195,14 @@ class RerankResponse(Struct):
     id: str
     object: str
     model: str
-    results: list[Result]
+    results: list[RankedResult]
     usage: Usage
     meta: MetaData
     created: int | UnsetType = UNSET
-    data: list[Result] | UnsetType = UNSET
+    data: list[RankedResult] | UnsetType = UNSET
 
 
-class Scored(Struct):
+class ScoredIndex(Struct):
     """The score of one pair, in the order of the request."""
 
     index: int
@@ -211,13 +211,13 @@ class Scored(Struct):
 
 
 class ScoreResponse(Struct):
-    """vLLM's answer: a score for each pair."""
+    """Response of vLLM's score API: a score for each pair."""
 
     id: str
     object: str
     created: int
     model: str
-    data: list[Scored]
+    data: list[ScoredIndex]
     usage: Usage
     meta: MetaData
 
@@ -247,32 +247,32 @@ class WeaviateResponse(Struct):
 
 @dataclass(kw_only=True)
 class Ask:
-    """A request, whatever its dialect."""
+    """A decoded request, independent of its dialect."""
 
     pairs: list[Pair]
-    documents: list[Document]  # as they came, to be given back
+    documents: list[Document]  # as received, for the response
     model: str | None = None
     top_n: int | None = None
-    threshold: float | str | None = None  # a relevance score, or a target of a calibrated model
+    threshold: float | str | None = None  # a relevance score, or a target such as "precision=0.9" of a calibrated model
     return_documents: bool = False
     raw_scores: bool = False
     limits: Limits = NO_LIMITS
     spans: SpanOptions | None = None
     timeout: float | None = None
     warnings: list[str] = field(default_factory=list)
-    field: str = "documents"  # what the dialect calls the documents, for error messages
-    request: Any = None  # as decoded, for what only the dialect's own response needs
+    field: str = "documents"  # the dialect's name of the documents, for error messages
+    request: Any = None  # the decoded request, if the dialect's encoder needs it
 
 
 @dataclass(kw_only=True)
 class Answer:
-    """What a request got."""
+    """The result of a request, independent of its dialect."""
 
     id: str
     model: str
     ranking: list[Ranked]
     scores: Scores
-    spans: dict[int, list[Span]]  # by document
+    spans: dict[int, list[Span]]  # by index of the document
     timings: dict[str, float]  # seconds by stage
     created: int
     warnings: list[str]
@@ -288,16 +288,16 @@ class Answer:
 
 
 def required(kind: type[Struct]) -> frozenset[str]:
-    """The fields that a request must have."""
+    """Names of the required fields of a request type."""
     return frozenset(one.encode_name for one in structs.fields(kind) if one.required)
 
 
 def fields_of(kind: type[Struct]) -> frozenset[str]:
-    """The field names of a request."""
+    """Names of all fields of a request type."""
     return frozenset(kind.__struct_encode_fields__)
 
 
-# What can go wrong with an HTTP request, as one exception that every dialect can write down.
+# The exception for all error responses; each dialect encodes it in its own format.
 
 TYPES = {
     401: "authentication_error",
@@ -307,10 +307,10 @@ TYPES = {
 }
 
 
-class Problem(Exception):  # noqa: N818 - an answer, not a fault of ours
-    """An answer that is not a ranking.
+class Problem(Exception):  # noqa: N818 - an error response, not an error of the server
+    """An error response.
 
-    ``param`` is the JSON path of the field at fault; ``retry_after``, in seconds, makes a Retry-After header.
+    ``param`` is the JSON path of the invalid field; ``retry_after``, in seconds, sets the header Retry-After.
     """
 
     def __init__(
@@ -325,12 +325,12 @@ class Problem(Exception):  # noqa: N818 - an answer, not a fault of ours
 
     @property
     def type(self) -> str:
-        """The OpenAI name of this kind of error."""
+        """OpenAI's error type for this status."""
         return TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that go with the answer, whatever its dialect."""
+        """Headers of the response, the same in all dialects."""
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
@@ -341,7 +341,7 @@ class Problem(Exception):  # noqa: N818 - an answer, not a fault of ours
 
 
 def from_error(error: TurborankError, *, param: str | None = None) -> Problem:
-    """A library error as an HTTP answer. Faults of ours keep their text for the log, not for the client."""
+    """Convert a library error to a Problem. Texts of server errors (5xx) go to the log, not to the client."""
     if isinstance(error, TooLongError):  # 400 is what OpenAI-style servers answer
         return Problem(400, error.code, str(error), param=param)
     if isinstance(error, ModelNotFoundError):
