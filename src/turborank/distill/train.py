@@ -48,11 +48,11 @@ MEASURE = "nDCG@10"
 class RankingLoss:
     """The loss of :func:`train`, for :meth:`turborank.distill.trainer.Run.train`: a mix of losses on sampled lists."""
 
-    def __init__(self, drawer: BatchSampler, mix: Mix, inner: Sequence[IntermediateLoss] = ()) -> None:
-        self.drawer, self.mix, self.intermediate = drawer, mix, inner
+    def __init__(self, sampler: BatchSampler, mix: Mix, intermediate: Sequence[IntermediateLoss] = ()) -> None:
+        self.sampler, self.mix, self.intermediate = sampler, mix, intermediate
 
     def __call__(self, model: Model, step: int) -> Loss:
-        lists = self.drawer.draw(step)
+        lists = self.sampler.draw(step)
         device = next(model.parameters()).device
         batch = tensors(lists.batch, device)
         trace: list[Tensor] = []
