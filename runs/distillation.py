@@ -23,7 +23,7 @@ from turborank.distill import train
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.students import Student
 from turborank.distill.teachers import parse_weighted
-from turborank.distill.train import Examination, Serving, held_out, pool_places, teacher_scores
+from turborank.distill.train import DevEvaluation, ServingOptions, held_out, pool_entries, teacher_scores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = (0, 1, 2)
@@ -44,7 +44,7 @@ LESSONS = {
 BASELINES = {"first stage: words in common": "candidates.trec", "the teacher itself": f"scores/{TEACHER}.trec"}
 SETS = ("lists", "scifact", "med", "cisi", "cranfield")
 TEACHERS = ("minilm:20", "bm25:0.9:z")
-SERVING = Serving(threads=1, max_length=256, queries=50)
+SERVING = ServingOptions(threads=1, max_length=256, queries=50)
 
 
 def main(work: Path, real: Path | None) -> None:
@@ -125,7 +125,7 @@ def really(work: Path) -> dict:
             name: ndcg(folder, teacher_scores(folder, [parse_weighted(text) for text in TEACHERS]))
             for name, folder in folders.items()
         },
-        "the student, untrained": by_set(Examination(folders, SERVING)(Student.load(work / "four-layers"))),
+        "the student, untrained": by_set(DevEvaluation(folders, SERVING)(Student.load(work / "four-layers"))),
     }
     for name, run in ((LABELS, "labels"), (TAUGHT, "teacher")):
         for seed in SEEDS:
@@ -139,9 +139,9 @@ def by_set(row: dict) -> dict[str, float]:
 
 
 def ndcg(folder: TrainingFolder, scores) -> float:
-    """nDCG@10 of scores of all pool places, over the very queries that Examination asks."""
+    """nDCG@10 of scores of all pool entries, over the very queries that DevEvaluation asks."""
     queries = held_out(folder, SERVING.queries)
-    return train.ndcg(folder, queries, scores[pool_places(folder, queries)].tolist())
+    return train.ndcg(folder, queries, scores[pool_entries(folder, queries)].tolist())
 
 
 def real_table(found: dict) -> list[str]:

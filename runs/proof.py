@@ -22,7 +22,7 @@ import numpy as np
 
 from turborank.data.trec import Scored, format_run, read_qrels, read_run
 from turborank.distill import students, train
-from turborank.distill.batches import Drawing
+from turborank.distill.batches import BatchOptions
 from turborank.distill.folder import CANDIDATES, CORPUS, DEV, QUERIES, SCORES, TRAIN
 from turborank.distill.trainer import CURVE, Schedule
 from turborank.evaluate.measures import means, per_query
@@ -153,9 +153,11 @@ def learn(
     train.train(
         folder, student, out,
         Schedule(steps, 3e-3, average=0.97, save_every=steps, evaluate_every=max(1, steps // evaluations)),
-        Drawing(budget=budget, hard_depth=8, document_tokens=(64,), long_every=0),
-        teachers=[teacher] if teacher else [], loss=loss, dev=[folder], max_length=128, bf16=False, train_words=True,
-        threads=1, seed=seed,
+        BatchOptions(budget=budget, hard_depth=8, document_tokens=(64,), long_every=0),
+        train.TrainOptions(
+            teachers=[teacher] if teacher else [], loss=loss, dev=[folder], max_length=128, bf16=False,
+            train_words=True, threads=1, seed=seed,
+        ),
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / CURVE).read_text(encoding="utf-8").splitlines()]
     return [row["ndcg@10"] for row in rows if "ndcg@10" in row]

@@ -61,6 +61,8 @@ OWNERS = {
     "matplotlib": ("evaluate",),
     "accelerate": ("distill",),
     "scipy": ("distill", "evaluate"),
+    "httpx": ("distill.http_teacher",),
+    "tenacity": ("distill.http_teacher",),
     "langchain_core": ("integrations.langchain",),
     "pydantic": ("integrations.langchain",),
     "llama_index": ("integrations.llama_index",),
@@ -245,10 +247,6 @@ def test_exemptions_are_still_needed():
 # Public class names that two modules define -> why.
 TWICE = {
     "Model": "a row of the catalog, and a student in training",
-    "ScoreCache": "of a model's scores, and of a teacher's",
-    "Settings": "of the service, and of teachers",
-    "Recipe": "of training lists, and of students",
-    "Checkpoint": "a model's files, and a teacher that reads them",
 }
 
 

@@ -148,9 +148,9 @@ def main() -> None:
                 kept += 1
         print(f"{source}: {kept} of {len(queries)} questions")
     for made in make_queries(texts, np.where(np.arange(len(texts)) < 198_000, 1.0, 3.0), MADE, 0):
-        question = asked(made.text, f"made-{made.kind}", made.place)
+        question = asked(made.text, f"made-{made.kind}", made.passage)
         if text_hash(made.text) % 2:  # half of them without the passage they were made from
-            others = question.places != made.place
+            others = question.places != made.passage
             question = question._replace(places=question.places[others], scores=question.scores[others])
         if len(question.places) >= 10:
             out.append(question)

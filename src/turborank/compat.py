@@ -18,8 +18,7 @@ import numpy.typing as npt
 from turborank import catalog
 from turborank.errors import EngineUnavailableError, InputError
 from turborank.reranker import Reranker, listed, order, whole
-from turborank.scheduler import Progress
-from turborank.types import Float32
+from turborank.types import Float32, Progress
 
 Activation = Callable[[Any], Any]  # torch tensor (P, 1) -> as many numbers, such as torch.nn.Sigmoid()
 

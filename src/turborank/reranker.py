@@ -26,11 +26,11 @@ from turborank import engines
 from turborank.calibration import Calibration, sigmoid
 from turborank.engines import ClosedEngine
 from turborank.errors import CheckpointError, InputError, TooLongError
-from turborank.scheduler import Progress, Scores, score
+from turborank.scheduler import Scores, score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Float32, Pair, Ranked
+from turborank.types import Document, Float32, Pair, Progress, Ranked
 
 MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
 MAX_THREADS = 4096  # above the number of cores of any machine

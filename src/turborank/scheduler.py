@@ -8,7 +8,7 @@ order. A pair's logit does not depend on the other pairs of its batch (docs/arch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,14 +18,12 @@ import numpy.typing as npt
 from turborank.engines import Engine
 from turborank.errors import EngineError, TooLongError
 from turborank.tokens import PairEncoder, pack
-from turborank.types import Encoding, Float32, Int32, Pair
+from turborank.types import Encoding, Float32, Int32, Pair, Progress
 
 TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of its own
 CHUNK_CHARACTERS = 200_000  # characters tokenised at a time: bounds memory, and lets tokenisation overlap computation
 QUERY_CHARACTERS = 2_000  # maximum characters of a query counted for each pair: it is tokenised once per chunk
 FIRST_CHUNK_CHARACTERS = 20_000  # small, because no computation overlaps the first chunk's tokenisation
-
-Progress = Callable[[int, int], None]
 
 
 class Scores(NamedTuple):

@@ -11,7 +11,7 @@ Dimension letters in docstrings and shape comments:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,13 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Document = str | Mapping[str, Any]
+Progress = Callable[[int, int], None]  # (done, total), called from time to time
+StartProgress = Callable[[str], Progress]  # name of a task -> where to report its progress
+
+
+def no_progress(task: str) -> Progress:
+    """A :data:`StartProgress` that reports nothing."""
+    return lambda done, total: None
 
 
 class Pair(NamedTuple):

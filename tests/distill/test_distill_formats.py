@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from little import write_lines
 
-from turborank.distill.formats import FORMATS, Example, Judged, beir, examples, recognise
+from turborank.distill.formats import FORMATS, Example, JudgedDocument, beir, examples, recognise
 from turborank.errors import InputError
 
 QUERY = "who sleeps?"
@@ -15,8 +15,8 @@ QUERY = "who sleeps?"
 def test_pairs(tmp_path):
     rows = [{"query": QUERY, "passage": "bees"}, {"anchor": QUERY, "positive": "cats", "source": "x"}]
     assert list(examples(write_lines(tmp_path / "a.jsonl.gz", rows))) == [
-        Example(QUERY, (Judged("bees", 1),)),
-        Example(QUERY, (Judged("cats", 1),)),
+        Example(QUERY, (JudgedDocument("bees", 1),)),
+        Example(QUERY, (JudgedDocument("cats", 1),)),
     ]
 
 
@@ -34,9 +34,11 @@ def test_pairs_with_a_label_or_a_score(tmp_path):
 def test_triplets_in_the_order_of_their_numbers(tmp_path):
     row = {"anchor": QUERY, "positive": "bees", "negative_10": "k", "negative_2": "b", "negative_1": "a"}
     [found] = examples(write_lines(tmp_path / "a.jsonl", [row]))
-    assert found == Example(QUERY, (Judged("bees", 1), Judged("a", 0), Judged("b", 0), Judged("k", 0)))
+    assert found == Example(
+        QUERY, (JudgedDocument("bees", 1), JudgedDocument("a", 0), JudgedDocument("b", 0), JudgedDocument("k", 0))
+    )
     [found] = examples(write_lines(tmp_path / "b.jsonl", [{"query": QUERY, "positive": "bees", "negative": "a"}]))
-    assert found == Example(QUERY, (Judged("bees", 1), Judged("a", 0)))
+    assert found == Example(QUERY, (JudgedDocument("bees", 1), JudgedDocument("a", 0)))
 
 
 def test_labelled_lists(tmp_path):
@@ -46,18 +48,18 @@ def test_labelled_lists(tmp_path):
         {"query": QUERY, "documents": ["a", "b"], "labels": [True, False], "scores": [1.0, 0.5]},
     ]
     found = list(examples(write_lines(tmp_path / "a.jsonl", rows)))
-    assert found[0].documents == (Judged("a", 0), Judged("b", 1), Judged("c", 3))
-    assert found[1].documents == (Judged("a", None, 0.25), Judged("b", None, -4.0))
-    assert found[2].documents == (Judged("a", 1, 1.0), Judged("b", 0, 0.5))
+    assert found[0].documents == (JudgedDocument("a", 0), JudgedDocument("b", 1), JudgedDocument("c", 3))
+    assert found[1].documents == (JudgedDocument("a", None, 0.25), JudgedDocument("b", None, -4.0))
+    assert found[2].documents == (JudgedDocument("a", 1, 1.0), JudgedDocument("b", 0, 0.5))
 
 
 def test_flagembedding(tmp_path):
     row = {"query": QUERY, "pos": ["a"], "neg": ["b", "c"], "pos_scores": [9.5], "neg_scores": [1, -2.5], "prompt": "p"}
     [found] = examples(write_lines(tmp_path / "a.jsonl", [row]))
-    assert found.documents == (Judged("a", 1, 9.5), Judged("b", 0, 1.0), Judged("c", 0, -2.5))
+    assert found.documents == (JudgedDocument("a", 1, 9.5), JudgedDocument("b", 0, 1.0), JudgedDocument("c", 0, -2.5))
     row = {"query": QUERY, "pos": ["a"], "neg": ["b"], "pos_scores": None}
     [found] = examples(write_lines(tmp_path / "b.jsonl", [row]))
-    assert found.documents == (Judged("a", 1), Judged("b", 0))
+    assert found.documents == (JudgedDocument("a", 1), JudgedDocument("b", 0))
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["lists", "lists in strings"])
@@ -71,7 +73,9 @@ def test_pylate(tmp_path, as_text):
     write_lines(tmp_path / "documents.jsonl", [{"document_id": n, "text": f"text {n}"} for n in range(5)])
     assert recognise(tmp_path) == "pylate"
     [found] = examples(tmp_path)
-    assert found == Example(QUERY, (Judged("text 3", None, 0.9, "3"), Judged("text 1", None, 0.125, "1")), "7")
+    assert found == Example(
+        QUERY, (JudgedDocument("text 3", None, 0.9, "3"), JudgedDocument("text 1", None, 0.125, "1")), "7"
+    )
 
 
 def collection(folder: Path) -> Path:
@@ -84,7 +88,7 @@ def collection(folder: Path) -> Path:
 def test_beir_with_and_without_a_run(tmp_path):
     folder = collection(tmp_path / "mine")
     assert recognise(folder) == "beir"
-    labelled = (Judged("T text 1", 2, None, "d1"), Judged("T text 3", 0, None, "d3"))
+    labelled = (JudgedDocument("T text 1", 2, None, "d1"), JudgedDocument("T text 3", 0, None, "d3"))
     assert list(examples(folder)) == [Example(QUERY, labelled, "a"), Example("who runs?", (), "b")]
     lines = ["a Q0 d0 1 9.5 x", "a Q0 d2 2 8.5 x", "b Q0 d2 1 1.5 x"]
     run = write_lines(tmp_path / "first.trec", lines)

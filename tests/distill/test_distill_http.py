@@ -18,14 +18,14 @@ from little import pairs, tree, write_lines
 
 import turborank
 from turborank.cli import main
-from turborank.data.download import _quiet
 from turborank.distill import http_teacher, pools
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.http_teacher import CLIENTS, HttpTeacher, Pacer, Settings, retry_after
+from turborank.distill.http_teacher import CLIENTS, HttpOptions, HttpTeacher, Pacer, retry_after
 from turborank.distill.lists import build
 from turborank.distill.scores import score_pairs
-from turborank.distill.sources import Recipe, Source
+from turborank.distill.sources import ListOptions, Source
 from turborank.errors import InputError, UnknownKeyError
+from turborank.types import no_progress
 
 sys.path.append(str(Path(__file__).parents[1] / "serve"))  # its server on loopback
 
@@ -36,7 +36,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 def folder(tmp_path: Path) -> TrainingFolder:
     source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
     plan = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
-    build(Recipe((source,)), tmp_path / "lists", plan)
+    build(ListOptions((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")
 
 
@@ -55,8 +55,8 @@ def up(model: Path) -> Iterator[Any]:
 
 
 def scores(where: str, folder: TrainingFolder, cache: Path | None = None, **settings: Any) -> Any:
-    teacher = HttpTeacher(where, Settings(**{**QUICK, **settings}))
-    return score_pairs(teacher, folder, cache or folder.path / "cache", _quiet)
+    teacher = HttpTeacher(where, HttpOptions(**{**QUICK, **settings}))
+    return score_pairs(teacher, folder, cache or folder.path / "cache", no_progress)
 
 
 @pytest.mark.parametrize("dialect", CLIENTS)
@@ -66,7 +66,7 @@ def test_every_dialect_of_the_service_gives_the_model_s_logits(up, model, folder
 
     path = "/v1/rerank" if dialect == "turborank" else DIALECTS[dialect].paths[-1]
     found = scores(f"{dialect}:{up.url}{path}", folder)
-    asked = [(folder.queries[q], folder.texts[d]) for q, d in zip(folder.query_of, folder.places, strict=True)]
+    asked = [(folder.queries[q], folder.texts[d]) for q, d in zip(folder.query_index, folder.doc_index, strict=True)]
     expected = turborank.Reranker(str(model), engine="reference").score(asked)
     tolerance = 1e-4 if CLIENTS[dialect].probabilities else 1e-6
     np.testing.assert_allclose(found, expected, atol=tolerance)
@@ -152,7 +152,7 @@ def endpoint(*script: Any) -> Iterator[Endpoint]:
 
 
 def expected_logits(folder: TrainingFolder) -> list[float]:
-    share = [probability(folder.texts[place]) for place in folder.places]
+    share = [probability(folder.texts[place]) for place in folder.doc_index]
     return [float(np.log(p / (1 - p))) for p in share]
 
 
@@ -277,7 +277,7 @@ def test_a_fault_of_one_request_does_not_lose_the_others(folder):
         kept = set(up.answered)
         assert kept
         scores(f"jina:{up.url}", folder)
-        assert len(up.answered) == len(set(up.answered)) == len(folder.places)
+        assert len(up.answered) == len(set(up.answered)) == len(folder.doc_index)
 
 
 def test_nobody_there(folder):
@@ -317,7 +317,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(folder, monke
         assert {headers["Authorization"] for headers in up.headers} == {"Bearer s3cret"}
         assert {asked["model"] for asked in up.asked} == {"jina-x"}
         assert max(len(asked["documents"]) for asked in up.asked) == 5
-        assert len(up.answered) == len(folder.places)
+        assert len(up.answered) == len(folder.doc_index)
         count = len(up.asked)
         assert main.run(["distill", "score", str(folder.path), *arguments]) == 0
         assert len(up.asked) == count
@@ -331,9 +331,9 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(folder, monke
 
 def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="expected parallel of an HTTP teacher to be positive, got 0"):
-        Settings(parallel=0)
+        HttpOptions(parallel=0)
     with pytest.raises(UnknownKeyError, match="expected scale to be one of auto, logit, raw, got 'log'"):
-        Settings(scale="log")
+        HttpOptions(scale="log")
 
 
 def test_retry_after_is_seconds_or_a_date():

@@ -13,14 +13,14 @@ from turborank.data.trec import read_run
 from turborank.distill import pools
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
-from turborank.distill.sources import Recipe, Source, collect
+from turborank.distill.sources import ListOptions, Source, collect
 from turborank.errors import InputError
 
 PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
-def recipe(*sources: Source, **changes: object) -> Recipe:
-    return Recipe(sources, **changes)  # type: ignore[arg-type]
+def recipe(*sources: Source, **changes: object) -> ListOptions:
+    return ListOptions(sources, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_pools_hold_the_labelled_some_of_bm25s_best_and_strangers(tmp_path, sour
     index = pools.index(folder.texts)
     strangers = 0
     for at, row in enumerate(pairs()):
-        pool = folder.places[folder.pool(at)]
+        pool = folder.doc_index[folder.pool(at)]
         assert folder.queries[at] == row["query"]
         assert len(set(pool)) == len(pool)
         [labelled] = np.flatnonzero(folder.labels[folder.pool(at)] == 1)
@@ -147,12 +147,11 @@ def test_dense_candidates_are_the_nearest(tmp_path):
         [[]] * 36,
         [False] * 36,
         pools.index(texts),
-        36,
         plan,
         vectors=(circle, circle),
     )
     for query in range(36):
-        pool = mined.places[mined.bounds[query] : mined.bounds[query + 1]]
+        pool = mined.doc_index[mined.bounds[query] : mined.bounds[query + 1]]
         assert set(pool.tolist()) == {(query + step) % 36 for step in (-2, -1, 0, 1, 2)}
 
 
@@ -160,7 +159,7 @@ def test_large_collections_are_searched_in_parts(monkeypatch):
     rng = np.random.default_rng(0)
     queries, documents = (rng.normal(size=(n, 8)).astype(np.float32) for n in (25, 60))
     expected = np.argsort(-(queries @ documents.T), axis=1)[:, :4]
-    monkeypatch.setattr(pools, "SCORES_AT_ONCE", 7 * 60)
+    monkeypatch.setattr(pools, "MAX_SCORES", 7 * 60)
     assert np.array_equal(np.array(list(pools.nearest(queries, documents, 4))), expected)
 
 
@@ -183,13 +182,13 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
     values = folder.scores("given")
     found = {
         (folder.queries[q], folder.texts[d]): s
-        for q, d, s in zip(folder.query_of, folder.places, values.tolist(), strict=True)
+        for q, d, s in zip(folder.query_index, folder.doc_index, values.tolist(), strict=True)
     }
     assert found == {
         ("who sleeps?", "bees"): 5.5, ("who sleeps?", "cats"): 0.5, ("who sleeps?", "dogs"): -3.0,
         ("who flies?", "bees"): 7.0, ("who flies?", "dogs"): -8.25,
     }  # fmt: skip
-    assert folder.labels.tolist() == [1 if folder.texts[place] == "bees" else 0 for place in folder.places]
+    assert folder.labels.tolist() == [1 if folder.texts[place] == "bees" else 0 for place in folder.doc_index]
     manifest = build(recipe(source), tmp_path / "mined", pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2))
     assert TrainingFolder.load(tmp_path / "mined").teachers() == []  # a stranger among them has no score
     assert any("came with the data" in why for why in manifest["left_out"])
@@ -215,7 +214,7 @@ def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection
     for at, query in enumerate(folder.query_ids):
         number = int(query.removeprefix("ask-"))
         expected = {f"doc-{(number + k) % 72}" for k in range(4)}
-        assert {folder.doc_ids[place] for place in folder.places[folder.pool(at)]} == expected
+        assert {folder.doc_ids[place] for place in folder.doc_index[folder.pool(at)]} == expected
     assert int((folder.labels == 1).sum()) == folder.labelled == 10
 
 

@@ -68,9 +68,9 @@ def made(kind, count, seed=0):
 
 def test_sentences_are_sentences_of_their_passage():
     for query in made("sentence", 10):
-        assert query.text in texts.sentences(TEXTS[query.place])
+        assert query.text in texts.sentences(TEXTS[query.passage])
         assert len(query.text.split()) in sources.SENTENCE_WORDS
-    assert sorted(query.place for query in made("sentence", 10)) == [0, 1]  # each passage once, the last has none
+    assert sorted(query.passage for query in made("sentence", 10)) == [0, 1]  # each passage once, the last has none
 
 
 def test_spans_are_consecutive_sentences():
@@ -88,7 +88,7 @@ def test_keywords_are_the_rarest_words_in_their_order(seed):
     counts = Counter(word for text in TEXTS for word in words_of(text))
     for query in made("keywords", 10, seed):
         words = query.text.split()
-        [there] = [found for one in texts.sentences(TEXTS[query.place]) if set(words) <= set(found := words_of(one))]
+        [there] = [found for one in texts.sentences(TEXTS[query.passage]) if set(words) <= set(found := words_of(one))]
         assert words == [word for word in there if word in words]
         assert max(counts[word] for word in words) <= min(counts[word] for word in there if word not in words)
 
@@ -101,6 +101,6 @@ def test_made_queries_depend_on_the_seed_alone():
 def test_a_passage_of_half_the_weight_comes_half_as_often():
     texts = [f"Number {n} is a sentence of eight words." for n in range(2000)]
     weights = np.where(np.arange(2000) < 1000, 1.0, 0.5)
-    places = [query.place for query in sources.make(texts, weights, {"sentence": 300}, 0)]
+    places = [query.passage for query in sources.make(texts, weights, {"sentence": 300}, 0)]
     light = sum(place >= 1000 for place in places) / len(places)
     assert 0.25 < light < 0.42  # a third, within three standard deviations of the binomial

@@ -36,7 +36,7 @@ def test_grades_count_the_query_s_concepts_under_any_name(world):
         asked = {concept[word] for word in query.split()}
         assert len(asked) == TINY.asked
         for at in range(*folder.pool(q).indices(len(truth))):
-            document = folder.texts[folder.places[at]].split()
+            document = folder.texts[folder.doc_index[at]].split()
             spoken = {concept[word] for word in document}
             assert len(document) == len(spoken) == TINY.words
             assert truth[at] == len(asked & spoken)

@@ -11,7 +11,7 @@ from turborank import Reranker
 from turborank.distill import students, train
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.recover import Reading, Recovery, Texts, _joint, check
+from turborank.distill.recover import ReadingOptions, RecoveryLoss, Texts, check, joint_batch
 from turborank.distill.trainer import Model, Run, Schedule, tensors
 from turborank.errors import CheckpointError, InputError
 from turborank.ops import reference, torch_training
@@ -153,7 +153,7 @@ def test_what_the_source_reads_of_a_pair():
     class Source:
         max_tokens, prefix, suffix = 6, [101], [102]
 
-    batch, texts, rows = _joint(Source, [([1, 2], [3, 4, 5, 6, 7, 8]), ([9], [10])])
+    batch, texts, rows = joint_batch(Source, [([1, 2], [3, 4, 5, 6, 7, 8]), ([9], [10])])
     assert batch.input_ids.tolist() == [101, 1, 2, 102, 3, 4, 5, 6, 7, 8, 102, 101, 9, 102, 10, 102]
     assert batch.type_ids.tolist() == [0] * 4 + [1] * 7 + [0] * 3 + [1] * 2
     read = [token for text in texts for token in [101, *text, 102]]
@@ -165,8 +165,8 @@ def test_losses_of_recovery_are_shares_of_what_there_is_to_learn(bert_folder):
     folder, _ = bert_folder
     source = BiEncoder.load(folder)
     student = students.from_bert(folder, slopes="gentle")
-    texts = Texts(source, TEXTS, TEXTS, [], Reading(budget=100, query_tokens=8, document_tokens=20), 0)
-    recovery = Recovery(source, texts, layers=range(4), dtype=torch.float32)
+    texts = Texts(source, TEXTS, TEXTS, [], ReadingOptions(budget=100, query_tokens=8, document_tokens=20), 0)
+    recovery = RecoveryLoss(source, texts, layers=range(4), dtype=torch.float32)
     model = Model(student)
     with torch.no_grad():
         loss = recovery(model, 0)
@@ -180,8 +180,9 @@ def test_recovery_recovers(bert_folder, word_folder, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": " ".join(TEXTS)}) + "\n")
     train.recover(
-        tmp_path / "student", folder, word_folder, [long], tmp_path / "run",
-        Schedule(steps=120, learning_rate=3e-3, warmup=4, save_every=120), budget=300, long_tokens=(60,), bf16=False,
+        tmp_path / "student", folder, word_folder, tmp_path / "run",
+        Schedule(steps=120, learning_rate=3e-3, warmup=4, save_every=120),
+        train.RecoverOptions(bf16=False, long=[long], budget=300, long_tokens=(60,)),
     )  # fmt: skip
     curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
     for part in ("hidden", "pooled"):
@@ -195,7 +196,7 @@ def test_what_cannot_be_recovered_is_named(bert_folder, tmp_path):
     source = BiEncoder.load(folder)
     for faulty in ((), (0,), (-5, 100)):
         with pytest.raises(InputError, match="expected tokens of long documents, each 1 or more"):
-            Reading(long_tokens=faulty)
+            ReadingOptions(long_tokens=faulty)
     with pytest.raises(InputError, match="expected the folder of a bi-encoder, got none at"):
         BiEncoder.load(tmp_path / "nosuch")
     narrow = students.from_scratch(source.tokenizer, shape="micro", layers=2)
@@ -213,7 +214,7 @@ def test_inner_terms_are_zero_for_the_teacher_itself_and_fall(bert_folder, word_
     folder, _ = bert_folder
     teacher = students.from_bert(folder, head="classifier")
     teacher.save(tmp_path / "teacher")
-    term = train.Inner(train.parse_inner(f"{kind}:{tmp_path / 'teacher'}:2"), teacher, torch.float32)
+    term = train.IntermediateLoss(train.parse_intermediate(f"{kind}:{tmp_path / 'teacher'}:2"), teacher, torch.float32)
     batch = tensors_of(teacher, TEXTS[0], TEXTS[1])
     trace: list[torch.Tensor] = []
     record: list[tuple[torch.Tensor, ...]] = []
@@ -222,7 +223,7 @@ def test_inner_terms_are_zero_for_the_teacher_itself_and_fall(bert_folder, word_
     student = students.from_layers(tmp_path / "teacher", layers=2)
     for weight in student.weights.values():  # a random BERT's layers change little: make the two differ
         weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    term = train.Inner(train.parse_inner(f"{kind}:{tmp_path / 'teacher'}"), student, torch.float32)
+    term = train.IntermediateLoss(train.parse_intermediate(f"{kind}:{tmp_path / 'teacher'}"), student, torch.float32)
     run = Run(student, tmp_path / "run", Schedule(steps=15, learning_rate=1e-3, warmup=1), freeze_words=False)
     values = []
     for _ in range(15):
@@ -244,11 +245,11 @@ def test_an_inner_teacher_must_read_the_same_tokens(bert_folder, tmp_path):
         students.train_tokenizer([*TEXTS, "entirely different words"], size=250), shape="micro"
     )
     with pytest.raises(InputError, match="another vocabulary"):
-        train.Inner(train.parse_inner(f"hidden:{tmp_path / 'teacher'}"), other, torch.float32)
+        train.IntermediateLoss(train.parse_intermediate(f"hidden:{tmp_path / 'teacher'}"), other, torch.float32)
     for text in ("hidden", "hidden:", "outer:model:1", "hidden:model:inf"):
         with pytest.raises(InputError, match="expected hidden:MODEL"):
-            train.parse_inner(text)
-    assert train.parse_inner("relations:org/name:0.5") == ("relations", "org/name", 0.5)
+            train.parse_intermediate(text)
+    assert train.parse_intermediate("relations:org/name:0.5") == ("relations", "org/name", 0.5)
 
 
 @pytest.mark.parametrize("slopes", [(), (0.25, 0.5, 0.1, 0.0)])

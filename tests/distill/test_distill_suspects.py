@@ -42,13 +42,13 @@ def folder(tmp_path):
     ],
 )
 def test_suspects_by_hand(folder, margin, expected):
-    found = scores.find(folder, folder.scores("t"), margin)
+    found = scores.find_suspects(folder, folder.scores("t"), margin)
     assert {(q, d) for (q, d, *_), one in zip(PLACES, found, strict=True) if one} == expected
 
 
 def test_the_summary_by_hand(folder):
-    found = scores.find(folder, folder.scores("t"), 0.0)
-    assert scores.summaries(folder, found) == [scores.Summary("x", 2, 2, 3, 3 + 2)]
+    found = scores.find_suspects(folder, folder.scores("t"), 0.0)
+    assert scores.suspect_summaries(folder, found) == [scores.Summary("x", 2, 2, 3, 3 + 2)]
 
 
 def test_the_command_writes_a_table_with_the_largest_difference_first(folder, capsys):

@@ -20,16 +20,15 @@ from little import pairs, read_lines, shuffled, tree, write_lines
 
 import turborank
 from turborank.cli import main
-from turborank.data.download import _quiet
 from turborank.data.trec import read_run
 from turborank.distill import pools, teachers
 from turborank.distill import score_cache as caches
 from turborank.distill.folder import TrainingFolder, read_pairs
 from turborank.distill.lists import build
 from turborank.distill.scores import Question, score_pairs
-from turborank.distill.sources import Recipe, Source
+from turborank.distill.sources import ListOptions, Source
 from turborank.errors import EngineError, InputError
-from turborank.types import Float32
+from turborank.types import Float32, no_progress
 
 PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
@@ -42,24 +41,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:24]))
-    build(Recipe((source,)), tmp_path / "lists", PLAN)
+    build(ListOptions((source,)), tmp_path / "lists", PLAN)
     return TrainingFolder.load(tmp_path / "lists")
 
 
 def texts_of(folder: TrainingFolder, values: Float32) -> dict[tuple[str, str], float]:
     """Scores by the texts they are of."""
-    rows = zip(folder.query_of.tolist(), folder.places.tolist(), values.tolist(), strict=True)
+    rows = zip(folder.query_index.tolist(), folder.doc_index.tolist(), values.tolist(), strict=True)
     return {(folder.queries[query], folder.texts[place]): score for query, place, score in rows}
 
 
-def spec(text: str) -> teachers.Spec:
+def spec(text: str) -> teachers.TeacherSpec:
     return teachers.parse(text)
 
 
 class Counting:
     """Scores by lengths; counts every pair it is asked about; may stop answering."""
 
-    at_once = 3
+    max_documents = 3
 
     def __init__(self, last: int | None = None) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -72,7 +71,7 @@ class Counting:
         for question in questions:
             if self.last is not None and len(self.asked) >= self.last:
                 raise InputError("expected to go on, got enough")
-            assert len(question.documents) <= self.at_once
+            assert len(question.documents) <= self.max_documents
             self.asked += [(question.query, document) for document in question.documents]
             yield question, np.array([len(question.query) + len(one) / 128 for one in question.documents], np.float32)
 
@@ -83,7 +82,7 @@ def test_bm25_is_the_first_stage(folder):
 
 
 def test_a_checkpoint_says_what_it_says_elsewhere(folder, model):
-    teachers.score(folder, spec(f"slow=checkpoint:{model}"), teachers.Settings({"engine": "reference"}))
+    teachers.score(folder, spec(f"slow=checkpoint:{model}"), teachers.TeacherOptions({"engine": "reference"}))
     reranker = turborank.Reranker(model, engine="reference")
     found = texts_of(folder, folder.scores("slow"))
     asked = list(found)
@@ -98,7 +97,7 @@ def test_a_checkpoint_says_what_it_says_elsewhere(folder, model):
 
 
 def test_a_run_file_is_a_teacher_of_what_it_holds(folder, tmp_path):
-    values = np.arange(len(folder.places), dtype=np.float32) / 8
+    values = np.arange(len(folder.doc_index), dtype=np.float32) / 8
     folder.write_scores("mine", values, {})
     moved = tmp_path / "other.trec"
     (folder.path / "scores" / "mine.trec").rename(moved)
@@ -106,7 +105,7 @@ def test_a_run_file_is_a_teacher_of_what_it_holds(folder, tmp_path):
     teachers.score(folder, spec(f"old=run:{moved}"))
     assert folder.scores("old").tolist() == values.tolist()
     moved.write_text("\n".join(moved.read_text().splitlines()[2:]) + "\n")
-    with pytest.raises(InputError, match=f"expected scores of all {len(values)} pool places, got 2 without"):
+    with pytest.raises(InputError, match=f"expected scores of all {len(values)} pool entries, got 2 without"):
         teachers.score(folder, spec(f"old=run:{moved}"))
 
 
@@ -114,23 +113,23 @@ def test_nothing_is_asked_twice(folder):
     different = len(texts_of(folder, folder.first_stage))
     cache = folder.path / "cache"
     first = Counting()
-    values = score_pairs(first, folder, cache, _quiet)
+    values = score_pairs(first, folder, cache, no_progress)
     assert len(first.asked) == len(set(first.asked)) == different == len(values)
     again = Counting()
-    assert score_pairs(again, folder, cache, _quiet).tolist() == values.tolist()
+    assert score_pairs(again, folder, cache, no_progress).tolist() == values.tolist()
     assert again.asked == []
 
 
 def test_what_was_answered_before_a_fault_is_not_asked_again(folder):
-    whole = score_pairs(Counting(), folder, folder.path / "other", _quiet)
+    whole = score_pairs(Counting(), folder, folder.path / "other", no_progress)
     asked: list[tuple[str, str]] = []
     for last in (20, 50):
         broken = Counting(last)
         with pytest.raises(InputError, match="got enough"):
-            score_pairs(broken, folder, folder.path / "cache", _quiet)
+            score_pairs(broken, folder, folder.path / "cache", no_progress)
         asked += broken.asked
     rest = Counting()
-    values = score_pairs(rest, folder, folder.path / "cache", _quiet)
+    values = score_pairs(rest, folder, folder.path / "cache", no_progress)
     asked += rest.asked
     assert len(asked) == len(set(asked)) == len(values)
     assert values.tobytes() == whole.tobytes()
@@ -144,20 +143,20 @@ def test_equal_texts_under_other_ids_are_asked_about_once(tmp_path):
     write_lines(lists / "candidates.trec", [f"{q} Q0 {d} 1 1.0 t" for q in "qp" for d in "cba"])
     folder = TrainingFolder.load(lists)
     counting = Counting()
-    values = score_pairs(counting, folder, lists / "cache", _quiet)
+    values = score_pairs(counting, folder, lists / "cache", no_progress)
     assert sorted(counting.asked) == [("why?", "x"), ("why?", "y z")]
-    assert [folder.doc_ids[place] for place in folder.places] == ["c", "b", "a"] * 2
+    assert [folder.doc_ids[place] for place in folder.doc_index] == ["c", "b", "a"] * 2
     assert values.tolist() == [4 + 3 / 128, 4 + 1 / 128, 4 + 1 / 128] * 2
 
 
 def test_another_teacher_shares_no_answer(folder, model):
     keys = {caches.key(revision, q, d) for revision in ("a", "ab") for q in ("b", "bc") for d in ("c", "d", "bc")}
     assert len(keys) == 12
-    score_pairs(Counting(), folder, folder.path / "cache", _quiet)
+    score_pairs(Counting(), folder, folder.path / "cache", no_progress)
     other = Counting()
     other.about = lambda: {"kind": "counting", "revision": 2}
-    score_pairs(other, folder, folder.path / "cache", _quiet)
-    assert len(other.asked) == len(folder.places)
+    score_pairs(other, folder, folder.path / "cache", no_progress)
+    assert len(other.asked) == len(folder.doc_index)
 
 
 def test_the_order_of_documents_and_of_pools_is_irrelevant(folder, model, tmp_path):
@@ -167,7 +166,7 @@ def test_the_order_of_documents_and_of_pools_is_irrelevant(folder, model, tmp_pa
     lines = shuffled((folder.path / "candidates.trec").read_text().splitlines(), 5)
     write_lines(other / "candidates.trec", lines)
     again = TrainingFolder.load(other)
-    options = teachers.Settings({"engine": "reference"})
+    options = teachers.TeacherOptions({"engine": "reference"})
     for one in (folder, again):
         for text in ("bm25", f"slow=checkpoint:{model}"):
             teachers.score(one, spec(text), options)
@@ -189,19 +188,19 @@ def test_an_answer_that_is_no_score_ends_the_run(folder):
     broken = Counting()
     broken.answer = lambda questions: ((one, np.full(len(one.documents), np.nan, np.float32)) for one in questions)
     with pytest.raises(EngineError, match="expected 3 finite scores, got"):
-        score_pairs(broken, folder, folder.path / "cache", _quiet)
+        score_pairs(broken, folder, folder.path / "cache", no_progress)
 
 
 SLOWLY = """
 import sys, time
 from turborank.cli import main
 from turborank.distill import score_cache
-put = score_cache.ScoreCache.put
+put = score_cache.TeacherScoreCache.put
 def slowly(self, keys, scores):  # time for the test to kill us between two answers
     put(self, keys, scores)
     print("kept", len(keys), flush=True)
     time.sleep(0.05)
-score_cache.ScoreCache.put = slowly
+score_cache.TeacherScoreCache.put = slowly
 sys.exit(main.run(sys.argv[1:]))
 """
 
@@ -210,7 +209,7 @@ sys.exit(main.run(sys.argv[1:]))
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, capsys):
     """The process is killed without warning, twice; every pair that it had kept is not scored again. The bytes are the
     native engine's: numpy's last bits may differ from process to process."""
-    monkeypatch.setattr(teachers, "PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr(teachers, "PAIRS_PER_CALL", 16)
     arguments = ["distill", "score", str(folder.path), "-t", f"slow=checkpoint:{model}", "--engine", "native"]
     kept = 0
     for _ in range(2):
@@ -226,7 +225,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, caps
             kept += sum(int(line.split()[1]) for line in rest)
         assert run.returncode == -signal.SIGKILL
         assert not (folder.path / "scores").exists()
-    assert 0 < kept < len(folder.places)
+    assert 0 < kept < len(folder.doc_index)
 
     scored = 0
     score_detailed = turborank.Reranker.score_detailed
@@ -238,10 +237,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, caps
 
     monkeypatch.setattr(turborank.Reranker, "score_detailed", counted)
     assert main.run(arguments) == 0
-    assert scored == len(folder.places) - kept
+    assert scored == len(folder.doc_index) - kept
     resumed = tree(folder.path)
     assert main.run([*arguments, "--cache", str(folder.path / "other" / "cache")]) == 0
-    assert scored == 2 * len(folder.places) - kept
+    assert scored == 2 * len(folder.doc_index) - kept
     assert tree(folder.path) == resumed
     assert capsys.readouterr().out.count("slow.trec") == 2
 
@@ -322,6 +321,22 @@ def test_a_malformed_run_is_named(folder, line, expected):
     assert str(fault.value).endswith(f"at {path}:4")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_query_s_id(folder):
+    lines = (folder.path / "candidates.trec").read_bytes()
+    (folder.path / "candidates.trec").write_bytes(b"\xef\xbb\xbf" + lines)
+    loaded = TrainingFolder.load(folder.path)
+    assert loaded.query_ids == folder.query_ids
+    assert np.array_equal(loaded.bounds, folder.bounds)
+
+
+def test_an_id_that_is_not_utf_8_is_said_so(folder):
+    path = folder.path / "candidates.trec"
+    path.write_bytes(b"q0 Q0 d0 1 1.0 t\nq\xe9 Q0 d1 2 0.5 t\n")
+    with pytest.raises(InputError) as fault:
+        TrainingFolder.load(folder.path)
+    assert fault.value.message == f"expected UTF-8, got byte 0xe9 at {path}:2"
+
+
 def test_labels_of_a_training_query_cannot_be_held_out_too(folder):
     write_lines(folder.path / "qrels" / "dev.tsv", ["q3\td0\t1"])
     with pytest.raises(InputError, match=r"expected held-out queries in .*dev.tsv only, got 'q3'"):
@@ -329,7 +344,7 @@ def test_labels_of_a_training_query_cannot_be_held_out_too(folder):
 
 
 def test_read_pairs_keeps_the_bits(folder):
-    values = np.random.default_rng(0).normal(size=len(folder.places)).astype(np.float32)
+    values = np.random.default_rng(0).normal(size=len(folder.doc_index)).astype(np.float32)
     folder.write_scores("x", values, {})
     assert folder.scores("x").tobytes() == values.tobytes()
     assert read_pairs.__doc__
@@ -338,7 +353,7 @@ def test_read_pairs_keeps_the_bits(folder):
 
 
 def test_loading_is_quick(tmp_path):
-    """A hundred thousand pool places: arrays, not objects. A bound of ten times what it takes."""
+    """A hundred thousand pool entries: arrays, not objects. A bound of ten times what it takes."""
     lists = tmp_path / "lists"
     write_lines(lists / "corpus.jsonl", [{"_id": f"d{n}", "text": f"text {n}"} for n in range(5000)])
     write_lines(lists / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(2500)])
@@ -346,23 +361,23 @@ def test_loading_is_quick(tmp_path):
     write_lines(lists / "candidates.trec", lines)
     start = time.process_time()
     folder = TrainingFolder.load(lists)
-    assert len(folder.places) == 100_000
+    assert len(folder.doc_index) == 100_000
     assert time.process_time() - start < 5
-    assert folder.places.itemsize + folder.first_stage.itemsize + folder.labels.itemsize == 10
+    assert folder.doc_index.itemsize + folder.first_stage.itemsize + folder.labels.itemsize == 10
 
 
-@given(stops=st.lists(st.integers(0, 40), max_size=6), at_once=st.integers(1, 9))
+@given(stops=st.lists(st.integers(0, 40), max_size=6), max_documents=st.integers(1, 9))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_wherever_it_stops_and_however_much_is_asked_at_once_the_bytes_are_the_same(folder, stops, at_once):
+def test_wherever_it_stops_and_however_much_is_asked_at_once_the_bytes_are_the_same(folder, stops, max_documents):
     """Any number of interruptions after any number of answers: every pair once, and the uninterrupted run's bytes."""
-    whole = score_pairs(Counting(), folder, folder.path / "whole", _quiet)
+    whole = score_pairs(Counting(), folder, folder.path / "whole", no_progress)
     with tempfile.TemporaryDirectory() as cache:
         asked: list[tuple[str, str]] = []
         for stop in [*stops, None]:
             counting = Counting(stop)
-            counting.at_once = at_once
+            counting.max_documents = max_documents
             with contextlib.suppress(InputError):
-                values = score_pairs(counting, folder, Path(cache), _quiet)
+                values = score_pairs(counting, folder, Path(cache), no_progress)
             asked += counting.asked
-        assert len(asked) == len(set(asked)) == len(folder.places)
+        assert len(asked) == len(set(asked)) == len(folder.doc_index)
     assert values.tobytes() == whole.tobytes()

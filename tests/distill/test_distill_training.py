@@ -11,14 +11,14 @@ import torch
 
 from turborank import Reranker, TrainingError
 from turborank.distill import students, train
-from turborank.distill.batches import Drawer, Drawing
+from turborank.distill.batches import BatchOptions, BatchSampler
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.train import Examination, Serving, held_out
+from turborank.distill.train import DevEvaluation, ServingOptions, TrainOptions, held_out
 from turborank.distill.trainer import CURVE, Run, Schedule, checkpoints
 from turborank.errors import InputError, ModelNotFoundError
 from turborank.tokens import PairEncoder
 
-DRAWING = Drawing(budget=256, documents=4, hard=2, document_tokens=(8, 16), long_every=4, long_tokens=(40,))
+LISTS = BatchOptions(budget=256, documents=4, hard=2, document_tokens=(8, 16), long_every=4, long_tokens=(40,))
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,15 @@ def run(word_folder, student, out, dev=None, dev_queries=200, **schedule):
         student,
         out,
         plan,
-        DRAWING,
-        teachers=["t"],
-        dev=dev or [word_folder],
-        dev_queries=dev_queries,
-        bf16=False,
-        train_words=True,
-        threads=1,
+        LISTS,
+        TrainOptions(
+            teachers=["t"],
+            dev=dev or [word_folder],
+            dev_queries=dev_queries,
+            bf16=False,
+            train_words=True,
+            threads=1,
+        ),
     )
 
 
@@ -85,8 +87,8 @@ def test_checkpoints_are_models(word_folder, student, tmp_path):
 
 def test_training_teaches(word_folder, student, tmp_path):
     before = train.train(
-        word_folder, student, tmp_path / "none", Schedule(steps=1, learning_rate=0.0), DRAWING, teachers=["t"],
-        bf16=False, train_words=True,
+        word_folder, student, tmp_path / "none", Schedule(steps=1, learning_rate=0.0), LISTS,
+        TrainOptions(teachers=["t"], bf16=False, train_words=True),
     )  # fmt: skip
     run(word_folder, student, tmp_path / "run", steps=150, learning_rate=3e-3, save_every=150, evaluate_every=50)
     first, last = curve(tmp_path / "run")[0], curve(tmp_path / "run")[-1]
@@ -119,10 +121,10 @@ def test_a_run_is_not_continued_on_other_data(word_folder, student, tmp_path, fi
 
 
 def test_refused_options_can_be_corrected_in_the_same_folder(word_folder, student, tmp_path):
-    plan = Schedule(steps=1)
+    plan, fp32 = Schedule(steps=1), TrainOptions(bf16=False)
     with pytest.raises(InputError, match="expected shares of the sources"):
-        train.train(word_folder, student, tmp_path, plan, replace(DRAWING, shares={"nope": 3.0}), bf16=False)
-    train.train(word_folder, student, tmp_path, plan, DRAWING, bf16=False)
+        train.train(word_folder, student, tmp_path, plan, replace(LISTS, shares={"nope": 3.0}), fp32)
+    train.train(word_folder, student, tmp_path, plan, LISTS, fp32)
     assert len(curve(tmp_path)) == 1
 
 
@@ -145,13 +147,13 @@ def test_a_relevant_document_that_no_pool_holds_counts_against_the_measure(word_
     shutil.copytree(word_folder, tmp_path / "folder")
     [query] = held_out(TrainingFolder.load(word_folder), 1)
     folder = TrainingFolder.load(tmp_path / "folder")
-    members = {folder.doc_ids[folder.places[at]] for at in range(*folder.bounds[query : query + 2])}
+    members = {folder.doc_ids[folder.doc_index[at]] for at in range(*folder.bounds[query : query + 2])}
     missed = next(name for name in folder.doc_ids if name not in members)
     with (tmp_path / "folder/qrels/dev.tsv").open("a") as file:
         file.write(f"{folder.query_ids[query]}\t{missed}\t1\n")
-    start, serving = students.Student.load(student), Serving(queries=1, engine="reference")
+    start, serving = students.Student.load(student), ServingOptions(queries=1, engine="reference")
     before, after = (
-        Examination({"one": TrainingFolder.load(path)}, serving)(start)["ndcg@10"]
+        DevEvaluation({"one": TrainingFolder.load(path)}, serving)(start)["ndcg@10"]
         for path in (word_folder, tmp_path / "folder")
     )
     assert after == pytest.approx(before / (1 + 1 / np.log2(3)))
@@ -193,14 +195,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(word_folder, 
 def test_recomputing_changes_no_gradient(word_folder, student):
     start = students.Student.load(student)
     folder = TrainingFolder.load(word_folder)
-    drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING)
+    sampler = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), LISTS)
     gradients = []
     for recompute in (False, True):
         from turborank.distill.trainer import Model, tensors
 
         model = Model(start)
         model.recompute = recompute
-        model(tensors(drawer.draw(0).batch)).square().sum().backward()
+        model(tensors(sampler.draw(0).batch)).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
@@ -211,7 +213,7 @@ def test_the_scale_is_part_of_the_saved_head(word_folder, student):
 
     start = students.Student.load(student)
     folder = TrainingFolder.load(word_folder)
-    batch = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), None, DRAWING).draw(0).batch
+    batch = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=64), None, LISTS).draw(0).batch
     model = Model(start)
     plain = model(tensors(batch))
     with torch.no_grad():
@@ -223,9 +225,9 @@ def test_the_scale_is_part_of_the_saved_head(word_folder, student):
 def test_lists_hold_what_they_should(word_folder, student):
     start = students.Student.load(student)
     folder = TrainingFolder.load(word_folder)
-    drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING, seed=7)
+    sampler = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), LISTS, seed=7)
     for step in range(8):
-        lists = drawer.draw(step)
+        lists = sampler.draw(step)
         assert not folder.held_out[lists.queries].any()
         targets = lists.targets
         assert targets.labels[:, 0].tolist() == [1.0] * len(lists.queries)
@@ -235,16 +237,16 @@ def test_lists_hold_what_they_should(word_folder, student):
         assert targets.real.all()
         lengths = np.diff(lists.batch.cu_seqlens)
         long = step % 4 == 3
-        fixed = len(drawer.template.prefix) + len(drawer.template.middle) + len(drawer.template.suffix)
+        fixed = len(sampler.template.prefix) + len(sampler.template.middle) + len(sampler.template.suffix)
         limit = (40 if long else 16) + fixed + 4  # a query is a word: at most a few pieces
         assert lengths.max() <= limit
         assert (lengths.min() >= 40) is np.bool_(long) or not long
-        again = drawer.draw(step)
+        again = sampler.draw(step)
         assert np.array_equal(lists.batch.input_ids, again.batch.input_ids)
-    short = Drawer(folder, PairEncoder(start.tokenizer, max_length=24), folder.scores("t"), DRAWING, seed=7)
+    short = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=24), folder.scores("t"), LISTS, seed=7)
     assert max(int(np.diff(short.draw(step).batch.cu_seqlens).max()) for step in range(8)) == 24  # positions end there
-    other = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), DRAWING, seed=8)
-    assert not np.array_equal(other.draw(0).batch.input_ids, drawer.draw(0).batch.input_ids)
+    other = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), LISTS, seed=8)
+    assert not np.array_equal(other.draw(0).batch.input_ids, sampler.draw(0).batch.input_ids)
 
 
 def test_a_better_unlabelled_document_is_not_a_negative(word_folder, student):
@@ -252,8 +254,10 @@ def test_a_better_unlabelled_document_is_not_a_negative(word_folder, student):
     folder = TrainingFolder.load(word_folder)
     scores = folder.scores("t").copy()
     scores[folder.labels > 0] = -1.25  # below two of the five others
-    drawer = Drawer(folder, PairEncoder(start.tokenizer, max_length=64), scores, Drawing(budget=256, documents=6))
-    targets = drawer.draw(0).targets
+    sampler = BatchSampler(
+        folder, PairEncoder(start.tokenizer, max_length=64), scores, BatchOptions(budget=256, documents=6)
+    )
+    targets = sampler.draw(0).targets
     expected = targets.teacher <= -1.25
     assert torch.equal(targets.trusted, expected)
     assert not targets.trusted.all()
@@ -311,10 +315,12 @@ def test_two_processes_train_one_student(word_folder, student, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = curve(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    drawing = Drawing(budget=128, documents=4, long_every=0)
+    options = BatchOptions(budget=128, documents=4, long_every=0)
     folder, start = TrainingFolder.load(word_folder), students.Student.load(student)
     encoder = PairEncoder(start.tokenizer, max_length=8192)
-    sizes = [Drawer(folder, encoder, folder.scores("t"), drawing, rank=rank).draw(0).batch.tokens for rank in (0, 1)]
+    sizes = [
+        BatchSampler(folder, encoder, folder.scores("t"), options, rank=rank).draw(0).batch.tokens for rank in (0, 1)
+    ]
     assert rows[0]["tokens"] == sum(sizes)
     assert np.isfinite(Reranker(tmp_path / "run" / "final").rank("amber", ["amber heron"])[0].logit)
 
@@ -331,7 +337,7 @@ def test_a_curve_that_does_not_fit_the_disk_is_said_so(word_folder, student, tmp
     (tmp_path / CURVE).unlink()
     (tmp_path / CURVE).symlink_to("/dev/full")
     full = Run(students.Student.load(student), tmp_path, Schedule(steps=6, average=0.9))
-    full.at.step = 3
+    full.state.step = 3
     with pytest.raises(TrainingError, match=r"expected to write the curve, got: the disk is full"):
         full.train(losing)
     assert checkpoints(tmp_path)[-1].name == "step-000003"
@@ -379,10 +385,10 @@ def test_a_fault_of_the_loss_is_not_taken_for_memory(student, tmp_path):
 
 def test_a_missing_student_or_folder_is_named(word_folder, student, tmp_path):
     with pytest.raises(InputError, match="expected a training folder"):
-        train.train(tmp_path, student, tmp_path / "run", Schedule(steps=1), DRAWING)
+        train.train(tmp_path, student, tmp_path / "run", Schedule(steps=1), LISTS)
     with pytest.raises(ModelNotFoundError, match="expected a model folder"):
-        train.train(word_folder, tmp_path / "none", tmp_path / "run", Schedule(steps=1), DRAWING)
+        train.train(word_folder, tmp_path / "none", tmp_path / "run", Schedule(steps=1), LISTS)
     with pytest.raises(InputError, match="expected the scores of 'absent'"):
-        train.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, teachers=["absent"])
+        train.train(word_folder, student, tmp_path / "run", Schedule(steps=1), LISTS, TrainOptions(teachers=["absent"]))
     with pytest.raises(InputError, match="expected a teacher for these losses"):
-        train.train(word_folder, student, tmp_path / "run", Schedule(steps=1), DRAWING, loss="kl:1")
+        train.train(word_folder, student, tmp_path / "run", Schedule(steps=1), LISTS, TrainOptions(loss="kl:1"))

@@ -10,7 +10,7 @@ from little import pairs, write_lines
 from turborank.distill import biencoder, pools, teachers
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
-from turborank.distill.sources import Recipe, Source
+from turborank.distill.sources import ListOptions, Source
 
 families = pytest.importorskip("families", reason="needs torch and transformers")
 torch, transformers = families.torch, families.transformers
@@ -45,7 +45,7 @@ def their_vectors(folder: Path, texts: list[str]) -> np.ndarray:
 def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
     source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
     plan = pools.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
-    build(Recipe((source,)), tmp_path / "lists", plan, dense=model)
+    build(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
     return TrainingFolder.load(tmp_path / "lists")
 
 
@@ -54,7 +54,7 @@ def test_a_bi_encoder_s_scores_are_cosines(tmp_path, model):
     folder = made(tmp_path, model)
     teachers.score(folder, teachers.parse(f"mini=biencoder:{model}"))
     queries, documents = their_vectors(model, folder.queries), their_vectors(model, folder.texts)
-    expected = (queries[folder.query_of] * documents[folder.places]).sum(axis=1)
+    expected = (queries[folder.query_index] * documents[folder.doc_index]).sum(axis=1)
     np.testing.assert_allclose(folder.scores("mini"), expected, atol=2**-8)
     assert expected.std() > 5 * 2**-8  # there is something to get wrong
     about = json.loads((folder.path / "scores" / "mini.json").read_text())
@@ -70,7 +70,7 @@ def test_pools_hold_the_bi_encoder_s_best(tmp_path, model):
         cosines = np.sort(queries[at] @ documents.T)
         if cosines[-1] - cosines[-4] > 2**-7:
             clear += 1
-            assert np.argmax(queries[at] @ documents.T) in folder.places[folder.pool(at)]
+            assert np.argmax(queries[at] @ documents.T) in folder.doc_index[folder.pool(at)]
     assert clear > 3
 
 

@@ -142,13 +142,13 @@ def lists(
     """
     from turborank.distill.lists import build
     from turborank.distill.pools import PoolPlan
-    from turborank.distill.sources import Recipe, Source
+    from turborank.distill.sources import ListOptions, Source
 
     runs = {name: Path(path) for name, path in _named(candidates, "--candidates")}
     read = [Source(name, Path(path), run=runs.pop(name, None)) for name, path in _named(sources, "SOURCES")]
     if runs:
         raise typer.BadParameter(f"expected the name of a source, got {', '.join(runs)}", param_hint="--candidates")
-    recipe = Recipe(
+    what = ListOptions(
         sources=(*read, *(Source(name, Path(path), long=True) for name, path in _named(passages, "--passages"))),
         caps={name: _number(value, "--cap") for name, value in _named(cap, "--cap")},
         clean=_cleaning(clean or ()),
@@ -161,7 +161,7 @@ def lists(
     )
     plan = PoolPlan(bm25, bm25_depth, dense if dense_model else 0, dense_depth, random)
     with options.progress() as progress:
-        manifest = build(recipe, out, plan, dense=dense_model, progress=progress)
+        manifest = build(what, out, plan, dense=dense_model, progress=progress)
     counts = manifest["counts"]
     print(
         f"{out}: {counts['queries']:,} queries, {counts['passages']:,} passages, {counts['pool_places']:,} pool places"
@@ -205,11 +205,11 @@ def score(
         "engine": engine, "precision": precision, "length": length, "max_length": max_length, "threads": threads,
         "offline": offline or None,
     }  # fmt: skip
-    http = http_teacher.Settings(http_model, key_env, scale, documents, parallel, rate, timeout, attempts)
+    http = http_teacher.HttpOptions(http_model, key_env, scale, documents, parallel, rate, timeout, attempts)
     with options.progress() as progress:
         lists = TrainingFolder.load(folder)
         for spec in specs:
-            print(teachers.score(lists, spec, teachers.Settings(reranker, http), cache=cache, progress=progress))
+            print(teachers.score(lists, spec, teachers.TeacherOptions(reranker, http), cache=cache, progress=progress))
 
 
 def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table = None) -> None:
@@ -228,13 +228,13 @@ def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table
     specs = [teachers.parse_weighted(text) for text in teacher]
     lists = TrainingFolder.load(folder)
     scores = teachers.fuse(specs, {spec.name: lists.scores(spec.name) for spec in specs}, lists.bounds)
-    found = doubts.find(lists, scores, margin)
+    found = doubts.find_suspects(lists, scores, margin)
     path = out or folder / "suspects.tsv"
-    doubts.write(lists, scores, found, path)
+    doubts.write_suspects(lists, scores, found, path)
     table = Printed(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("source", "labelled queries", "with suspects", "suspects", "of unlabelled"):
         table.add_column(column, justify="left" if column == "source" else "right", overflow="fold")
-    for row in doubts.summaries(lists, found):
+    for row in doubts.suspect_summaries(lists, found):
         share = row.suspects / row.unlabelled if row.unlabelled else 0.0
         counts = (f"{row.queries:,}", f"{row.with_suspects / row.queries:.1%}", f"{row.suspects:,}", f"{share:.1%}")
         table.add_row(row.source or "–", *counts)

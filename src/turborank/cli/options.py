@@ -5,17 +5,19 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from turborank import types
 
 WIDTH = 100  # of tables when standard output is not a terminal
 LOG_EVERY = 30.0  # seconds between two lines about one piece of work when standard error is not a terminal
 
-Step = Callable[[int, int], None]  # (done, in all)
 
 Model = Annotated[
     str | None,
@@ -47,7 +49,7 @@ def width() -> int:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], Step]]:
+def progress() -> Iterator[types.StartProgress]:
     """A bar for every piece of long work, on standard error; where that is no terminal, a line now and then."""
     if not sys.stderr.isatty():
         yield _logged
@@ -60,7 +62,7 @@ def progress() -> Iterator[Callable[[str], Step]]:
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
-        def start(what: str) -> Step:
+        def start(what: str) -> types.Progress:
             task = bars.add_task(what, total=None, visible=False)
 
             def step(done: int, total: int) -> None:
@@ -71,7 +73,7 @@ def progress() -> Iterator[Callable[[str], Step]]:
         yield start
 
 
-def _logged(what: str) -> Step:
+def _logged(what: str) -> types.Progress:
     """Lines after the first LOG_EVERY seconds; the last one when the work is done."""
     started = said = time.monotonic()
     spoken = False

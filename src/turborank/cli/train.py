@@ -179,11 +179,12 @@ def recover(
     from turborank.distill import train
 
     plan = _schedule(steps, stop, learning_rate, warmup, average, save_every, 0, 0)
+    chosen = train.RecoverOptions(
+        bf16=bf16, recompute=recompute, threads=threads, seed=seed, long=long or [], budget=budget,
+        long_tokens=_numbers(long_tokens),
+    )  # fmt: skip
     with _curve("recover") as progress:
-        train.recover(
-            student, source, texts, long or [], out, plan, budget=budget, long_tokens=_numbers(long_tokens),
-            bf16=bf16, recompute=recompute, threads=threads, seed=seed, progress=progress,
-        )  # fmt: skip
+        train.recover(student, source, texts, out, plan, chosen, progress)
     print(out / "final")
 
 
@@ -225,21 +226,22 @@ def train(
     final/, the curves in report.html. Interrupted, the same command goes on, to the same bits on a CPU.
     """
     from turborank.distill import train
-    from turborank.distill.batches import Drawing
+    from turborank.distill.batches import BatchOptions
 
     plan = _schedule(steps, stop, learning_rate, warmup, average, save_every, evaluate_every, patience)
-    drawing = Drawing(
+    batches = BatchOptions(
         budget=budget, documents=documents, query_tokens=query_tokens,
         document_tokens=_sizes(document_tokens, "--document-tokens"),
         long_every=long_every if long_tokens.strip() else 0, shares=_shares(share or ()), margin=margin,
         long_tokens=_sizes(long_tokens, "--long-tokens") if long_tokens.strip() else (),
     )  # fmt: skip
+    chosen = train.TrainOptions(
+        bf16=bf16, recompute=recompute, threads=threads, seed=seed, teachers=teacher or [], loss=loss,
+        dev=dev or [folder], dev_queries=dev_queries, max_length=max_length, intermediate=inner or [],
+        train_words=train_words,
+    )  # fmt: skip
     with _curve("train") as progress:
-        result = train.train(
-            folder, student, out, plan, drawing, teachers=teacher or [], loss=loss, dev=dev or [folder],
-            dev_queries=dev_queries, max_length=max_length, inner=inner or [], bf16=bf16, recompute=recompute,
-            train_words=train_words, threads=threads, seed=seed, progress=progress,
-        )  # fmt: skip
+        result = train.train(folder, student, out, plan, batches, chosen, progress)
     print(result)
 
 
@@ -263,11 +265,11 @@ def ship(
     """Average trained models, calibrate their scores, write the folder that Reranker loads."""
     from turborank.distill import ship as shipping
     from turborank.distill.folder import TrainingFolder
-    from turborank.distill.train import Serving
+    from turborank.distill.train import ServingOptions
 
     student = shipping.average(models)
     if calibrate is not None:
-        serving = Serving(max_length=max_length, threads=threads)
+        serving = ServingOptions(max_length=max_length, threads=threads)
         factor, bias = shipping.calibrate(student, TrainingFolder.load(calibrate), serving)
         print(f"logits × {factor:.4g} {bias:+.4g}")
     if int8:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from turborank.data.corpus import Corpus, Step
+from turborank.data.corpus import Corpus
 from turborank.data.datasets import Dataset
 from turborank.data.files import file_hash, write_json
 from turborank.data.trec import Run, Scored, read_run, write_run
-from turborank.types import Float32
+from turborank.types import Float32, Progress
 
 K1, B = 0.9, 0.4
 STOP_WORDS = frozenset(
@@ -62,7 +62,7 @@ def best(scores: Float32, depth: int) -> npt.NDArray[np.intp]:
 class BM25:
     """An index of one corpus. Holds 4 bytes a word while it is built and 8 bytes a posting after; never the texts."""
 
-    def __init__(self, corpus: Corpus, *, progress: Step | None = None) -> None:
+    def __init__(self, corpus: Corpus, *, progress: Progress | None = None) -> None:
         import bm25s
         from bm25s.tokenization import Tokenized
 
@@ -105,7 +105,7 @@ def parameters() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Step | None = None) -> tuple[Run, str]:
+def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
     """The BM25 run of a dataset's queries and the hash of its file.
 
     The run is kept in ``cache`` as ``bm25.trec`` beside ``bm25.json``, which says what it was made from; it is made

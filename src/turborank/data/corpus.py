@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from turborank.data.files import checked_id, decode, open_binary, parse_object, string_field
 from turborank.errors import InputError
+from turborank.types import Progress
 
-Step = Callable[[int, int], None]  # (done, in all)
 REPORT_EVERY = 1 << 22  # bytes between two reports of progress
 
 
@@ -55,7 +55,7 @@ class JsonlCorpus:
     Raises InputError, with file and line, for a malformed line, a missing or repeated id, and non-UTF-8.
     """
 
-    def __init__(self, path: Path, *, progress: Step | None = None) -> None:
+    def __init__(self, path: Path, *, progress: Progress | None = None) -> None:
         self.path = path
         offsets, hashes = array("q"), array("Q")
         digest = hashlib.sha256()

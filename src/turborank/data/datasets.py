@@ -11,10 +11,11 @@ from pathlib import Path
 
 from turborank.data.corpus import Corpus
 from turborank.data.dataset_table import DATASETS, GROUPS, DatasetRow
-from turborank.data.download import Told, obtain, quiet
+from turborank.data.download import obtain
 from turborank.data.layouts import LAYOUTS, Parts
 from turborank.data.trec import Qrels
 from turborank.errors import InputError, UnknownKeyError
+from turborank.types import StartProgress, no_progress
 
 SHOWN = 3  # examples in a message
 
@@ -63,7 +64,7 @@ def load(
     split: str | None = None,
     offline: bool = False,
     keep_unknown: bool = False,
-    progress: Told = quiet,
+    progress: StartProgress = no_progress,
 ) -> Dataset:
     """A dataset by name (a row of DATASETS), or the user's own: a folder in BEIR layout, or a LlamaIndex JSON file.
 
@@ -87,7 +88,7 @@ def load(
     return _checked(called(name), "all", LAYOUTS["llamaindex"](path, "", None), None, keep_unknown)
 
 
-def _folder(path: Path, split: str, progress: Told) -> Parts:
+def _folder(path: Path, split: str, progress: StartProgress) -> Parts:
     if (path / "questions_df.csv").exists():
         return LAYOUTS["chunks"](path, split, None)
     missing = [name for name in ("corpus.jsonl", "queries.jsonl", "qrels") if not (path / name).exists()]

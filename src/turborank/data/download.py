@@ -7,27 +7,20 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-from turborank.data.corpus import Step
 from turborank.data.dataset_table import DatasetRow, Download
 from turborank.data.files import file_hash
 from turborank.errors import InputError
+from turborank.types import Progress, StartProgress, no_progress
 
 BLOCK = 1 << 20
 TIMEOUT = 60  # seconds without a byte
 ATTEMPTS = 3  # a broken connection is resumed this often before giving up
 
-Told = Callable[[str], Step]  # what is being fetched -> where to report its progress
 
-
-def quiet(what: str) -> Step:
-    return lambda done, total: None
-
-
-def fetch(file: Download, folder: Path, *, progress: Step | None = None) -> Path:
+def fetch(file: Download, folder: Path, *, progress: Progress | None = None) -> Path:
     """The file in ``folder``, downloaded if it is not there yet.
 
     A partial download is kept beside it as ``….part`` and continued. Raises InputError when the address cannot be
@@ -55,7 +48,7 @@ def fetch(file: Download, folder: Path, *, progress: Step | None = None) -> Path
     return path
 
 
-def _continue(url: str, part: Path, progress: Step | None) -> None:
+def _continue(url: str, part: Path, progress: Progress | None) -> None:
     """Append what is missing of ``url`` to ``part``; from the start where the server cannot resume."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -104,7 +97,7 @@ def _unpack(archive: Path, into: Path) -> None:
     os.replace(staging, into)
 
 
-def obtain(row: DatasetRow, data_dir: Path, *, offline: bool, progress: Told = quiet) -> Path:
+def obtain(row: DatasetRow, data_dir: Path, *, offline: bool, progress: StartProgress = no_progress) -> Path:
     """The folder of a dataset, downloaded and unpacked if it is not under ``data_dir`` yet.
 
     Looked for at ``data_dir/<name>`` first, where anybody may put it. Raises InputError, saying what to put

@@ -7,9 +7,10 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -99,18 +100,40 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes ``path``'s place only once it is complete."""
+def replacing_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that replaces it on success, for libraries that write to a path themselves."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
+        yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that replaces ``path`` only once it is complete."""
+    with replacing_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` that replaces it on success; on failure the old folder stays."""
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -123,6 +146,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """``value`` as readable JSON at ``path``, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an output that was made from ``inputs`` (values as JSON stores them); None where there is none.
+
+    Raises InputError, naming the inputs that differ, for the manifest of an output that was made from others.
+    """
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"expected JSON, got {error} at {path}") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
+    differing = [name for name in inputs if manifest.get(name) != inputs[name]]
+    if differing:
+        raise InputError(
+            f"expected an output made from the same inputs, got another {', '.join(differing)} at {path}",
+            hint="choose another --out, or delete the folder",
+        )
+    return manifest
 
 
 # Records of JSON lines, each with its place, so that every fault can say where it is.

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turborank.data.corpus import Corpus, JsonlCorpus, MemoryCorpus, Step, beir_text
+from turborank.data.corpus import Corpus, JsonlCorpus, MemoryCorpus, beir_text
 from turborank.data.files import checked_id, decode, open_binary, parse_object, read_lines, string_field
 from turborank.data.trec import Qrels, read_qrels
 from turborank.errors import InputError
+from turborank.types import Progress
 
 MAX_FIELD = 1 << 24  # characters of a CSV field: references may quote pages
 CHUNK_WORDS = 200  # words of a chunk, where a collection is whole texts
@@ -28,7 +29,7 @@ class Parts(NamedTuple):
     repeated: int = 0  # judgements that only repeat one
 
 
-Layout = Callable[[Path, str, Step | None], Parts]  # (folder or file, split, progress)
+Layout = Callable[[Path, str, Progress | None], Parts]  # (folder or file, split, progress)
 
 
 def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dict[str, str]:
@@ -62,7 +63,7 @@ def _json_file(path: Path) -> Any:
         raise InputError(f"expected JSON, got {error.msg} at {path}:{error.lineno}") from error
 
 
-def beir(folder: Path, split: str, progress: Step | None) -> Parts:
+def beir(folder: Path, split: str, progress: Progress | None) -> Parts:
     """``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``."""
     qrels_path, queries_path = folder / "qrels" / f"{split}.tsv", folder / "queries.jsonl"
     if not qrels_path.exists():
@@ -91,7 +92,7 @@ def _text_mapping(value: object, field: str, path: Path) -> dict[str, str]:
     return {checked_id(name, path): text for name, text in value.items()}
 
 
-def llamaindex(path: Path, split: str, progress: Step | None) -> Parts:
+def llamaindex(path: Path, split: str, progress: Progress | None) -> Parts:
     """LlamaIndex's ``EmbeddingQAFinetuneDataset`` as JSON: queries, corpus, relevant_docs."""
     value = _json_file(path)
     found = value if isinstance(value, dict) else {}
@@ -106,7 +107,7 @@ def llamaindex(path: Path, split: str, progress: Step | None) -> Parts:
     return Parts(_text_mapping(value["queries"], "queries", path), corpus, qrels)
 
 
-def scrolls(folder: Path, split: str, progress: Step | None) -> Parts:
+def scrolls(folder: Path, split: str, progress: Progress | None) -> Parts:
     """A SCROLLS task as LoCoV0 reads it: row by row, the output is the query and the input its one document."""
     path = folder / f"{split}.jsonl"
     queries, documents = {}, {}
@@ -136,7 +137,7 @@ def qasper(folder: Path, field: str) -> Parts:
     return Parts(queries, MemoryCorpus(documents), qrels)
 
 
-def anthropic_docs(folder: Path, split: str, progress: Step | None) -> Parts:
+def anthropic_docs(folder: Path, split: str, progress: Progress | None) -> Parts:
     """Anthropic's RAG cookbook: documentation chunks, and questions with their correct chunks."""
     if (folder / "corpus.jsonl").exists():
         return beir(folder, split, progress)
@@ -173,7 +174,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
         raise InputError(f"expected comma-separated values, got {error} at {path}:{reader.reader.line_num}") from error
 
 
-def chunks(folder: Path, split: str, progress: Step | None) -> Parts:
+def chunks(folder: Path, split: str, progress: Progress | None) -> Parts:
     """chunking_evaluation: ``questions_df.csv`` with the spans that answer, over ``corpora/*.md``."""
     texts = {path.stem: _whole_text(path) for path in sorted((folder / "corpora").glob("*.md"))}
     spans = {name: cut(text) for name, text in texts.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,15 +38,22 @@ def ranked(documents: Iterable[Scored]) -> list[Scored]:
     return sorted(documents, key=lambda scored: (np.float32(scored.score), scored.doc_id), reverse=True)
 
 
-def read_run(path: Path) -> Run:
-    """A TREC run file, plain or ``.gz``.
+class RunLine(NamedTuple):
+    """One line of a run file."""
 
-    Raises InputError, with file and line, for anything but six columns and a finite score, and for a document
-    listed twice for one query.
+    number: int  # from 1
+    query_id: str
+    doc_id: str
+    score: float
+
+
+def read_run_lines(path: Path) -> Iterator[RunLine]:
+    """The lines of a TREC run file, plain or ``.gz``, in the order of the file; blank lines are skipped.
+
+    Raises InputError, with file and line, for anything but UTF-8 text of six columns with a finite score.
     """
-    rows: dict[str, dict[str, float]] = {}
     for number, line in read_lines(path):
-        columns = _SPACE.split(line.strip(" \t"))
+        columns = _SPACE.split(line.strip(" \t\r\f\v"))
         if len(columns) != 6:
             raise InputError(
                 f"expected six columns (query Q0 document rank score tag), got {len(columns)} at {path}:{number}"
@@ -58,6 +65,17 @@ def read_run(path: Path) -> Run:
             score = math.nan
         if not math.isfinite(score):
             raise InputError(f"expected a finite score in column five, got {text!r} at {path}:{number}")
+        yield RunLine(number, query_id, doc_id, score)
+
+
+def read_run(path: Path) -> Run:
+    """A TREC run file, plain or ``.gz``.
+
+    Raises InputError, with file and line, as :func:`read_run_lines` does, and for a document listed twice for one
+    query.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for number, query_id, doc_id, score in read_run_lines(path):
         documents = rows.setdefault(query_id, {})
         if doc_id in documents:
             raise InputError(f"expected each document once a query, got {doc_id!r} again at {path}:{number}")

@@ -1,15 +1,14 @@
-"""A sentence-transformers bi-encoder over packed batches: a teacher of cosines, and of hidden states.
+"""A BERT bi-encoder (sentence-transformers) over packed batches: a teacher of cosines and of hidden states.
 
-Read from the published folder (``config.json``, ``model.safetensors``, ``tokenizer.json``, ``1_Pooling/config.json``):
-BERT with learned positions and mean pooling, vectors of length 1 (Sentence-BERT, arXiv 1908.10084).
+Loads the published folder (``config.json``, ``model.safetensors``, ``tokenizer.json``, ``1_Pooling/config.json``) of a
+BERT with learned positions, mean pooling and normalised vectors (Sentence-BERT, arXiv 1908.10084).
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,21 @@ from torch import Tensor
 
 from turborank.architectures import bert, encoder
 from turborank.checkpoint import verify
-from turborank.data.corpus import Step
-from turborank.data.files import replacing
+from turborank.data.files import file_hash, replacing
 from turborank.errors import CheckpointError, InputError
 from turborank.ops import torch_training
 from turborank.scheduler import plan
 from turborank.text import plain
-from turborank.types import Float32, ModelConfig, PackedBatch
+from turborank.types import Float32, ModelConfig, PackedBatch, Progress
 
-TOKEN_BUDGET = 8_192  # tokens embedded at once
-MAX_TOKENS = 256  # of a text, where the folder does not say
-
-Progress = Callable[[int, int], None]
+TOKEN_BUDGET = 8_192  # tokens per batch
+MAX_TOKENS = 256  # per text, where the folder has no limit
 
 
 class BiEncoder:
     """BERT with mean pooling.
 
-    ``weights`` are float32 under the canonical names; ``max_tokens`` counts the template.
+    ``weights`` are float32 under canonical names; ``max_tokens`` limits a text, special tokens included.
     """
 
     def __init__(
@@ -55,17 +51,17 @@ class BiEncoder:
         self.config = config
         self.max_tokens = max_tokens
         self.name = name
-        self.revision = revision  # sha256 of the weights
+        self.revision = revision  # SHA-256 of the weights
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        ids = tokenizer.encode("").ids  # the template around nothing
+        ids = tokenizer.encode("").ids  # special tokens only
         self.prefix, self.suffix = ids[:1], ids[1:]
 
     @classmethod
     def load(cls, folder: str | Path) -> BiEncoder:
-        """Raises CheckpointError for a folder that is no BERT bi-encoder with mean pooling."""
-        path = found(folder)
+        """Load a folder. Raises CheckpointError where it is not a BERT bi-encoder with mean pooling."""
+        path = model_folder(folder)
         pooling = path / "1_Pooling" / "config.json"
         if pooling.is_file() and not verify.json_object(pooling).get("pooling_mode_mean_tokens"):
             raise CheckpointError(f"expected mean pooling, got another kind at {pooling}")
@@ -88,19 +84,18 @@ class BiEncoder:
         sizes = path / "sentence_bert_config.json"
         if sizes.is_file():
             limit = min(limit, int(verify.json_object(sizes).get("max_seq_length") or MAX_TOKENS))
-        with (path / verify.WEIGHTS).open("rb") as file:
-            revision = hashlib.file_digest(file, "sha256").hexdigest()
+        revision = file_hash(path / verify.WEIGHTS)
         tokenizer = Tokenizer.from_file(str(path / verify.TOKENIZER))
         return cls(weights, config, tokenizer, limit, name=path.resolve().name, revision=revision)
 
     def token_ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Ids of each text without the template; by default as many as the model reads."""
+        """Token ids of each text without special tokens, cut at ``limit`` (default: what the model reads)."""
         room = self.max_tokens - len(self.prefix) - len(self.suffix) if limit is None else limit
         encoded = self.tokenizer.encode_batch_fast([plain(text) for text in texts], add_special_tokens=False)
         return [e.ids[:room] for e in encoded]
 
     def pack(self, ids: Sequence[Sequence[int]]) -> PackedBatch:
-        """Each text on its own, `[CLS] text [SEP]`, all of type 0, as torch tensors."""
+        """A batch of torch tensors of texts read separately: `[CLS] text [SEP]`, all of type 0."""
         flat: list[int] = []
         bounds = [0]
         for text in ids:
@@ -111,7 +106,7 @@ class BiEncoder:
         return PackedBatch(tensors[0], tensors[1], tensors[2], longest)
 
     def layers(self, batch: PackedBatch, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Embeddings and each layer's output of a batch from :meth:`pack`: L+1 times (T, C), without gradients."""
+        """Embeddings and every layer's output of a batch from :meth:`pack`: L+1 tensors (T, C), without gradients."""
         chosen = weights or self.weights
         trace: list[Tensor] = []
         with torch.no_grad():
@@ -122,7 +117,7 @@ class BiEncoder:
     def embed(
         self, texts: Sequence[str], *, progress: Progress | None = None, dtype: torch.dtype | None = None
     ) -> Float32:
-        """Unit vectors (N, C) of N texts, cut at ``max_tokens``. Computed in ``dtype``, by default bf16."""
+        """Unit vectors (N, C) of N texts, cut at ``max_tokens``; computed in ``dtype`` (default: bf16)."""
         weights = {name: w.to(dtype or torch.bfloat16) for name, w in self.weights.items()}
         ids = self.token_ids(texts)
         vectors = np.empty((len(ids), self.config.hidden_size), dtype=np.float32)
@@ -138,8 +133,8 @@ class BiEncoder:
         return vectors
 
 
-def found(folder: str | Path) -> Path:
-    """The folder of a model. Raises InputError where there is none, CheckpointError where a file is missing."""
+def model_folder(folder: str | Path) -> Path:
+    """The path of a model folder. Raises InputError where there is none, CheckpointError where a file is missing."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise InputError(f"expected the folder of a bi-encoder, got none at {path}")
@@ -147,22 +142,13 @@ def found(folder: str | Path) -> Path:
     return path
 
 
-def is_biencoder(folder: Path) -> bool:
-    """Whether a folder has the layout of sentence-transformers (``modules.json`` with a Transformer first)."""
-    try:
-        modules = json.loads((folder / "modules.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(modules, list) and bool(modules) and "Transformer" in str(modules[0].get("type", ""))
+# Cached vectors: files of BLOCK texts each, named by the hash of model and texts.
+
+BLOCK = 1024  # texts per cache file; an interruption loses at most these
 
 
-# A bi-encoder's vectors of many texts, kept in blocks under the hash of what they were made from.
-
-BLOCK = 1024  # texts embedded and kept together: what a kill can cost
-
-
-def embed(model: BiEncoder, texts: Sequence[str], cache: Path, *, progress: Step | None = None) -> Float32:
-    """Unit vectors (N, C) of texts, block by block; a block that is in ``cache`` is not computed again."""
+def embed(model: BiEncoder, texts: Sequence[str], cache: Path, *, progress: Progress | None = None) -> Float32:
+    """Unit vectors (N, C) of texts; blocks of texts found in ``cache`` are not computed again."""
     found: list[Float32] = []
     for start in range(0, len(texts), BLOCK):
         block = texts[start : start + BLOCK]

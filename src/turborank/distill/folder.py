@@ -1,21 +1,20 @@
-"""A training folder: BEIR's layout and TREC runs, so that everything in it can also be evaluated.
+"""The training folder: BEIR's layout plus TREC runs, so that everything in it can also be evaluated.
 
-    corpus.jsonl            {"_id", "text"}                       passages ("title" is read too)
+    corpus.jsonl            {"_id", "text"}                       passages ("title" is read, too)
     queries.jsonl           {"_id", "text", "source"?}
-    qrels/train.tsv         graded labels of the queries to learn from; may be absent (then only teachers speak)
-    qrels/dev.tsv           those of the held-out queries; may be absent
-    candidates.trec         of each query the pool of documents that its lists are drawn from
-    scores/<teacher>.trec   a teacher's scores of exactly those pools; scores/<teacher>.json says whose they are
-    manifest.json           where it all came from
-    cache/                  what teachers remember; can be deleted
+    qrels/train.tsv         graded labels of the training queries; optional (then only teachers supervise)
+    qrels/dev.tsv           graded labels of the held-out queries; optional
+    candidates.trec         the pool of each query: the documents its training lists are sampled from
+    scores/<teacher>.trec   a teacher's scores of exactly those pools; scores/<teacher>.json describes the teacher
+    manifest.json           what the folder was made from
+    cache/                  cached teacher scores and vectors; can be deleted
 
-Texts are held once and everything else in arrays: a pool place costs 14 bytes, and 4 more for each teacher.
+Texts are held once, everything else in arrays: a pool entry takes 14 bytes, and 4 more per teacher.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,65 +29,62 @@ from turborank.data.corpus import beir_text
 from turborank.data.files import (
     file_hash,
     identity,
-    open_binary,
     parse_object,
     read_records,
     replacing,
     string_field,
     write_json,
 )
-from turborank.data.trec import Scored, format_run, read_qrels
+from turborank.data.trec import Scored, format_run, read_qrels, read_run_lines
 from turborank.errors import InputError
-from turborank.types import Float32
+from turborank.types import Float32, Int32
 
 CORPUS, QUERIES, CANDIDATES, MANIFEST = "corpus.jsonl", "queries.jsonl", "candidates.trec", "manifest.json"
 SCORES, CACHE = "scores", "cache"
 TRAIN, DEV = "train", "dev"
-UNKNOWN = -1  # the label of a document nobody judged
+UNKNOWN = -1  # label of a document without a judgement
 MAX_LABEL = (1 << 15) - 1
-_NAME = re.compile(r"[\w.+-]+")  # of a teacher: it becomes a file's name
-
-Places = npt.NDArray[np.int32]
+_NAME = re.compile(r"[\w.+-]+")  # of a teacher; used as a file name
 
 
 class Ids:
-    """Ids in their order, and the place of each."""
+    """Ids in order, and the index of each."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = list(names)
-        self.places = {name: place for place, name in enumerate(self.names)}
+        self.index = {name: index for index, name in enumerate(self.names)}
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def at(self, name: str, what: str, where: str) -> int:
-        """The place of an id. Raises InputError where there is none."""
+    def lookup(self, name: str, what: str, where: str) -> int:
+        """The index of an id. Raises InputError for an unknown one."""
         try:
-            return self.places[name]
+            return self.index[name]
         except KeyError:
             raise InputError(f"expected a known {what}, got {name!r} at {where}") from None
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingFolder:
-    """Queries, documents and pools. The pool of query q is ``places[bounds[q]:bounds[q + 1]]``."""
+    """Q queries, documents and N pool entries. The pool of query q is ``doc_index[bounds[q]:bounds[q + 1]]``."""
 
     path: Path
     query_ids: list[str]
     queries: list[str]
-    sources: list[str]  # of each query; "" where the folder does not say
+    sources: list[str]  # (Q,) source of each query; "" where the folder has none
     doc_ids: list[str]
     texts: list[str]
-    held_out: npt.NDArray[np.bool_]  # (Q,) judged in qrels/dev.tsv: to measure with, never to train on
+    held_out: npt.NDArray[np.bool_]  # (Q,) judged in qrels/dev.tsv: for evaluation, never for training
     bounds: npt.NDArray[np.int64]  # (Q+1,)
-    places: Places  # (N,) 0-based places in ``texts``, pool after pool
+    doc_index: Int32  # (N,) 0-based indices into ``texts``, pool after pool
     first_stage: Float32  # (N,) the scores in candidates.trec
-    labels: npt.NDArray[np.int16]  # (N,) graded relevance, UNKNOWN where nobody judged
-    labelled: int  # judgements, in a pool or not
+    labels: npt.NDArray[np.int16]  # (N,) graded relevance; UNKNOWN without a judgement
+    labelled: int  # number of judgements, inside and outside pools
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingFolder:
-        """Raises InputError, with file and line, for whatever in the folder is malformed or contradicts the rest."""
+        """Read a folder. Raises InputError, with file and line, for malformed or contradictory contents."""
         folder = Path(path).expanduser()
         missing = [name for name in (CORPUS, QUERIES, CANDIDATES) if not (folder / name).is_file()]
         if missing:
@@ -98,43 +94,43 @@ class TrainingFolder:
             )
         documents, texts, _ = _read_texts(folder / CORPUS, "document")
         queries, questions, sources = _read_texts(folder / QUERIES, "query")
-        which, places, scores = read_pairs(folder / CANDIDATES, queries, documents)
-        order = np.argsort(which, kind="stable")  # a file may come back to a query
-        bounds = np.searchsorted(which[order], np.arange(len(queries) + 1))
+        query_index, doc_index, scores = read_pairs(folder / CANDIDATES, queries, documents)
+        order = np.argsort(query_index, kind="stable")  # a query's lines need not be adjacent
+        bounds = np.searchsorted(query_index[order], np.arange(len(queries) + 1))
         judged = {split: _read_labels(folder, split, queries, documents) for split in (TRAIN, DEV)}
         held_out = np.zeros(len(queries), dtype=np.bool_)
         held_out[judged[DEV][0]] = True
         _refuse_overlap(folder, judged, queries)
-        keys = _keys(which[order], places[order], len(documents))
+        keys = _keys(query_index[order], doc_index[order], len(documents))
         labels = np.full(len(keys), UNKNOWN, dtype=np.int16)
-        for asked, judged_places, grades in judged.values():
-            found, at = _find(keys, _keys(asked, judged_places, len(documents)))
+        for judged_queries, judged_documents, grades in judged.values():
+            found, at = _find(keys, _keys(judged_queries, judged_documents, len(documents)))
             labels[at[found]] = grades[found]
         return cls(
             folder, queries.names, questions, sources, documents.names, texts, held_out, bounds.astype(np.int64),
-            places[order], scores[order], labels, sum(len(grades) for *_, grades in judged.values()),
+            doc_index[order], scores[order], labels, sum(len(grades) for *_, grades in judged.values()),
         )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def pool(self, query: int) -> slice:
-        """Where the pool of a query (its place) lies in ``places``, ``labels`` and every teacher's scores."""
+        """The slice of a query in every (N,) array."""
         return slice(int(self.bounds[query]), int(self.bounds[query + 1]))
 
     @functools.cached_property
-    def query_of(self) -> Places:
-        """(N,) the query of every pool place."""
+    def query_index(self) -> Int32:
+        """(N,) index of the query of each pool entry."""
         return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.bounds))
 
     def teachers(self) -> list[str]:
-        """The names of the teachers whose scores are here."""
+        """Names of the teachers with scores in the folder."""
         return sorted(path.stem for path in (self.path / SCORES).glob("*.trec"))
 
     def scores(self, teacher: str) -> Float32:
-        """(N,) a teacher's scores of all pool places.
+        """(N,) a teacher's scores of all pool entries.
 
-        Raises InputError where it has not scored them all, or scored other texts or pools.
+        Raises InputError where scores are missing, or are of other texts or pools.
         """
         run, about = run_path(self.path, teacher), about_path(self.path, teacher)
         if not run.is_file():
@@ -148,60 +144,63 @@ class TrainingFolder:
                 raise InputError(f"expected scores of this folder, got those of other texts or pools at {about}")
         return self.align(read_pairs(run, Ids(self.query_ids), Ids(self.doc_ids)), run)
 
-    def align(self, run: tuple[Places, Places, Float32], path: Path) -> Float32:
-        """(N,) the scores of a run, as :func:`read_pairs` reads it, for all pool places; it may hold others, too.
+    def align(self, run: tuple[Int32, Int32, Float32], path: Path) -> Float32:
+        """(N,) the scores of a run, as :func:`read_pairs` reads it, for all pool entries; it may hold others, too.
 
-        Raises InputError where a pool place has no score.
+        Raises InputError where a pool entry has no score.
         """
-        which, places, scores = run
-        found, at = _find(self.pool_keys, _keys(which, places, len(self.doc_ids)))
-        values = np.full(len(self.places), np.nan, dtype=np.float32)
+        query_index, doc_index, scores = run
+        found, at = _find(self.pool_keys, _keys(query_index, doc_index, len(self.doc_ids)))
+        values = np.full(len(self.doc_index), np.nan, dtype=np.float32)
         values[at[found]] = scores[found]
         if absent := int(np.isnan(values).sum()):
-            raise InputError(f"expected scores of all {len(values)} pool places, got {absent} without at {path}")
+            raise InputError(f"expected scores of all {len(values)} pool entries, got {absent} without at {path}")
         return values
 
     @functools.cached_property
     def pool_keys(self) -> npt.NDArray[np.int64]:
-        """(N,) one number for each (query, document) of the pools."""
-        return _keys(self.query_of, self.places, len(self.doc_ids))
+        """(N,) one number per (query, document) pair of the pools."""
+        return _keys(self.query_index, self.doc_index, len(self.doc_ids))
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
-        """sha256 of the files that scores depend on."""
+        """SHA-256 of the files that scores depend on, by name."""
         return {name: file_hash(self.path / name) for name in (CORPUS, QUERIES, CANDIDATES)}
 
     def write_scores(self, teacher: str, scores: Float32, about: Mapping[str, Any]) -> Path:
-        """A teacher's (N,) scores as a run with a manifest; the run's path. Raises InputError for a bad name or NaN."""
+        """Write a teacher's scores (N,) as a TREC run with a manifest; the path of the run.
+
+        Raises InputError for an invalid name or a score that is not finite.
+        """
         check_name(teacher)
-        if scores.shape != self.places.shape or not np.isfinite(scores).all():
+        if scores.shape != self.doc_index.shape or not np.isfinite(scores).all():
             bad = int((~np.isfinite(scores)).sum())
-            raise InputError(f"expected {len(self.places)} finite scores of {teacher}, got {len(scores)}, {bad} not")
+            raise InputError(f"expected {len(self.doc_index)} finite scores of {teacher}, got {len(scores)}, {bad} not")
         path = run_path(self.path, teacher)
-        write_pools(path, self.query_ids, self.doc_ids, self.bounds, self.places, scores, teacher)
+        write_pools(path, self.query_ids, self.doc_ids, self.bounds, self.doc_index, scores, teacher)
         facts = {"teacher": teacher, **about, "pairs": len(scores), "made_from": self.fingerprint}
         write_json(about_path(self.path, teacher), {**facts, "sha256": file_hash(path)})
         return path
 
 
 def check_name(teacher: str) -> str:
-    """The name of a teacher. Raises InputError for one that cannot be a file's."""
+    """A teacher's name. Raises InputError for one that cannot be a file name."""
     if not _NAME.fullmatch(teacher) or teacher.startswith("."):
         raise InputError(f"expected a teacher's name of letters, digits, . _ + and -, got {teacher!r}")
     return teacher
 
 
 def run_path(folder: Path, teacher: str) -> Path:
-    """Where a teacher's scores are."""
+    """The file of a teacher's scores."""
     return folder / SCORES / f"{teacher}.trec"
 
 
 def about_path(folder: Path, teacher: str) -> Path:
-    """Where it is said whose they are."""
+    """The file that describes a teacher's scores."""
     return folder / SCORES / f"{teacher}.json"
 
 
-def _keys(queries: Places, documents: Places, count: int) -> npt.NDArray[np.int64]:
+def _keys(queries: Int32, documents: Int32, count: int) -> npt.NDArray[np.int64]:
     keys: npt.NDArray[np.int64] = queries.astype(np.int64) * count + documents
     return keys
 
@@ -209,7 +208,7 @@ def _keys(queries: Places, documents: Places, count: int) -> npt.NDArray[np.int6
 def _find(
     keys: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Whether each of ``wanted`` is among ``keys``, and where."""
+    """For each of ``wanted`` (M,): whether it is in ``keys`` (N,), and its index there."""
     if not len(keys):
         return np.zeros(len(wanted), dtype=np.bool_), np.zeros(len(wanted), dtype=np.int64)
     order = np.argsort(keys, kind="stable")
@@ -218,11 +217,11 @@ def _find(
 
 
 def _read_texts(path: Path, what: str) -> tuple[Ids, list[str], list[str]]:
-    """Ids, texts and sources of a BEIR file."""
+    """Ids, texts and sources of a BEIR JSONL file."""
     names: dict[str, None] = {}
     texts: list[str] = []
     sources: list[str] = []
-    kept: dict[str, str] = {}  # one string for each source
+    kept: dict[str, str] = {}  # one string object per source, to save memory
     for at, record in read_records(path):
         name = identity(record.get("_id"), "_id", at)
         if name in names:
@@ -237,16 +236,17 @@ def _read_texts(path: Path, what: str) -> tuple[Ids, list[str], list[str]]:
     return Ids(names), texts, sources
 
 
-def _read_labels(
-    folder: Path, split: str, queries: Ids, documents: Ids
-) -> tuple[Places, Places, npt.NDArray[np.int16]]:
-    """(query places, document places, grades) of a split, none below 0; empty where there is no such file."""
+def _read_labels(folder: Path, split: str, queries: Ids, documents: Ids) -> tuple[Int32, Int32, npt.NDArray[np.int16]]:
+    """(query indices, document indices, grades) of a split, (M,) each; empty without a file.
+
+    Negative grades become 0.
+    """
     path = folder / "qrels" / f"{split}.tsv"
     qrels = read_qrels(path)[0] if path.is_file() else {}
     rows = [
         (
-            queries.at(query, "query", str(path)),
-            documents.at(document, "document", str(path)),
+            queries.lookup(query, "query", str(path)),
+            documents.lookup(document, "document", str(path)),
             min(max(grade, 0), MAX_LABEL),
         )
         for query, judged in qrels.items()
@@ -256,7 +256,7 @@ def _read_labels(
     return columns[:, 0], columns[:, 1], columns[:, 2].astype(np.int16)
 
 
-def _refuse_overlap(folder: Path, judged: Mapping[str, tuple[Places, Places, Any]], queries: Ids) -> None:
+def _refuse_overlap(folder: Path, judged: Mapping[str, tuple[Int32, Int32, Any]], queries: Ids) -> None:
     both = np.intersect1d(judged[TRAIN][0], judged[DEV][0])
     if len(both):
         raise InputError(
@@ -265,43 +265,28 @@ def _refuse_overlap(folder: Path, judged: Mapping[str, tuple[Places, Places, Any
         )
 
 
-def read_pairs(path: Path, queries: Ids, documents: Ids) -> tuple[Places, Places, Float32]:
-    """A TREC run as arrays (N,): places of the query and of the document, score; in the order of the file.
+def read_pairs(path: Path, queries: Ids, documents: Ids) -> tuple[Int32, Int32, Float32]:
+    """A TREC run as arrays (N,): query indices, document indices and scores, in the order of the file.
 
-    Raises InputError, with file and line, as :func:`turborank.data.trec.read_run` does, and for unknown ids.
+    Raises InputError, with file and line, as :func:`turborank.data.trec.read_run_lines` does, and for unknown ids.
     """
-    which, places, scores, lines = array("i"), array("i"), array("f"), array("q")
-    with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
-            columns = raw.split()
-            if not columns:
-                continue
-            where = f"{path}:{number}"
-            if len(columns) != 6:
-                raise InputError(
-                    f"expected six columns (query Q0 document rank score tag), got {len(columns)} at {where}"
-                )
-            try:
-                score = float(columns[4])
-                query, document = columns[0].decode(), columns[2].decode()
-            except ValueError:
-                score, query, document = math.nan, "", ""
-            if not math.isfinite(score):
-                raise InputError(f"expected a finite score in column five, got {columns[4]!r} at {where}")
-            which.append(queries.at(query, "query", where))
-            places.append(documents.at(document, "document", where))
-            scores.append(score)
-            lines.append(number)
-    asked, found = np.frombuffer(which, dtype=np.int32), np.frombuffer(places, dtype=np.int32)
-    keys = _keys(asked, found, len(documents))
+    columns, scores, lines = (array("i"), array("i")), array("f"), array("q")
+    for number, query_id, doc_id, score in read_run_lines(path):
+        where = f"{path}:{number}"
+        columns[0].append(queries.lookup(query_id, "query", where))
+        columns[1].append(documents.lookup(doc_id, "document", where))
+        scores.append(score)
+        lines.append(number)
+    query_index, doc_index = (np.frombuffer(column, dtype=np.int32) for column in columns)
+    keys = _keys(query_index, doc_index, len(documents))
     order = np.argsort(keys, kind="stable")
     again = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     if len(again):
         at = int(order[again[0] + 1])
         raise InputError(
-            f"expected each document once a query, got {documents.names[found[at]]!r} again at {path}:{lines[at]}"
+            f"expected each document once a query, got {documents.names[doc_index[at]]!r} again at {path}:{lines[at]}"
         )
-    return asked, found, np.frombuffer(scores, dtype=np.float32)
+    return query_index, doc_index, np.frombuffer(scores, dtype=np.float32)
 
 
 def write_pools(
@@ -309,15 +294,15 @@ def write_pools(
     query_ids: Sequence[str],
     doc_ids: Sequence[str],
     bounds: npt.NDArray[np.int64],
-    places: Places,
+    doc_index: Int32,
     scores: Float32,
     tag: str,
 ) -> None:
-    """Pools as a TREC run: each query's documents by falling score, equal ones in the order given."""
+    """Write pools as a TREC run: each query's documents by descending score, ties in the given order."""
     with replacing(path) as file:
         for query, name in enumerate(query_ids):
             pool = slice(int(bounds[query]), int(bounds[query + 1]))
-            values, members = scores[pool], places[pool]
+            values, members = scores[pool], doc_index[pool]
             ranking = np.argsort(-values, kind="stable")
             found = (Scored(doc_ids[members[at]], float(values[at])) for at in ranking)
             file.write(format_run(name, found, tag).encode())

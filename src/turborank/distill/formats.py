@@ -1,15 +1,15 @@
-"""FORMATS: the shapes in which training data comes, each read into examples, one query with its documents.
+"""FORMATS: the input formats of training data. Each is read into examples: a query with its documents.
 
-Most are files of JSON lines (``.gz`` too), recognised by the fields of the first record; two are folders, recognised by
-the files they hold. A file's name says nothing.
+Most are JSON lines (``.gz`` too), recognised by the fields of the first record; two are folders, recognised by their
+files. File names are not considered.
 
-    pairs           query, passage, and maybe label or score       sentence-transformers' pairs, labelled or not
-    triplets        query, positive, negative or negative_1 …       sentence-transformers' triplets and n-tuples
-    lists           query, documents, labels and/or scores          sentence-transformers' labelled lists
-    flagembedding   query, pos, neg, maybe pos_scores, neg_scores   FlagEmbedding's fine-tuning data
+    pairs           query, passage, optional label or score        sentence-transformers' pairs, labelled or not
+    triplets        query, positive, negative or negative_1 …      sentence-transformers' triplets and n-tuples
+    lists           query, documents, labels and/or scores         sentence-transformers' labelled lists
+    flagembedding   query, pos, neg, optional pos_scores, neg_scores   FlagEmbedding's fine-tuning data
     pylate          train.jsonl (query_id, document_ids, scores), queries.jsonl (query_id, text) and
-                    documents.jsonl (document_id, text)             PyLate's knowledge distillation
-    beir            corpus.jsonl, queries.jsonl, qrels/train.tsv or none; a run may bring the candidates
+                    documents.jsonl (document_id, text)            PyLate's knowledge distillation
+    beir            corpus.jsonl, queries.jsonl, optional qrels/train.tsv; a TREC run can supply candidates
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ LIST_FIELDS = ("documents", "docs", "passages")
 TRAIN = "train"  # the split whose labels are read
 
 
-class Judged(NamedTuple):
-    """A document of an example, with its relevance and a teacher's score where somebody gave them."""
+class JudgedDocument(NamedTuple):
+    """A document of an example, with its label and a teacher's score where the source has them."""
 
     text: str
     label: int | None = None
     score: float | None = None
-    id: str | None = None  # where the source has ids
+    id: str | None = None  # None where the source has no ids
 
 
 class Example(NamedTuple):
-    """A query and the documents known for it."""
+    """A query and its documents."""
 
     query: str
-    documents: tuple[Judged, ...]
+    documents: tuple[JudgedDocument, ...]
     id: str | None = None
 
 
@@ -52,9 +52,9 @@ Record = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """A shape of data. Of a folder, ``recognise`` is asked about the names of its files, mapped to nothing."""
+    """One input format. ``recognise`` takes the field names of a record, or the file names of a folder."""
 
-    fields: str  # as messages show them
+    fields: str  # as shown in error messages
     recognise: Callable[[Collection[str]], bool]
     read: Callable[[Path], Iterator[Example]]
     folder: bool = False
@@ -73,7 +73,7 @@ def _label(value: Any, at: Place, field: str = "label") -> int:
     if not (whole or isinstance(value, bool)):
         raise InputError(
             f"expected a whole number in the field {field!r}, got {value!r} at {at}",
-            hint="a teacher's judgement belongs in scores",
+            hint="put a teacher's judgement into scores",
         )
     return max(int(value), 0)
 
@@ -85,7 +85,7 @@ def _score(value: Any, at: Place, field: str = "score") -> float:
 
 
 def _listed(record: Record, field: str, at: Place, *, size: int | None = None) -> list[Any]:
-    """A list in a field, or a list as JSON in a string (as some tables hold it), of as many values as asked for."""
+    """A list in a field, or one encoded as a JSON string; InputError where it has not ``size`` values."""
     value = record.get(field)
     if isinstance(value, str):
         try:
@@ -108,7 +108,7 @@ def _strings(record: Record, field: str, at: Place) -> list[str]:
 
 
 def _optional(record: Record, field: str, at: Place, size: int) -> list[Any]:
-    """A list of ``size`` values, or that many times None where the field is missing or null."""
+    """A list of ``size`` values; Nones where the field is missing or null."""
     return [None] * size if record.get(field) is None else _listed(record, field, at, size=size)
 
 
@@ -116,7 +116,7 @@ def _pairs(path: Path) -> Iterator[Example]:
     for at, record in read_records(path):
         label, score = record.get("label"), record.get("score")
         relevance = _label(label, at) if label is not None else None if score is not None else 1
-        judged = Judged(
+        judged = JudgedDocument(
             _text(record, PASSAGE_FIELDS, at), relevance, None if score is None else _score(score, at), None
         )
         yield Example(_text(record, QUERY_FIELDS, at), (judged,))
@@ -134,7 +134,10 @@ def _number_in(name: str) -> tuple[int, str]:
 def _triplets(path: Path) -> Iterator[Example]:
     for at, record in read_records(path):
         negatives = [string_field(record, name, path, at.number) for name in _negatives(record)]
-        documents = (Judged(_text(record, PASSAGE_FIELDS, at), 1), *(Judged(text, 0) for text in negatives))
+        documents = (
+            JudgedDocument(_text(record, PASSAGE_FIELDS, at), 1),
+            *(JudgedDocument(text, 0) for text in negatives),
+        )
         yield Example(_text(record, QUERY_FIELDS, at), documents)
 
 
@@ -147,17 +150,17 @@ def _lists(path: Path) -> Iterator[Example]:
         scores = [
             None if one is None else _score(one, at, "scores") for one in _optional(record, "scores", at, len(texts))
         ]
-        yield Example(_text(record, QUERY_FIELDS, at), tuple(map(Judged, texts, labels, scores)))  # fmt: skip
+        yield Example(_text(record, QUERY_FIELDS, at), tuple(map(JudgedDocument, texts, labels, scores)))  # fmt: skip
 
 
 def _flagembedding(path: Path) -> Iterator[Example]:
     for at, record in read_records(path):
-        documents: list[Judged] = []
+        documents: list[JudgedDocument] = []
         for side, label in (("pos", 1), ("neg", 0)):
             texts = _strings(record, side, at)
             scores = _optional(record, f"{side}_scores", at, len(texts))
             documents += [
-                Judged(text, label, None if score is None else _score(score, at, f"{side}_scores"))
+                JudgedDocument(text, label, None if score is None else _score(score, at, f"{side}_scores"))
                 for text, score in zip(texts, scores, strict=True)
             ]
         yield Example(_text(record, QUERY_FIELDS, at), tuple(documents))
@@ -187,7 +190,7 @@ def _pylate(folder: Path) -> Iterator[Example]:
         unknown = [name for name in (query,) if name not in queries] + [one for one in names if one not in documents]
         if unknown:
             raise InputError(f"expected the text of every id, got {unknown[0]!r} without at {at}")
-        judged = (Judged(documents[name], None, score, name) for name, score in zip(names, scores, strict=True))
+        judged = (JudgedDocument(documents[name], None, score, name) for name, score in zip(names, scores, strict=True))
         yield Example(queries[query], tuple(judged), query)
 
 
@@ -196,9 +199,9 @@ def _beir(folder: Path) -> Iterator[Example]:
 
 
 def beir(folder: Path, run: Path | None, depth: int | None = None) -> Iterator[Example]:
-    """The queries of a BEIR folder, with its ``qrels/train.tsv`` and the best ``depth`` of a TREC run.
+    """The queries of a BEIR folder with the documents in ``qrels/train.tsv`` and the best ``depth`` of a TREC run.
 
-    A query that is in neither is an example without documents: for mining.
+    A query in neither is an example without documents; its pool is mined.
     """
     queries = {
         string_field(record, "_id", at.path, at.number): string_field(record, "text", at.path, at.number)
@@ -223,12 +226,12 @@ def beir(folder: Path, run: Path | None, depth: int | None = None) -> Iterator[E
                 where = path if name in judged else run
                 raise InputError(f"expected every document in {corpus.path}, got {name!r} missing at {where}") from None
             label = max(judged[name], 0) if name in judged else None
-            documents.append(Judged(found, label, None, identity(name, "_id", corpus.path)))
+            documents.append(JudgedDocument(found, label, None, identity(name, "_id", corpus.path)))
         yield Example(text, tuple(documents), identity(query, "_id", folder / "queries.jsonl"))
 
 
 def _has(*groups: Sequence[str]) -> Callable[[Collection[str]], bool]:
-    """Whether there is a field of every group."""
+    """Whether names contain one of every group."""
     return lambda names: all(_first(group, names) is not None for group in groups)
 
 
@@ -251,7 +254,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def recognise(path: Path) -> str:
-    """The format of a file or folder. Raises InputError with the table where it is none of them."""
+    """The format of a file or folder. Raises InputError, listing FORMATS, where it has none of them."""
     names: list[str]
     if path.is_dir():
         names, where = sorted(one.name for one in path.iterdir()), str(path)
@@ -272,14 +275,14 @@ def examples(path: Path) -> Iterator[Example]:
 
 
 def passages(path: Path) -> Iterator[tuple[str | None, str]]:
-    """(id, text) of the documents of a BEIR folder's corpus, or of a file of records with a passage.
+    """(id, text) of the documents of a BEIR corpus, or (None, text) of a file of records with a passage.
 
-    Ids only where the source is a corpus; of a file a text may come many times.
+    A text may repeat in a file.
     """
     if path.is_dir():
         corpus = JsonlCorpus(path / "corpus.jsonl")
-        for place, text in enumerate(corpus.texts()):
-            yield identity(corpus.id_at(place), "_id", corpus.path), text
+        for index, text in enumerate(corpus.texts()):
+            yield identity(corpus.id_at(index), "_id", corpus.path), text
         return
     for at, record in read_records(path):
         yield None, _text(record, PASSAGE_FIELDS, at)

@@ -1,54 +1,57 @@
-"""An HTTP rerank endpoint as a teacher: jina, Cohere, Voyage, text-embeddings-inference, vLLM, or turborank itself.
+"""HTTP rerank endpoints as teachers: jina, Cohere, Voyage, text-embeddings-inference, vLLM, turborank and others.
 
-CLIENTS says how each dialect is asked and how its answer is read. What an endpoint cannot answer now (429, 5xx, a
-timeout, fewer scores than documents) is asked again, after as long as it says or twice as long as the last time; what
-it will never answer (401, 422, …) ends the run with its own words. Scores that are probabilities become logits, so
-that differences between them mean the same at both ends of the scale.
+CLIENTS defines each dialect's request and response. Requests are sent by httpx. Transient failures (429, 5xx, timeouts,
+incomplete responses) are retried by tenacity with exponential back-off, or after the delay in ``Retry-After``.
+Permanent failures (401, 422, …) end the run with the endpoint's message. Probabilities are converted to logits, so that
+equal differences mean the same over the whole scale.
 """
 
 from __future__ import annotations
 
 import email.utils
-import http.client
 import json
 import math
 import os
-import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
+import tenacity
 
 from turborank.distill.scores import Question
 from turborank.errors import InputError, UnknownKeyError
 from turborank.types import Float32
 
 KEY_VARIABLE = "TURBORANK_TEACHER_KEY"
-AGAIN = frozenset({408, 409, 424, 425, 429, 498, 500, 502, 503, 504, 520, 522, 524, 529})  # 424: TEI's backend failed
-LONGEST_WAIT = 600.0  # seconds an endpoint may ask us to wait
-MAX_BYTES = 64 << 20  # of an answer
-LEAST = 1e-7  # probabilities are kept this far from 0 and 1: float32 holds no more
-SHOWN = 300  # characters of an endpoint's message
+# Status codes worth a retry; 424: the backend of text-embeddings-inference failed.
+TRANSIENT = frozenset({408, 409, 424, 425, 429, 498, 500, 502, 503, 504, 520, 522, 524, 529})
+MAX_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more ends the run
+MAX_BYTES = 64 << 20  # of a response
+CLIP = 1e-7  # probabilities are kept this far from 0 and 1: the resolution of float32 near 1
+SHOWN = 300  # characters of an endpoint's message in an error
+BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, min=0.25, max=60)  # seconds, random against bursts
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How an endpoint is asked. None of it changes a score but ``model`` and ``scale``."""
+class HttpOptions:
+    """How an endpoint is called. Only ``model`` and ``scale`` change scores.
+
+    Raises InputError for a number that is not positive, UnknownKeyError for a scale not in SCALES.
+    """
 
     model: str | None = None  # its name at the endpoint
-    key_variable: str = KEY_VARIABLE  # the environment variable that holds the key, if one is needed
-    scale: str = "auto"  # logit: make logits of probabilities; raw: take scores as they come; auto: by the dialect
-    documents: int = 32  # in a request
-    parallel: int = 4  # requests under way
-    rate: float | None = None  # requests a second
-    timeout: float = 60.0  # seconds without an answer
-    attempts: int = 6
+    key_variable: str = KEY_VARIABLE  # environment variable that holds the API key, if one is needed
+    scale: str = "auto"  # logit: convert probabilities; raw: scores as returned; auto: depends on the dialect
+    documents: int = 32  # per request
+    parallel: int = 4  # concurrent requests
+    rate: float | None = None  # requests per second
+    timeout: float = 60.0  # seconds to connect, and between two parts of a response
+    attempts: int = 6  # of a request
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -60,19 +63,19 @@ class Settings:
 
 
 SCALES = ("auto", "logit", "raw")
-Places = Iterable[tuple[Any, Any]]  # (place, score)
+IndexedScores = Iterable[tuple[Any, Any]]  # (index of the document, score), unchecked
 
 
-class Client(NamedTuple):
-    """A dialect, from the asking side."""
+class ClientDialect(NamedTuple):
+    """The client side of a dialect."""
 
-    body: Callable[[str | None, str, Sequence[str]], dict[str, Any]]  # (model, query, documents)
-    read: Callable[[Any, int], Places]  # (answer, documents asked about)
-    probabilities: bool  # what it answers, asked in this way
+    body: Callable[[str | None, str, Sequence[str]], dict[str, Any]]  # (model, query, documents) -> request
+    read: Callable[[Any, int], IndexedScores]  # (response, number of documents) -> scores
+    probabilities: bool  # whether scores are probabilities, for requests of this form
 
 
 def _rerank(**fixed: Any) -> Callable[[str | None, str, Sequence[str]], dict[str, Any]]:
-    """The shape that most dialects share, with what else to say every time."""
+    """The request most dialects share, with the constant fields of one."""
 
     def body(model: str | None, query: str, documents: Sequence[str]) -> dict[str, Any]:
         named = {} if model is None else {"model": model}
@@ -90,32 +93,32 @@ def _pairs(model: str | None, query: str, documents: Sequence[str]) -> dict[str,
     return {**named, "text_1": query, "text_2": list(documents), "use_activation": False}
 
 
-def _read(field: str | None, score: str) -> Callable[[Any, int], Places]:
-    """Objects with ``index`` and ``score``, in ``field`` of the answer."""
+def _read(field: str | None, score: str) -> Callable[[Any, int], IndexedScores]:
+    """Objects with ``index`` and ``score``, in ``field`` of the response."""
     return lambda answer, count: ((one["index"], one[score]) for one in (answer[field] if field else answer))
 
 
-def _in_order(answer: Any, count: int) -> Places:
-    return ((place, one["score"]) for place, one in enumerate(answer["scores"]))
+def _in_order(answer: Any, count: int) -> IndexedScores:
+    return ((index, one["score"]) for index, one in enumerate(answer["scores"]))
 
 
-# The rows of turborank.serve.dialects.DIALECTS, and turborank's own way, which asks for logits.
-CLIENTS: Mapping[str, Client] = {
-    "turborank": Client(_rerank(raw_scores=True), _read("results", "relevance_score"), False),
-    "jina": Client(_rerank(return_documents=False), _read("results", "relevance_score"), True),
-    "cohere-v1": Client(_rerank(return_documents=False), _read("results", "relevance_score"), True),
-    "cohere-v2": Client(_rerank(), _read("results", "relevance_score"), True),
-    "voyage": Client(_rerank(top_k=None, truncation=True), _read("data", "relevance_score"), True),
-    "infinity": Client(_rerank(raw_scores=True), _read("results", "relevance_score"), False),
-    "vllm": Client(_rerank(use_activation=False), _read("results", "relevance_score"), False),
-    "vllm-score": Client(_pairs, _read("data", "score"), False),
-    "tei": Client(_tei, _read(None, "score"), False),
-    "weaviate": Client(_rerank(property=""), _in_order, True),
+# The rows of turborank.serve.dialects.DIALECTS, and turborank's own, which requests logits.
+CLIENTS: Mapping[str, ClientDialect] = {
+    "turborank": ClientDialect(_rerank(raw_scores=True), _read("results", "relevance_score"), False),
+    "jina": ClientDialect(_rerank(return_documents=False), _read("results", "relevance_score"), True),
+    "cohere-v1": ClientDialect(_rerank(return_documents=False), _read("results", "relevance_score"), True),
+    "cohere-v2": ClientDialect(_rerank(), _read("results", "relevance_score"), True),
+    "voyage": ClientDialect(_rerank(top_k=None, truncation=True), _read("data", "relevance_score"), True),
+    "infinity": ClientDialect(_rerank(raw_scores=True), _read("results", "relevance_score"), False),
+    "vllm": ClientDialect(_rerank(use_activation=False), _read("results", "relevance_score"), False),
+    "vllm-score": ClientDialect(_pairs, _read("data", "score"), False),
+    "tei": ClientDialect(_tei, _read(None, "score"), False),
+    "weaviate": ClientDialect(_rerank(property=""), _in_order, True),
 }
 
 
-class _AgainError(Exception):
-    """A request that may succeed later; with the seconds its endpoint asked us to wait."""
+class _TransientError(Exception):
+    """A request that may succeed later; ``after`` are the seconds of its ``Retry-After``, if it had one."""
 
     def __init__(self, what: str, after: float | None = None) -> None:
         super().__init__(what)
@@ -123,11 +126,14 @@ class _AgainError(Exception):
 
 
 class _StoppedError(Exception):
-    """A request that was not made, because another one ended the run."""
+    """A request that was not sent, because another one ended the run."""
 
 
 class Pacer:
-    """When the next request may go: all threads share the rate and the waits an endpoint asks for."""
+    """When the next request may be sent. All threads share the rate and an endpoint's ``Retry-After``.
+
+    tenacity retries one call at a time and knows neither.
+    """
 
     def __init__(self, rate: float | None) -> None:
         self._gap = 1 / rate if rate else 0.0
@@ -136,7 +142,7 @@ class Pacer:
         self._stopped = threading.Event()
 
     def turn(self) -> None:
-        """Return when a request may go. Raises _StoppedError when none is to go any more."""
+        """Block until a request may be sent. Raises _StoppedError after :meth:`stop`."""
         while True:
             self.sleep(0)
             with self._lock:
@@ -148,61 +154,59 @@ class Pacer:
             self.sleep(left)
 
     def hold(self, seconds: float) -> None:
-        """No request goes for so long."""
+        """Let no thread send a request for ``seconds``."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def sleep(self, seconds: float) -> None:
-        """Raises _StoppedError when everything is to stop."""
+        """Sleep. Raises _StoppedError, at once, after :meth:`stop`."""
         if self._stopped.wait(seconds):
             raise _StoppedError
 
     def stop(self) -> None:
-        """Wake and end whoever waits."""
+        """Wake all waiting threads; they raise _StoppedError."""
         self._stopped.set()
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST becomes a GET, and takes the key along to wherever it leads."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
-
-
 class HttpTeacher:
-    """A dialect's endpoint. ``where`` is ``DIALECT:URL``, the whole URL that is posted to."""
+    """The endpoint of a dialect. ``where`` is ``DIALECT:URL`` with the whole URL of the POST request.
 
-    def __init__(self, where: str, settings: Settings) -> None:
+    Raises UnknownKeyError for an unknown dialect, InputError for a URL that is not http or https.
+    """
+
+    def __init__(self, where: str, options: HttpOptions) -> None:
         dialect, _, url = where.partition(":")
         if dialect not in CLIENTS:
             raise UnknownKeyError("a dialect", dialect, CLIENTS, hint="write http:DIALECT:URL")
         if not url.startswith(("http://", "https://")):
             raise InputError(f"expected a URL of http or https after {dialect}:, got {url!r}")
-        self.url, self.dialect, self.settings = url, dialect, settings
+        self.url, self.dialect, self.options = url, dialect, options
         self.client = CLIENTS[dialect]
-        self.at_once = settings.documents
-        self.logits_wanted = settings.scale == "logit" or (settings.scale == "auto" and self.client.probabilities)
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self.max_documents = options.documents
+        self.to_logits = options.scale == "logit" or (options.scale == "auto" and self.client.probabilities)
 
     def about(self) -> dict[str, Any]:
-        """What a score depends on, as far as can be known from here: never the key."""
-        scale = "logit" if self.logits_wanted else "as it came"
-        return {"kind": "http", "dialect": self.dialect, "url": self.url, "model": self.settings.model, "scale": scale}
+        """What scores depend on, as far as a client can know; never the API key."""
+        scale = "logit" if self.to_logits else "as it came"
+        return {"kind": "http", "dialect": self.dialect, "url": self.url, "model": self.options.model, "scale": scale}
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Float32]]:
-        """Answers as they come; a few requests are under way at a time."""
-        pacer = Pacer(self.settings.rate)
+        """Scores in the order of completion, with up to ``parallel`` concurrent requests.
+
+        Raises InputError for a permanent failure, after the responses to all requests under way were yielded.
+        """
+        pacer = Pacer(self.options.rate)
         waiting: dict[Future[Float32], Question] = {}
         coming = iter(questions)
         faults: list[Exception] = []
-        with ThreadPoolExecutor(self.settings.parallel) as threads:
+        with self._open() as http, ThreadPoolExecutor(self.options.parallel) as threads:
             try:
                 while True:
-                    while not faults and len(waiting) < 2 * self.settings.parallel:
+                    while not faults and len(waiting) < 2 * self.options.parallel:
                         question = next(coming, None)
                         if question is None:
                             break
-                        waiting[threads.submit(self._persist, question, pacer)] = question
+                        waiting[threads.submit(self._retry, http, question, pacer)] = question
                     if not waiting:
                         break
                     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -211,7 +215,7 @@ class HttpTeacher:
                             continue
                         try:
                             answer = future.result()
-                        except Exception as error:  # what is under way is still waited for: it may have been paid for
+                        except Exception as error:  # requests under way may have been paid for: wait for them
                             faults.append(error)
                             pacer.stop()
                             for other in waiting:
@@ -220,98 +224,118 @@ class HttpTeacher:
                             yield question, answer
             finally:
                 pacer.stop()
-                threads.shutdown(wait=False, cancel_futures=True)
+                threads.shutdown(wait=True, cancel_futures=True)
         if faults:
             raise next((fault for fault in faults if not isinstance(fault, _StoppedError)), faults[0])
 
-    def _persist(self, question: Question, pacer: Pacer) -> Float32:
-        """Ask until there is an answer."""
-        for attempt in range(1, self.settings.attempts + 1):
-            pacer.turn()
-            try:
-                return self._ask(question)
-            except _AgainError as error:
-                if attempt == self.settings.attempts:
-                    pacer.stop()
-                    raise InputError(
-                        f"expected {self.url} to answer, got {error} {attempt} times",
-                        hint="run the command again to go on: what it answered is kept",
-                    ) from error
-                if error.after is not None:
-                    pacer.hold(error.after)
-                else:  # half of it by chance, so that many do not come back at once
-                    pacer.sleep(min(60.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
-            except InputError:
-                pacer.stop()  # before another request can go
-                raise
-        raise AssertionError("the last attempt returns or raises")
-
-    def _ask(self, question: Question) -> Float32:
-        """One request. Raises _AgainError for what may pass, InputError for what will not."""
-        body = json.dumps(self.client.body(self.settings.model, question.query, question.documents)).encode()
-        request = urllib.request.Request(self.url, body, self._headers(), method="POST")
-        try:
-            with self._opener.open(request, timeout=self.settings.timeout) as response:
-                raw = response.read(MAX_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _AgainError(str(getattr(error, "reason", error)) or type(error).__name__) from error
-        if len(raw) > MAX_BYTES:
-            raise InputError(f"expected an answer of at most {MAX_BYTES} bytes, got more from {self.url}")
-        return self._scores(raw, len(question.documents))
-
-    def _headers(self) -> dict[str, str]:
+    def _open(self) -> httpx.Client:
+        """A client that follows no redirect: that would send the API key elsewhere."""
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "turborank"}
-        key = os.environ.get(self.settings.key_variable)
-        return {**headers, "Authorization": f"Bearer {key}"} if key else headers
+        key = os.environ.get(self.options.key_variable)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        if not headers.get("Authorization", "").isascii():
+            raise InputError(f"expected an API key of ASCII characters in {self.options.key_variable}, got others")
+        limits = httpx.Limits(max_connections=self.options.parallel)
+        return httpx.Client(headers=headers, timeout=self.options.timeout, limits=limits, follow_redirects=False)
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    def _retry(self, http: httpx.Client, question: Question, pacer: Pacer) -> Float32:
+        """Send a request until it succeeds. Raises InputError when it failed ``attempts`` times."""
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.options.attempts), wait=_delay, sleep=pacer.sleep,
+            retry=tenacity.retry_if_exception_type(_TransientError), reraise=True,
+        )  # fmt: skip
         try:
-            said = " ".join(error.read(MAX_BYTES).decode("utf-8", "replace").split())[:SHOWN]
-        except (OSError, http.client.HTTPException):
-            said = ""
-        what = f"HTTP {error.code} {error.reason}" + (f" ({said})" if said else "")
-        if error.code not in AGAIN:
-            known = bool(os.environ.get(self.settings.key_variable))
-            hint = None if known or error.code not in (401, 403) else f"put the key into {self.settings.key_variable}"
+            return retrying(self._attempt, http, question, pacer)
+        except _TransientError as error:
+            pacer.stop()
+            raise InputError(
+                f"expected {self.url} to answer, got {error} {self.options.attempts} times",
+                hint="run the command again to go on; scores received so far are cached",
+            ) from error
+
+    def _attempt(self, http: httpx.Client, question: Question, pacer: Pacer) -> Float32:
+        pacer.turn()
+        try:
+            return self._request(http, question)
+        except _TransientError as error:
+            if error.after is not None:
+                pacer.hold(error.after)
+            raise
+        except InputError:
+            pacer.stop()  # before another request is sent
+            raise
+
+    def _request(self, http: httpx.Client, question: Question) -> Float32:
+        """One request. Raises _TransientError or InputError."""
+        body = json.dumps(self.client.body(self.options.model, question.query, question.documents))
+        raw = bytearray()
+        try:
+            with http.stream("POST", self.url, content=body) as response:
+                for part in response.iter_bytes():
+                    raw += part
+                    if len(raw) > MAX_BYTES:
+                        raise InputError(f"expected a response of at most {MAX_BYTES} bytes, got more from {self.url}")
+        except httpx.InvalidURL as error:
+            raise InputError(f"expected a URL, got {self.url!r} ({error})") from error
+        except httpx.RequestError as error:
+            raise _TransientError(str(error) or type(error).__name__) from error
+        if not response.is_success:
+            raise self._failure(response, bytes(raw))
+        return self._scores(bytes(raw), len(question.documents))
+
+    def _failure(self, response: httpx.Response, raw: bytes) -> Exception:
+        said = " ".join(raw.decode("utf-8", "replace").split())[:SHOWN]
+        code = response.status_code
+        what = f"HTTP {code} {response.reason_phrase}" + (f" ({said})" if said else "")
+        if code not in TRANSIENT:
+            known = bool(os.environ.get(self.options.key_variable))
+            hint = None if known or code not in (401, 403) else f"put the key into {self.options.key_variable}"
             return InputError(f"expected scores from {self.url}, got {what}", hint=hint)
-        after = retry_after(error.headers.get("Retry-After"))
-        if after is not None and after > LONGEST_WAIT:
+        after = retry_after(response.headers.get("Retry-After"))
+        if after is not None and after > MAX_RETRY_AFTER:
             return InputError(
-                f"expected {self.url} to answer within {LONGEST_WAIT:.0f} s, got {what}, to wait {after:.0f} s",
-                hint="run the command again then: what it answered is kept",
+                f"expected {self.url} to answer within {MAX_RETRY_AFTER:.0f} s, got {what}, to wait {after:.0f} s",
+                hint="run the command again then; scores received so far are cached",
             )
-        return _AgainError(what, after)
+        return _TransientError(what, after)
 
     def _scores(self, raw: bytes, count: int) -> Float32:
-        """The scores of an answer, in the order asked. Raises _AgainError where it is not one score for each."""
+        """(count,) the scores of a response, in the order of the request.
+
+        Raises _TransientError for anything but one finite score per document.
+        """
         scores = np.full(count, np.nan)
         try:
-            for place, score in self.client.read(json.loads(raw), count):
-                if not (isinstance(place, int) and 0 <= place < count and np.isnan(scores[place])):
-                    raise _AgainError(f"index {place!r} of {count} documents")
-                scores[place] = float(score)
+            for index, score in self.client.read(json.loads(raw), count):
+                if not (isinstance(index, int) and 0 <= index < count and np.isnan(scores[index])):
+                    raise _TransientError(f"index {index!r} of {count} documents")
+                scores[index] = float(score)
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise _AgainError(f"an answer that is none of {self.dialect}'s ({raw[:SHOWN]!r})") from error
+            raise _TransientError(f"a response that is not {self.dialect}'s ({raw[:SHOWN]!r})") from error
         if not np.isfinite(scores).all():
-            raise _AgainError(f"{int(np.isfinite(scores).sum())} scores of {count} documents")
-        return (self._logits(scores) if self.logits_wanted else scores).astype(np.float32)
+            raise _TransientError(f"{int(np.isfinite(scores).sum())} scores of {count} documents")
+        return (self._logits(scores) if self.to_logits else scores).astype(np.float32)
 
     def _logits(self, scores: Any) -> Any:
         if scores.min() < 0 or scores.max() > 1:
             outside = scores[(scores < 0) | (scores > 1)][0]
             raise InputError(
                 f"expected scores between 0 and 1 from {self.url}, got {outside:.6g}",
-                hint="take them as they come: raw",
+                hint="take scores as returned: --scale raw",
             )
-        kept = np.clip(scores, LEAST, 1 - LEAST)
+        kept = np.clip(scores, CLIP, 1 - CLIP)
         return np.log(kept) - np.log1p(-kept)
 
 
+def _delay(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt; 0 after a ``Retry-After``, which the pacer enforces for all threads."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    return 0.0 if isinstance(error, _TransientError) and error.after is not None else BACK_OFF(state)
+
+
 def retry_after(value: str | None) -> float | None:
-    """Seconds to wait, of a Retry-After header: a number of them, or a date. None where it says neither."""
+    """Seconds of a ``Retry-After`` header (a number, or an HTTP date; RFC 9110 §10.2.3); None for anything else."""
     if value is None:
         return None
     try:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from turborank.data.bm25 import parameters
-from turborank.data.download import Told, quiet
-from turborank.data.files import check_folder, file_hash, replacing, write_json
+from turborank.data.files import check_folder, file_hash, read_manifest, replacing, write_json
 from turborank.distill import biencoder
 from turborank.distill.folder import (
     CACHE,
@@ -28,33 +27,33 @@ from turborank.distill.folder import (
     write_pools,
 )
 from turborank.distill.pools import PoolPlan, Pools, index, mine
-from turborank.distill.sources import Collection, Recipe, collect
+from turborank.distill.sources import Collection, ListOptions, collect
 from turborank.errors import InputError
-from turborank.types import Float32
+from turborank.types import Float32, StartProgress, no_progress
 
 FORMAT = 1
-GIVEN = "given"  # the teacher whose scores came with the data
+GIVEN = "given"  # name of the teacher whose scores the sources contain
 
 
 def build(
-    recipe: Recipe, out: Path, plan: PoolPlan, *, dense: Path | None = None, progress: Told = quiet
+    options: ListOptions, out: Path, plan: PoolPlan, *, dense: Path | None = None, progress: StartProgress = no_progress
 ) -> dict[str, Any]:
-    """A training folder at ``out``; its manifest.
+    """Write a training folder to ``out``; its manifest.
 
-    The manifest is written last: a folder with one is complete, and made again only when something differs.
-    Raises InputError for malformed sources, with file and line, and where ``out`` holds another folder.
+    The manifest is written last: a folder with a manifest of the same inputs is complete and returned as it is.
+    Raises InputError for malformed sources, with file and line, and where ``out`` was made from other inputs.
     """
-    _refuse(out, recipe)
-    about = _about(recipe, plan, dense)
-    known = _known(out / MANIFEST, about)
+    _check_out(out, options)
+    about = _about(options, plan, dense)
+    known = read_manifest(out / MANIFEST, about)
     if known is not None:
         return known
-    made = collect(recipe, whole=plan.mines)
+    made = collect(options, whole=plan.mines)
     embedded = _embed(dense, made, out / CACHE / "vectors", progress) if dense and plan.dense else None
     pools = mine(
-        made.queries, [list(places) for places in made.known], made.held_out,
-        index(made.texts, progress=progress("index passages")), len(made.texts), plan,
-        vectors=embedded, seed=recipe.seed, progress=progress("choose candidates"),
+        made.queries, [list(known) for known in made.known], made.held_out,
+        index(made.texts, progress=progress("index passages")), plan,
+        vectors=embedded, seed=options.seed, progress=progress("choose candidates"),
     )  # fmt: skip
     _clear(out)
     _write(out, made, pools)
@@ -64,24 +63,24 @@ def build(
     return manifest
 
 
-def _refuse(out: Path, recipe: Recipe) -> None:
+def _check_out(out: Path, options: ListOptions) -> None:
     check_folder(out)
-    if out.resolve() in [source.path.resolve() for source in recipe.sources]:
+    if out.resolve() in [source.path.resolve() for source in options.sources]:
         raise InputError(f"expected another folder than a source to write to, got {out}")
 
 
 def _clear(out: Path) -> None:
-    """Without what a run that did not finish may have left and this one may not write."""
+    """Delete optional files that an unfinished run may have left."""
     qrels = [out / "qrels" / f"{split}.tsv" for split in (TRAIN, DEV)]
     for path in (*qrels, run_path(out, GIVEN), about_path(out, GIVEN)):
         path.unlink(missing_ok=True)
 
 
-def _about(recipe: Recipe, plan: PoolPlan, dense: Path | None) -> dict[str, Any]:
-    """Everything the folder depends on, as JSON keeps it."""
+def _about(options: ListOptions, plan: PoolPlan, dense: Path | None) -> dict[str, Any]:
+    """Everything the folder depends on, with values as JSON stores them."""
     about: dict[str, Any] = {
         "format": FORMAT,
-        "seed": recipe.seed,
+        "seed": options.seed,
         "sources": [
             {
                 "name": source.name,
@@ -89,16 +88,16 @@ def _about(recipe: Recipe, plan: PoolPlan, dense: Path | None) -> dict[str, Any]
                 "sha256": _hashes(source.path),
                 "candidates": _hashes(source.run) if source.run else None,
                 "cut_into_passages": source.long,
-                "cap": recipe.caps.get(source.name),
-                "clean": recipe.clean.get(source.name, recipe.clean.get("", ())),
+                "cap": options.caps.get(source.name),
+                "clean": options.clean.get(source.name, options.clean.get("", ())),
             }
-            for source in recipe.sources
+            for source in options.sources
         ],
-        "words": recipe.words,
-        "min_words": recipe.min_words,
-        "depth": recipe.depth,
-        "made_queries": dict(recipe.pseudo),
-        "held_out": recipe.held_out,
+        "words": options.words,
+        "min_words": options.min_words,
+        "depth": options.depth,
+        "made_queries": dict(options.pseudo),
+        "held_out": options.held_out,
         "pools": asdict(plan),
         "bm25": parameters(),
         "bi_encoder": _weights_hash(dense) if dense is not None else None,
@@ -106,22 +105,8 @@ def _about(recipe: Recipe, plan: PoolPlan, dense: Path | None) -> dict[str, Any]
     return dict(json.loads(json.dumps(about)))
 
 
-def _known(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest that is there, if it is one of the same thing."""
-    if not path.exists():
-        return None
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    differing = [key for key in about if known.get(key) != about[key]]
-    if differing:
-        raise InputError(
-            f"expected a folder made of the same, got another {', '.join(differing)} at {path}",
-            hint="choose another --out, or delete the folder",
-        )
-    return known
-
-
 def _hashes(path: Path) -> str | dict[str, str]:
-    """sha256 of a file, or of the data in a folder."""
+    """SHA-256 of a file, or of each data file in a folder."""
     if not path.exists():
         raise InputError(f"expected a file or folder, got nothing at {path}")
     if path.is_file():
@@ -131,15 +116,11 @@ def _hashes(path: Path) -> str | dict[str, str]:
 
 
 def _weights_hash(dense: Path) -> str:
-    from turborank.distill.biencoder import found
-
-    return file_hash(found(dense) / "model.safetensors")
+    return file_hash(biencoder.model_folder(dense) / "model.safetensors")
 
 
-def _embed(dense: Path, made: Collection, cache: Path, progress: Told) -> tuple[Float32, Float32]:
-    from turborank.distill.biencoder import BiEncoder
-
-    model = BiEncoder.load(dense)
+def _embed(dense: Path, made: Collection, cache: Path, progress: StartProgress) -> tuple[Float32, Float32]:
+    model = biencoder.BiEncoder.load(dense)
     return (
         biencoder.embed(model, made.queries, cache, progress=progress("embed queries")),
         biencoder.embed(model, made.texts, cache, progress=progress("embed passages")),
@@ -147,11 +128,11 @@ def _embed(dense: Path, made: Collection, cache: Path, progress: Told) -> tuple[
 
 
 def _names(given: list[str | None], letter: str) -> list[str]:
-    """The ids that came with the data; the others get a letter and their place."""
+    """The ids of the sources; missing ones become a letter and an index."""
     taken = {name for name in given if name is not None}
     while any(name.startswith(letter) for name in taken):
         letter += "_"
-    return [f"{letter}{place}" if name is None else name for place, name in enumerate(given)]
+    return [f"{letter}{index}" if name is None else name for index, name in enumerate(given)]
 
 
 def _write(out: Path, made: Collection, pools: Pools) -> None:
@@ -165,27 +146,27 @@ def _write(out: Path, made: Collection, pools: Pools) -> None:
             file.write(_line(record if origin is None else {**record, "made_from": doc_ids[origin]}))
     for split, held_out in ((TRAIN, False), (DEV, True)):
         lines = [
-            f"{query_ids[query]}\t{doc_ids[place]}\t{label}\n"
+            f"{query_ids[query]}\t{doc_ids[document]}\t{label}\n"
             for query, labels in enumerate(made.labels)
             if made.held_out[query] is held_out
-            for place, label in labels.items()
+            for document, label in labels.items()
         ]
         if lines:
             with replacing(out / "qrels" / f"{split}.tsv") as file:
                 file.write("".join(["query-id\tcorpus-id\tscore\n", *lines]).encode())
-    write_pools(out / CANDIDATES, query_ids, doc_ids, pools.bounds, pools.places, pools.scores, "bm25")
+    write_pools(out / CANDIDATES, query_ids, doc_ids, pools.bounds, pools.doc_index, pools.scores, "bm25")
 
 
 def _write_given(out: Path, made: Collection) -> None:
-    """The scores that came with the data, as those of a teacher, if they are there for all pool places."""
+    """Write the scores in the sources as a teacher's, if every pool entry has one."""
     if not made.scores:
         return
     folder = TrainingFolder.load(out)
-    asked = zip(folder.query_of.tolist(), folder.places.tolist(), strict=True)
-    values = np.array([made.scores.get(pair, np.nan) for pair in asked], dtype=np.float32)
+    pairs = zip(folder.query_index.tolist(), folder.doc_index.tolist(), strict=True)
+    values = np.array([made.scores.get(pair, np.nan) for pair in pairs], dtype=np.float32)
     absent = int(np.isnan(values).sum())
     if absent:
-        made.left_out["scores that came with the data, because other pool places have none"] = len(values) - absent
+        made.left_out["scores that came with the data, because other pool entries have none"] = len(values) - absent
     else:
         folder.write_scores(GIVEN, values, {"kind": "came with the data"})
 
@@ -202,6 +183,6 @@ def _counts(made: Collection, pools: Pools) -> dict[str, Any]:
         "queries_of_source": dict(Counter(made.sources)),
         "labels": sum(map(len, made.labels)),
         "held_out_queries": sum(made.held_out),
-        "pool_places": len(pools.places),
+        "pool_places": len(pools.doc_index),
         "pool_sizes": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
     }

@@ -1,12 +1,12 @@
-"""LOSSES: what a student's logits over lists of documents should be, one function a paper.
+"""LOSSES: training losses on lists of documents, one function per paper; and losses on a teacher's inner states.
 
-Every loss takes the logits of Q lists of K places and the :class:`Targets` of the same places, and is the mean over
-the lists that have what it needs: a loss on labels skips lists without labels, one on teacher scores lists without a
-teacher. Lists may be ragged: a place that holds no document weighs nothing and gets no gradient. If no list has what a
-loss needs, the loss is 0.
+Every list loss takes the logits (Q, K) of Q lists of up to K documents and the :class:`Targets` of the same positions.
+It is the mean over the lists that have what it needs: a loss on labels skips lists without labels, one on teacher
+scores lists without scores. Lists may be ragged: a position without a document has no weight and gets no gradient. If
+no list has what a loss needs, the loss is 0.
 
-Arithmetic is in float32 or better, whatever the logits come in. No loss squashes the logits: the student's scale is
-its own to learn.
+Arithmetic is in float32 or better, whatever the dtype of the logits. No loss squashes the logits, so the scale of the
+student's logits is learnt.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from torch import Tensor
 from turborank.errors import InputError, UnknownKeyError
 
 TEACHER, LABELS = "teacher", "labels"
-MU = 10.0  # weight of NDCG-Loss2 beside LambdaRank, as allRank and sentence-transformers have it
-_NOWHERE = -1e30  # the logit of a place that takes no part in a softmax; finite, so that gradients stay so
+MU = 10.0  # weight of NDCG-Loss2 relative to LambdaRank, as in allRank and sentence-transformers
+_MASKED = -1e30  # logit of a masked position in a softmax; finite, so that gradients are
 
 
 class Targets(NamedTuple):
-    """What is known about Q lists of K places.
+    """Supervision of Q lists of K positions.
 
-    ``trusted`` is False for unlabelled documents that are suspected to be relevant. Losses on labels take every other
-    unlabelled document for irrelevant and leave these out.
+    ``trusted`` is False for unlabelled documents suspected to be relevant. Losses on labels leave these out and treat
+    every other unlabelled document as irrelevant.
     """
 
-    teacher: Tensor | None  # (Q, K) float32 logits of the (fused) teacher; NaN where it has said nothing
-    labels: Tensor | None  # (Q, K) float32 graded relevance; -1 where nobody has judged
-    real: Tensor  # (Q, K) bool: this place holds a document
+    teacher: Tensor | None  # (Q, K) float32 logits of the (fused) teacher; NaN where there is no score
+    labels: Tensor | None  # (Q, K) float32 graded relevance; -1 without a judgement
+    real: Tensor  # (Q, K) bool: whether the position holds a document
     trusted: Tensor  # (Q, K) bool
 
 
-Loss = Callable[..., Tensor]  # (logits (Q, K), Targets, parameter) -> scalar
+LossFunction = Callable[..., Tensor]  # (logits (Q, K), Targets, parameter) -> scalar
 
 
 class LossRow(NamedTuple):
-    """One loss: the function, where it comes from, and what a list must have for it."""
+    """One loss: the function, its paper, and what a list must have."""
 
-    function: Loss
+    function: LossFunction
     paper: str
     needs: str  # "teacher" or "labels"
-    parameter: str | None = None  # what NAME@NUMBER sets
+    parameter: str | None = None  # the argument that NAME@NUMBER sets
 
 
 def _float(logits: Tensor) -> Tensor:
@@ -57,31 +57,31 @@ def _float(logits: Tensor) -> Tensor:
 
 
 def _mean(losses: Tensor, has: Tensor) -> Tensor:
-    """The mean of ``losses`` (Q,) over the lists that ``has`` (Q,); 0, with a gradient of 0, if there are none."""
+    """Mean of ``losses`` (Q,) over the lists where ``has`` (Q,) is True; 0, with zero gradient, if there are none."""
     return torch.where(has, losses, 0.0).sum() / has.sum().clamp(min=1)
 
 
 def _taught(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, teacher scores, places the teacher has scored), all (Q, K), with 0 at other places."""
+    """(logits, teacher scores, mask of scored positions), all (Q, K); values are 0 elsewhere."""
     teacher = torch.full_like(_float(logits), torch.nan) if targets.teacher is None else _float(targets.teacher)
-    places = targets.real & torch.isfinite(teacher)
-    return torch.where(places, _float(logits), 0.0), torch.where(places, teacher, 0.0), places
+    mask = targets.real & torch.isfinite(teacher)
+    return torch.where(mask, _float(logits), 0.0), torch.where(mask, teacher, 0.0), mask
 
 
 def _labelled(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, grades, places that count), all (Q, K), with 0 at other places.
+    """(logits, grades, mask of positions that count), all (Q, K); values are 0 elsewhere.
 
-    The places of a list without any label do not count.
+    No position of a list without labels counts.
     """
     labels = torch.full_like(_float(logits), -1.0) if targets.labels is None else _float(targets.labels)
     known = targets.real & (labels >= 0)
-    places = (known | (targets.real & targets.trusted)) & known.any(dim=1, keepdim=True)
-    return torch.where(places, _float(logits), 0.0), torch.where(known, labels, 0.0), places
+    mask = (known | (targets.real & targets.trusted)) & known.any(dim=1, keepdim=True)
+    return torch.where(mask, _float(logits), 0.0), torch.where(known, labels, 0.0), mask
 
 
-def _pairs(places: Tensor) -> Tensor:
-    """(Q, K) -> (Q, K, K): both places count."""
-    return places[:, :, None] & places[:, None, :]
+def _pairs(mask: Tensor) -> Tensor:
+    """(Q, K) -> (Q, K, K): whether both positions count."""
+    return mask[:, :, None] & mask[:, None, :]
 
 
 def _differences(x: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def _differences(x: Tensor) -> Tensor:
     return x[:, :, None] - x[:, None, :]
 
 
-def _log_softmax(x: Tensor, places: Tensor) -> Tensor:
-    return torch.log_softmax(x.masked_fill(~places, _NOWHERE), dim=1)
+def _log_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.log_softmax(x.masked_fill(~mask, _MASKED), dim=1)
 
 
 # ---------------------------------------------------------------- on teacher scores
@@ -99,14 +99,14 @@ def _log_softmax(x: Tensor, places: Tensor) -> Tensor:
 def margin_mse(logits: Tensor, targets: Targets) -> Tensor:
     """MarginMSE (arXiv 2010.02666): mean over pairs i < j of ((s_i - s_j) - (t_i - t_j))².
 
-    The paper pairs one positive with one negative; a teacher has an opinion of every pair, so here all count.
-    The pairs need not be formed: their mean is twice the unbiased variance of s - t over the list.
+    The paper pairs one positive with one negative; teacher scores order every pair, so all are used. Their mean is
+    computed as twice the unbiased variance of s - t over the list.
     """
-    s, t, places = _taught(logits, targets)
-    count = places.sum(dim=1)
+    s, t, mask = _taught(logits, targets)
+    count = mask.sum(dim=1)
     error = s - t
     centre = error.sum(dim=1, keepdim=True) / count[:, None].clamp(min=1)
-    spread = torch.where(places, error - centre, 0.0).square().sum(dim=1)
+    spread = torch.where(mask, error - centre, 0.0).square().sum(dim=1)
     return _mean(2.0 * spread / (count - 1).clamp(min=1), count > 1)
 
 
@@ -115,10 +115,10 @@ def kl(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:
 
     Knowledge distillation (arXiv 1503.02531), which also gives the T²; over lists of documents: arXiv 2110.07367.
     """
-    s, t, places = _taught(logits, targets)
-    wanted, given = _log_softmax(t / temperature, places), _log_softmax(s / temperature, places)
+    s, t, mask = _taught(logits, targets)
+    wanted, given = _log_softmax(t / temperature, mask), _log_softmax(s / temperature, mask)
     divergence = (wanted.exp() * (wanted - given)).sum(dim=1)
-    return _mean(temperature**2 * divergence, places.sum(dim=1) > 1)
+    return _mean(temperature**2 * divergence, mask.sum(dim=1) > 1)
 
 
 def ranknet(logits: Tensor, targets: Targets) -> Tensor:
@@ -126,30 +126,30 @@ def ranknet(logits: Tensor, targets: Targets) -> Tensor:
 
     The mean over pairs with t_i > t_j of log(1 + exp(s_j - s_i)).
     """
-    s, t, places = _taught(logits, targets)
-    above = _pairs(places) & (_differences(t) > 0)
+    s, t, mask = _taught(logits, targets)
+    above = _pairs(mask) & (_differences(t) > 0)
     costs = torch.where(above, F.softplus(-_differences(s)), 0.0).sum(dim=(1, 2))
     count = above.sum(dim=(1, 2))
     return _mean(costs / count.clamp(min=1), count > 0)
 
 
-def _ranks(x: Tensor, places: Tensor, above: Callable[[Tensor], Tensor]) -> Tensor:
+def _ranks(x: Tensor, mask: Tensor, above: Callable[[Tensor], Tensor]) -> Tensor:
     """1 + Σ_{j≠i} above(x_j - x_i) (Q, K): ranks from 1, exact or approximate."""
-    others = _pairs(places) & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    others = _pairs(mask) & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     return 1.0 + torch.where(others, above(-_differences(x)), 0.0).sum(dim=2)
 
 
 def adr_mse(logits: Tensor, targets: Targets, temperature: float = 1.0) -> Tensor:
-    """ADR-MSE, approximate discounted rank MSE (arXiv 2405.07920): mean over places of (π - π̂)² / log₂(π + 1).
+    """ADR-MSE, approximate discounted rank MSE (arXiv 2405.07920): mean over documents of (π - π̂)² / log₂(π + 1).
 
-    π is the teacher's rank (equal scores share the middle of their ranks), π̂_i = 1 + Σ_{j≠i} σ((s_j - s_i) / T) the
+    π is the teacher's rank (ties share their mean rank), π̂_i = 1 + Σ_{j≠i} σ((s_j - s_i) / T) the
     student's approximate one.
     """
-    s, t, places = _taught(logits, targets)
-    wanted = _ranks(t, places, lambda d: (d.sign() + 1.0) / 2.0)
-    given = _ranks(s, places, lambda d: torch.sigmoid(d / temperature))
-    errors = torch.where(places, (wanted - given).square() / torch.log2(wanted + 1.0), 0.0)
-    count = places.sum(dim=1)
+    s, t, mask = _taught(logits, targets)
+    wanted = _ranks(t, mask, lambda d: (d.sign() + 1.0) / 2.0)
+    given = _ranks(s, mask, lambda d: torch.sigmoid(d / temperature))
+    errors = torch.where(mask, (wanted - given).square() / torch.log2(wanted + 1.0), 0.0)
+    count = mask.sum(dim=1)
     return _mean(errors.sum(dim=1) / count.clamp(min=1), count > 1)
 
 
@@ -164,20 +164,20 @@ def lambda_loss(logits: Tensor, targets: Targets, mu: float = MU) -> Tensor:
     where G_i = (2^y_i - 1) / maxDCG, D_i = log₂(1 + rank of i by s), ρ_ij = |1/D_i - 1/D_j| and
     δ_ij = |1/D(|i-j|) - 1/D(|i-j| + 1)|, in which |i-j| is the distance of the two ranks. Ranks carry no gradient.
     """
-    s, y, places = _labelled(logits, targets)
+    s, y, mask = _labelled(logits, targets)
     k = s.shape[1]
     steps = torch.arange(1, k + 2, device=s.device, dtype=s.dtype)
     inverse = 1.0 / torch.log2(1.0 + steps)  # of ranks 1 … K + 1
-    order = torch.argsort(s.detach().masked_fill(~places, _NOWHERE), dim=1, descending=True, stable=True)
+    order = torch.argsort(s.detach().masked_fill(~mask, _MASKED), dim=1, descending=True, stable=True)
     rank = torch.argsort(order, dim=1)  # (Q, K) from 0
-    gain = torch.where(places, 2.0**y - 1.0, 0.0)
+    gain = torch.where(mask, 2.0**y - 1.0, 0.0)
     best = (gain.sort(dim=1, descending=True).values * inverse[:k]).sum(dim=1)  # (Q,) maxDCG
     gain = gain / torch.where(best > 0, best, 1.0)[:, None]
     rho = _differences(inverse[rank]).abs()
     apart = _differences(rank).abs().clamp(min=1)
     delta = inverse[apart - 1] - inverse[apart]
     weight = (rho + mu * delta) * _differences(gain).abs()
-    above = _pairs(places) & (_differences(y) > 0)
+    above = _pairs(mask) & (_differences(y) > 0)
     cost = F.softplus(-_differences(s)) / torch.log(torch.tensor(2.0, dtype=s.dtype, device=s.device))
     return _mean(torch.where(above, weight * cost, 0.0).sum(dim=(1, 2)), above.any(dim=2).any(dim=1))
 
@@ -185,12 +185,12 @@ def lambda_loss(logits: Tensor, targets: Targets, mu: float = MU) -> Tensor:
 def infonce(logits: Tensor, targets: Targets) -> Tensor:
     """InfoNCE (arXiv 1807.03748): -log of a positive's share of exp(s) among itself and the negatives.
 
-    The mean over the list's positives (grade above 0); positives do not compete with one another. Negatives are the
-    judged and the trusted unjudged rest. A list without both has nothing to say.
+    The mean over the list's positives (grade above 0); positives are not contrasted with one another. Negatives are the
+    other judged and trusted documents. A list without both is skipped.
     """
-    s, y, places = _labelled(logits, targets)
-    positive, negative = places & (y > 0), places & (y == 0)
-    against = torch.logsumexp(s.masked_fill(~negative, _NOWHERE), dim=1, keepdim=True)  # (Q, 1)
+    s, y, mask = _labelled(logits, targets)
+    positive, negative = mask & (y > 0), mask & (y == 0)
+    against = torch.logsumexp(s.masked_fill(~negative, _MASKED), dim=1, keepdim=True)  # (Q, 1)
     costs = torch.where(positive, F.softplus(against - s), 0.0).sum(dim=1)
     count = positive.sum(dim=1)
     return _mean(costs / count.clamp(min=1), (count > 0) & negative.any(dim=1))
@@ -199,23 +199,23 @@ def infonce(logits: Tensor, targets: Targets) -> Tensor:
 def softmax(logits: Tensor, targets: Targets) -> Tensor:
     """Softmax cross entropy of a list (ListNet, Cao et al., ICML 2007; for rerankers: arXiv 2210.10634).
 
-    -Σ_i p_i·log softmax(s)_i, where the grades divided by their sum are p.
+    -Σ_i p_i·log softmax(s)_i, where p_i are the grades divided by their sum.
     """
-    s, y, places = _labelled(logits, targets)
-    total = torch.where(places, y, 0.0).sum(dim=1)
-    share = torch.where(places, y, 0.0) / torch.where(total > 0, total, 1.0)[:, None]
-    return _mean(-(share * _log_softmax(s, places)).sum(dim=1), total > 0)
+    s, y, mask = _labelled(logits, targets)
+    total = torch.where(mask, y, 0.0).sum(dim=1)
+    share = torch.where(mask, y, 0.0) / torch.where(total > 0, total, 1.0)[:, None]
+    return _mean(-(share * _log_softmax(s, mask)).sum(dim=1), total > 0)
 
 
 def bce(logits: Tensor, targets: Targets) -> Tensor:
-    """Binary cross entropy of each place (monoBERT, arXiv 1901.04085): relevant is a grade above 0.
+    """Binary cross entropy of each document (monoBERT, arXiv 1901.04085): relevant is a grade above 0.
 
-    The mean over a list's places.
+    The mean over a list's documents.
     """
-    s, y, places = _labelled(logits, targets)
+    s, y, mask = _labelled(logits, targets)
     costs = F.binary_cross_entropy_with_logits(s, (y > 0).to(s.dtype), reduction="none")
-    count = places.sum(dim=1)
-    return _mean(torch.where(places, costs, 0.0).sum(dim=1) / count.clamp(min=1), count > 0)
+    count = mask.sum(dim=1)
+    return _mean(torch.where(mask, costs, 0.0).sum(dim=1) / count.clamp(min=1), count > 0)
 
 
 LOSSES: dict[str, LossRow] = {
@@ -236,7 +236,7 @@ LOSSES: dict[str, LossRow] = {
 class Part(NamedTuple):
     """One loss of a mix."""
 
-    name: str  # as it was written: "kl", "kl@2"
+    name: str  # as written: "kl", "kl@2"
     row: LossRow
     weight: float
     parameter: float | None
@@ -249,11 +249,11 @@ class Mix(NamedTuple):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the data must have somewhere: "teacher", "labels" or both."""
+        """What training data must have: "teacher", "labels" or both."""
         return frozenset(part.row.needs for part in self.parts)
 
     def __call__(self, logits: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum, and each loss by name before it is weighted."""
+        """The weighted sum, and each unweighted loss by name."""
         values = torch.stack([_value(part, logits, targets) for part in self.parts])
         weights = torch.tensor([part.weight for part in self.parts], dtype=values.dtype, device=values.device)
         names = (part.name for part in self.parts)
@@ -267,9 +267,9 @@ def _value(part: Part, logits: Tensor, targets: Targets) -> Tensor:
 
 
 def mix(spec: str) -> Mix:
-    """Losses as written on the command line: NAME[@PARAMETER][:WEIGHT], separated by commas; "kl@2:1,infonce:0.5".
+    """Parse NAME[@PARAMETER][:WEIGHT], separated by commas, as in "kl@2:1,infonce:0.5".
 
-    Raises UnknownKeyError for a name that is not in LOSSES, and InputError for anything else that cannot be read.
+    Raises UnknownKeyError for a name that is not in LOSSES, InputError for anything else malformed.
     """
     parts = tuple(_part(text.strip(), spec) for text in spec.split(","))
     doubles = {part.name for part in parts if [other.name for other in parts].count(part.name) > 1}
@@ -304,17 +304,15 @@ def _number(text: str, what: str, spec: str) -> float:
     return value
 
 
-# What a student may learn from inside its teacher, besides scores: hidden states and relations of attention.
-#
-# Plain functions on tensors of packed batches, which teacher and student must share: the same tokens in the same
-# places.
+# Losses on a teacher's hidden states and attention relations.
+# Teacher and student must read the same packed batch: the same tokens at the same positions.
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
-    """Which state of the teacher each state of the student follows, evenly spread (TinyBERT, arXiv 1909.10351).
+    """(student state, teacher state) pairs, evenly spread (TinyBERT, arXiv 1909.10351).
 
-    States are numbered as a forward's ``trace`` holds them: 0 is the embeddings, l the output of layer l. The last
-    follows the last.
+    States are numbered as in a forward's ``trace``: 0 is the embeddings, l the output of layer l. The last state is
+    paired with the last.
     """
     if not 1 <= student_layers <= teacher_layers:
         raise InputError(f"expected a student of 1 to {teacher_layers} layers, got {student_layers}")
@@ -322,9 +320,9 @@ def layer_map(student_layers: int, teacher_layers: int) -> tuple[tuple[int, int]
 
 
 def projection(student_size: int, teacher_size: int, seed: int = 0) -> Tensor:
-    """A matrix (C of the teacher, C of the student) to be learnt beside the student, which takes its states to theirs.
+    """A matrix (C of the teacher, C of the student), trained with the student, from student to teacher states.
 
-    Random rows of length near 1, so that a projected state starts as large as the state.
+    Normal with variance 1/C, so that projecting a state preserves its scale.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(teacher_size, student_size, generator=generator) / math.sqrt(student_size)
@@ -338,12 +336,11 @@ def hidden_states(
 ) -> Tensor:
     """Mean over ``layers`` of the squared error of states (T, C), divided by the target's variance; a scalar.
 
-    The variance is that about each feature's mean over the batch's tokens, so 1 is what a student reaches that knows
-    nothing but those means, whatever the size of a layer's activations (layer-wise distillation: arXiv 1910.01108,
-    1909.10351). ``projections`` has a matrix or None for each of ``layers``; see :func:`projection`. The teacher's
-    states get no gradient.
+    The variance is about each feature's mean over the batch's tokens, so that predicting these means gives 1 whatever
+    the scale of a layer (layer-wise distillation: arXiv 1910.01108, arXiv 1909.10351). ``projections`` has a matrix
+    (see :func:`projection`) or None for each of ``layers``. The teacher's states get no gradient.
 
-    Raises InputError where shapes differ, say because a forward computed its last layer for first tokens only.
+    Raises InputError where shapes differ, for example where a forward computed its last layer for first tokens only.
     """
     matrices = projections or [None] * len(layers)
     errors = []
@@ -368,13 +365,14 @@ def _relation(x: Tensor, heads: int) -> Tensor:
 
 
 def relations(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, heads: int) -> Tensor:
-    """One relation's part of MiniLMv2 (arXiv 2012.15828): KL from the teacher's relations to the student's.
+    """One relation loss of MiniLMv2 (arXiv 2012.15828): KL(teacher ‖ student), the mean over tokens and heads.
 
-    ``student`` (T, C) and ``teacher`` (T, C'), of sizes that ``heads`` divides, are the queries (or the keys, or the
-    values) of one layer. Each is cut into ``heads`` relation heads, however many attention heads its model has; within
-    a pair, token i's relation is the softmax over j of x_i·x_j / √(head size). The mean over tokens and heads.
+    ``student`` (T, C) and ``teacher`` (T, C') are the queries (or the keys, or the values) of one layer, split into
+    ``heads`` relation heads, independently of the attention heads. Within a pair, the relation of token i is the
+    softmax over j of x_i·x_j / √(head size).
 
-    A pair of n tokens takes memory of heads·n² for the backward pass.
+    The backward pass takes heads·n² floats for a pair of n tokens. Raises InputError where ``heads`` does not divide a
+    size.
     """
     for whose, x in (("student", student), ("teacher", teacher)):
         if x.shape[1] % heads:
@@ -388,7 +386,7 @@ def relations(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, heads: int) 
 
 
 def attention_relations(student: Sequence[Tensor], teacher: Sequence[Tensor], cu_seqlens: Tensor, heads: int) -> Tensor:
-    """MiniLMv2's loss: the sum of :func:`relations` over (queries, keys, values), as the paper weighs them alike."""
+    """The loss of MiniLMv2: the sum of :func:`relations` over (queries, keys, values), equally weighted."""
     return torch.stack(
         [relations(ours, theirs, cu_seqlens, heads) for ours, theirs in zip(student, teacher, strict=True)]
     ).sum()

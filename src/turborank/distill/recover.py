@@ -1,12 +1,12 @@
-"""Recovery: an ALiBi student is taught, layer by layer, the hidden states of the BERT it was made from.
+"""Recovery: an ALiBi student learns, layer by layer, the hidden states of the BERT it was made from.
 
-The student reads a pair, `[CLS] q [SEP] d [SEP]`; the source reads q and d apart, each on its own. The target of each
-of the student's tokens, after each layer, is the source's state of the same token. So positions, segments and the pair
-template are learnt in one stage, from plain text without a label, and a student with the cosine head starts ranking
-where the bi-encoder stands. Loss: mean over layers of MSE / variance (FitNets, arXiv 1412.6550, on every layer), plus
+The student reads a pair, `[CLS] q [SEP] d [SEP]`; the source reads q and d separately. The target of each of the
+student's tokens, after each layer, is the source's state of the same token. Positions, segments and the pair template
+are thus learnt in one stage, from text without labels, and a student with the cosine head starts with the bi-encoder's
+ranking. The loss is the mean over layers of MSE / variance (FitNets, arXiv 1412.6550, on every layer), plus
 2·(1 - cosine of the pooled segments).
 
-Documents longer than the source can read are shown to it in windows; the student reads them whole.
+The source reads documents that exceed its length in windows; the student reads them whole.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ IdPair = tuple[Sequence[int], Sequence[int]]  # token ids of query and document,
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a step reads."""
+class ReadingOptions:
+    """What a step reads. Raises InputError for long steps without lengths."""
 
-    budget: int = 4096  # tokens of a step
+    budget: int = 4096  # tokens per step
     query_tokens: int = 96
     document_tokens: int = 400
-    long_every: int = 12  # every so many steps one stretch of a long document; 0: never
+    long_every: int = 12  # every n-th step reads one part of a long document; 0: none
     long_tokens: tuple[int, ...] = (1024, 2048, 4096)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Reading:
 
 
 class Texts:
-    """Token ids of queries, passages and long documents, and batches drawn from them by the step's number."""
+    """Token ids of queries, passages and long documents, and batches sampled from them by step number."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Texts:
         queries: Sequence[str],
         passages: Sequence[str],
         long: Sequence[str],
-        reading: Reading,
+        reading: ReadingOptions,
         seed: int,
     ) -> None:
         self.reading, self.seed = reading, seed
@@ -63,7 +63,7 @@ class Texts:
         self.long = source.token_ids(long, 10**6)
 
     def batch(self, step: int, rank: int = 0) -> list[IdPair]:
-        """(query, document) ids of about ``budget`` tokens."""
+        """(query, document) token ids of about ``budget`` tokens."""
         rng = np.random.default_rng((self.seed, step, rank))
         every = self.reading.long_every
         if self.long and every and step % every == every - 1:
@@ -83,7 +83,7 @@ class Texts:
         return self.queries[rng.integers(len(self.queries))]
 
     def _pair(self, rng: np.random.Generator) -> IdPair:
-        """A query with a passage, or a stretch of one passage (of the same one, half the time) as the query."""
+        """A passage, and a random query or a part of a passage (half the time of the same one)."""
         document = self.passages[rng.integers(len(self.passages))]
         if self.queries and rng.random() < 0.6:
             return self._query(rng), document
@@ -92,8 +92,8 @@ class Texts:
         return source[first : first + int(rng.integers(5, self.reading.query_tokens))], document
 
 
-def _joint(source: BiEncoder, pairs: Sequence[IdPair]) -> tuple[PackedBatch, list[Sequence[int]], Tensor]:
-    """The student's batch; the texts the source reads; each of the student's tokens' row among the source's tokens."""
+def joint_batch(source: BiEncoder, pairs: Sequence[IdPair]) -> tuple[PackedBatch, list[Sequence[int]], Tensor]:
+    """The student's batch (T tokens); the texts the source reads; (T,) rows of the tokens in its states."""
     room = source.max_tokens - 2
     ids: list[int] = []
     types: list[int] = []
@@ -123,7 +123,7 @@ def _int32(values: Sequence[int]) -> Int32:
 
 
 def check(student: ModelConfig, source: ModelConfig) -> None:
-    """Raises InputError for a student that cannot learn this source's hidden states."""
+    """Raises InputError for a student whose positions, width or vocabulary do not match the source."""
     have, wanted = ((config.hidden_size, config.vocab_size) for config in (student, source))
     if not student.slopes or have != wanted:
         kind = "ALiBi" if student.slopes else f"{student.architecture} without ALiBi"
@@ -134,22 +134,22 @@ def check(student: ModelConfig, source: ModelConfig) -> None:
         )
 
 
-class Recovery:
-    """A loss for :meth:`turborank.distill.trainer.Run.train`."""
+class RecoveryLoss:
+    """The loss of recovery. ``layers[l]`` is the source's layer that the student's layer l learns from."""
 
     def __init__(
         self, source: BiEncoder, texts: Texts, *, layers: Sequence[int], dtype: torch.dtype, rank: int = 0
     ) -> None:
         self.source, self.texts, self.rank = source, texts, rank
-        self.layers = list(layers)  # the source's layer behind each of the student's
+        self.layers = list(layers)  # (L,) the source's layer of each of the student's
         self.weights = {name: w.to(dtype) for name, w in source.weights.items()}
 
     def __call__(self, model: Model, step: int) -> Loss:
         return self.loss(model, self.texts.batch(step, self.rank))
 
     def loss(self, model: Model, pairs: Sequence[IdPair]) -> Loss:
-        """MSE / variance by layer, and 1 - cosine of the pooled segments, of given pairs."""
-        packed, texts, rows = _joint(self.source, pairs)
+        """Mean MSE / variance over layers, plus 2·(1 - cosine of the pooled segments), of given pairs."""
+        packed, texts, rows = joint_batch(self.source, pairs)
         wanted = self.source.layers(self.source.pack(texts), self.weights)
         batch = tensors(packed)
         trace: list[Tensor] = []
@@ -165,5 +165,5 @@ class Recovery:
         pooled = 1 - torch.cat([F.cosine_similarity(have_q, want_q), F.cosine_similarity(have_d, want_d)]).mean()
         hidden = torch.stack(layers).mean()
         parts = {"hidden": hidden.item(), "last_layer": layers[-1].item(), "pooled": pooled.item()}
-        # Many processes wait for a gradient of every parameter, the head's too: it is zero.
+        # Distributed training waits for a gradient of every parameter; the head's is zero.
         return Loss(hidden + 2 * pooled + 0 * logits.sum(), parts, packed.tokens)

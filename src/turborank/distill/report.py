@@ -1,8 +1,8 @@
-"""A training run as one page: curves of losses, measures, learning rate, speed and scale; nothing fetched.
+"""The report of a training run: one self-contained HTML page with its losses, measures, learning rate and speed.
 
-Read from the run's folder: ``curve.jsonl``, one row a step, and ``manifest.json`` where there is one. Every row has
-``step`` and ``tokens``. Of the rest, BOOKKEEPING is known by name, measures are nDCG and whatever only some rows have
-(there is not an evaluation at every step), and everything else is a loss. The page can be written while a run goes on.
+Read from the run's folder: ``curve.jsonl`` (a row per step) and, where present, ``manifest.json``. Every row has
+``step`` and ``tokens``. Of the other columns, those in BOOKKEEPING are known by name; nDCG and columns that only some
+rows have are measures (not every step is evaluated); the rest are losses. A report can be written during a run.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from turborank.data.files import read_manifest, write_text
 from turborank.errors import InputError
 from turborank.evaluate.html import ABOVE, SERIES, colour, figure, labelled, table
 
 CURVE, MANIFEST, PAGE = "curve.jsonl", "manifest.json", "report.html"
 BOOKKEEPING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "log_scale")
-POINTS = 200  # of a line; longer runs are averaged into as many
-PLAIN = "{x:,.6g}"  # of the numbers at an axis
+POINTS = 200  # per line; longer runs are averaged to this many
+PLAIN = "{x:,.6g}"  # number format of axes
 FOOTER = (
-    "Measures at a step are taken by the serving engine on the model as it would be saved then. Lines of losses, "
-    "gradients and speed are means of neighbouring steps, and the bands around them reach from the least to the most."
+    "Measures are computed by the serving engine on the model saved at that step. Lines of losses, gradients and speed "
+    "are means of neighbouring steps; the bands around them show minimum and maximum."
 )
 Floats = npt.NDArray[np.float64]
 
 
 class Curve(NamedTuple):
-    """The columns of ``curve.jsonl``; NaN where a row says nothing."""
+    """The columns of ``curve.jsonl``, (steps,) each; NaN where a row has no value."""
 
     columns: Mapping[str, Floats]
     losses: tuple[str, ...]
@@ -44,13 +45,13 @@ class Curve(NamedTuple):
         return self.columns["step"]
 
     def seconds(self) -> float:
-        """Time spent in steps: tokens over tokens a second."""
+        """Time spent in steps, from tokens and tokens per second."""
         tokens = np.diff(self.columns["tokens"], prepend=0.0)
         return float(np.nansum(tokens / self.columns["tokens_per_s"])) if "tokens_per_s" in self.columns else math.nan
 
 
 def read_curve(path: Path) -> Curve:
-    """The curve in a file. Raises InputError, naming the line, for what is no such file."""
+    """Read a curve. Raises InputError, with file and line, for a missing, empty or malformed file."""
     if not path.is_file():
         raise InputError(f"expected a training run's {CURVE}, got no such file at {path}")
     rows = [
@@ -80,26 +81,14 @@ def _row(line: str, number: int, path: Path) -> dict[str, float]:
 
 
 def write_report(run: Path, target: Path | None = None) -> Path:
-    """Write a run's report (``report.html`` in its folder unless told otherwise); its path.
+    """Write the report of a run to ``target`` (default: ``report.html`` in its folder); its path.
 
     Raises InputError where the folder's curve or manifest cannot be read.
     """
     curve = read_curve(run / CURVE)
     page = target or run / PAGE
-    page.write_text(render(curve, _manifest(run / MANIFEST), run.resolve().name), encoding="utf-8")
+    write_text(page, render(curve, read_manifest(run / MANIFEST, {}) or {}, run.resolve().name))
     return page
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"expected JSON, got none ({error}) at {path}") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
-    return manifest
 
 
 # ---------------------------------------------------------------- the page
@@ -148,7 +137,7 @@ def _duration(seconds: float) -> str:
 
 
 def _evaluations(curve: Curve) -> str:
-    """First, best and last evaluation; all of them folded away."""
+    """A table of the first, best and last evaluation, and a folded one of all."""
     if not curve.measures:
         return '<p class="remark">Not evaluated yet: no row of the curve has a measure.</p>'
     main = curve.columns[curve.measures[0]]
@@ -168,8 +157,8 @@ def _evaluations(curve: Curve) -> str:
 
 def _evaluation(curve: Curve, row: int, name: str, best: int) -> str:
     values = "".join(
-        f'<td class="{"best" if row == best and not place else ""}">{_number(curve.columns[measure][row])}</td>'
-        for place, measure in enumerate(curve.measures)
+        f'<td class="{"best" if row == best and not index else ""}">{_number(curve.columns[measure][row])}</td>'
+        for index, measure in enumerate(curve.measures)
     )
     tokens = f"{curve.columns['tokens'][row]:,.0f}"
     return f"<tr><td>{name}</td><td>{curve.steps[row]:,.0f}</td><td>{tokens}</td>{values}</tr>"
@@ -179,11 +168,11 @@ def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4f}"
 
 
-# ---------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------- figures
 
 
-class Line(NamedTuple):
-    """A column thinned to at most POINTS: means over runs of neighbouring steps, with the least and the most."""
+class PlotLine(NamedTuple):
+    """A column reduced to at most POINTS points: mean, minimum and maximum of neighbouring steps."""
 
     steps: Floats
     mean: Floats
@@ -191,13 +180,13 @@ class Line(NamedTuple):
     high: Floats
 
 
-def thin(steps: Floats, values: Floats) -> Line:
-    """A line of at most POINTS points; NaNs and infinities of ``values`` are left out."""
+def thin(steps: Floats, values: Floats) -> PlotLine:
+    """Reduce a column to at most POINTS points; NaN and infinities are left out."""
     known = np.isfinite(values)
     steps, values = steps[known], values[known]
     parts = np.array_split(np.arange(len(steps)), min(POINTS, max(1, len(steps))))
     chosen = [part for part in parts if part.size]
-    return Line(
+    return PlotLine(
         np.asarray([steps[part[-1]] for part in chosen]),
         np.asarray([values[part].mean() for part in chosen]),
         np.asarray([values[part].min() for part in chosen]),
@@ -206,7 +195,7 @@ def thin(steps: Floats, values: Floats) -> Line:
 
 
 def _figures(curve: Curve, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
-    """(title, caption, SVG, whether it takes the whole width) of every picture there is something for."""
+    """(title, caption, SVG, whether it takes the full width) of every figure with data."""
     has = curve.columns
     if curve.measures:
         caption = "Measured by the serving engine on the held-out queries."
@@ -223,14 +212,14 @@ def _figures(curve: Curve, manifest: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "Speed", "Of forward, backward and update.", _lines(curve, ["tokens_per_s"], "tokens a second"), False
     if "log_scale" in has:
         grown = Curve({**has, "scale": np.exp(has["log_scale"])}, (), ())
-        yield "Logit scale", "Learnt; the factor on all logits.", _lines(grown, ["scale"], "factor"), False
+        yield "Logit scale", "The learnt factor of all logits.", _lines(grown, ["scale"], "factor"), False
 
 
 def _lines(curve: Curve, names: Sequence[str], what: str) -> str:
     with figure(1, 2.7, f"training-{what}") as (_, (axis,), svg):
         lines = {name: thin(curve.steps, curve.columns[name]) for name in names}
-        for place, (name, line) in enumerate(lines.items(), 1):
-            ink = colour(1 + (place - 1) % (SERIES - 1))
+        for index, (name, line) in enumerate(lines.items(), 1):
+            ink = colour(1 + (index - 1) % (SERIES - 1))
             axis.fill_between(line.steps, line.low, line.high, color=ink, alpha=0.16, linewidth=0)
             axis.plot(line.steps, line.mean, color=ink, linewidth=1.6, label=name)
         drawn = np.concatenate([line.mean for line in lines.values()])
@@ -246,13 +235,13 @@ def _lines(curve: Curve, names: Sequence[str], what: str) -> str:
 
 
 def _measures(curve: Curve, baselines: Mapping[str, Mapping[str, float]]) -> str:
-    """Measures at evaluations, the best of the first one marked; ``baselines`` {system: {measure: value}} dashed."""
+    """Measures by evaluation, the best marked; ``baselines`` {system: {measure: value}} as dashed lines."""
     tokens = curve.columns["tokens"]
     with figure(1, 3.0, "training-measures", width=9.6) as (_, (axis,), svg):
-        for place, name in enumerate(curve.measures):
+        for index, name in enumerate(curve.measures):
             values = curve.columns[name]
             known = np.flatnonzero(~np.isnan(values))
-            ink = colour(1 + place % (SERIES - 1))
+            ink = colour(1 + index % (SERIES - 1))
             axis.plot(curve.steps[known], values[known], color=ink, linewidth=2, marker="o", markersize=3.5, label=name)
             best = known[np.argmax(values[known])]
             axis.annotate(
@@ -260,9 +249,9 @@ def _measures(curve: Curve, baselines: Mapping[str, Mapping[str, float]]) -> str
                 ha="center", fontsize=8.5, color=ink,
             )  # fmt: skip
         for system, known_values in baselines.items():
-            for place, name in enumerate(curve.measures):
+            for index, name in enumerate(curve.measures):
                 if name in known_values:
-                    ink = colour(1 + place % (SERIES - 1))
+                    ink = colour(1 + index % (SERIES - 1))
                     axis.axhline(known_values[name], color=ink, linewidth=1.3, linestyle=(0, (4, 3)))
                     axis.annotate(
                         f"{system} {known_values[name]:.4f}", (1, known_values[name]), va="center", fontsize=8.5,
@@ -279,6 +268,6 @@ def _measures(curve: Curve, baselines: Mapping[str, Mapping[str, float]]) -> str
 
 
 def _short(count: float) -> str:
-    """A number of tokens in four characters or so."""
+    """A number of tokens with an SI prefix."""
     power = max(0, min(3, int(math.log10(max(1.0, count)) // 3)))
     return f"{count / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}"

@@ -1,7 +1,7 @@
-"""What teachers have said, on disk: nothing is computed, or paid for, twice.
+"""Persistent SQLite cache of teacher scores, so that no score is computed, or paid for, twice.
 
-A score is kept under the hash of its query, its document and everything about the teacher it depends on, in one SQLite
-file that many folders and processes may share.
+The key of a score is a hash of its query, its document and everything about the teacher that it depends on. One file
+may serve several folders and processes. The cache of a serving reranker is :mod:`turborank.score_cache`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from turborank.errors import InputError
 from turborank.types import Float32
 
 FILE = "scores.sqlite3"
-PATIENCE = 60.0  # seconds to wait for another process that writes
-ASKED_AT_ONCE = 500  # SQLite takes 999 parameters everywhere
+LOCK_TIMEOUT = 60.0  # seconds to wait for the lock of another process
+MAX_PARAMETERS = 500  # per statement; every build of SQLite takes 999
 
 
 def key(revision: str, query: str, document: str) -> bytes:
-    """16 bytes for one score. Lengths are hashed, too, so that no two triples run together."""
+    """The 16-byte key of a score. Lengths are hashed, too, so that different triples never give equal input."""
     digest = hashlib.blake2b(digest_size=16)
     for text in (revision, query, document):
         raw = text.encode("utf-8", "surrogatepass")
@@ -32,25 +32,24 @@ def key(revision: str, query: str, document: str) -> bytes:
     return digest.digest()
 
 
-class ScoreCache:
-    """Scores by key. float32 values come back to the bit."""
+class TeacherScoreCache:
+    """Scores by key; float32 values are returned bit for bit."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
         self._path = path
 
     def get(self, keys: Sequence[bytes]) -> Float32:
-        """The score of every key; NaN where there is none."""
+        """(K,) the score of every key; NaN where there is none."""
         known: dict[bytes, float] = {}
-        for start in range(0, len(keys), ASKED_AT_ONCE):
-            part = keys[start : start + ASKED_AT_ONCE]
-            marks = ",".join("?" * len(part))
-            # the marks are question marks, and nothing else
+        for start in range(0, len(keys), MAX_PARAMETERS):
+            part = keys[start : start + MAX_PARAMETERS]
+            marks = ",".join("?" * len(part))  # only placeholders
             known.update(self._connection.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", part))
         return np.array([known.get(one, np.nan) for one in keys], dtype=np.float32)
 
     def put(self, keys: Sequence[bytes], scores: Float32) -> None:
-        """Keep scores; on disk when this returns."""
+        """Store scores (K,), durably and all or none. Raises InputError where the file cannot be written."""
         with self._faults(), self._connection:
             self._connection.executemany(
                 "INSERT OR REPLACE INTO scores VALUES (?, ?)", zip(keys, scores.tolist(), strict=True)
@@ -69,25 +68,25 @@ def _faults(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise InputError(
             f"expected to keep scores at {path}, got {error}",
-            hint="make room, or choose another --cache; what was kept stays",
+            hint="make room, or choose another --cache; stored scores remain",
         ) from error
 
 
 @contextlib.contextmanager
-def open_cache(folder: Path) -> Iterator[ScoreCache]:
-    """The cache in a folder, made if there is none. Raises InputError where it cannot be read or written."""
+def open_cache(folder: Path) -> Iterator[TeacherScoreCache]:
+    """The cache in a folder, created if missing. Raises InputError where it cannot be read or written."""
     path = folder / FILE
     with _faults(path):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"expected a folder for the cache, got {error.strerror} at {folder}") from error
-        connection = sqlite3.connect(path, timeout=PATIENCE)
+        connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT)
     try:
         with _faults(path):
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
-        yield ScoreCache(connection, path)
+        yield TeacherScoreCache(connection, path)
     finally:
         connection.close()

@@ -1,4 +1,4 @@
-"""Teachers that are asked about one query and some documents at a time, and everything they say is kept."""
+"""Scoring a training folder with a teacher, through the score cache; and the suspected false negatives this reveals."""
 
 from __future__ import annotations
 
@@ -10,101 +10,100 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from turborank.data.download import Told
 from turborank.data.files import replacing
 from turborank.distill.folder import UNKNOWN, TrainingFolder
-from turborank.distill.score_cache import ScoreCache, key, open_cache
+from turborank.distill.score_cache import TeacherScoreCache, key, open_cache
 from turborank.errors import EngineError
-from turborank.types import Float32
+from turborank.types import Float32, StartProgress
 
 
 class Question(NamedTuple):
-    """What a teacher is asked at once."""
+    """A query with K documents to score."""
 
     query: str
     documents: tuple[str, ...]
-    places: npt.NDArray[np.int64]  # where the answers go; the teacher's only to carry
+    entries: npt.NDArray[np.int64]  # (K,) which distinct pairs these are; teachers only pass them on
     keys: tuple[bytes, ...]
 
 
 class PairTeacher(Protocol):
-    """Answers questions of at most ``at_once`` documents, in any order, each as soon as it is known.
+    """Scores questions of at most ``max_documents`` documents; yields (question, scores (K,)) in any order.
 
-    ``about`` holds everything a score depends on: it is the teacher's identity in the cache.
+    ``about`` holds everything a score depends on. It identifies the teacher in the cache.
     """
 
-    at_once: int
+    max_documents: int
 
     def about(self) -> dict[str, Any]: ...
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Float32]]: ...
 
 
-def score_pairs(teacher: PairTeacher, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
-    """(N,) the scores of all pool places: those in the cache, and the teacher's answers about the others.
+def score_pairs(teacher: PairTeacher, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
+    """(N,) scores of all pool entries: from the cache, or from the teacher.
 
-    Answers are in the cache before the next is waited for, so a kill costs what is under way and no more. Equal pairs
-    are asked about once. Raises EngineError for an answer that is no score.
+    Every answer is cached before the next one is awaited, so an interruption loses only questions under way. Equal
+    pairs are scored once. Raises EngineError for an answer that is not one finite score per document.
     """
     revision = json.dumps(teacher.about(), sort_keys=True, ensure_ascii=False)
     first, which = _different_pairs(folder)
     scores = np.full(len(first), np.nan, dtype=np.float32)
-    step = told("ask the teacher")
+    step = progress("ask the teacher")
     done = 0
-    with open_cache(cache) as kept:
-        questions = _questions(folder, first, scores, kept, revision, teacher.at_once)
+    with open_cache(cache) as stored:
+        questions = _questions(folder, first, scores, stored, revision, teacher.max_documents)
         for question, answer in teacher.answer(questions):
-            if answer.shape != question.places.shape or not np.isfinite(answer).all():
+            if answer.shape != question.entries.shape or not np.isfinite(answer).all():
                 got = f"{answer.tolist()!r:.80} for {question.query!r:.80}"
-                raise EngineError(f"expected {len(question.places)} finite scores, got {got}")
-            kept.put(question.keys, answer)
-            scores[question.places] = answer
-            done = max(done, int(question.places[-1]) + 1)
+                raise EngineError(f"expected {len(question.entries)} finite scores, got {got}")
+            stored.put(question.keys, answer)
+            scores[question.entries] = answer
+            done = max(done, int(question.entries[-1]) + 1)
             step(done, len(scores))
     step(len(scores), len(scores))
     return scores[which]
 
 
 def _different_pairs(folder: TrainingFolder) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pool places of the first occurrence of each pair of texts; and for every pool place, which of those it is."""
-    queries, documents = _first_places(folder.queries), _first_places(folder.texts)
-    pairs = queries[folder.query_of] * len(documents) + documents[folder.places]
+    """Distinct pairs of texts: (M,) first pool entry of each, in folder order; and (N,) each entry's pair."""
+    queries, documents = _first_index(folder.queries), _first_index(folder.texts)
+    pairs = queries[folder.query_index] * len(documents) + documents[folder.doc_index]
     _, first, which = np.unique(pairs, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")  # asked in the order of the folder
+    order = np.argsort(first, kind="stable")  # in folder order
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return first[order], rank[which.reshape(-1)]
 
 
-def _first_places(texts: list[str]) -> npt.NDArray[np.int64]:
+def _first_index(texts: list[str]) -> npt.NDArray[np.int64]:
     known: dict[str, int] = {}
-    return np.array([known.setdefault(text, place) for place, text in enumerate(texts)], dtype=np.int64)
+    return np.array([known.setdefault(text, index) for index, text in enumerate(texts)], dtype=np.int64)
 
 
 def _questions(
     folder: TrainingFolder,
     first: npt.NDArray[np.int64],
     scores: Float32,
-    kept: ScoreCache,
+    stored: TeacherScoreCache,
     revision: str,
-    at_once: int,
+    max_documents: int,
 ) -> Iterator[Question]:
-    """Questions about pairs that are not in the cache; the scores of the others are filled in on the way."""
-    query_of = folder.query_of[first]
-    bounds = np.flatnonzero(np.diff(query_of, prepend=-1)) if len(first) else np.zeros(0, dtype=np.int64)
+    """Questions for pairs missing in the cache; fills in ``scores`` of the cached ones as it goes."""
+    query_index = folder.query_index[first]
+    bounds = np.flatnonzero(np.diff(query_index, prepend=-1)) if len(first) else np.zeros(0, dtype=np.int64)
     for start, end in zip(bounds, [*bounds[1:], len(first)], strict=True):
-        query = folder.queries[query_of[start]]
-        texts = [folder.texts[place] for place in folder.places[first[start:end]]]
+        query = folder.queries[query_index[start]]
+        texts = [folder.texts[document] for document in folder.doc_index[first[start:end]]]
         keys = [key(revision, query, text) for text in texts]
-        scores[start:end] = kept.get(keys)
+        scores[start:end] = stored.get(keys)
         missing = np.flatnonzero(np.isnan(scores[start:end]))
-        for begin in range(0, len(missing), at_once):
-            part = missing[begin : begin + at_once]
+        for begin in range(0, len(missing), max_documents):
+            part = missing[begin : begin + max_documents]
             documents = tuple(texts[i] for i in part)
             yield Question(query, documents, start + part, tuple(keys[i] for i in part))
 
 
-# Suspected false negatives: documents nobody labelled that a teacher puts above one that somebody did.
+# Suspected false negatives: unlabelled documents that a teacher scores above a labelled one.
 
 SHOWN = 300  # characters of a text in the report
 COLUMNS = (
@@ -114,37 +113,39 @@ COLUMNS = (
 
 
 class Summary(NamedTuple):
-    """Of the queries of one source that have a labelled document in their pool."""
+    """Counts over the queries of one source that have a relevant document in their pool."""
 
     source: str
     queries: int
     with_suspects: int
     suspects: int
-    unlabelled: int  # pool places among which they are
+    unlabelled: int  # pool entries without a label
 
 
-def find(folder: TrainingFolder, scores: Float32, margin: float = 0.0) -> npt.NDArray[np.bool_]:
-    """(N,) whether a pool place is a suspect: unlabelled, and more than ``margin`` above a relevant document.
+def find_suspects(folder: TrainingFolder, scores: Float32, margin: float = 0.0) -> npt.NDArray[np.bool_]:
+    """(N,) whether a pool entry is a suspect: unlabelled, and scored more than ``margin`` above a relevant document.
 
-    Of several relevant documents the one that the teacher likes least counts: whatever is above it may be relevant.
+    Of several relevant documents the one with the lowest score counts.
     """
     lowest = np.full(len(folder), np.inf, dtype=np.float32)
     relevant = folder.labels > 0
-    np.minimum.at(lowest, folder.query_of[relevant], scores[relevant])
-    found: npt.NDArray[np.bool_] = (folder.labels == UNKNOWN) & (scores > lowest[folder.query_of] + np.float32(margin))
+    np.minimum.at(lowest, folder.query_index[relevant], scores[relevant])
+    found: npt.NDArray[np.bool_] = (folder.labels == UNKNOWN) & (
+        scores > lowest[folder.query_index] + np.float32(margin)
+    )
     return found
 
 
-def summaries(folder: TrainingFolder, suspects: npt.NDArray[np.bool_]) -> list[Summary]:
-    """A summary for each source, in their order."""
-    asked = np.zeros(len(folder), dtype=np.bool_)
-    asked[folder.query_of[folder.labels > 0]] = True
-    counts = np.bincount(folder.query_of[suspects], minlength=len(folder))
-    unlabelled = np.bincount(folder.query_of[folder.labels == UNKNOWN], minlength=len(folder))
+def suspect_summaries(folder: TrainingFolder, suspects: npt.NDArray[np.bool_]) -> list[Summary]:
+    """A summary per source, in order of first occurrence."""
+    relevant = np.zeros(len(folder), dtype=np.bool_)
+    relevant[folder.query_index[folder.labels > 0]] = True
+    counts = np.bincount(folder.query_index[suspects], minlength=len(folder))
+    unlabelled = np.bincount(folder.query_index[folder.labels == UNKNOWN], minlength=len(folder))
     sources = np.array(folder.sources)
     rows = []
     for source in dict.fromkeys(folder.sources):
-        mine = asked & (sources == source)
+        mine = relevant & (sources == source)
         if mine.any():
             queries, suspected = int(mine.sum()), counts[mine]
             rows.append(
@@ -153,8 +154,8 @@ def summaries(folder: TrainingFolder, suspects: npt.NDArray[np.bool_]) -> list[S
     return rows
 
 
-def write(folder: TrainingFolder, scores: Float32, suspects: npt.NDArray[np.bool_], path: Path) -> None:
-    """A table (TSV) of all suspects beside the labelled document they pass, the largest difference first."""
+def write_suspects(folder: TrainingFolder, scores: Float32, suspects: npt.NDArray[np.bool_], path: Path) -> None:
+    """Write a table (TSV) of suspects and the labelled documents they outscore, largest difference first."""
     rows = sorted(_rows(folder, scores, suspects), key=lambda row: (-float(row[5]), row[0], row[2]))
     with replacing(path) as file:
         for row in [COLUMNS, *rows]:
@@ -162,12 +163,12 @@ def write(folder: TrainingFolder, scores: Float32, suspects: npt.NDArray[np.bool
 
 
 def _rows(folder: TrainingFolder, scores: Float32, suspects: npt.NDArray[np.bool_]) -> Iterator[tuple[str, ...]]:
-    for query in np.unique(folder.query_of[suspects]).tolist():
+    for query in np.unique(folder.query_index[suspects]).tolist():
         pool = np.arange(folder.bounds[query], folder.bounds[query + 1])
         relevant = pool[folder.labels[pool] > 0]
         passed = relevant[np.argmin(scores[relevant])]
         for at in pool[suspects[pool]]:
-            labelled, suspect = folder.places[passed], folder.places[at]
+            labelled, suspect = folder.doc_index[passed], folder.doc_index[at]
             yield (
                 folder.query_ids[query], folder.doc_ids[labelled], folder.doc_ids[suspect],
                 f"{scores[passed]:.6g}", f"{scores[at]:.6g}", f"{scores[at] - scores[passed]:.6g}",

@@ -1,32 +1,38 @@
-"""From trained folders to the folder that is shipped: average, calibrate, quantise.
+"""From training runs to the model folder that is published: average, calibrate, quantise.
 
-*Average*: the plain mean of the weights of runs that began from the same student (model soups, arXiv 2203.05482).
-*Calibrate*: Platt scaling (1999) of the logits on held-out labelled queries, both classes weighted alike, so that a
-score of ½ is where a labelled document and a candidate from its pool are equally likely. The factor is positive:
-ranking does not depend on it. *Quantise*: every matrix to int8 with one scale a row, a quarter of the bytes.
+*Average*: the mean of the weights of runs that started from the same student (model soups, arXiv 2203.05482).
+*Calibrate*: Platt scaling (J. Platt, "Probabilistic outputs for support vector machines", 1999) of the logits on
+held-out labelled queries with balanced classes, so that a score of ½ means that a labelled document and a candidate
+from its pool are equally likely. The factor is positive, so the ranking does not change. *Quantise*: every matrix to
+int8 with one scale per row (docs/model.md §2.3), a quarter of the bytes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
+from scipy.optimize import root
+from scipy.special import expit
 
 from turborank.checkpoint import verify
 from turborank.checkpoint.tensors import SCALE, quantise
+from turborank.data.files import replacing_path
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.students import Student
-from turborank.distill.train import Serving, held_out_logits
-from turborank.distill.trainer import LAST
+from turborank.distill.train import ServingOptions, held_out_logits
+from turborank.distill.trainer import LOGIT_PARAMETERS
 from turborank.errors import InputError
+
+Float64 = npt.NDArray[np.float64]
+RIDGE = 1e-6  # L2 penalty that keeps the regression finite on separable data
 
 
 def average(folders: Sequence[str | Path]) -> Student:
-    """The mean of several models of one shape."""
+    """The mean of several models of equal shapes. Raises InputError where shapes differ or there is no model."""
     if not folders:
         raise InputError("expected at least one model to ship, got none")
     students = [Student.load(Path(folder)) for folder in folders]
@@ -41,34 +47,34 @@ def average(folders: Sequence[str | Path]) -> Student:
 
 
 def platt(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """(factor, bias) of the class-balanced logistic regression of ``labels`` on ``logits``, by Newton's method.
+    """(factor, bias) of the class-balanced logistic regression of ``labels`` (N,) on ``logits`` (N,).
 
-    Raises InputError where it has no use: only one class, or labels that do not rise with the logits.
+    Raises InputError for labels of one class only, and for a factor that is not positive: the model ranks backwards.
     """
     if labels.all() or not labels.any():
         raise InputError("expected labelled and other documents to calibrate on, got only one kind")
     x = np.stack([logits, np.ones_like(logits)], axis=1).astype(np.float64)
     y = labels.astype(np.float64)
     weight = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
-    w = np.zeros(2)
-    for _ in range(100):
-        p = 1.0 / (1.0 + np.exp(-np.clip(x @ w, -500, 500)))
-        # The tiny ridge keeps separable data from running away.
-        gradient = x.T @ (weight * (p - y)) + 1e-6 * w
-        hessian = (x.T * (weight * p * (1 - p))) @ x + 1e-6 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        w = w - step
-        if np.abs(step).max() < 1e-9:
-            break
-    if not w[0] > 0:
+
+    def gradient(w: Float64) -> Float64:
+        return np.asarray(x.T @ (weight * (expit(x @ w) - y)) + RIDGE * w)
+
+    def hessian(w: Float64) -> Float64:
+        p = expit(x @ w)
+        return np.asarray((x.T * (weight * p * (1 - p))) @ x + RIDGE * np.eye(2))
+
+    # The loss is strictly convex: the one root of its gradient is the minimum, to more digits than its value shows.
+    factor, bias = map(float, root(gradient, np.zeros(2), jac=hessian, method="lm", tol=1e-12).x)
+    if not factor > 0:
         raise InputError(
-            f"expected logits that rise with relevance, got a factor of {w[0]:.3g}: the model ranks backwards"
+            f"expected logits that rise with relevance, got a factor of {factor:.3g}: the model ranks backwards"
         )
-    return float(w[0]), float(w[1])
+    return factor, bias
 
 
-def calibrate(student: Student, folder: TrainingFolder, serving: Serving) -> tuple[float, float]:
-    """Multiply Platt's factor and bias into the head, in place; returns them."""
+def calibrate(student: Student, folder: TrainingFolder, serving: ServingOptions) -> tuple[float, float]:
+    """Fit :func:`platt` on the held-out queries of ``folder``, apply it to the head in place; (factor, bias)."""
     logits, labels = held_out_logits(student, folder, serving)
     factor, bias = platt(logits, labels > 0)
     scale_logits(student, factor, bias)
@@ -77,7 +83,7 @@ def calibrate(student: Student, folder: TrainingFolder, serving: Serving) -> tup
 
 def scale_logits(student: Student, factor: float, bias: float) -> None:
     """Multiply ``factor`` and add ``bias`` to every logit, in place, in the last layer of the head."""
-    for name in LAST & set(student.weights):
+    for name in LOGIT_PARAMETERS & set(student.weights):
         student.weights[name] = student.weights[name] * factor
     for name in ("head.bias", "classifier.bias", "classifier.out_proj.bias"):
         if name in student.weights:
@@ -93,9 +99,6 @@ def write_int8(student: Student, folder: Path) -> None:
             tensors[name], tensors[name + SCALE] = quantise(value)
         else:
             tensors[name] = value
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / verify.WEIGHTS
-    save_file(tensors, path, metadata={"format": "np"})
-    path.chmod(0o644)
-    (folder / verify.CONFIG).write_text(json.dumps(student.raw_config, indent=2) + "\n", encoding="utf-8")
-    student.tokenizer.save(str(folder / verify.TOKENIZER), pretty=False)
+    with replacing_path(folder / verify.WEIGHTS) as path:
+        save_file(tensors, path, metadata={"format": "np"})
+    student.save_around(folder)

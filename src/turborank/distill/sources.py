@@ -1,4 +1,4 @@
-"""Sources into one collection: each text once, labels merged, choices by hashes so that they do not move."""
+"""Sources merged into one collection: equal texts once, labels merged, samples chosen by hash to stay stable."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ from turborank.errors import InputError
 from turborank.text import cleaner, cut, sentences
 
 T = TypeVar("T")
-LONG_WEIGHT = 0.5  # of passages cut from long documents when queries are made: transcripts and fiction make poor ones
+LONG_WEIGHT = 0.5  # of passages cut from long documents: transcripts and fiction make poor queries
 
 
 class Source(NamedTuple):
-    """A file or folder of training data under the name that queries and caps go by."""
+    """A file or folder of training data, and the name that options and queries refer to it by."""
 
     name: str
     path: Path
-    long: bool = False  # its documents are cut into passages, and its queries not read
+    long: bool = False  # its documents are cut into passages, its queries are ignored
     run: Path | None = None  # candidates for a BEIR folder's queries
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a collection is made of."""
+class ListOptions:
+    """What a training folder is made from.
+
+    Raises InputError for missing or repeated names, names of no source, and numbers out of range.
+    """
 
     sources: tuple[Source, ...]
-    caps: Mapping[str, int] = field(default_factory=dict)  # source -> examples, or passages of a long one
-    clean: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # source, or "" for all -> rules of CLEANERS
-    words: int | None = None  # of a passage; what follows is left out
-    min_words: int = 1  # shorter passages are left out
-    depth: int | None = None  # of a source's run
-    pseudo: Mapping[str, int] = field(default_factory=dict)  # kind of PSEUDO -> queries
-    held_out: float = 0.0  # share of the labelled queries
+    caps: Mapping[str, int] = field(default_factory=dict)  # source -> examples (long: passages)
+    clean: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # source or "" (all) -> text.CLEANERS
+    words: int | None = None  # maximum words of a passage; the rest is cut
+    min_words: int = 1  # passages with fewer words are left out
+    depth: int | None = None  # candidates read per query of a source's run
+    pseudo: Mapping[str, int] = field(default_factory=dict)  # kind of PSEUDO -> number of queries
+    held_out: float = 0.0  # fraction of the labelled queries
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class Recipe:
         if not names or repeated:
             raise InputError(f"expected sources with a name each, got {', '.join(repeated) or 'none'}")
         for name in names:
-            if name.split() != [name]:  # it becomes part of ids
+            if name.split() != [name]:  # part of ids
                 raise InputError(f"expected a source's name without white space, got {name!r}")
         for name in (*self.caps, *(name for name in self.clean if name)):
             if name not in names:
@@ -62,48 +65,48 @@ class Recipe:
         if not 0 <= self.held_out < 1:
             raise InputError(f"expected a share of 0 to 1 to be held out, got {self.held_out}")
         made = {f"{kind} queries": count for kind, count in self.pseudo.items()}
-        for least, counts in ((0, {"seed": self.seed, **made}), (1, {"words": self.words, "depth": self.depth})):
+        for minimum, counts in ((0, {"seed": self.seed, **made}), (1, {"words": self.words, "depth": self.depth})):
             for what, count in counts.items():
-                if count is not None and count < least:
-                    raise InputError(f"expected {what} to be {least} or more, got {count}")
+                if count is not None and count < minimum:
+                    raise InputError(f"expected {what} to be {minimum} or more, got {count}")
 
     def cleaner(self, source: Source) -> Callable[[str], str]:
-        """What makes a source's texts even: its own rules, or those for all."""
+        """The text normaliser of a source: its own rules, or the general ones."""
         return cleaner(self.clean.get(source.name, self.clean.get("", ())))
 
 
 class Collection:
-    """Queries and passages by place. Without ids of their own, equal texts are one."""
+    """Queries and passages by index. Texts without ids are merged when equal."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.doc_ids: list[str | None] = []  # those that came with the data
-        self.long: list[bool] = []  # of each text: cut from a long document
+        self.doc_ids: list[str | None] = []  # ids of the source
+        self.long: list[bool] = []  # per text: whether it was cut from a long document
         self.queries: list[str] = []
         self.query_ids: list[str | None] = []
-        self.sources: list[str] = []  # of each query
-        self.labels: list[dict[int, int]] = []  # of each query: place of the text -> relevance
-        self.known: list[dict[int, None]] = []  # of each query: places of the texts that came with it
-        self.made_from: list[int | None] = []  # of each query: place of the text it was made from
+        self.sources: list[str] = []  # source of each query
+        self.labels: list[dict[int, int]] = []  # per query: text index -> graded relevance
+        self.known: list[dict[int, None]] = []  # per query: indices of the texts it came with (ordered)
+        self.made_from: list[int | None] = []  # per query: index of the text it was generated from
         self.held_out: list[bool] = []
-        self.scores: dict[tuple[int, int], float] = {}  # (query, text) -> score that came with them
-        self.left_out: Counter[str] = Counter()  # why -> passages or queries
-        self._text_places: dict[str, int] = {}  # text, or "\0" and an id -> place
-        self._query_places: dict[str, int] = {}
+        self.scores: dict[tuple[int, int], float] = {}  # (query index, text index) -> score of the source
+        self.left_out: Counter[str] = Counter()  # reason -> number of passages or queries
+        self._text_index: dict[str, int] = {}  # text, or "\0" + id -> index
+        self._query_index: dict[str, int] = {}
 
     def add_text(self, text: str, name: str | None = None, *, long: bool = False) -> int:
-        """The place of a text, or of the document of that id."""
-        place = _place(self._text_places, len(self.texts), text, name)
-        if place == len(self.texts):
+        """Add a text, unless it (or, given an id, a document of that id) is known; its index."""
+        index = _index_of(self._text_index, len(self.texts), text, name)
+        if index == len(self.texts):
             self.texts.append(text)
             self.doc_ids.append(name)
             self.long.append(long)
-        return place
+        return index
 
     def add_query(self, text: str, source: str, name: str | None = None) -> int:
-        """The place of a query. Those that differ by capital letters alone are one, spelt as the first."""
-        place = _place(self._query_places, len(self.queries), text.casefold(), name)
-        if place == len(self.queries):
+        """Add a query, unless known; its index. Queries that differ only by case are one, spelt as the first."""
+        index = _index_of(self._query_index, len(self.queries), text.casefold(), name)
+        if index == len(self.queries):
             self.queries.append(text)
             self.query_ids.append(name)
             self.sources.append(source)
@@ -111,88 +114,88 @@ class Collection:
             self.known.append({})
             self.made_from.append(None)
             self.held_out.append(False)
-        return place
+        return index
 
     def add_example(self, example: formats.Example, source: str, prefix: str = "") -> None:
-        """A query with its documents; of two grades of one document the higher one counts, of two scores the last."""
+        """Add a query with its documents. Of repeated labels the highest is kept, of repeated scores the last."""
         query = self.add_query(example.query, source, _prefixed(prefix, example.id))
         for document in example.documents:
-            place = self.add_text(document.text, _prefixed(prefix, document.id))
-            self.known[query][place] = None
+            index = self.add_text(document.text, _prefixed(prefix, document.id))
+            self.known[query][index] = None
             if document.label is not None:
-                self.labels[query][place] = max(document.label, self.labels[query].get(place, 0))
+                self.labels[query][index] = max(document.label, self.labels[query].get(index, 0))
             if document.score is not None:
-                self.scores[query, place] = document.score
+                self.scores[query, index] = document.score
 
 
-def _place(places: dict[str, int], end: int, text: str, name: str | None) -> int:
+def _index_of(known: dict[str, int], end: int, text: str, name: str | None) -> int:
     if name is None:
-        return places.setdefault(text, end)
-    place = places.setdefault(f"\0{name}", end)
-    if place == end:
-        places.setdefault(text, end)  # for equal texts without an id
-    return place
+        return known.setdefault(text, end)
+    index = known.setdefault(f"\0{name}", end)
+    if index == end:
+        known.setdefault(text, end)  # so that an equal text without an id is the same document
+    return index
 
 
 def _prefixed(prefix: str, name: str | None) -> str | None:
     return None if name is None else prefix + name
 
 
-def fewest(items: Iterable[T], cap: int | None, key: Callable[[T], int]) -> list[T]:
-    """``cap`` of the items in their order: those with the smallest keys; never more of them held than that."""
+def smallest(items: Iterable[T], cap: int | None, key: Callable[[T], int]) -> list[T]:
+    """The ``cap`` items with the smallest keys, in their order, in O(cap) memory; all items without a cap."""
     if cap is None:
         return list(items)
     chosen = heapq.nsmallest(cap, enumerate(items), key=lambda item: (key(item[1]), item[0]))
     return [item for _, item in sorted(chosen, key=lambda item: item[0])]
 
 
-def collect(recipe: Recipe, *, whole: bool = True) -> Collection:
-    """Everything the recipe names, read, cleaned, capped, merged; and the queries made from it.
+def collect(options: ListOptions, *, whole: bool = True) -> Collection:
+    """Read, clean, cap and merge all sources, then generate the requested queries.
 
-    ``whole`` reads all documents of BEIR folders, for mining; else only those that come with a query. Ids that came
-    with the data are kept; those of several sources get ``NAME:`` before them.
+    ``whole`` reads all documents of BEIR folders, for mining; otherwise only those of a query. Ids of the sources are
+    kept, prefixed with ``NAME:`` where there are several sources.
     Raises InputError, with file and line, for malformed input.
     """
     made = Collection()
-    for source in recipe.sources:
-        prefix = f"{source.name}:" if len(recipe.sources) > 1 else ""
+    for source in options.sources:
+        prefix = f"{source.name}:" if len(options.sources) > 1 else ""
         if source.long:
-            _add_passages(recipe, source, made)
+            _add_passages(options, source, made)
             continue
         if source.path.is_dir() and whole and formats.recognise(source.path) == "beir":
-            _add_corpus(recipe, source, made, prefix)
-        _add_examples(recipe, source, made, prefix)
+            _add_corpus(options, source, made, prefix)
+        _add_examples(options, source, made, prefix)
     if not made.texts:
-        raise InputError(f"expected passages, got none in {', '.join(str(source.path) for source in recipe.sources)}")
-    for place, query in enumerate(made.queries):
-        # a query without a relevant document measures nothing
-        judged = any(made.labels[place].values())
-        made.held_out[place] = judged and text_hash(query.casefold()) < recipe.held_out * 2**64
-    _make_queries(recipe, made)
+        raise InputError(f"expected passages, got none in {', '.join(str(source.path) for source in options.sources)}")
+    for index, query in enumerate(made.queries):
+        # a query without a relevant document cannot be evaluated
+        judged = any(made.labels[index].values())
+        made.held_out[index] = judged and text_hash(query.casefold()) < options.held_out * 2**64
+    _make_queries(options, made)
     if not made.queries:
         raise InputError("expected queries, got none", hint="give pairs, or ask for --sentences, --spans or --keywords")
     return made
 
 
-def _add_corpus(recipe: Recipe, source: Source, made: Collection, prefix: str) -> None:
-    clean = recipe.cleaner(source)
+def _add_corpus(options: ListOptions, source: Source, made: Collection, prefix: str) -> None:
+    clean = options.cleaner(source)
     for name, raw in formats.passages(source.path):
-        text = _limited(clean(raw), recipe, made)
+        text = _limited(clean(raw), options, made)
         if text is not None:
             made.add_text(text, _prefixed(prefix, name))
 
 
-def _add_examples(recipe: Recipe, source: Source, made: Collection, prefix: str) -> None:
-    clean = recipe.cleaner(source)
+def _add_examples(options: ListOptions, source: Source, made: Collection, prefix: str) -> None:
+    clean = options.cleaner(source)
 
     def cleaned() -> Iterator[formats.Example]:
-        given = formats.beir(source.path, source.run, recipe.depth) if source.run else formats.examples(source.path)
+        given = formats.beir(source.path, source.run, options.depth) if source.run else formats.examples(source.path)
         for example in given:
             query = clean(example.query)
             documents = tuple(
                 document._replace(text=text)
                 for document in example.documents
-                if (text := _limited(clean(document.text), recipe, made)) is not None
+                if (text := _limited(clean(document.text), options, made)) is not None
             )
             if not query:
                 made.left_out["empty queries"] += 1
@@ -201,55 +204,55 @@ def _add_examples(recipe: Recipe, source: Source, made: Collection, prefix: str)
 
     def key(example: formats.Example) -> int:
         first = example.documents[0].text if example.documents else ""
-        return text_hash(f"{example.query}\0{first}", recipe.seed)
+        return text_hash(f"{example.query}\0{first}", options.seed)
 
-    for example in fewest(cleaned(), recipe.caps.get(source.name), key):
+    for example in smallest(cleaned(), options.caps.get(source.name), key):
         made.add_example(example, source.name, prefix)
 
 
-def _limited(text: str, recipe: Recipe, made: Collection) -> str | None:
-    """A passage's first words; None where they are too few."""
+def _limited(text: str, options: ListOptions, made: Collection) -> str | None:
+    """The first ``words`` words of a passage; None where it is too short."""
     words = text.split()
-    if len(words) < max(recipe.min_words, 1):
+    if len(words) < max(options.min_words, 1):
         made.left_out["passages that are too short"] += 1
         return None
-    return text if recipe.words is None else " ".join(words[: recipe.words])
+    return text if options.words is None else " ".join(words[: options.words])
 
 
-def _add_passages(recipe: Recipe, source: Source, made: Collection) -> None:
-    clean = recipe.cleaner(source)
+def _add_passages(options: ListOptions, source: Source, made: Collection) -> None:
+    clean = options.cleaner(source)
 
     def parts() -> Iterator[str]:
         seen: set[int] = set()
         for _, document in formats.passages(source.path):
             text = clean(document)
-            seed = text_hash(text, recipe.seed)
+            seed = text_hash(text, options.seed)
             if seed in seen:
                 continue
             seen.add(seed)
             for part in cut(text, np.random.default_rng(seed)):
-                if (limited := _limited(part, recipe, made)) is not None:
+                if (limited := _limited(part, options, made)) is not None:
                     yield limited
 
-    for text in fewest(parts(), recipe.caps.get(source.name), lambda text: text_hash(text, recipe.seed)):
+    for text in smallest(parts(), options.caps.get(source.name), lambda text: text_hash(text, options.seed)):
         made.add_text(text, long=True)
 
 
-def _make_queries(recipe: Recipe, made: Collection) -> None:
+def _make_queries(options: ListOptions, made: Collection) -> None:
     weights = np.where(np.array(made.long), LONG_WEIGHT, 1.0)
-    for query in make(made.texts, weights, recipe.pseudo, recipe.seed):
+    for query in make(made.texts, weights, options.pseudo, options.seed):
         count = len(made.queries)
-        place = made.add_query(query.text, query.kind)
-        if place < count:
+        index = made.add_query(query.text, query.kind)
+        if index < count:
             made.left_out["made queries that were there already"] += 1
             continue
-        made.made_from[place] = query.place
+        made.made_from[index] = query.passage
 
 
-# Queries made from passages, for which no label is known and only teachers speak.
+# Pseudo-queries, generated from passages. They have no labels; teachers score them.
 #
-# PSEUDO is the table of kinds: a sentence (as claims and long questions are), two or three consecutive sentences (as
-# descriptions of a need are), and a sentence's rarest words (as keyword queries are).
+# PSEUDO is the table of kinds: a sentence (like claims and long questions), two or three consecutive sentences (like
+# descriptions of an information need), and the rarest words of a sentence (like keyword queries).
 
 SENTENCE_WORDS = range(6, 41)
 SPAN_WORDS = range(15, 91)
@@ -259,12 +262,12 @@ _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 Maker = Callable[[str, np.random.Generator, Mapping[str, int]], str | None]
 
 
-class Made(NamedTuple):
-    """A query made from the passage at ``place``."""
+class MadeQuery(NamedTuple):
+    """A query generated from the passage of index ``passage``."""
 
     kind: str
     text: str
-    place: int
+    passage: int
 
 
 def _pick(options: Sequence[str], rng: np.random.Generator) -> str | None:
@@ -287,7 +290,7 @@ def _keywords(text: str, rng: np.random.Generator, counts: Mapping[str, int]) ->
         return None
     words = dict.fromkeys(_WORD.findall(sentence.lower()))
     rare = sorted(words, key=lambda word: counts.get(word, 0))[: int(rng.integers(KEYWORDS.start, KEYWORDS.stop))]
-    chosen = [word for word in words if word in rare]  # in the order of the sentence
+    chosen = [word for word in words if word in rare]  # in sentence order
     return " ".join(chosen) if len(chosen) >= KEYWORDS.start else None
 
 
@@ -295,7 +298,7 @@ PSEUDO: Mapping[str, Maker] = {"sentence": _sentence, "span": _span, "keywords":
 
 
 def word_counts(texts: Sequence[str]) -> Counter[str]:
-    """In how many texts each word is."""
+    """Document frequency of each word."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(set(_WORD.findall(text.lower())))
@@ -304,20 +307,20 @@ def word_counts(texts: Sequence[str]) -> Counter[str]:
 
 def make(
     texts: Sequence[str], weights: npt.NDArray[np.float64], wanted: Mapping[str, int], seed: int
-) -> Iterator[Made]:
-    """As many queries of each kind of PSEUDO as ``wanted`` says, or as the texts give.
+) -> Iterator[MadeQuery]:
+    """``wanted`` queries of each kind of PSEUDO, or as many as the texts yield.
 
-    Passages are drawn with ``weights`` (N,), each at most once a kind.
+    Passages are sampled with ``weights`` (N,), without replacement per kind.
     """
     counts = word_counts(texts) if wanted.get("keywords") else {}
     for number, (kind, maker) in enumerate(PSEUDO.items()):
         rng = np.random.default_rng((seed, number))
         missing = wanted.get(kind, 0)
-        # exponential races: a random order in which a place comes early in proportion to its weight
-        for place in np.argsort(rng.exponential(size=len(texts)) / weights) if missing else ():
-            query = maker(texts[place], rng, counts)
+        # exponential races: weighted sampling without replacement
+        for index in np.argsort(rng.exponential(size=len(texts)) / weights) if missing else ():
+            query = maker(texts[index], rng, counts)
             if query is not None:
-                yield Made(kind, query, int(place))
+                yield MadeQuery(kind, query, int(index))
                 missing -= 1
             if missing == 0:
                 break

@@ -1,52 +1,52 @@
-"""Students: the weights training begins with. One row of RECIPES for each way to come by them.
+"""Students: the models training starts from. RECIPES has one row per way to make one.
 
-``layers``   some layers of a cross-encoder (DistilBERT's way, arXiv 1910.01108)
-``alibi``    a BERT with learned positions, made to read any length: positions are dropped, their mean stays in the word
-             embeddings, and each ALiBi slope gets the head it hurts least. What was lost is recovered by
-             :mod:`turborank.distill.recover`.
-``scratch``  random weights (normal, 0.02) of a named shape, with a vocabulary of your own
+``layers``   some layers of a cross-encoder (as DistilBERT, arXiv 1910.01108)
+``alibi``    a BERT with learned positions, turned into an ALiBi model (arXiv 2108.12409) for long input: the mean
+             position is added to the word embeddings, and each ALiBi slope is assigned to the head whose attention it
+             changes least. :mod:`turborank.distill.recover` then restores the quality lost.
+``scratch``  random weights (normal, standard deviation 0.02) of a named shape, with a vocabulary of your own
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from turborank import checkpoint
 from turborank.architectures import ARCHITECTURES, encoder, jinabert, recognise
 from turborank.checkpoint import verify
+from turborank.checkpoint.tensors import dense
+from turborank.data.files import replacing_path, write_json, write_text
+from turborank.distill.biencoder import BiEncoder
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import torch_training
 from turborank.types import ModelConfig, PackedBatch
 
-if TYPE_CHECKING:
-    from turborank.distill.biencoder import BiEncoder
-
 WORDS = "embeddings.word_embeddings.weight"
-COSINE_SCALE = 20.0  # the logit of a cosine of 1, before training
-# How much a passage's cosine counts in the document's mean, before training. Read on QMSum's validation queries and on
-# SciFact's training queries, all-MiniLM-L6-v2's states in passages of 16 tokens: nDCG@10 .610 and .730 against .468 and
-# .722 without.
+COSINE_SCALE = 20.0  # initial logit of a cosine of 1
+# Initial weight of a passage's cosine in the document's mean (docs/model.md §3.5). Chosen on QMSum's validation and
+# SciFact's training queries with states of all-MiniLM-L6-v2 in passages of 16 tokens: nDCG@10 .610 and .730, without
+# focus .468 and .722.
 FOCUS = 15.0
 HEADS = ("focus", "cosine", "classifier")
 
-# 2^-4 … 2^-9.5 for 12 heads. The heads of trained BERTs look far: of all-MiniLM-L6-v2's 72 heads, the slope that best
-# explains the attention (KL) lies between 0.03 and 0. Under ALiBi's standard slopes (0.7 … 0.004) the untrained student
-# keeps a pooled cosine of .56 to the original, under these .79.
+# 2^-4 to 2^-9.5. Heads of trained BERTs attend far: for each of all-MiniLM-L6-v2's 72 heads the slope that explains its
+# attention best (KL) is between 0 and 0.03. With ALiBi's standard slopes (0.7 to 0.004) the pooled vectors of the
+# untrained student have a mean cosine of .56 to the source's, with these .79.
 _GENTLE = (-4.0, -9.5)
 
 
 def gentle_slopes(heads: int) -> tuple[float, ...]:
-    """A geometric series between 2^-4 and 2^-9.5."""
+    """(H,) slopes: a geometric series from 2^-4 to 2^-9.5."""
     first, last = _GENTLE
     step = (last - first) / max(1, heads - 1)
     return tuple(2.0 ** (first + h * step) for h in range(heads))
@@ -73,7 +73,7 @@ for _name, _shape in SHAPES.items():
 
 @dataclass
 class Student:
-    """Everything a checkpoint folder holds. ``weights`` are float32 under the canonical names."""
+    """The contents of a model folder. ``weights`` are float32 under canonical names."""
 
     weights: dict[str, Tensor]
     raw_config: dict[str, Any]
@@ -85,24 +85,26 @@ class Student:
 
     @classmethod
     def load(cls, model: str | Path | None) -> Student:
-        """A checkpoint that turborank loads (name or folder), int8 multiplied out."""
-        from turborank.checkpoint.tensors import dense
-
+        """A model that turborank loads (name or folder), with int8 matrices dequantised."""
         loaded = checkpoint.load(model)
         weights = {name: torch.from_numpy(w.copy()) for name, w in dense(loaded.weights).items()}
         return cls(weights, copy.deepcopy(loaded.raw_config), loaded.tokenizer)
 
     def save(self, folder: Path) -> None:
-        """Three files that ``Reranker(folder)`` loads."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write a model folder (three files) that ``Reranker(folder)`` loads."""
         tensors = {name: w.detach().float().contiguous() for name, w in self.weights.items()}
-        save_file(tensors, folder / verify.WEIGHTS, metadata={"format": "pt"})
-        (folder / verify.CONFIG).write_text(json.dumps(self.raw_config, indent=2) + "\n", encoding="utf-8")
-        self.tokenizer.save(str(folder / verify.TOKENIZER), pretty=False)
+        with replacing_path(folder / verify.WEIGHTS) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        self.save_around(folder)
+
+    def save_around(self, folder: Path) -> None:
+        """Write ``config.json`` and ``tokenizer.json``, the files of a model folder beside the weights."""
+        write_json(folder / verify.CONFIG, self.raw_config)
+        write_text(folder / verify.TOKENIZER, self.tokenizer.to_str())
 
 
 def _chosen(layers: int | Sequence[int], of: int) -> tuple[int, ...]:
-    """Of a source's ``of`` layers those that are listed, or so many, evenly, the first and the last among them."""
+    """Indices of the layers to keep: those listed, or a number of evenly spread ones with the first and the last."""
     if isinstance(layers, int):
         if not 1 <= layers <= of:
             raise InputError(f"expected 1 to {of} layers, for the source has {of}, got {layers}")
@@ -114,25 +116,29 @@ def _chosen(layers: int | Sequence[int], of: int) -> tuple[int, ...]:
 
 
 def keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
-    place = {old: new for new, old in enumerate(kept)}
+    """Copies of weights with only the layers ``kept``, renumbered from 0."""
+    index = {old: new for new, old in enumerate(kept)}
     out: dict[str, Tensor] = {}
     for name, w in weights.items():
         parts = name.split(".")
         if parts[:2] != ["encoder", "layer"]:
             out[name] = w.clone()
-        elif int(parts[2]) in place:
-            parts[2] = str(place[int(parts[2])])
+        elif int(parts[2]) in index:
+            parts[2] = str(index[int(parts[2])])
             out[".".join(parts)] = w.clone()
     return out
 
 
 def from_layers(teacher: str | Path, *, layers: int | Sequence[int]) -> Student:
-    """A cross-encoder's own layers, evenly spread (a number) or as listed; embeddings and head as they are."""
+    """A student of some layers of a cross-encoder (a number: evenly spread), with its embeddings and head.
+
+    Raises InputError for layers the source has not, CheckpointError for a model with sliding-window layers.
+    """
     source = Student.load(teacher)
     if source.config.global_layers:
         raise CheckpointError(
-            f"expected a source whose layers are all alike, got {source.config.architecture}: its layers read windows "
-            "of their own, so leaving some out would change the others' meaning"
+            f"expected a source whose layers are all alike, got {source.config.architecture}: its layers alternate "
+            "between windows and the whole pair, so a subset would compute something else"
         )
     kept = _chosen(layers, source.config.num_hidden_layers)
     raw = source.raw_config | {"num_hidden_layers": len(kept)}
@@ -151,12 +157,10 @@ def from_bert(
 ) -> Student:
     """A BERT encoder (bi-encoder, cross-encoder or bare) as an ALiBi student, before recovery.
 
-    ``probes``: some texts of 50 tokens and more, on which heads are matched to slopes; without them heads keep their
-    order, which loses much (pooled cosine .25 against .61 at the standard slopes). ``head``: see
-    :mod:`turborank.architectures.jinabert`.
+    ``probes``: some texts of at least 50 tokens, on which heads are assigned to slopes. Without them heads keep their
+    order, which loses much (mean pooled cosine .25 instead of .61 with the standard slopes). ``head``: one of HEADS,
+    see docs/model.md §3.5. Raises UnknownKeyError for unknown slopes or heads.
     """
-    from turborank.distill.biencoder import BiEncoder
-
     if slopes not in SLOPES:
         raise UnknownKeyError("slopes", slopes, SLOPES)
     if head not in HEADS:
@@ -169,9 +173,9 @@ def from_bert(
     raw |= {"type_vocab_size": 2, "layer_norm_eps": source.config.layer_norm_eps}
     raw["max_position_embeddings"] = max_length
     weights = {name: w.clone() for name, w in source.weights.items() if name.startswith(("embeddings", "encoder"))}
-    places = weights.pop("embeddings.position_embeddings.weight")
+    positions = weights.pop("embeddings.position_embeddings.weight")
     kinds = weights["embeddings.token_type_embeddings.weight"]
-    weights[WORDS] += places.mean(0) + kinds[0]
+    weights[WORDS] += positions.mean(0) + kinds[0]
     weights["embeddings.token_type_embeddings.weight"] = torch.zeros(2, c)
     weights |= _new_head(head, c, source.weights, torch.Generator().manual_seed(seed))
     student = Student(weights, raw, source.tokenizer)
@@ -208,7 +212,10 @@ def from_scratch(
     slopes: str = "standard",
     seed: int = 0,
 ) -> Student:
-    """Random weights of a row of SHAPES, for a tokenizer with a pair template (:mod:`turborank.distill.students`)."""
+    """Random weights of a row of SHAPES, for a tokenizer with a pair template (see :func:`train_tokenizer`).
+
+    Raises UnknownKeyError for an unknown shape, slopes or head.
+    """
     if shape not in SHAPES:
         raise UnknownKeyError("shape", shape, SHAPES)
     if slopes not in SLOPES:
@@ -233,7 +240,7 @@ def from_scratch(
         if len(size) == 2:
             weights[name] = torch.randn(*size, generator=rng) * 0.02
         else:
-            norm = name.endswith(".weight")  # of a LayerNorm: the only vectors that are called so
+            norm = name.endswith(".weight")  # the only vectors named weight are those of LayerNorms
             weights[name] = torch.ones(*size) if norm else torch.zeros(*size)
     return Student(weights | fresh, raw, tokenizer)
 
@@ -244,7 +251,7 @@ def _cosine_head(head: str) -> dict[str, Tensor]:
 
 
 class Recipe(NamedTuple):
-    """One way to make a student."""
+    """A row of RECIPES."""
 
     make: Callable[..., Student]
     note: str
@@ -257,28 +264,26 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-# Which ALiBi slope suits which attention head of a BERT? An assignment that costs no training.
+# Assigning ALiBi slopes to the attention heads of a BERT, without training.
 
-PROBE_TOKENS = 200  # read of each text
+PROBE_TOKENS = 200  # per text
 
 
 def match_heads(weights: dict[str, Tensor], config: ModelConfig, source: BiEncoder, texts: Sequence[str]) -> None:
-    """Permute the heads of ``weights`` in place, layer by layer: each slope is served by the head it hurts least.
+    """Permute the heads of ``weights`` in place, layer by layer, so that each slope gets the head it changes least.
 
-    Cost of a head under a slope: cross entropy between the source's attention and the head's own scores with that
-    slope's bias, over the source's hidden states and the student's (its lower layers already permuted). The cheapest
-    assignment is found by the Hungarian algorithm.
+    The cost of a head under a slope is the cross entropy between the source's attention (on the source's hidden states)
+    and the head's attention with the slope's bias (on the student's, lower layers already permuted). The assignment of
+    least total cost is found by the Hungarian algorithm (scipy).
     """
-    from scipy.optimize import linear_sum_assignment
-
     batches = [source.pack([ids]) for ids in source.token_ids(texts, PROBE_TOKENS)]
     size = config.head_size
     for layer in range(config.num_hidden_layers):
         name = f"encoder.layer.{layer}.attention"
         cost = sum(_costs(weights, config, source, name, layer, batch) for batch in batches)
-        heads, places = linear_sum_assignment(cost.numpy())  # type: ignore[union-attr]
+        heads, slopes = linear_sum_assignment(cost.numpy())  # type: ignore[union-attr]
         order = torch.empty(len(heads), dtype=torch.long)
-        order[torch.as_tensor(places)] = torch.as_tensor(heads)  # slope h is served by the old head order[h]
+        order[torch.as_tensor(slopes)] = torch.as_tensor(heads)  # slope h gets the old head order[h]
         rows = (order[:, None] * size + torch.arange(size)).flatten()
         for part in encoder.PROJECTIONS:
             for kind in ("weight", "bias"):
@@ -290,7 +295,7 @@ def match_heads(weights: dict[str, Tensor], config: ModelConfig, source: BiEncod
 def _costs(
     weights: dict[str, Tensor], config: ModelConfig, source: BiEncoder, name: str, layer: int, batch: PackedBatch
 ) -> Tensor:
-    """(H heads, H slopes), of one text."""
+    """Costs (H heads, H slopes) of one text."""
     heads = config.num_attention_heads
     want = torch.softmax(_scores(source.weights, name, source.layers(batch)[layer], heads), dim=-1)
     have = _scores(weights, name, _layers(weights, config, batch)[layer], heads)
@@ -301,7 +306,7 @@ def _costs(
 
 
 def _scores(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
-    """Scaled products of queries and keys of one text: (H, n, n)."""
+    """Attention scores of one text before the softmax: (H, n, n)."""
     q, k = (encoder.dense(weights, f"{name}.self.{part}", x, torch_training) for part in ("query", "key"))
     q, k = (y.view(y.shape[0], heads, -1).transpose(0, 1) for y in (q, k))
     scores: Tensor = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
@@ -309,7 +314,7 @@ def _scores(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Ten
 
 
 def _layers(weights: dict[str, Tensor], config: ModelConfig, batch: PackedBatch) -> list[Tensor]:
-    """The student's hidden states of a text that is read alone."""
+    """The student's hidden states of one text, read without a query: L+1 tensors (n, C)."""
     trace: list[Tensor] = []
     bounds: Any = batch.cu_seqlens
     with torch.no_grad():
@@ -319,22 +324,25 @@ def _layers(weights: dict[str, Tensor], config: ModelConfig, batch: PackedBatch)
     return trace
 
 
-# A vocabulary of one's own, from one's own texts, with the pair template a cross-encoder needs.
+# Training a tokenizer with the pair template a cross-encoder needs.
 
 TOKENIZERS = ("wordpiece", "bpe")
-LEAST = 64  # pieces: fewer are not even an alphabet
+MIN_VOCABULARY = 64  # pieces; fewer cannot hold an alphabet
 
 
 def train_tokenizer(texts: Sequence[str], *, kind: str = "wordpiece", size: int = 16_384) -> Tokenizer:
-    """A tokenizer of at most ``size`` pieces.
+    """A tokenizer of at most ``size`` pieces, trained on texts.
 
-    ``wordpiece`` is BERT's (uncased, `[CLS] q [SEP] d [SEP]`, arXiv 1810.04805); ``bpe`` is byte-level, as RoBERTa's
-    and the published jina rerankers' (`<s> q </s></s> d </s>`), and so knows every text.
+    ``wordpiece``: as BERT's (uncased, `[CLS] q [SEP] d [SEP]`, arXiv 1810.04805). ``bpe``: byte-level, as RoBERTa's
+    (arXiv 1907.11692; `<s> q </s></s> d </s>`), without unknown pieces. Raises UnknownKeyError for another kind,
+    InputError for no texts or fewer than MIN_VOCABULARY pieces.
     """
     if kind not in TOKENIZERS:
         raise UnknownKeyError("vocabulary", kind, TOKENIZERS)
-    if size < LEAST or not texts:
-        raise InputError(f"expected texts and at least {LEAST} pieces, got {len(texts)} texts and {size} pieces")
+    if size < MIN_VOCABULARY or not texts:
+        raise InputError(
+            f"expected texts and at least {MIN_VOCABULARY} pieces, got {len(texts)} texts and {size} pieces"
+        )
     if kind == "wordpiece":
         return _wordpiece(texts, size)
     return _bpe(texts, size)

@@ -1,4 +1,4 @@
-"""TEACHERS: who may say how relevant a document is to a query. Each scores the pools of a training folder."""
+"""TEACHERS: the sources of relevance scores for the pools of a training folder."""
 
 from __future__ import annotations
 
@@ -13,103 +13,100 @@ import numpy.typing as npt
 
 from turborank import checkpoint as checkpoints
 from turborank.data.bm25 import parameters
-from turborank.data.download import Told, quiet
 from turborank.data.files import file_hash
 from turborank.distill import biencoder, http_teacher, pools
 from turborank.distill.folder import CACHE, Ids, TrainingFolder, check_name, read_pairs
 from turborank.distill.scores import PairTeacher, Question, score_pairs
 from turborank.errors import InputError, UnknownKeyError
 from turborank.reranker import Reranker
-from turborank.types import Float32, Pair
+from turborank.types import Float32, Pair, StartProgress, no_progress
 
-PAIRS_AT_ONCE = 256  # given to a checkpoint together, to be sorted by length: what a kill can cost
+PAIRS_PER_CALL = 256  # scored together, sorted by length; an interruption loses at most these
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Options of teachers that have any."""
+class TeacherOptions:
+    """Options of the teachers that have some."""
 
-    reranker: Mapping[str, Any] = field(default_factory=dict)  # of turborank.Reranker
-    http: http_teacher.Settings = field(default_factory=http_teacher.Settings)
+    reranker: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of turborank.Reranker
+    http: http_teacher.HttpOptions = field(default_factory=http_teacher.HttpOptions)
 
 
 class Teacher(Protocol):
-    """Something that scores pools. ``about`` says whose the scores are: other facts, other scores."""
+    """Scores the pools of a folder. ``about`` holds everything the scores depend on."""
 
     def about(self) -> dict[str, Any]: ...
 
-    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
-        """(N,) the scores of all pool places."""
+    def score(self, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
+        """(N,) scores of all pool entries."""
 
 
-class Spec(NamedTuple):
-    """A teacher on the command line: ``NAME=KIND:WHERE``, or a KIND that needs no more."""
+class TeacherSpec(NamedTuple):
+    """A teacher as named on the command line: ``NAME=KIND:WHERE``, or a KIND without WHERE."""
 
     name: str
     kind: str
     where: str
 
 
-class Row(NamedTuple):
-    """A kind of teacher."""
+class TeacherKind(NamedTuple):
+    """A row of TEACHERS."""
 
     note: str
-    where: str  # what WHERE is; "" where there is none
-    open: Callable[[str, Settings], Teacher]
+    where: str  # meaning of WHERE; "" for kinds without it
+    open: Callable[[str, TeacherOptions], Teacher]
 
 
-class Bm25:
-    """BM25 over the folder's corpus, as the first stage scores."""
+class Bm25Teacher:
+    """BM25 over the folder's corpus (:mod:`turborank.data.bm25`)."""
 
     def about(self) -> dict[str, Any]:
         return {"kind": "bm25", **parameters()}
 
-    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
-        """(N,) BM25 scores; 0 where no word is shared."""
-        index = pools.index(folder.texts, progress=told("index passages"))
-        scores = np.zeros(len(folder.places), dtype=np.float32)
-        step = told("score with BM25")
+    def score(self, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
+        """(N,) BM25 scores; 0 for documents that share no word with the query."""
+        index = pools.index(folder.texts, progress=progress("index passages"))
+        scores = np.zeros(len(folder.doc_index), dtype=np.float32)
+        step = progress("score with BM25")
         for at, query in enumerate(folder.queries):
             pool = folder.pool(at)
-            scores[pool] = index.scores(query)[folder.places[pool]]
+            scores[pool] = index.scores(query)[folder.doc_index[pool]]
             if (at + 1) % pools.REPORT_EVERY == 0 or at + 1 == len(folder):
                 step(at + 1, len(folder))
         return scores
 
 
 class BiEncoderTeacher:
-    """Cosines of a sentence-transformers bi-encoder; every text is embedded once."""
+    """Cosine similarities of a sentence-transformers bi-encoder; vectors are cached."""
 
     def __init__(self, where: str) -> None:
-        from turborank.distill.biencoder import BiEncoder
-
-        self.model = BiEncoder.load(where)
+        self.model = biencoder.BiEncoder.load(where)
 
     def about(self) -> dict[str, Any]:
         model = self.model
         return {"kind": "biencoder", "model": model.name, "sha256": model.revision, "max_tokens": model.max_tokens}
 
-    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
-        """(N,) cosines."""
-        queries = biencoder.embed(self.model, folder.queries, cache / "vectors", progress=told("embed queries"))
-        documents = biencoder.embed(self.model, folder.texts, cache / "vectors", progress=told("embed passages"))
-        scores = np.zeros(len(folder.places), dtype=np.float32)
+    def score(self, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
+        """(N,) cosines of query and document."""
+        queries = biencoder.embed(self.model, folder.queries, cache / "vectors", progress=progress("embed queries"))
+        documents = biencoder.embed(self.model, folder.texts, cache / "vectors", progress=progress("embed passages"))
+        scores = np.zeros(len(folder.doc_index), dtype=np.float32)
         for at in range(len(folder)):
             pool = folder.pool(at)
-            scores[pool] = documents[folder.places[pool]] @ queries[at]
+            scores[pool] = documents[folder.doc_index[pool]] @ queries[at]
         return scores
 
 
-class Checkpoint:
-    """A cross-encoder that turborank loads; its logits."""
+class CheckpointTeacher:
+    """Logits of a cross-encoder that turborank loads."""
 
-    at_once = PAIRS_AT_ONCE
+    max_documents = PAIRS_PER_CALL
 
     def __init__(self, reranker: Reranker) -> None:
         self.reranker = reranker
 
     def about(self) -> dict[str, Any]:
-        """What a logit depends on; threads and batches are not among it."""
+        """What a logit depends on; threads and batches do not change it."""
         model, engine = self.reranker, self.reranker.engine
         return {
             "kind": "checkpoint",
@@ -123,11 +120,11 @@ class Checkpoint:
         }
 
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Float32]]:
-        """Questions are gathered until they make PAIRS_AT_ONCE pairs."""
+        """Scores of questions, computed PAIRS_PER_CALL pairs at a time."""
         waiting: list[Question] = []
         for question in questions:
             waiting.append(question)
-            if sum(len(one.documents) for one in waiting) >= PAIRS_AT_ONCE:
+            if sum(len(one.documents) for one in waiting) >= PAIRS_PER_CALL:
                 yield from self._together(waiting)
                 waiting = []
         if waiting:
@@ -140,20 +137,20 @@ class Checkpoint:
         yield from zip(questions, np.split(logits, ends[:-1]), strict=True)
 
 
-class Remembered:
-    """A teacher that is asked pair by pair, behind the cache."""
+class CachedTeacher:
+    """A teacher of single pairs behind the score cache."""
 
     def __init__(self, teacher: PairTeacher) -> None:
         self.teacher = teacher
         self.about = teacher.about
 
-    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
-        """(N,) scores, asked for or remembered."""
-        return score_pairs(self.teacher, folder, cache, told)
+    def score(self, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
+        """(N,) scores, cached or computed."""
+        return score_pairs(self.teacher, folder, cache, progress)
 
 
-class RunFile:
-    """Scores that are there already, in a TREC run with the folder's ids."""
+class RunTeacher:
+    """Existing scores, in a TREC run with the folder's ids."""
 
     def __init__(self, where: str) -> None:
         self.path = Path(where).expanduser()
@@ -161,31 +158,31 @@ class RunFile:
     def about(self) -> dict[str, Any]:
         return {"kind": "run", "file": self.path.name, "sha256_of_file": file_hash(self.path)}
 
-    def score(self, folder: TrainingFolder, cache: Path, told: Told) -> Float32:
-        """(N,) the run's scores. Raises InputError where a pool place has none."""
+    def score(self, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
+        """(N,) the run's scores. Raises InputError where a pool entry has none."""
         run = read_pairs(self.path, Ids(folder.query_ids), Ids(folder.doc_ids))
         return folder.align(run, self.path)
 
 
-TEACHERS: Mapping[str, Row] = {
-    "bm25": Row("BM25 over the folder's corpus", "", lambda where, settings: Bm25()),
-    "biencoder": Row("cosines of a bi-encoder", "FOLDER", lambda where, settings: BiEncoderTeacher(where)),
-    "checkpoint": Row(
+TEACHERS: Mapping[str, TeacherKind] = {
+    "bm25": TeacherKind("BM25 over the folder's corpus", "", lambda where, options: Bm25Teacher()),
+    "biencoder": TeacherKind("cosines of a bi-encoder", "FOLDER", lambda where, options: BiEncoderTeacher(where)),
+    "checkpoint": TeacherKind(
         "logits of a cross-encoder",
         "MODEL",
-        lambda where, settings: Remembered(Checkpoint(Reranker(where, **settings.reranker))),
+        lambda where, options: CachedTeacher(CheckpointTeacher(Reranker(where, **options.reranker))),
     ),
-    "http": Row(
+    "http": TeacherKind(
         "an HTTP endpoint",
         "DIALECT:URL",
-        lambda where, settings: Remembered(http_teacher.HttpTeacher(where, settings.http)),
+        lambda where, options: CachedTeacher(http_teacher.HttpTeacher(where, options.http)),
     ),
-    "run": Row("a TREC run", "FILE", lambda where, settings: RunFile(where)),
+    "run": TeacherKind("a TREC run", "FILE", lambda where, options: RunTeacher(where)),
 }
 
 
-def parse(text: str) -> Spec:
-    """A teacher as the command line gives it. Raises InputError with the table for an unknown kind."""
+def parse(text: str) -> TeacherSpec:
+    """Parse NAME=KIND:WHERE. Raises UnknownKeyError for an unknown kind, InputError for anything else malformed."""
     name, equals, rest = text.partition("=") if "=" in text.partition(":")[0] else ("", "", text)
     kind, _, where = rest.partition(":")
     if kind not in TEACHERS:
@@ -195,43 +192,43 @@ def parse(text: str) -> Spec:
         raise InputError(f"expected {kind}{':' + row.where if row.where else ''}, got {rest!r}")
     if where and not equals:
         raise InputError(f"expected a name for the teacher, as in NAME={text}, got none")
-    return Spec(check_name(name or kind), kind, where)
+    return TeacherSpec(check_name(name or kind), kind, where)
 
 
 def score(
     folder: TrainingFolder,
-    spec: Spec,
-    settings: Settings | None = None,
+    spec: TeacherSpec,
+    options: TeacherOptions | None = None,
     *,
     cache: Path | None = None,
-    progress: Told = quiet,
+    progress: StartProgress = no_progress,
 ) -> Path:
-    """A teacher's scores of all pools, written to the folder; the path of the run.
+    """Score all pools with a teacher and write the run to the folder; its path.
 
-    What the teacher has said before is remembered in ``cache`` (by default the folder's own), so that a run that was
-    interrupted goes on, to the same bytes.
+    Scores are cached in ``cache`` (default: ``cache/`` in the folder), so an interrupted call can be repeated and gives
+    the same bytes.
     """
-    teacher = TEACHERS[spec.kind].open(spec.where, settings or Settings())
+    teacher = TEACHERS[spec.kind].open(spec.where, options or TeacherOptions())
     values = teacher.score(folder, cache or folder.path / CACHE, progress)
     return folder.write_scores(spec.name, values, teacher.about())
 
 
-# Several teachers as one: each teacher's scores brought to a common footing, then summed with weights.
+# Ensembles: each teacher's scores are normalised within pools, then summed with weights.
 
 NORMS = ("raw", "z", "minmax")
-_LEAST_SPREAD = 1e-3  # of a pool's scores: what is flatter than that stays flat
+_MIN_SPREAD = 1e-3  # of a pool's scores; pools with less spread are not stretched to unit spread
 
 
-class TeacherSpec(NamedTuple):
-    """One teacher of an ensemble, as NAME[:WEIGHT[:NORM]] says it."""
+class WeightedTeacher(NamedTuple):
+    """One teacher of an ensemble: NAME[:WEIGHT[:NORM]]."""
 
     name: str
     weight: float = 1.0
     norm: str = "raw"
 
 
-def parse_weighted(text: str) -> TeacherSpec:
-    """``minilm:20:raw`` -> TeacherSpec. Raises InputError for anything else."""
+def parse_weighted(text: str) -> WeightedTeacher:
+    """Parse NAME[:WEIGHT[:NORM]], as in ``minilm:20:raw``. Raises InputError for anything else."""
     name, *rest = text.split(":")
     try:
         weight = float(rest[0]) if rest else 1.0
@@ -242,11 +239,14 @@ def parse_weighted(text: str) -> TeacherSpec:
     norm = rest[1] if len(rest) > 1 else "raw"
     if norm not in NORMS:
         raise UnknownKeyError("norm", norm, NORMS)
-    return TeacherSpec(name, weight, norm)
+    return WeightedTeacher(name, weight, norm)
 
 
 def normalise(scores: Float32, bounds: npt.NDArray[np.int64], norm: str) -> Float32:
-    """Scores (N,) of pools ``bounds`` (Q+1,); each pool to mean 0 and deviation 1 (``z``), or to 0 … 1 (``minmax``)."""
+    """Normalise scores (N,) within the pools given by ``bounds`` (Q+1,).
+
+    ``z``: mean 0, standard deviation 1; ``minmax``: 0 to 1; ``raw``: unchanged. Raises UnknownKeyError for others.
+    """
     if norm == "raw":
         return scores.astype(np.float32)
     if norm not in NORMS:
@@ -263,14 +263,14 @@ def normalise(scores: Float32, bounds: npt.NDArray[np.int64], norm: str) -> Floa
     else:
         low = np.add.reduceat(wide, starts) / sizes
         spread = np.sqrt(np.add.reduceat((wide - np.repeat(low, sizes)) ** 2, starts) / sizes)
-    out: Float32 = ((wide - np.repeat(low, sizes)) / np.repeat(np.maximum(spread, _LEAST_SPREAD), sizes)).astype(
+    out: Float32 = ((wide - np.repeat(low, sizes)) / np.repeat(np.maximum(spread, _MIN_SPREAD), sizes)).astype(
         np.float32
     )
     return out
 
 
-def fuse(teachers: Sequence[TeacherSpec], scores: Mapping[str, Float32], bounds: npt.NDArray[np.int64]) -> Float32:
-    """Weighted sum (N,) of the teachers' scores, each normalised within its pool."""
+def fuse(teachers: Sequence[WeightedTeacher], scores: Mapping[str, Float32], bounds: npt.NDArray[np.int64]) -> Float32:
+    """Weighted sum (N,) of the teachers' scores, each normalised within pools. Raises InputError without teachers."""
     if not teachers:
         raise InputError("expected at least one teacher, got none")
     total = np.zeros(len(scores[teachers[0].name]), dtype=np.float32)

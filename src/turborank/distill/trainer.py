@@ -1,11 +1,11 @@
-"""The training loop: optimiser, schedule, checkpoints, a learning curve; resumable from any of its checkpoints.
+"""The training loop: optimiser, schedule, checkpoints, evaluation, learning curve; resumable from any checkpoint.
 
-What is trained, and on what, is the caller's: ``loss_of(model, step)`` draws its own batch from the step's number
-(and the process's rank), so a resumed run sees the same data, and on a CPU ends in the same bits. accelerate carries
-the same loop to a GPU or to many machines; with one process it adds nothing.
+The caller supplies the loss: ``step_loss(model, step)`` samples its own batch from the step number (and the process
+rank), so a resumed run sees the same data and, on a CPU, ends in the same bits. accelerate runs the loop on GPUs and
+several machines.
 
-A run's folder: ``curve.jsonl``, ``step-000200/`` (a model folder with the optimiser's state in it), ``best/`` (the
-model folder of the best evaluation).
+A run's folder holds ``curve.jsonl`` (a row per step), ``step-000200/`` (a model folder plus optimiser state), and
+``best/`` (the model folder of the best evaluation).
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from turborank.architectures import ARCHITECTURES
+from turborank.data.files import replacing_folder, write_text
 from turborank.distill.students import WORDS, Student
 from turborank.errors import TrainingError
 from turborank.ops import torch_training
 from turborank.types import PackedBatch
 
-EXACT = ("head.",)  # parameters that stay float32: numbers, not matrices
-# The last linear of each kind of head: what a factor on the logits is multiplied into.
-LAST = {f"{name}.{kind}" for name in ("classifier", "classifier.out_proj") for kind in ("weight", "bias")}
-LAST |= {"head.scale", "head.bias"}
+FLOAT32 = ("head.",)  # prefixes of parameters that are computed in float32: scalars of the head
+# Parameters of the last linear of every head: scaling these scales the logits.
+LOGIT_PARAMETERS = {f"{name}.{kind}" for name in ("classifier", "classifier.out_proj") for kind in ("weight", "bias")}
+LOGIT_PARAMETERS |= {"head.scale", "head.bias"}
 
 
 def tensors(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:
-    """A packed batch of numpy arrays as one of torch tensors on ``device``."""
+    """A packed batch with torch tensors on ``device`` instead of numpy arrays."""
 
     def move(values: Any) -> Any:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
@@ -50,10 +51,11 @@ def tensors(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBat
 
 
 class Model(nn.Module):
-    """Trainable parameters by the checkpoint's names, and the logarithm of a scale that all logits share.
+    """The parameters of a student, by the checkpoint's names, and the logarithm of a scale of all logits.
 
-    The scale is learnt faster than the weights and multiplied into the head when the model is saved, so that losses on
-    margins do not have to wait until a head of 20·cosine has grown (``dtype``: of activations and products).
+    The scale is trained with a higher learning rate and multiplied into the head when the model is saved, so that
+    margin losses can rescale logits quickly. ``dtype`` is the type of activations and products; ``freeze_words`` keeps
+    the word embeddings fixed.
     """
 
     def __init__(self, student: Student, *, dtype: torch.dtype = torch.float32, freeze_words: bool = False) -> None:
@@ -61,7 +63,7 @@ class Model(nn.Module):
         self.config = student.config
         self.dtype = dtype
         self.frozen = {WORDS} if freeze_words else set[str]()
-        self.recompute = False  # trade time for memory: keep no activations between layers
+        self.recompute = False  # gradient checkpointing per layer (arXiv 1604.06174)
         self.names = list(student.weights)
         for name, weight in student.weights.items():
             value = weight.detach().float().clone()
@@ -72,15 +74,15 @@ class Model(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1))
 
     def master(self, name: str) -> Tensor:
-        """The float32 parameter (or the frozen table in the compute type)."""
+        """A float32 parameter, or a frozen one in the compute type."""
         value = getattr(self, _key(name))
         assert isinstance(value, Tensor)
         return value
 
     def compute_weights(self) -> dict[str, Tensor]:
-        """What a forward reads: masters in the compute type, still part of the graph."""
+        """The weights of a forward pass: parameters cast to the compute type, part of the autograd graph."""
         return {
-            name: w if name.startswith(EXACT) else w.to(self.dtype)
+            name: w if name.startswith(FLOAT32) else w.to(self.dtype)
             for name, w in ((name, self.master(name)) for name in self.names)
         }
 
@@ -90,8 +92,8 @@ class Model(nn.Module):
         trace: list[Tensor] | None = None,
         record: list[tuple[Tensor, ...]] | None = None,
     ) -> Tensor:
-        """Logits (P,) in float32. ``trace`` collects embeddings and layer outputs (T, C), ``record`` each layer's
-        queries, keys and values."""
+        """Logits (P,) in float32. ``trace`` collects embeddings and layer outputs, (T, C) each; ``record`` collects
+        (queries, keys, values) per layer."""
         ops = torch_training.special(recompute=self.recompute, record=record)
         forward = ARCHITECTURES[self.config.architecture].forward
         logits: Tensor = forward(self.compute_weights(), self.config, batch, ops, trace)
@@ -99,58 +101,60 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def weights(self, original: dict[str, Tensor], average: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Float32 tensors of a checkpoint, the scale multiplied into the head. ``original`` gives what is frozen;
-        ``average``, if given, the parameters instead of the current ones."""
+        """Float32 weights of a checkpoint, with the scale multiplied into the head.
+
+        Frozen weights are taken from ``original``; ``average``, if given, replaces the current parameters.
+        """
         source = average or dict(self.named_parameters())
         out = {
             name: original[name] if name in self.frozen else source[_key(name)].detach().clone() for name in self.names
         }
         factor = source["log_scale"].detach().exp()
-        for name in LAST & set(out):
+        for name in LOGIT_PARAMETERS & set(out):
             out[name] = out[name] * factor
         return out
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch allows no dots in a parameter's own name
+    return name.replace(".", "/")  # torch allows no dots in parameter names
 
 
-SCALE_RATE = 30.0  # the learning rate of single numbers of the head, in those of the weights
-NUMBERS = ("log_scale", "head/focus")
+SCALE_RATE = 30.0  # learning rate of SCALARS, relative to the other parameters'
+SCALARS = ("log_scale", "head/focus")
 CURVE, STATE, COUNTERS = "curve.jsonl", "state.safetensors", "state.json"
 
 
 class Loss(NamedTuple):
-    """One step's loss, its parts for the curve, and the tokens it read."""
+    """A step's loss (a scalar with gradient), its parts for the curve, and the number of tokens read."""
 
     total: Tensor
     parts: dict[str, float]
     tokens: int
 
 
-LossOf = Callable[[Model, int], Loss]
+StepLoss = Callable[[Model, int], Loss]
 Evaluate = Callable[[Student], dict[str, float]]
-Progress = Callable[[dict[str, Any], int], None]  # a row of the curve, and the steps in all
+StepCallback = Callable[[dict[str, Any], int], None]  # (row of the curve, steps of the schedule)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, how fast, how often."""
+    """Steps, learning rate, checkpoints and early stopping."""
 
     steps: int
     learning_rate: float = 1e-4
     warmup: int = 20
-    decay: str = "cosine"  # "cosine" or "linear", to a twentieth
+    decay: str = "cosine"  # "cosine" or "linear", to a twentieth of the learning rate
     weight_decay: float = 0.01
-    clip: float = 1.0  # of the gradient's norm
-    average: float = 0.0  # of an exponential moving average of the weights, which is then what is evaluated and saved
-    save_every: int = 100
-    evaluate_every: int = 100
-    patience: int = 0  # evaluations without a better one before the run ends; 0: never
-    stop: int | None = None  # leave here, to be resumed
+    clip: float = 1.0  # maximum norm of the gradient
+    average: float = 0.0  # decay of a moving average of the weights, which is evaluated and saved; 0: none
+    save_every: int = 100  # steps
+    evaluate_every: int = 100  # steps
+    patience: int = 0  # stop after this many evaluations without improvement; 0: never
+    stop: int | None = None  # stop after this step, to be resumed later
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, then decay to a twentieth of the learning rate."""
+        """The learning rate of a step: linear warm-up, then decay to a twentieth."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -159,18 +163,18 @@ class Schedule:
 
 
 @dataclass
-class Counters:
-    """Where a run is."""
+class RunState:
+    """Counters of a run, saved in every checkpoint."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     best: float = -math.inf
-    waited: int = 0  # evaluations since the best
+    waited: int = 0  # evaluations since the best one
 
 
 class Run:
-    """A student in training, and the folder of its run."""
+    """A student in training, and the folder of its run. See :class:`Model` for ``dtype`` and ``freeze_words``."""
 
     def __init__(
         self,
@@ -191,25 +195,25 @@ class Run:
         if schedule.average:
             self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.extra: list[nn.Parameter] = []
-        self.at = Counters()
+        self.state = RunState()
         self.rank = self.accelerator.process_index
 
     def add(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Train these, too; they are kept in checkpoints and are no part of the student."""
+        """Train further parameters. They are saved in checkpoints, but are not part of the student."""
         self.extra += parameters
         if parameters:
             self.adam.add_param_group({"params": list(parameters), "weight_decay": 0.0, "factor": 1.0})
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [*self.model.named_parameters(), *((f"extra/{place}", p) for place, p in enumerate(self.extra))]
+        return [*self.model.named_parameters(), *((f"extra/{index}", p) for index, p in enumerate(self.extra))]
 
     def current(self) -> Student:
-        """The student as it would be saved now."""
+        """The student with the current (or averaged) weights."""
         weights = self.model.weights(self.student.weights, self.average)
         return Student({n: w.cpu() for n, w in weights.items()}, self.student.raw_config, self.student.tokenizer)
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint; False where there is none."""
+        """Continue from the newest complete checkpoint; False where there is none."""
         found = checkpoints(self.out)
         if not found:
             _shorten(self.out / CURVE, 0)
@@ -228,30 +232,30 @@ class Run:
                     "exp_avg": state[f"first/{name}"].to(p.device),
                     "exp_avg_sq": state[f"second/{name}"].to(p.device),
                 }
-        self.at = Counters(**counters)
-        _shorten(self.out / CURVE, self.at.step)
+        self.state = RunState(**counters)
+        _shorten(self.out / CURVE, self.state.step)
         return True
 
     def save(self) -> None:
-        """A checkpoint that ``Reranker`` loads and :meth:`resume` goes on from."""
+        """Write a checkpoint that ``Reranker`` loads and :meth:`resume` continues from; the last two are kept."""
         if not self.accelerator.is_main_process:
             return
 
         def write(folder: Path) -> None:
             self.current().save(folder)
-            save_file(self._state(), folder / STATE)
-            (folder / COUNTERS).write_text(json.dumps(self.at.__dict__), encoding="utf-8")
+            save_file(self._tensors(), folder / STATE)
+            (folder / COUNTERS).write_text(json.dumps(self.state.__dict__), encoding="utf-8")
 
-        _whole(self.out / f"step-{self.at.step:06}", write)
+        _replace_folder(self.out / f"step-{self.state.step:06}", write)
         for old in checkpoints(self.out)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, student: Student) -> None:
-        """The model folder ``final/``, once the schedule has ended."""
+        """Write the model folder ``final/``."""
         if self.accelerator.is_main_process:
-            _whole(self.out / "final", student.save)
+            _replace_folder(self.out / "final", student.save)
 
-    def _state(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         averages = self.average or {}
         state = {f"average/{name}": average.cpu().contiguous() for name, average in averages.items()}
         for name, p in self._named():
@@ -263,40 +267,46 @@ class Run:
                 state[f"step/{name}"] = torch.as_tensor(moments["step"]).cpu().reshape(())
         return state
 
-    def train(self, loss_of: LossOf, evaluate: Evaluate | None = None, progress: Progress | None = None) -> Student:
-        """Steps up to the schedule's end. Raises TrainingError where no step can be taken; what was saved stays."""
-        schedule, at = self.schedule, self.at
+    def train(
+        self, step_loss: StepLoss, evaluate: Evaluate | None = None, progress: StepCallback | None = None
+    ) -> Student:
+        """Train to the end of the schedule; the resulting student.
+
+        Raises TrainingError for a loss that is not finite, lack of memory, and files that cannot be written; complete
+        checkpoints stay.
+        """
+        schedule, at = self.schedule, self.state
         self.out.mkdir(parents=True, exist_ok=True)
         end = min(schedule.stop or schedule.steps, schedule.steps)
-        while at.step < end and not self._waited_enough():
-            row = self._step(loss_of)
+        while at.step < end and not self._out_of_patience():
+            row = self._step(step_loss)
             if evaluate is not None and (at.step % schedule.evaluate_every == 0 or at.step == schedule.steps):
                 row |= self._evaluate(evaluate)
-            last = at.step == end or self._waited_enough()
+            last = at.step == end or self._out_of_patience()
             if at.step % schedule.save_every == 0 or last:
                 self.save()
-            self._note(row)
+            self._append_row(row)
             if progress is not None:
                 progress(row, schedule.steps)
         return self.current()
 
-    def _waited_enough(self) -> bool:
-        return bool(self.schedule.patience) and self.at.waited >= self.schedule.patience
+    def _out_of_patience(self) -> bool:
+        return bool(self.schedule.patience) and self.state.waited >= self.schedule.patience
 
-    def _step(self, loss_of: LossOf) -> dict[str, Any]:
-        at, started = self.at, time.monotonic()
+    def _step(self, step_loss: StepLoss) -> dict[str, Any]:
+        at, started = self.state, time.monotonic()
         rate = self.schedule.rate(at.step)
         for group in self.adam.param_groups:
             group["lr"] = rate * group["factor"]
         try:
-            loss = loss_of(self.wrapped, at.step)
+            loss = step_loss(self.wrapped, at.step)
             if not bool(torch.isfinite(loss.total)):
                 raise TrainingError(
                     f"expected a finite loss, got {loss.total.item()} at step {at.step + 1} ({loss.parts})",
                     hint=f"lower --learning-rate (now {rate:.1e}); the last good checkpoint is in {self.out}",
                 )
             self.accelerator.backward(loss.total)
-            for p in self.extra:  # not the wrapped model's, so nobody else adds up their gradients
+            for p in self.extra:  # not part of the wrapped model, so accelerate does not average their gradients
                 p.grad = None if p.grad is None else self.accelerator.reduce(p.grad, "mean")
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.schedule.clip)
             self.adam.step()
@@ -309,7 +319,7 @@ class Run:
                 hint="lower --budget or add --recompute; the last good checkpoint stays, run the same command again",
             ) from error
         if self.average is not None:
-            # as long as few steps have been taken, the average is the plain mean of them
+            # in the first steps the decay is lower, so that the initial weights do not dominate
             keep = min(self.schedule.average, (at.step + 1) / (at.step + 10))
             for name, p in self.model.named_parameters():
                 self.average[name].lerp_(p.detach(), 1 - keep)
@@ -321,63 +331,59 @@ class Run:
         return row | {"tokens_per_s": round(loss.tokens * self.accelerator.num_processes / max(taken, 1e-9))}
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, float]:
-        """Measures of the student as it would be served, by one process; all learn how long there was no better one."""
+        """Evaluate on rank 0; broadcast the best score and the early-stopping counter."""
         measured = self._measured(evaluate) if self.accelerator.is_main_process else {}
-        told = broadcast_object_list([self.at.best, self.at.waited])
-        self.at.best, self.at.waited = told
+        best_and_waited = broadcast_object_list([self.state.best, self.state.waited])
+        self.state.best, self.state.waited = best_and_waited
         return measured
 
     def _measured(self, evaluate: Evaluate) -> dict[str, float]:
-        """The first measure decides what is best."""
+        """Evaluate; the first measure decides whether the student is saved as ``best/``."""
         student = self.current()
         measured = evaluate(student)
         main = next(iter(measured.values()))
-        if main > self.at.best:
-            self.at.best, self.at.waited = main, 0
-            _whole(self.out / "best", student.save)
+        if main > self.state.best:
+            self.state.best, self.state.waited = main, 0
+            _replace_folder(self.out / "best", student.save)
         else:
-            self.at.waited += 1
+            self.state.waited += 1
         return measured
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _append_row(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             kept = {name: round(v, 6) if isinstance(v, float) and name != "lr" else v for name, v in row.items()}
             try:
                 with (self.out / CURVE).open("a", encoding="utf-8") as curve:
                     curve.write(json.dumps(kept) + "\n")
             except OSError as error:
-                raise _unwritten("the curve", self.out / CURVE, error) from error
+                raise _write_error("the curve", self.out / CURVE, error) from error
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in out.glob("step-*") if (path / COUNTERS).is_file())
 
 
-def _whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder so that it appears whole or not at all. Raises TrainingError; the old one then stays."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Replace a folder atomically by what ``write`` puts there. Raises TrainingError; the old folder then stays."""
     try:
-        write(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with replacing_folder(target) as folder:
+            write(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritten("a checkpoint", target, error) from error
+        raise _write_error("a checkpoint", target, error) from error
 
 
-def _unwritten(what: str, target: Path, error: Exception) -> TrainingError:
+def _write_error(what: str, target: Path, error: Exception) -> TrainingError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     return TrainingError(
         f"expected to write {what}, got: {'the disk is full' if full else error} at {target}",
-        hint="the checkpoints that are there are whole; make room and run the same command again",
+        hint="existing checkpoints are complete; make room and run the same command again",
     )
 
 
 def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:
-    named = [(name, p) for name, p in model.named_parameters() if name not in NUMBERS]
-    numbers = [p for name, p in model.named_parameters() if name in NUMBERS]
+    named = [(name, p) for name, p in model.named_parameters() if name not in SCALARS]
+    numbers = [p for name, p in model.named_parameters() if name in SCALARS]
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": schedule.weight_decay, "factor": 1.0},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
@@ -387,8 +393,8 @@ def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:
 
 
 def _shorten(curve: Path, steps: int) -> None:
-    """Drop the rows that come after the checkpoint a run goes on from: they will be written again."""
+    """Drop the rows after step ``steps``: resuming there writes them again."""
     if curve.is_file():
         rows = [line for line in curve.read_text(encoding="utf-8").splitlines() if line.strip()]
         kept = [line for line in rows if json.loads(line)["step"] <= steps]
-        curve.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(curve, "".join(f"{line}\n" for line in kept))

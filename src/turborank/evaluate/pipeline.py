@@ -22,7 +22,6 @@ import numpy as np
 from turborank import depth as depths
 from turborank.data.bm25 import bm25_run, parameters
 from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
-from turborank.data.download import Told, quiet
 from turborank.data.files import check_folder, file_hash, read_lines, write_json, write_text
 from turborank.data.trec import Qrels, Run, Scored, read_run, write_run
 from turborank.errors import InputError
@@ -39,7 +38,7 @@ from turborank.evaluate.record import (
 )
 from turborank.fusion import K, reciprocal_rank_fusion
 from turborank.reranker import Reranker, order
-from turborank.types import Pair
+from turborank.types import Pair, StartProgress, no_progress
 
 DEPTHS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
 LIST, SHOWN = 100, 10  # adaptive depth: candidates there are, and how many have to be right
@@ -85,7 +84,7 @@ def evaluate(
     seed: int = SEED,
     skip_constant: bool = False,
     keep_unknown: bool = False,
-    progress: Told = quiet,
+    progress: StartProgress = no_progress,
 ) -> Evaluation:
     """Rerank a first stage's best ``depth`` documents with every model, and measure.
 
@@ -190,7 +189,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
-def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Plan, progress: Told) -> Result:
+def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Plan, progress: StartProgress) -> Result:
     folder = plan.out / slug(dataset.name)
     chosen = _chosen(dataset, plan)
     qrels = {query_id: dataset.qrels[query_id] for query_id in chosen}
@@ -241,7 +240,7 @@ def _chosen(dataset: Dataset, plan: Plan) -> list[str]:
 
 
 def _first_stage(
-    dataset: Dataset, plan: Plan, folder: Path, progress: Told
+    dataset: Dataset, plan: Plan, folder: Path, progress: StartProgress
 ) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
     """(run, hash of its file, what it is, what was noticed)."""
     if not plan.runs:
@@ -331,7 +330,7 @@ def _rerank(
     plan: Plan,
     folder: Path,
     facts: Mapping[str, Any],
-    progress: Told,
+    progress: StartProgress,
 ) -> System:
     """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)

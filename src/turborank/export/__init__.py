@@ -1,1 +1,1 @@
-"""Models in the formats of other programs."""
+"""Models in other programs' formats: ONNX, sentence-transformers."""

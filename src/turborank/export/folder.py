@@ -1,4 +1,4 @@
-"""EXPORTS: a model written for other programs. One row a format: a checkpoint in, a folder out."""
+"""EXPORTS: models in other programs' formats, one row per format. A checkpoint in, a folder out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from turborank import checkpoint
 from turborank.checkpoint import Checkpoint
 from turborank.checkpoint.tensors import dense
 from turborank.checkpoint.verify import CONFIG, TOKENIZER, WEIGHTS
+from turborank.data.files import write_json
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.tokens import read_template
 from turborank.types import ModelConfig
@@ -27,12 +28,12 @@ ONNX = "model.onnx"
 class Export(NamedTuple):
     """One format."""
 
-    write: Callable[[Checkpoint, Path], str]  # returns what there is to say of the result
+    write: Callable[[Checkpoint, Path], str]  # returns a remark for the user
     note: str
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """The files written, and a remark for the user."""
 
     folder: Path
     files: tuple[str, ...]
@@ -40,10 +41,10 @@ class Exported(NamedTuple):
 
 
 def export(model: str | None, to: str, out: Path, *, offline: bool | None = None) -> Exported:
-    """Write ``model`` (what ``Reranker`` takes) in the format ``to`` into ``out``, a new or empty folder.
+    """Write a model (name or folder) in the format ``to`` to ``out``, a new or empty folder.
 
-    Raises UnknownKeyError for a format that is not in EXPORTS, InputError where the folder is not empty or a library is
-    missing, CheckpointError where the format cannot hold the model.
+    Raises UnknownKeyError for a format not in EXPORTS, InputError where the folder is not empty or a library is
+    missing, CheckpointError where the format cannot represent the model. A failed export leaves no files.
     """
     if to not in EXPORTS:
         raise UnknownKeyError("a format", to, EXPORTS)
@@ -64,11 +65,11 @@ def export(model: str | None, to: str, out: Path, *, offline: bool | None = None
 
 
 def to_onnx(source: Checkpoint, folder: Path) -> str:
-    """``model.onnx`` and the tokenizer.
+    """Write ``model.onnx`` and the tokenizer.
 
-    Inputs ``input_ids``, ``attention_mask`` and, where the model tells segments apart, ``token_type_ids``, all int64
-    (batch, length), padded on the right; output ``logits`` float32 (batch, 1). Batch and length are free up to the
-    model's maximum. Checked against our logits if ONNX Runtime is installed.
+    Inputs are ``input_ids``, ``attention_mask`` and, for models with segments, ``token_type_ids``, all int64
+    (batch, length), padded on the right; the output is ``logits``, float32 (batch, 1). Batch size and length (up to the
+    model's maximum) are free. If ONNX Runtime is installed, its logits are compared with turborank's.
     """
     missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -85,7 +86,7 @@ def to_onnx(source: Checkpoint, folder: Path) -> str:
         "turborank": version("turborank"),
     }
     onnx_export.write(weights, source.config, folder / ONNX, about)
-    _write_json(folder / CONFIG, source.raw_config)
+    write_json(folder / CONFIG, source.raw_config)
     _write_tokenizer(source, folder)
     worst = onnx_export.check(weights, source.config, folder / ONNX)
     if worst is None:
@@ -93,20 +94,21 @@ def to_onnx(source: Checkpoint, folder: Path) -> str:
     return f"logits of ONNX Runtime and ours differ by at most {worst:.1e}"
 
 
-# architecture -> the prefix of its encoder's tensors, and transformers' class
+# architecture -> prefix of the encoder's tensors and class name in transformers
 _THEIRS = {
     "bert": ("bert.", "BertForSequenceClassification"),
     "xlm_roberta": ("roberta.", "XLMRobertaForSequenceClassification"),
     "deberta": ("deberta.", "DebertaV2ForSequenceClassification"),
 }
-_ROBERTA = "RobertaForSequenceClassification"  # of one language
+_ROBERTA = "RobertaForSequenceClassification"  # model_type "roberta"
 
 
 def to_sentence_transformers(source: Checkpoint, folder: Path) -> str:
-    """A folder that ``sentence_transformers.CrossEncoder`` (and transformers, and what builds on them) loads.
+    """Write a folder that ``sentence_transformers.CrossEncoder`` and transformers load.
 
-    Float32 weights under transformers' names. ``predict`` gives the sigmoid of the logit, as turborank does. One
-    difference stays: there, a special token's name inside a text, say "[SEP]", is that token; here it is text.
+    Weights are float32 under transformers' names. ``predict`` returns the sigmoid of the logit, as turborank does. One
+    difference remains: transformers reads the name of a special token inside a text, such as "[SEP]", as that token;
+    turborank reads it as text.
     """
     architecture = source.config.architecture
     if architecture not in _THEIRS:
@@ -133,7 +135,7 @@ def to_sentence_transformers(source: Checkpoint, folder: Path) -> str:
         "torch_dtype": "float32",
         "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"},
     }
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     _write_tokenizer(source, folder)
     return "CrossEncoder(folder).predict gives sigmoid scores"
 
@@ -148,15 +150,11 @@ EXPORTS: dict[str, Export] = {
 }
 
 
-# ---------------------------------------------------------------- files that both have
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+# ---------------------------------------------------------------- shared by both formats
 
 
 def _pad(tokenizer: Tokenizer, raw: Mapping[str, Any]) -> tuple[str, int]:
-    """The padding token: the config's, else the one of a usual name, else token 0."""
+    """(name, id) of the padding token: the config's, else [PAD] or <pad>, else token 0."""
     number = raw.get("pad_token_id")
     if number is None:
         number = next((i for name in ("[PAD]", "<pad>") if (i := tokenizer.token_to_id(name)) is not None), 0)
@@ -167,13 +165,13 @@ def _pad(tokenizer: Tokenizer, raw: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _write_tokenizer(source: Checkpoint, folder: Path) -> None:
-    """``tokenizer.json`` as it is, and a ``tokenizer_config.json`` that makes transformers use it as it is."""
+    """Copy ``tokenizer.json``, and write a ``tokenizer_config.json`` that makes transformers use it unchanged."""
     tokenizer = source.tokenizer
     shutil.copyfile(source.folder / TOKENIZER, folder / TOKENIZER)
     template = read_template(tokenizer)
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_token")
-    if unknown is None and isinstance(model.get("unk_id"), int):  # SentencePiece's unigram names it by number
+    if unknown is None and isinstance(model.get("unk_id"), int):  # SentencePiece's unigram model has its id
         unknown = model["vocab"][model["unk_id"]][0]
     tokens = {
         "pad_token": _pad(tokenizer, source.raw_config)[0],
@@ -181,7 +179,7 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> None:
         "sep_token": tokenizer.id_to_token(template.suffix[-1]) if template.suffix else None,
         "unk_token": unknown,
     }
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -194,5 +192,5 @@ def _write_tokenizer(source: Checkpoint, folder: Path) -> None:
 
 
 def _names(config: ModelConfig) -> tuple[str, ...]:
-    """What a tokenizer should give the model: segments only where there are some."""
+    """Names of the model's inputs; ``token_type_ids`` only for models with segments."""
     return ("input_ids", "token_type_ids", "attention_mask")[:: 1 if config.type_vocab_size > 1 else 2]

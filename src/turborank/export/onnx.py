@@ -1,7 +1,8 @@
-"""A model as an ONNX graph over padded batches, and the proof that ONNX Runtime computes our logits with it.
+"""Models as ONNX graphs over padded batches, and a comparison of ONNX Runtime's logits with the reference engine's.
 
-The graph is traced from the very forward that all engines share, over :mod:`turborank.ops.torch_padded`. Batch size and
-length are free; ALiBi's and DeBERTa's biases are computed inside from positions, so a graph holds no n×n constant.
+The graph is traced from the forward that all engines share, over :mod:`turborank.ops.torch_padded`. Batch size and
+length are dynamic; the biases of ALiBi (arXiv 2108.12409) and DeBERTa (arXiv 2006.03654) are computed from positions,
+so that a graph holds no n×n constant.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from turborank.errors import EngineError
 from turborank.ops import reference, torch_padded
 from turborank.types import Float32, ModelConfig, PackedBatch
 
-OPSET = 18  # every runtime since 2023 knows it
-TOLERANCE = 1e-4  # of logits, against the reference engine
-ONE_FILE = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB, and larger ones go to model.onnx.data
-CHECKED = ((2, 3), (17,), (9, 64, 33), (300, 1))  # lengths of the batches that are compared; cut to the model's
+OPSET = 18  # supported by all runtimes since 2023
+TOLERANCE = 1e-4  # maximum |Δlogit| against the reference engine
+ONE_FILE = 2_000_000_000  # bytes of weights; protobuf ends at 2 GiB, more are stored in model.onnx.data
+CHECKED = ((2, 3), (17,), (9, 64, 33), (300, 1))  # tokens of the pairs of each compared batch
 
 
 class Padded(nn.Module):
-    """The model as programs expect it: ids and mask (P, N) in, logits (P, 1) out."""
+    """A model over padded batches: ids and mask (P, n) in, logits (P, 1) out."""
 
     def __init__(self, weights: Mapping[str, Float32], config: ModelConfig) -> None:
         super().__init__()
@@ -49,16 +50,16 @@ class Padded(nn.Module):
 
 
 def inputs(config: ModelConfig) -> tuple[str, ...]:
-    """Names of a graph's inputs, all int64 (batch, length). A model with one segment is not asked for segments."""
+    """Names of a graph's inputs, all int64 (batch, length); ``token_type_ids`` only for models with segments."""
     segments = ("token_type_ids",) if config.type_vocab_size > 1 else ()
     return ("input_ids", "attention_mask", *segments)
 
 
 def write(weights: Mapping[str, Float32], config: ModelConfig, path: Path, about: Mapping[str, str]) -> None:
-    """Write the graph of float32 ``weights`` to ``path``; ``about`` becomes its metadata."""
+    """Write the graph of float32 ``weights`` to ``path``, with ``about`` as its metadata."""
     names = inputs(config)
-    # The sizes are free, but the exporter makes a constant of any size that is 0 or 1 here, the number of passages
-    # included. One tensor each: it would take one for all for one input.
+    # Sizes are dynamic, but the exporter turns every size of 0 or 1 in the example into a constant, the batch size
+    # included. Each input gets its own tensor: the exporter would merge a shared one into one input.
     example = tuple(torch.ones(2, 40, dtype=torch.int64) for _ in names)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _quiet():
@@ -66,7 +67,7 @@ def write(weights: Mapping[str, Float32], config: ModelConfig, path: Path, about
             Padded(weights, config).eval(), example, dynamo=True, opset_version=OPSET, verbose=False,
             input_names=list(names), output_names=["logits"], dynamic_shapes=(sizes,) * len(names),
         )  # fmt: skip
-        assert program is not None  # it is for the older exporter only
+        assert program is not None  # only the older exporter returns None
         program.model.producer_name = "turborank"
         program.model.metadata_props.update(about)
         large = sum(value.nbytes for value in weights.values()) > ONE_FILE
@@ -75,7 +76,7 @@ def write(weights: Mapping[str, Float32], config: ModelConfig, path: Path, about
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's remarks on libraries that are not installed and on its own parts concern nobody here."""
+    """Suppress the exporter's warnings about optional libraries and its internals."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -88,7 +89,7 @@ def _quiet() -> Iterator[None]:
 
 
 def random_batch(lengths: Sequence[int], config: ModelConfig, seed: int) -> PackedBatch:
-    """Pairs of random tokens, the latter half of each of segment 1 where the model has one."""
+    """A batch of random tokens; the second half of each pair is segment 1 where the model has one."""
     rng = np.random.default_rng((seed, *lengths))
     ids = rng.integers(0, config.vocab_size, sum(lengths)).astype(np.int32)
     types = [(np.arange(n) >= max(1, n // 2)) * min(1, max(0, config.type_vocab_size - 1)) for n in lengths]
@@ -98,7 +99,7 @@ def random_batch(lengths: Sequence[int], config: ModelConfig, seed: int) -> Pack
 
 
 def pad(batch: PackedBatch, names: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
-    """A packed batch as the graph's inputs, padded on the right with zeros."""
+    """A packed batch as the graph's inputs (P, n), padded on the right with zeros."""
     mask = np.arange(batch.max_seqlen) < np.diff(batch.cu_seqlens)[:, None]  # (P, N)
     rows = {
         "input_ids": batch.input_ids,
@@ -127,7 +128,7 @@ def check(weights: Mapping[str, Float32], config: ModelConfig, path: Path) -> fl
         expected = ARCHITECTURES[config.architecture].forward(weights, config, batch, reference)
         found = session.run(["logits"], pad(batch, inputs(config)))[0][:, 0]
         errors.append(np.abs(found - expected).max())
-    worst = float(np.max(errors))  # NaN if any of them is
+    worst = float(np.max(errors))  # NaN if one is NaN
     if not worst <= TOLERANCE:
         raise EngineError(f"expected ONNX Runtime's logits within {TOLERANCE} of ours, got {worst:.2e} away for {path}")
     return worst
