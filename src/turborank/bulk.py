@@ -72,7 +72,7 @@ class Progress(NamedTuple):
     seconds: float
 
 
-class Summary(NamedTuple):
+class BulkSummary(NamedTuple):
     """What a run did. ``complete``: every shard of the input is in the folder."""
 
     shards: int
@@ -106,7 +106,7 @@ class _Row(NamedTuple):
     ids: list[str]  # of the candidates; [] where the row is a pair itself
 
 
-class Source:
+class PairSource:
     """The input's rows as pairs. Raises InputError, with the place, for a row without query or document."""
 
     def __init__(self, path: Path, options: BulkOptions) -> None:
@@ -203,18 +203,18 @@ def run(
     options: BulkOptions | None = None,
     *,
     progress: Callable[[Progress], None] | None = None,
-) -> Summary:
+) -> BulkSummary:
     """Score the shards of ``options.part`` that no manifest in ``out`` lists.
 
     ``progress`` is called after every block of text. Raises InputError for an unusable row (shards that are complete
     stay) and for a folder that was made of other inputs.
     """
-    return _Run(reranker, Source(path, options or BulkOptions()), out, progress).all()
+    return _Run(reranker, PairSource(path, options or BulkOptions()), out, progress).all()
 
 
 class _Run:
     def __init__(
-        self, reranker: Reranker, source: Source, out: Path, progress: Callable[[Progress], None] | None
+        self, reranker: Reranker, source: PairSource, out: Path, progress: Callable[[Progress], None] | None
     ) -> None:
         self.reranker, self.source, self.out = reranker, source, out
         self.options, self.kind = source.options, source.reader.kind
@@ -230,7 +230,7 @@ class _Run:
         self.started = time.monotonic()
         self.pairs = self.tokens = self.truncated = 0
 
-    def all(self) -> Summary:
+    def all(self) -> BulkSummary:
         self.done = _listed(self.out, self.made_of)
         self.mine = {n: one for n, one in _read(self.manifest, self.made_of).items() if n in self.done}
         part, parts = self.options.part
@@ -247,7 +247,7 @@ class _Run:
             number += 1
         complete = self._finish(number)
         seconds = time.monotonic() - self.started
-        return Summary(written, found, self.pairs, self.tokens, self.truncated, seconds, complete)
+        return BulkSummary(written, found, self.pairs, self.tokens, self.truncated, seconds, complete)
 
     def _skip(self, first: _Row, rows: Iterator[_Row]) -> _Row | None:
         pairs = len(first.pairs)
@@ -321,7 +321,7 @@ class _Run:
         return complete
 
 
-def _made_of(reranker: Reranker, source: Source) -> dict[str, Any]:
+def _made_of(reranker: Reranker, source: PairSource) -> dict[str, Any]:
     """Everything that the output depends on, without the instruction set: the nodes of a cluster may differ in it."""
     files, engine, precision, _, *encoding = json.loads(reranker.fingerprint())
     options = source.options
@@ -384,7 +384,7 @@ def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None,
 
     The sample is at most SAMPLE_ROWS rows, SAMPLE_PAIRS pairs and about SAMPLE_SECONDS. Raises as :func:`run`.
     """
-    source = Source(path, options or BulkOptions())
+    source = PairSource(path, options or BulkOptions())
     rng = np.random.default_rng(seed)
     kept: list[_Row] = []
     rows = total = 0

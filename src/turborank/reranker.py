@@ -91,7 +91,7 @@ def ranking(
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RerankerRecipe:
     """What another process needs to open the same reranker; a pickle holds this and not the weights.
 
     ``engine`` and ``precision`` are those that were chosen. ``threads`` is None unless the caller gave a number, so
@@ -111,7 +111,7 @@ class Recipe:
     relevant_label: str | int | None = None
 
 
-_arrived: dict[Recipe, Reranker] = {}  # by what was unpickled in this process: each model is opened once
+_arrived: dict[RerankerRecipe, Reranker] = {}  # by what was unpickled in this process: each model is opened once
 _arriving: dict[int, threading.Lock] = {}  # by process: after a fork, the parent's may be held by a thread left behind
 
 
@@ -119,7 +119,7 @@ def _process_lock() -> threading.Lock:
     return _arriving.setdefault(os.getpid(), threading.Lock())
 
 
-def arrive(recipe: Recipe, luggage: Mapping[str, Any]) -> Reranker:
+def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
     """The reranker of a recipe, opened once a process and kept until it is closed; what pickle calls.
 
     ``luggage``: attributes that were assigned where it comes from. Raises what Reranker raises, and CheckpointError
@@ -201,7 +201,7 @@ class Reranker:
         self.engine: engines.Engine = engines.prepare(
             self.checkpoint.weights, config, name=name, precision=chosen, threads=threads
         )
-        self._recipe = Recipe(
+        self._recipe = RerankerRecipe(
             None if model is None else os.fspath(model), None, None, name, chosen, max_length, length, threads, offline,
             faithful, relevant_label,
         )  # fmt: skip
@@ -247,7 +247,7 @@ class Reranker:
             raise InputError("expected an open reranker to pickle, got one that was closed")
         return arrive, (self._pinned(), luggage)
 
-    def _pinned(self) -> Recipe:
+    def _pinned(self) -> RerankerRecipe:
         """The recipe, with what makes it mean the same model elsewhere."""
         checkpoint, recipe = self.checkpoint, self._recipe
         if checkpoint.origin in ("hub", "cache"):

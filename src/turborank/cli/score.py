@@ -13,7 +13,7 @@ import typer
 from turborank.cli import options
 
 if TYPE_CHECKING:
-    from turborank.bulk import Estimate, Progress, Summary
+    from turborank.bulk import BulkSummary, Estimate, Progress
 
 EXAMPLES = (
     ("each row has a query and a document", "turborank score pairs.jsonl --out scores/"),
@@ -119,7 +119,7 @@ def _estimated(estimate: Estimate, threads: int) -> str:
     return "\n".join(lines)
 
 
-def _told(summary: Summary, out: Path, part: tuple[int, int]) -> str:
+def _told(summary: BulkSummary, out: Path, part: tuple[int, int]) -> str:
     speed = summary.tokens / summary.seconds if summary.seconds else 0.0
     lines = [
         f"{summary.pairs:,} pairs in {summary.shards:,} shards, {summary.tokens:,} tokens in "
