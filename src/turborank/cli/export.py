@@ -1,4 +1,4 @@
-"""``turborank export``: a model for other programs."""
+"""``turborank export``: convert a model to the format of another program."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import typer
 from turborank.cli import options
 
 EXAMPLES = (
-    ("a graph for ONNX Runtime, checked against our logits", "turborank export my-model --to onnx --out my-model-onnx"),
+    (
+        "an ONNX graph, whose logits are compared with turborank's",
+        "turborank export my-model --to onnx --out my-model-onnx",
+    ),
     (
         "a folder for sentence-transformers' CrossEncoder",
         "turborank export my-bert-student --to sentence-transformers --out for-python",
     ),
 )
 
-Model = Annotated[str, typer.Argument(help="A name that `turborank models` lists, a folder, or a Hugging Face id.")]
-To = Annotated[str, typer.Option(help="onnx (any model), or sentence-transformers (BERT, XLM-RoBERTa, DeBERTa).")]
-Out = Annotated[Path, typer.Option(help="A new folder.")]
+Model = Annotated[str, typer.Argument(help="Name from `turborank models`, folder, or Hugging Face id.")]
+To = Annotated[
+    str, typer.Option(help="Format: onnx (any model) or sentence-transformers (BERT, XLM-RoBERTa, DeBERTa).")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write; must be new.")]
 
 
 def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> None:
-    """Write a model in another program's format.
+    """Convert a model to the format of another program.
 
-    onnx needs torch, and compares the graph's logits with ours where ONNX Runtime is installed.
+    onnx needs torch; if ONNX Runtime is installed, the graph's logits are compared with turborank's.
     """
     from turborank.export.folder import export as write
 
