@@ -1,19 +1,19 @@
-"""Ours and the peers in one run: speed beside error, losing rows kept.
+"""CPU benchmark of turborank and peers in one run: speed and error of each; rows that turborank loses are kept.
 
-Stages, each resumable and each short, so that a machine need be kept quiet only for minutes at a time:
+Stages can be resumed and are short, so that the machine must be idle only for minutes at a time:
 
-    prepare   a random checkpoint of the turbo shape, the reference engine's logits, the peers' own formats
-    tune      each peer's best batch size and number of streams on each workload
-    run       the workloads, all contestants in turns
+    prepare   a random checkpoint of the turbo shape, the reference engine's logits, the peers' model formats
+    tune      the best batch size and number of streams of each peer on each workload
+    run       the workloads, all contestants alternating
     long      one pair of 8,192 tokens, one process at a time: speed and peak memory
-    peaks     what the processor's instructions can do at most (peak.c)
-    gemms     each matrix product of ours, on one core, beside the peak of its instruction
-    families  the other architectures in the shapes of published rerankers, beside transformers
-    text      from text to scores; loading; memory (ours)
+    peaks     peak throughput of the processor's instructions (peak.c)
+    gemms     each matrix product of the native engine on one core, compared with its instruction's peak
+    families  the other architectures in the shapes of published rerankers, compared with transformers
+    text      turborank from text to scores; load time; memory
     report    JSON, a Markdown table and docs/roofline.svg
 
-``--cap`` makes tune, run and long believe in an older processor (see caps.py): ``avx512vnni`` or ``avx2``.
-runs/bench.sh holds the exact commands behind the results that are committed.
+``--cap avx512vnni`` or ``--cap avx2`` makes tune, run and long use no newer instructions (caps.py).
+runs/bench.sh has the commands behind the committed results.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from turborank.benchmark import BATCH, LONG, WORKLOADS, Contestant, Process, Tur
 HERE = Path(__file__).resolve().parent
 SHORT = tuple(w for w in WORKLOADS if w != LONG)
 SIZES = (1, 2, 4, 8, 16, 32)
-GEMM_WORKLOAD = "32x128"  # short pairs: no block of attention is skipped
-FASTEST = 3  # tuned peers that take turns with us; the others' best are in the table of tuning
+GEMM_WORKLOAD = "32x128"  # short pairs, so that attention skips no block
+FASTEST = 3  # tuned peers measured in turn with turborank; the table of tuning has the others
 NEEDED_GB = {
     "ort": 23,
     "ort-int8": 23,
@@ -54,7 +54,7 @@ NEEDED_GB = {
 
 
 class State:
-    """What the stages found, in one JSON file; every stage adds to it."""
+    """The results of all stages, in one JSON file to which each stage adds."""
 
     def __init__(self, work: Path) -> None:
         self.path = work / "state.json"
@@ -62,7 +62,7 @@ class State:
         self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def part(self, *keys: str) -> dict[str, Any]:
-        """The dictionary at ``keys``, made where missing."""
+        """The nested dictionary at ``keys``, created if missing."""
         at = self.found
         for key in keys:
             at = at.setdefault(key, {})
@@ -73,7 +73,7 @@ class State:
 
 
 def environments(state: State, arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Under which contestants use no newer instructions than ``--cap``; peers that cannot be held back are dropped."""
+    """Environments in which contestants use no newer instructions than ``--cap``; peers without one are dropped."""
     held = caps.held(arguments.cap, state.path.parent, arguments.peers)
     arguments.peers = [name for name in arguments.peers if name in held.environments]
     notes = state.found.setdefault("notes", [])
@@ -82,7 +82,7 @@ def environments(state: State, arguments: argparse.Namespace) -> dict[str, dict[
 
 
 def ours(cap: str, env: dict[str, str], wanted: list[str]) -> list[Contestant]:
-    """The native engine in every precision that is wanted and the instruction set has."""
+    """The native engine in each requested precision that the instruction set supports."""
     from turborank.engines import native
 
     isa = native.isas()[0] if cap == "none" else cap
@@ -117,7 +117,7 @@ def prepare(state: State, arguments: argparse.Namespace) -> None:
     if not (state.model / "model.safetensors").exists():
         benchmark.write_model(state.model, tokenizer_file(arguments.tokenizer))
     for name in arguments.peers:
-        if PEERS[name].prepare is not None:  # in a process of its own: exporters need gigabytes and leave threads
+        if PEERS[name].prepare is not None:  # in a separate process: exporters use gigabytes and leave threads running
             code = f"import pathlib, peers; p = peers.PEERS[{name!r}]; p.prepare(pathlib.Path({str(state.model)!r}), "
             code += "p.options)"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
@@ -138,9 +138,9 @@ def tokenizer_file(given: Path | None) -> Path:
 
 
 def tune(state: State, arguments: argparse.Namespace) -> None:
-    """Seconds of every batch size, kept as {workload: {contestant: {size: s}}}; the least of two calls or more.
+    """Minimum seconds of at least two calls for every batch size, as {workload: {contestant: {size: s}}}.
 
-    The first call of a shape counts only if it is the fastest: some libraries make a kernel for it.
+    The minimum excludes the cost of the first call of a shape, for which some libraries compile a kernel.
     """
     envs = environments(state, arguments)
     for contestant in theirs(arguments.peers, envs):
@@ -161,7 +161,7 @@ def best(state: State, cap: str, workload: str, name: str) -> tuple[float, Turn]
     tuned = state.part("tuned", cap, workload)
     pairs = len(WORKLOADS[workload].lengths)
     tried = [
-        (seconds, (contestant.name, BATCH if int(size) == pairs else int(size)))  # all pairs at once: as users run it
+        (seconds, (contestant.name, BATCH if int(size) == pairs else int(size)))  # one batch, as users run it
         for contestant in theirs([name], {})
         for size, seconds in tuned.get(contestant.name, {}).items()
     ]
@@ -169,7 +169,7 @@ def best(state: State, cap: str, workload: str, name: str) -> tuple[float, Turn]
 
 
 def run(state: State, arguments: argparse.Namespace) -> None:
-    """In turns: every contestant as users run it (batch 32, one stream), and the fastest as tuned."""
+    """Measure alternately every contestant with default settings (batch 32, one stream) and the fastest ones tuned."""
     envs = environments(state, arguments)
     us = ours(arguments.cap, envs[caps.OURS], arguments.precisions)
     turns: dict[str, list[Turn]] = {}
@@ -194,14 +194,14 @@ def run(state: State, arguments: argparse.Namespace) -> None:
 
 
 def free_gb() -> float:
-    """Memory that could be had now."""
+    """Memory available now."""
     with contextlib.suppress(OSError, IndexError):
         return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) / 2**20
     return float("inf")
 
 
 def long(state: State, arguments: argparse.Namespace) -> None:
-    """8,192 tokens: each in its own process, alone; three calls, or one where a call takes over ten seconds."""
+    """8,192 tokens, each contestant alone in a process; three calls, or one if a call takes over ten seconds."""
     envs = environments(state, arguments)
     found = state.part("runs", arguments.cap, LONG)
     for contestant in [
@@ -226,7 +226,7 @@ def long(state: State, arguments: argparse.Namespace) -> None:
 
 
 def peaks(state: State, arguments: argparse.Namespace) -> None:
-    """Instruction peaks of one core and the speed of reading memory."""
+    """Instruction peaks of one core and memory read bandwidth."""
     program = state.path.parent / "peak"
     subprocess.run(["gcc", "-O2", "-o", program, HERE / "peak.c"], check=True)
     state.part("peaks").update(json.loads(subprocess.run([program], check=True, capture_output=True).stdout))
@@ -243,7 +243,7 @@ ATTENTION_PEAK = {
 
 
 def gemms(state: State, arguments: argparse.Namespace) -> None:
-    """Operations a second of each product, in the engine at work on one core, with what is fused into it."""
+    """Operations per second of each product inside the engine on one core, fused operations included."""
     from turborank import checkpoint
     from turborank.engines import native
 
@@ -290,13 +290,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,
         "intermediate_size": 1152, "classifier_pooling": "mean"}),
 }  # fmt: skip
-FAMILY_WORKLOADS = ("32x128", "8x512", "1x64", "2x2048")  # as far as a model's positions allow
-POSITIONS = {"BertConfig": 512, "XLMRobertaConfig": 512, "ModernBertConfig": 8192}  # where a shape names none
+FAMILY_WORKLOADS = ("32x128", "8x512", "1x64", "2x2048")  # those that fit the model's positions
+POSITIONS = {"BertConfig": 512, "XLMRobertaConfig": 512, "ModernBertConfig": 8192}  # if the shape has none
 FAMILY_BATCHES = (BATCH, 4)
 
 
 def random_checkpoint(folder: Path, family: str, tokenizer: Path) -> None:
-    """transformers' own class with its own initial weights, saved by itself. The tokenizer is not used."""
+    """A model of transformers' class with its initial weights, saved by transformers. The tokenizer is not used."""
     import torch
     import transformers
 
@@ -307,7 +307,7 @@ def random_checkpoint(folder: Path, family: str, tokenizer: Path) -> None:
 
 
 def families(state: State, arguments: argparse.Namespace) -> None:
-    """Other architectures: ours beside transformers' class, float32, sorted by length, in two batch sizes."""
+    """Other architectures: turborank and transformers' class in float32, sorted by length, in two batch sizes."""
     theirs = Contestant("transformers", "transformers, torch fp32", f"{HERE / 'peers.py'}:load_transformers")
     for family in FAMILIES:
         folder = state.path.parent / family
@@ -336,7 +336,7 @@ def families(state: State, arguments: argparse.Namespace) -> None:
 
 
 def text(state: State, arguments: argparse.Namespace) -> None:
-    """Ours from text, in fresh processes: what tokenisation adds, and how long the first score takes."""
+    """turborank from text, in fresh processes: the cost of tokenisation and the time to the first score."""
     rows = []
     for _ in range(arguments.rounds):
         done = subprocess.run(

@@ -1,7 +1,7 @@
-"""What makes a contestant's process believe in an older processor, for ``--cap`` of bench.py.
+"""Limits a contestant's process to the instructions of an older processor, for ``--cap`` of bench.py.
 
-Where the processor can trap CPUID (Intel's), cap.c does it for everybody. Elsewhere OpenVINO and torch have switches of
-their own, and ONNX Runtime, which has none, runs from a copy in which other bytes, that do trap, replace each CPUID.
+On processors that can trap CPUID (Intel), cap.c answers it for all contestants. Elsewhere OpenVINO and torch use their
+own settings, and ONNX Runtime, which has none, runs from a copy in which a trapping instruction replaces each CPUID.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SWITCHES = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
 }
-SWITCHED = (OURS, "ov", "torch")  # who has switches, by the beginning of their names
+SWITCHED = (OURS, "ov", "torch")  # prefixes of the names of contestants that have a setting
 SWITCHES_NOTE = (
     "This processor cannot trap CPUID: for *as if it had AVX2* OpenVINO (in float32 where int8 is not asked for) and "
     "torch were held back by their own switches (`ONEDNN_MAX_CPU_ISA`, `ATEN_CPU_CAPABILITY`, "
     "`MKL_ENABLE_INSTRUCTIONS`)."
 )
-PLANTED = "ort"  # the beginning of the names of those who run from a copy
+PLANTED = "ort"  # prefix of the names of contestants that run from a copy
 PLANTED_NOTE = (
     "ONNX Runtime has no such switch: there it ran from a copy in which each CPUID instruction is replaced by one that "
     "traps (bench/caps.py), and is answered without the newer instructions."
@@ -40,14 +40,14 @@ CPUID, TRAP = b"\x0f\xa2", b"\xcd\xa2"  # int $0xa2: see cap.c
 
 
 class Held(NamedTuple):
-    """Environments by contestant, those missing who cannot be held back; and what the report must say."""
+    """Environments by contestant, without those that cannot be limited; and remarks for the report."""
 
     environments: dict[str, dict[str, str]]
     notes: list[str]
 
 
 def held(cap: str, work: Path, names: Sequence[str]) -> Held:
-    """Environments under which ``names`` and OURS use no newer instructions than ``cap``."""
+    """Environments in which ``names`` and OURS use no newer instructions than ``cap``."""
     everybody = [OURS, *names]
     if cap == "none":
         return Held({name: {} for name in everybody}, [])
@@ -66,7 +66,7 @@ def held(cap: str, work: Path, names: Sequence[str]) -> Held:
 
 
 def preload(cap: str, work: Path) -> dict[str, str]:
-    """The environment with cap.c in it, built where it is missing or old."""
+    """The environment that preloads cap.c, which is built if missing or outdated."""
     library, source = work / "cap.so", HERE / "cap.c"
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
@@ -74,7 +74,7 @@ def preload(cap: str, work: Path) -> dict[str, str]:
 
 
 def from_copy(cap: str, work: Path, package: str = "onnxruntime") -> dict[str, str]:
-    """The environment in which ``package`` is imported from a copy whose CPUIDs are answered by cap.c."""
+    """The environment in which ``package`` is imported from a copy whose CPUID instructions cap.c answers."""
     folder = work / f"{package}-{importlib.metadata.version(package)}-planted"
     if not folder.exists():
         made = Path(f"{folder}.new")
@@ -96,7 +96,7 @@ def package_folder(package: str) -> Path:
 
 
 def cpuids_answered(env: dict[str, str], package: str) -> int:
-    """How many CPUIDs cap.c answers while ``package`` is imported: none if another copy is."""
+    """Number of CPUIDs that cap.c answers while ``package`` is imported; 0 if the original was imported."""
     done = subprocess.run(
         [sys.executable, "-c", f"import {package}"], check=True, capture_output=True, text=True,
         env=os.environ | env | {"CPU_CAP_COUNT": "1"},
@@ -106,7 +106,7 @@ def cpuids_answered(env: dict[str, str], package: str) -> int:
 
 
 def plant_package(source: Path, target: Path) -> None:
-    """A copy of a package's folder: links, except to the libraries that hold CPUIDs, and the folders of these."""
+    """Copy a package's folder as links, except the libraries with CPUIDs, which are copied, and their folders."""
     target.mkdir(parents=True)
     for entry in source.iterdir():
         if entry.name == "__pycache__":
@@ -120,7 +120,7 @@ def plant_package(source: Path, target: Path) -> None:
 
 
 def plant(library: Path, target: Path) -> int:
-    """Copy ``library`` with TRAP in place of each CPUID; their number."""
+    """Copy ``library`` with TRAP in place of each CPUID. Returns their number."""
     code = bytearray(library.read_bytes())
     places = list(cpuids(library))
     for at in places:
@@ -132,7 +132,7 @@ def plant(library: Path, target: Path) -> int:
 
 
 def cpuids(library: Path) -> Iterator[int]:
-    """Where in the file CPUID instructions are: as disassembled, because the same two bytes are part of others."""
+    """File offsets of CPUID instructions, by disassembly, because their two bytes also occur in other instructions."""
     heading = re.compile(rb"([0-9a-f]+) <.*> \(File Offset: 0x([0-9a-f]+)\):")
     instruction = re.compile(rb" *([0-9a-f]+):\tcpuid\b")
     shift = 0
@@ -146,7 +146,7 @@ def cpuids(library: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def disassembly(library: Path) -> Iterator[IO[bytes]]:
-    """Lines of objdump, as they come: hundreds of megabytes for a large library."""
+    """Lines of objdump, streamed, because a large library has hundreds of megabytes of them."""
     if shutil.which("objdump") is None:
         raise RuntimeError("objdump (binutils) is needed to hold them back on a processor that cannot trap CPUID")
     command = ["objdump", "--disassemble", "--file-offsets", "--no-show-raw-insn", str(library)]

@@ -1,8 +1,8 @@
-"""One fresh process, as a user's: import, load, first score, 100 documents from text, 8,192 tokens. Prints JSON.
+"""Time import, load, first score, 100 documents from text and 8,192 tokens in one fresh process. Prints JSON.
 
     python bench/from_text.py THREADS [MODEL]
 
-The documents are pieces of the standard library's English: docstrings, cut to the lengths of the ragged workload.
+The documents are docstrings of the standard library, cut to the lengths of the ragged workload.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     words = english()
     pairs, at = [], 0
     for tokens in benchmark.WORKLOADS["ragged"].lengths:
-        length = max(1, int((tokens - 12) / 1.5))  # about one and a half tokens a word of this text
+        length = max(1, int((tokens - 12) / 1.5))  # this text has about 1.5 tokens per word
         pairs.append(Pair("how do I read the lines of a file?", " ".join(words[at : at + length])))
         at = (at + length) % (len(words) - 1000)
     encoded = [windows[0] for windows in reranker.encoder.encode(pairs)]

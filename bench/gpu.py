@@ -1,11 +1,11 @@
-"""The torch engine on a CUDA GPU beside padded peers: one process, all in turns, error beside speed.
+"""The torch engine on a CUDA GPU compared with padded peers in one process: speed and error, measured alternately.
 
-    python bench/gpu.py exact OUT.npz     the law's logits, with the native engine in fp32 (wherever that is quick)
+    python bench/gpu.py exact OUT.npz       reference logits, by the native engine in fp32 (on any fast machine)
     python bench/gpu.py run EXACT.npz [--out RESULT.json]
-    python bench/gpu.py report RESULT.json                  a Markdown page beside it
+    python bench/gpu.py report RESULT.json                  a Markdown page in the same folder
 
-The model is that of bench.py: the turbo shape with random weights. A call goes from token ids in the host's memory to
-logits in the host's memory. Peers pad, sort by length, and take their best batch size among ``SIZES``:
+The model is that of bench.py: the turbo shape with random weights. A call takes token ids in host memory and returns
+logits in host memory. Peers pad, sort by length, and use their best batch size of ``SIZES``:
 
     sentence-transformers   scaled_dot_product_attention with the ALiBi bias as a mask, float32 as by default, and bf16
     padded FlexAttention    torch.nn.attention.flex_attention, compiled, the bias computed inside; bf16
@@ -69,7 +69,7 @@ def ours(given: Any, precision: str) -> Scorer:
 
 
 def flexible(module: Any, slopes: Sequence[float]) -> Any:
-    """The padded peer with its attention in flex_attention: the bias and the padding are the score's business."""
+    """The padded peer with flex_attention, which computes the bias and masks the padding in its score function."""
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -104,7 +104,7 @@ def flexible(module: Any, slopes: Sequence[float]) -> Any:
 
 
 def padded(given: Any, *, dtype: str, flex: bool = False, whole: bool = False) -> Scorer:
-    """The model padded, as libraries run it."""
+    """The model over padded batches, as libraries run it."""
     import torch
 
     module = peers.jinabert(given, cls=False, fused=True).to(DEVICE, getattr(torch, dtype))
@@ -147,7 +147,7 @@ def timed(score: Scorer, pairs: Sequence[Any], size: int) -> list[float]:
 
 
 def measure(who: dict[str, tuple[str, Scorer]], pairs: Sequence[Any], law: np.ndarray) -> dict[str, dict[str, Any]]:
-    """All contestants on one workload: best batch size first, then in turns."""
+    """All contestants on one workload: finds each one's best batch size, then measures alternately."""
     import torch
 
     rows: dict[str, dict[str, Any]] = {}
@@ -159,7 +159,7 @@ def measure(who: dict[str, tuple[str, Scorer]], pairs: Sequence[Any], law: np.nd
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
                 began = time.perf_counter()
-                logits = score(pairs, size)  # compiles what it has to
+                logits = score(pairs, size)  # compiles kernels if needed
                 first = {"first_s": time.perf_counter() - began, "bytes": torch.cuda.max_memory_allocated() - before}
                 tried[size] = min(timed(score, pairs, size) + timed(score, pairs, size))
             except RuntimeError as failed:  # most often out of memory
@@ -197,14 +197,15 @@ HEADER = """# {device}, {date}
 
 Written by `bench/gpu.py report`; the commands are `python bench/gpu.py exact exact.npz` and `python bench/gpu.py run
 exact.npz`. The model has the shape of jina-reranker-v1-turbo-en (37,771,777 parameters) and random weights. All
-contestants take turns in one process; a call goes from token ids in the host's memory to logits in the host's memory,
-and its time is the median of all turns (in brackets the least). Tokens are real ones, without padding. Peers pad, sort
-by length and have their best batch size of {sizes}. Errors are of the logits against the native engine in fp32, which
-is within 1e-4 of the numpy law; rms in per cent of the logits' standard deviation where there are more than two pairs.
+contestants are measured alternately in one process; a call takes token ids in host memory and returns logits in host
+memory, and its time is the median of all turns (in brackets the minimum). Padding is not counted in tokens. Peers pad,
+sort by length and use their best batch size of {sizes}. Errors are those of the logits against the native engine in
+fp32, which is within 1e-4 of the numpy reference; rms in per cent of the logits' standard deviation if there are more
+than two pairs.
 
-What the peers do without, and ours does not: no peer cuts the last layer to its first token (at most a sixth of its
-time), and none uses CUDA graphs (on the short workloads, where starting kernels takes longer than running them, that
-is most of the difference).
+Two optimisations that turborank has and no peer has: the last layer is computed for the first token only (at most a
+sixth of the time), and CUDA graphs (most of the difference on short workloads, where launching kernels takes longer
+than running them).
 
 Versions: {versions}, CUDA {cuda}.
 """
@@ -242,9 +243,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("exact", "run", "report"))
     parser.add_argument(
-        "file", type=Path, help="the law's logits (exact writes them, run reads them); figures (report)"
+        "file", type=Path, help="reference logits (exact writes them, run reads them); results (report)"
     )
-    parser.add_argument("--out", type=Path, help="where run writes its figures")
+    parser.add_argument("--out", type=Path, help="file for the results of run")
     parser.add_argument("--only", nargs="*", default=list(ORDER), help="workloads")
     parser.add_argument("--who", nargs="*", help="contestants")
     arguments = parser.parse_args()

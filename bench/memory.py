@@ -2,9 +2,9 @@
 
     python bench/memory.py bge-reranker-v2-m3 --engine native
 
-Prints the size of the weights file, of its table of words, and the process's memory: anonymous (its own copies) and
-pages of the file (the system may drop them at any time), after loading and after a pair of 512 tokens; and the peak of
-both together. Linux only.
+Prints the size of the weights file and of its word embeddings; the process's anonymous memory (copies) and resident
+file pages (which the system may drop at any time), after loading and after a pair of 512 tokens; and the peak of both
+together. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from turborank import catalog
 from turborank.architectures import ARCHITECTURES, WORD_TABLES, recognise
 
-# What config.json of each family states beside the catalog's sizes.
+# Keys of each family's config.json besides the sizes in the catalog.
 STATED: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", "vocab_size": 30522, "type_vocab_size": 2, "layer_norm_eps": 1e-12},
     "xlm_roberta": {"model_type": "xlm-roberta", "vocab_size": 250002, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
@@ -57,7 +57,7 @@ print(json.dumps([name, precision, said]))
 
 
 def write_model(folder: Path, row: catalog.Model, head_size: int) -> dict[str, tuple[int, ...]]:
-    """A folder of the row's shape with random weights in fp16; the shapes of its tensors."""
+    """Write a model folder of the row's shape with random fp16 weights. Returns the shapes of its tensors."""
     offset = 2 if row.architecture == "xlm_roberta" else 0
     raw = STATED[row.architecture] | {
         "hidden_size": row.hidden_size,

@@ -1,7 +1,7 @@
-"""PEERS: other ways to run the same model on a CPU, one row each.
+"""PEERS: other libraries that run the same model on a CPU, one row each.
 
-``prepare`` turns the checkpoint into the peer's own format once (export, quantisation); ``load`` gives a scorer.
-A row is used where the modules it ``needs`` are installed. All pad, so all sort by length and take a batch size.
+``prepare`` converts the checkpoint to the peer's format once (export, quantisation); ``load`` returns a scorer.
+A row is used if the distributions it ``needs`` are installed. All peers pad, so all sort by length and batch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OPSET = 17
-CALIBRATION = 32  # random pairs that NNCF sees
+CALIBRATION = 32  # random pairs for NNCF's calibration
 
 
 class Peer(NamedTuple):
-    """One way to run the model that is not ours."""
+    """One peer: a library, how to prepare the model for it and how to load it."""
 
     label: str
     needs: tuple[str, ...]  # distributions; their versions go into the report
     load: Callable[[Path, int, dict[str, Any]], Callable[..., np.ndarray]]
     prepare: Callable[[Path, dict[str, Any]], None] | None = None
     options: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default
-    streams: tuple[int, ...] = (1,)  # numbers of batches computed at once that are worth trying
+    streams: tuple[int, ...] = (1,)  # numbers of concurrent batches to try when tuning
 
 
 def padded(encodings: Sequence[Any], pad: int = 1) -> dict[str, np.ndarray]:
@@ -43,7 +43,7 @@ def padded(encodings: Sequence[Any], pad: int = 1) -> dict[str, np.ndarray]:
 
 
 def sorted_batches(encodings: Sequence[Any], size: int) -> list[list[int]]:
-    """Places of pairs of like length, longest first, ``size`` at a time."""
+    """Indices of the pairs in batches of ``size`` of similar length, longest first."""
     order = sorted(range(len(encodings)), key=lambda i: -len(encodings[i]))
     return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -64,10 +64,10 @@ def by_batches(run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Callable[.
 
 
 def jinabert(checkpoint: Any, *, cls: bool, fused: bool) -> Any:
-    """JinaBERT with its classifier (docs/model.md), padded inputs and a mask, as libraries write it.
+    """JinaBERT with its classifier (docs/model.md) over padded inputs and a mask, as libraries implement it.
 
-    ``cls``: the last layer is computed for token 0 only, which changes no logit. ``fused``: torch's
-    scaled_dot_product_attention instead of the product, softmax, product that exporters understand best.
+    ``cls``: compute the last layer for token 0 only, which changes no logit. ``fused``: use torch's
+    scaled_dot_product_attention instead of separate products and softmax, which exporters support best.
     """
     import torch
     from torch import nn
@@ -128,7 +128,7 @@ def jinabert(checkpoint: Any, *, cls: bool, fused: bool) -> Any:
 
 
 def _state(weights: Any, layers: int) -> dict[str, Any]:
-    """The checkpoint's tensors under the module's names."""
+    """The checkpoint's tensors by the module's parameter names."""
     import torch
 
     names = {
@@ -164,7 +164,7 @@ def example(pairs: int, longest: int, vocabulary: int, seed: int = 1) -> dict[st
 
 
 def load_torch(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
-    """Float32, sorted by length, padded to the longest of the batch: CrossEncoder.predict after tokenising."""
+    """CrossEncoder.predict after tokenisation: float32, sorted by length, padded to the longest of the batch."""
     import torch
 
     from turborank import checkpoint
@@ -180,7 +180,7 @@ def load_torch(model: Path, threads: int, options: dict[str, Any]) -> Callable[.
 
 
 def load_transformers(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
-    """A checkpoint of an architecture that transformers has a class for; otherwise as ``load_torch``."""
+    """Like ``load_torch``, with transformers' class of the checkpoint's architecture."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -206,7 +206,7 @@ def onnx_path(model: Path, options: dict[str, Any]) -> Path:
 
 
 def export_onnx(model: Path, options: dict[str, Any]) -> None:
-    """The module as an ONNX graph with dynamic batch and length; int8 by ONNX Runtime's own dynamic quantiser."""
+    """Export the module to ONNX with dynamic batch and length; int8 by ONNX Runtime's dynamic quantisation."""
     path = onnx_path(model, options | {"int8": False})
     if not path.exists():
         import torch
@@ -244,7 +244,7 @@ def openvino_path(model: Path, options: dict[str, Any]) -> Path:
 
 
 def export_openvino(model: Path, options: dict[str, Any]) -> None:
-    """From the ONNX graph: ``int8`` weights and activations by NNCF, or ``weights`` alone (activations at run time)."""
+    """Convert the ONNX graph: ``int8`` quantises weights and activations by NNCF, ``weights`` only weights."""
     target = openvino_path(model, options)
     if target.exists():
         return
@@ -267,12 +267,12 @@ def export_openvino(model: Path, options: dict[str, Any]) -> None:
 
 
 def load_openvino(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
-    """``streams`` batches at once, the threads shared between them; bf16 where the processor has (or may use) it."""
+    """Run ``streams`` batches at once, which share the threads; bf16 if the processor has it and --cap allows it."""
     import openvino
 
     core = openvino.Core()
     streams = options.get("streams", 1)
-    hint = "f32" if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" else "bf16"  # it takes bf16 for granted otherwise
+    hint = "f32" if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2" else "bf16"  # OpenVINO would use bf16 otherwise
     settings: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": hint,
     }  # fmt: skip
@@ -314,7 +314,7 @@ PEERS: dict[str, Peer] = {
 
 
 def installed(peer: Peer) -> dict[str, str] | None:
-    """Versions of what the peer needs, or None where something is missing."""
+    """Versions of the distributions that the peer needs; None if one is missing."""
     if any(importlib.util.find_spec(name) is None for name in peer.needs):
         return None
     return {name: importlib.metadata.version(name) for name in peer.needs}

@@ -1,4 +1,4 @@
-"""What bench.py found, for people: a JSON file, a Markdown table and a roofline plot. Losing rows stay."""
+"""Reports the results of bench.py: a JSON file, a Markdown table and a roofline plot, including lost rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turborank.benchmark import BATCH, WORKLOADS, title
 
 HERE = Path(__file__).resolve().parent
 OURS, DEFAULTS = f"turborank-int8 b{BATCH}", f"torch b{BATCH}"
-# Issue: at least so many times the best peer as users run it, the best peer tuned, sentence-transformers' defaults.
+# Target speed-ups over the best peer with default settings, the best tuned peer and sentence-transformers' defaults.
 TARGETS = {
     "ragged": (2.3, 1.6, 10.0), "32x128": (1.4, 1.25, 5.5), "8x512": (1.7, 1.5, 6.0), "2x2048": (3.0, 2.5, 8.0),
     "1x8192": (7.0, 6.0, 20.0), "1x64": (1.7, 1.5, 8.0),
@@ -33,7 +33,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def processor() -> str:
-    """The processor's name and what of it matters here."""
+    """The processor's name and relevant features."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -46,8 +46,8 @@ def processor() -> str:
 
 
 def operations(workload: str, *, attention: bool = True) -> float:
-    """Operations (a multiply and an add are two) that the logits need: the last layer for token 0 only and without its
-    keys and values, nothing for padding, every score of the attention although ALiBi skipping leaves many out."""
+    """Operations that the logits need, a multiply-add counted as two: the last layer for token 0 only and without keys
+    and values, no padding, all scores of attention, although the skip bound leaves many out."""
     config = benchmark.turbo_config()
     c, f, layers, heads = config.hidden_size, config.intermediate_size, config.num_hidden_layers, len(config.slopes)
     token = (layers - 1) * (4 * c * c + 3 * c * f) + 2 * heads * c
@@ -59,33 +59,33 @@ def operations(workload: str, *, attention: bool = True) -> float:
 
 
 def product_operations(workload: str) -> dict[str, float]:
-    """The operations of each of the engine's products (its names for them) on a workload, and of attention."""
+    """Operations of each of the engine's products, by its names, and of attention on a workload."""
     config = benchmark.turbo_config()
     c, f, layers, heads = config.hidden_size, config.intermediate_size, config.num_hidden_layers, len(config.slopes)
     lengths = WORKLOADS[workload].lengths
     tokens = (layers - 1) * sum(lengths)
-    rows = tokens + len(lengths)  # the last layer for first tokens alone
+    rows = tokens + len(lengths)  # the last layer is for first tokens only
     products = {"qkv": 3 * c * c * tokens, "out": c * c * rows, "up": 2 * c * f * rows, "down": c * f * rows}
     attention = sum((layers - 1) * 2 * n * n * c + 2 * heads * c * n + 3 * c * c for n in lengths)
     return {name: 2.0 * n for name, n in (products | {"attention": attention}).items()}
 
 
 def bytes_moved(workload: str) -> float:
-    """Bytes that must come from memory at least once: int8 weights, and each token's embedding row as 16-bit."""
+    """Minimum bytes read from memory: int8 weights once, and each token's embedding row in 16 bits."""
     config = benchmark.turbo_config()
     c, f = config.hidden_size, config.intermediate_size
     return config.num_hidden_layers * (4 * c * c + 3 * c * f) + 2.0 * c * sum(WORKLOADS[workload].lengths)
 
 
 def peer_of(key: str) -> str:
-    """The PEERS row behind a result's key, or "" for ours."""
+    """The key in PEERS of a result's key; "" for turborank."""
     name = key.split(" ")[0].split("/")[0]
     return name if name in PEERS else ""
 
 
 def best(rows: Rows, *, tuned: bool, cut: bool = False) -> str | None:
-    """The fastest peer: as users run it (batch 32, one stream), or with batch and streams ``tuned``; with the graph as
-    libraries give it, or also with its last layer ``cut``."""
+    """The fastest peer: with default settings (batch 32, one stream) or with batch and streams ``tuned``; with the
+    graph as libraries make it or, with ``cut``, also those whose last layer is computed for token 0 only."""
     keys = [key for key in rows if peer_of(key) and (cut or not PEERS[peer_of(key)].options.get("cls"))]
     if not tuned:
         keys = [key for key in keys if key == f"{peer_of(key)} b{BATCH}"]
@@ -93,7 +93,7 @@ def best(rows: Rows, *, tuned: bool, cut: bool = False) -> str | None:
 
 
 def ratio(rows: Rows, peer: str | None, target: float | None) -> str:
-    """Times faster by the least times (by the medians), and whether that is what was asked for."""
+    """Speed-up by minimum times (by medians), and whether it reaches the target."""
     if peer is None or peer not in rows or OURS not in rows:
         return "–"
     least, middle = (rows[peer][k] / rows[OURS][k] for k in ("min_s", "median_s"))
@@ -131,7 +131,7 @@ def ratios(runs: dict[str, Rows], about: dict[str, Any], *, targets: bool) -> li
 
 
 def tuning(tuned: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    """Every peer's best tokens/s and the batch size (and streams) that gave it; 8,192 tokens are one pair."""
+    """Best tokens/s of every peer, with its batch size (and streams); 8,192 tokens are one pair."""
     names = [name for name in PEERS if any(name == key.split("/")[0] for rows in tuned.values() for key in rows)]
     lines = ["| tokens/s (batch) | " + " | ".join(map(title, tuned)) + " |", "|---|" + "---:|" * len(tuned)]
     for name in names:
@@ -166,7 +166,7 @@ def every_row(workload: str, rows: Rows, about: dict[str, Any]) -> list[str]:
 
 
 def own(state: dict[str, Any]) -> list[str]:
-    """Ours from text, and how near to the processor's limit."""
+    """turborank from text, and its share of the processor's peak."""
     lines = []
     if state.get("text"):
         t = state["text"]
@@ -189,7 +189,7 @@ def own(state: dict[str, Any]) -> list[str]:
 
 
 def families(state: dict[str, Any]) -> list[str]:
-    """Other architectures beside transformers, where they were measured."""
+    """Other architectures compared with transformers, if measured."""
     lines = []
     for family, runs in state.get("families", {}).items():
         lines += [
@@ -211,7 +211,7 @@ def families(state: dict[str, Any]) -> list[str]:
 
 
 def gemms(state: dict[str, Any]) -> list[str]:
-    """Each matrix product of the native engine beside the instruction peak, where it was measured."""
+    """Each matrix product of the native engine compared with the instruction peak, if measured."""
     found = state.get("gemms")
     if not found:
         return []
@@ -263,7 +263,7 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
 
 
 def plot(state: dict[str, Any], threads: int, path: Path) -> None:
-    """Achieved operations over arithmetic intensity, under the processor's roofs."""
+    """Roofline plot: achieved operations per second over arithmetic intensity, with the processor's limits."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -323,7 +323,7 @@ def plot(state: dict[str, Any], threads: int, path: Path) -> None:
 
 
 def with_errors(state: dict[str, Any]) -> dict[str, Any]:
-    """The stages' findings, each row's logits replaced by their error."""
+    """The results of the stages, with each row's logits replaced by their error."""
     found = {key: value for key, value in state.items() if key not in ("exact", "runs")}
     found["runs"] = {
         cap: {

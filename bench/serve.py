@@ -1,13 +1,13 @@
-"""The service against the library it serves and against other servers: what HTTP costs, and what overload does.
+"""Benchmark of the HTTP service: its overhead over the library, comparison with other servers, and overload.
 
     python bench/serve_model.py MODEL                      a model that every server can load
     python bench/serve.py throughput --model MODEL --infinity ENV/bin/python --minimal ENV/bin/python
     python bench/serve.py lone       --model MODEL --infinity ENV/bin/python --minimal ENV/bin/python
     python bench/serve.py overload --seconds 60            the embedded model at twice the capacity
 
-Each peer lives in an environment of its own, outside the repository (bench/results/serve.md names their versions).
-Servers, clients and library share the machine, as they do not in life, and take turns within a round; figures are
-medians of the rounds. Every server's scores are compared with the numpy engine's.
+Each peer has a virtual environment of its own, outside the repository (bench/results/serve.md names their versions).
+Servers, clients and library share one machine, unlike in production, and are measured alternately in each round;
+figures are medians over rounds. Every server's scores are compared with the numpy engine's.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from turborank.types import Pair
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CLIENTS, DOCUMENTS = 8, 100
 PORT = 8191
-LOOK_EVERY = 0.02  # seconds between looks at a server that recovers
+LOOK_EVERY = 0.02  # seconds between polls of a server that recovers
 
 
 def texts(count: int, words: int, seed: int = 0) -> list[str]:
-    """Passages of English from the examples, of ``words`` words each."""
+    """English passages of ``words`` words each, from examples/texts/."""
     pool = " ".join(path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.glob("*.md"))).split()
     draw = random.Random(seed)
     starts = [draw.randrange(len(pool) - words) for _ in range(count)]
@@ -50,7 +50,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def throughput(library: dict[str, Reranker], served: dict[str, Served], rounds: int, words: int) -> None:
-    """8 clients x 100 documents, against the same pairs in one call of the library."""
+    """8 clients with 100 documents each, compared with the same pairs in one call of the library."""
     lists = [texts(DOCUMENTS, words, seed) for seed in range(CLIENTS)]
     pairs = [Pair(QUERY, text) for documents in lists for text in documents]
     tokens = int(next(iter(library.values())).score_detailed(pairs).tokens.sum())
@@ -102,7 +102,7 @@ def errors(law: Reranker, served: dict[str, Served]) -> None:
 
 
 async def arrival(port: int, body: bytes, outcomes: list[tuple[int, float]]) -> None:
-    """One request on a connection of its own; (status, seconds), status 0 when it was not answered."""
+    """One request on a new connection: (status, seconds); status 0 if it was not answered."""
     started, status = time.perf_counter(), 0
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -121,9 +121,10 @@ async def arrival(port: int, body: bytes, outcomes: list[tuple[int, float]]) -> 
 
 
 async def open_loop(server: Served, body: bytes, per_second: float, seconds: float) -> Any:
-    """Requests that arrive at random moments, whatever became of those before; memory, once a second; then silence.
+    """Open-loop load: requests arrive at random times independent of earlier answers; memory is sampled every second.
 
-    Returns ((status, seconds) of each, MiB, seconds until the queue was empty, of a request before all and after it).
+    Returns ((status, seconds) of each request, MiB, seconds until the queue was empty, seconds of one request before
+    and one after the load).
     """
     draw, tasks, memory = random.Random(1), [], [server.memory()]
     outcomes: list[tuple[int, float]] = []
@@ -148,7 +149,7 @@ async def open_loop(server: Served, body: bytes, per_second: float, seconds: flo
 
 
 def overload(server: Served, seconds: float, per_second: float | None) -> None:
-    """Twice the capacity, open loop: what is accepted, what is refused, how long both take, what memory does."""
+    """Open-loop load at twice the capacity: accepted and refused requests, their latencies, and memory."""
     body = server.content(texts(20, 60))
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(server.rank, [body] * 9))

@@ -1,4 +1,4 @@
-"""The server most people write first: sentence-transformers behind FastAPI. A peer of bench/serve.py.
+"""A minimal server, sentence-transformers behind FastAPI, as a peer of bench/serve.py.
 
 python bench/serve_minimal.py FOLDER PORT
 """
@@ -12,7 +12,7 @@ from sentence_transformers import CrossEncoder
 
 
 class Request(BaseModel):
-    """As Jina's and Cohere's."""
+    """A request body in Jina's and Cohere's format."""
 
     query: str
     documents: list[str]

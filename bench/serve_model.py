@@ -1,8 +1,8 @@
-"""A cross-encoder that every server of bench/serve.py can load: of the shape of ms-marco-MiniLM-L-6-v2, random weights.
+"""Write a cross-encoder that every server of bench/serve.py can load: ms-marco-MiniLM-L-6-v2's shape, random weights.
 
     python bench/serve_model.py FOLDER
 
-Six layers, 384 wide, 22.7 M parameters, 512 tokens; WordPiece learnt from examples/texts/.
+Six layers, hidden size 384, 22.7 M parameters, 512 tokens; WordPiece vocabulary trained on examples/texts/.
 Needs torch and transformers.
 """
 

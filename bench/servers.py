@@ -15,13 +15,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 QUERY = "how do honeybees choose a new home?"
 HEADERS = {"Content-Type": "application/json"}
-# Nothing is looked up elsewhere and nobody is told of anything; threads are left to each server's own choice.
+# No downloads and no telemetry; each server chooses its number of threads.
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
 START_SECONDS = 180
 
 
 class Served:
-    """A server process, and requests to it on connections that are kept, one for each thread."""
+    """A server process, and requests to it on one keep-alive connection for each thread."""
 
     def __init__(
         self, command: list[str], port: int, *, path: str = "/v1/rerank", model: str | None = None, **environment: str
@@ -43,9 +43,9 @@ class Served:
         raise SystemExit(f"the server did not start: {' '.join(command)}")
 
     def request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """(status, body) of an answer."""
+        """(status, body) of the response."""
         kept = getattr(self.connections, "one", None)
-        for connection in (kept, None) if kept else (None,):  # a kept one may have been closed meanwhile
+        for connection in (kept, None) if kept else (None,):  # the server may have closed the kept one
             if connection is None:
                 connection = self.connections.one = HTTPConnection("127.0.0.1", self.port, timeout=120)
             try:
@@ -58,19 +58,19 @@ class Served:
         raise AssertionError("unreachable")
 
     def rank(self, body: bytes) -> dict[str, Any]:
-        """A ranking; anything but 200 ends the measurement."""
+        """Rank documents; raises if the status is not 200."""
         status, answer = self.request("POST", self.path, body)
         assert status == 200, answer[:300]
         result: dict[str, Any] = json.loads(answer)
         return result
 
     def content(self, documents: list[str]) -> bytes:
-        """The body of a request; the model is named where a server insists on it."""
+        """The body of a request, with the model's name if the server requires it."""
         named = {"model": self.model} if self.model else {}
         return json.dumps({"query": QUERY, "documents": documents, **named}).encode()
 
     def memory(self) -> float:
-        """Resident MiB."""
+        """Resident memory in MiB."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
@@ -92,7 +92,7 @@ def turborank(port: int, model: str | None, *, precision: str = "auto", **settin
 
 
 def infinity(port: int, model: str, python: str) -> Served:
-    """Infinity as its documentation starts it for a processor: its own batches, BetterTransformer where it fits."""
+    """Infinity as its documentation starts it on CPUs: its own batching, BetterTransformer if supported."""
     command = [str(Path(python).with_name("infinity_emb")), "v2", "--model-id", model, "--served-model-name", "it"]
     command += ["--engine", "torch", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port), "--no-model-warmup"]
     return Served(command, port, path="/rerank", model="it")

@@ -1,7 +1,7 @@
-// Attention of a pair's first row alone: all that a classifier's last layer needs. Neither keys nor values are made. With
-// k_j = K x_j + b and v_j = V x_j + c a head's scores are (K^T q) . x_j, plus q . b, which softmax takes off again; its
-// output is V (sum of p_j x_j) + c. So a token costs 2 H C multiplications instead of the projections' 2 C^2, in float.
-// Terms are added in an order that depends on the pair alone.
+// Attention of a pair's first row, which is all that a classifier's last layer needs, without computing keys and values. With
+// k_j = K x_j + b and v_j = V x_j + c, a head's scores are (K^T q) . x_j + q . b, where q . b is constant and cancels in the
+// softmax; its output is V (sum of p_j x_j) + c. A token costs 2 H C multiplications in float instead of 2 C^2 for its
+// projections. The order of summation depends only on the pair.
 
 // to (C,) += sum of weights[i] * rows[i]
 template <int count, class Held>
@@ -23,7 +23,7 @@ TR_INLINE void dot_rows(const Held* rows, const float* vector, int C, float* dot
     for (int i = 0; i < 8; ++i) dots[i] = hsum(sum[i]);
 }
 
-// scores (n,) to 2^(score - largest), and zeros up to whole vectors; returns their sum
+// Replaces scores (n,) by 2^(score - maximum), padded with zeros to whole vectors; returns their sum.
 template <bool exact>
 float soften(float* scores, int n) {
     F top = set(-3.0e38f), mass = set(0.0f);

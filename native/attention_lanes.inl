@@ -1,8 +1,8 @@
-// Attention with one query in each lane: scores, probabilities and sums of 2 W queries are pairs of vectors, so that
-// no sum runs across lanes, and a block of scores becomes probabilities before it leaves the registers. Keys are read
-// where they lie, a word at a time; queries, probabilities (bf16: two keys a word) and context stand transposed:
+// Attention with one query in each lane: scores, probabilities and sums of 2 W queries are pairs of vectors, so that no
+// sum runs across lanes, and a block of scores becomes probabilities before it leaves the registers. Keys are read in
+// place, word by word; queries, probabilities (bf16: two keys in a word) and context are transposed:
 //   queries        panel of D / word rows x 2 W of 32 columns (blocks.inl)
-//   probabilities  likewise, keys / word rows
+//   probabilities  panel of keys / word rows x 2 W of 32 columns
 //   context        [D][2 W] floats, the sum of p v
 //   values         [keys / word][D] words
 
@@ -15,7 +15,7 @@ TR_INLINE float* panel_word(E* panel, int k, int vector) {
     return reinterpret_cast<float*>(panel) + (kTiles ? (k / 16 * 2 + vector) * 256 + k % 16 * 16 : k * kPanel + vector * W);
 }
 
-// Rows [0, W) of `rows` (D each) to columns: take(k, column) receives word k of all of them. Returns their squared norms.
+// Transposes W rows of D elements: take(k, column) receives word k of all rows. Returns the rows' squared norms.
 template <class E, class Take>
 TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
     F squares = set(0.0f), others = squares;
@@ -31,7 +31,7 @@ TR_INLINE F transpose_rows(const E* rows, int D, const Take& take) {
     return squares + others;
 }
 
-// The largest norm of keys [from, to).
+// The maximum norm of keys [from, to).
 template <class E>
 float longest_key(const AttendJob& job, int from, int to) {
     const E* k = static_cast<const E*>(job.k);
@@ -43,7 +43,7 @@ float longest_key(const AttendJob& job, int from, int to) {
     return __builtin_sqrtf(hmax(longest));
 }
 
-// Where scores start: what depends on the distance alone.
+// Initial values of the scores that depend only on the distance: ALiBi's bias, or zero.
 struct DistanceBias {
     const float* zero;  // zero[i - j] = -slope |i - j|
     static constexpr bool kWindow = false;
@@ -58,7 +58,7 @@ template <class E, bool exact, class Bias>
 struct LaneTile {
     static constexpr int kStep = kKeysAtOnce;
     const AttendJob& job;
-    const E* values;    // see above
+    const E* values;    // layout: see the top of this file
     Bias& bias;
     float longest;      // max |k|
     E *queries, *probabilities;
@@ -69,7 +69,7 @@ struct LaneTile {
 
     float score_bound(int r) const { return size[r] * longest * 1.001f + 0.01f; }
 
-    // Queries [first, first + 2 W) to columns; rows behind the last one are computed and thrown away.
+    // Transposes queries [first, first + 2 W); rows after the last query are computed and discarded.
     TR_INLINE void begin() {
         const E* q = static_cast<const E*>(job.q) + static_cast<size_t>(first) * job.D;
         for (int v = 0; v < 2; ++v) {
@@ -83,7 +83,7 @@ struct LaneTile {
         bias.begin(*this);
     }
 
-    // Scores of keys j .. j + kKeysAtOnce: take(r, left, right), one call for each key.
+    // Scores of keys j .. j + kKeysAtOnce; take(r, left, right) is called for each key.
     template <class Take>
     TR_INLINE void scores(int j, bool shifted, const Take& take) const {
         const F t0 = load(top), t1 = load(top + W);
@@ -95,7 +95,7 @@ struct LaneTile {
             }, take);
     }
 
-    // Raises the lanes' offsets to their largest score so far.
+    // Raises the lanes' offsets to the maximum score so far and rescales their sums.
     void raise(int lo, int hi, bool fresh) {
         F x0 = set(-3.0e38f), x1 = x0;
         for (int j = lo; j < hi; j += kKeysAtOnce)
@@ -116,10 +116,10 @@ struct LaneTile {
         }
     }
 
-    // Probabilities of keys j .. j + kKeysAtOnce and their sums; those from `hi` on are zero. `deep`: see exp2_words.
+    // Probabilities of keys j .. j + kKeysAtOnce and their sums; keys from `hi` on have probability 0. `deep`: see exp2_words.
     template <bool shifted, bool deep, bool tail>
     TR_INLINE void exponentiate(int j, int lo, int hi, F (&sums)[2]) {
-        F even[2], odd[2];  // of two keys
+        F even[2], odd[2];  // scores of two neighbouring keys
         scores(j, shifted, [&](int r, const F& x, const F& y) TR_LAMBDA {
             F (&p)[2] = r % 2 ? odd : even;
             p[0] = x, p[1] = y;
@@ -203,7 +203,7 @@ TR_INLINE void attend_tiles(const AttendJob& job, Bias bias, float longest, Scra
 #include "attention_relative.inl"
 #include "attention_window.inl"
 
-// Attention of one head, queries [from, to).
+// Attention of one head for queries [from, to).
 template <class E, bool exact>
 void attend(const AttendJob& job, Scratch& s) {
     const Lap lap(s, kAttention);

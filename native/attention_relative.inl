@@ -1,10 +1,10 @@
-// Disentangled attention (architectures/deberta.py): two terms that depend on the row r = rows[i - j] of a table of relative
-// positions are where the scores of a tile start, so that the walk along the keys stays as it is. Neither needs more than
-// (n, count) floats:
-//   given  [n][count]     queries[r] . k_j, for all tiles: a product of keys and the table
-//   asked  [i - j][2 W]   q_i . keys[rows[i - j]], for one tile. As a product of the table and the tile's queries it stands by
-//                         rows of the table; then lane l of row d is taken from what lies l distances further on.
-// Neighbouring distances have the same or neighbouring rows, so W lanes of `given` are within W floats.
+// Disentangled attention (architectures/deberta.py, docs/kernels.md "Attention"). The two terms that depend on the row
+// r = rows[i - j] of the relative position table are the initial values of a tile's scores, so the loop over keys is
+// unchanged. Neither needs more than (n, count) floats:
+//   given  [n][count]     queries[r] . k_j for all tiles: a product of the keys and the table
+//   asked  [i - j][2 W]   q_i . keys[rows[i - j]] for one tile: a product of the table and the tile's queries, ordered by
+//                         table row, from which lane l of distance d takes the row of distance d + l
+// Neighbouring distances have equal or neighbouring rows, so W lanes of `given` are within W consecutive floats.
 
 #ifndef TR_LOOKUP
 // from[rows[0]], from[rows[1]], ...; rows[0] <= rows[l] < rows[0] + W
@@ -16,7 +16,7 @@ TR_INLINE F lookup(const float* from, const int32_t* rows) {
 #endif
 
 #ifndef TR_PICK
-// Lanes whose number has this bit from b, the others from a.
+// Takes lanes whose index has this bit from b, the others from a.
 template <int bit>
 TR_INLINE F pick(F a, F b) {
     float x[W], y[W];
@@ -26,7 +26,7 @@ TR_INLINE F pick(F a, F b) {
 }
 #endif
 
-// rows[d][l] = rows[d + l][l] for the first W of 2 W - 1 rows.
+// Shears: rows[d][l] = rows[d + l][l] for the first W of 2 W - 1 rows, in log2(W) rounds.
 template <int bit>
 TR_INLINE void skew(F (&rows)[2 * W - 1]) {
     for (int d = 0; d < W - 1 + bit; ++d) rows[d] = pick<bit>(rows[d], rows[d + bit]);
@@ -37,7 +37,7 @@ template <class E>
 struct RelativeBias {
     const Relative& table;
     const float* given;
-    int stride;     // of `given`
+    int stride;     // floats from one key's row of `given` to the next
     float* scratch;  // (count, 2 W) products
     float* skewed;
     const float* asked = nullptr;  // asked[d * 2 W + l]
@@ -50,7 +50,7 @@ struct RelativeBias {
 
     template <class Tile>
     void begin(const Tile& t) {
-        const int keys = round_up(t.job.n, kKeysAtOnce), nearest = t.first - keys + 1, D = t.job.D;  // distances from `nearest` to `first`
+        const int keys = round_up(t.job.n, kKeysAtOnce), nearest = t.first - keys + 1, D = t.job.D;  // smallest distance of the tile
         const int last = table.rows[t.first + kLanes - 1];
         for (int r = table.rows[nearest] / kKeysAtOnce * kKeysAtOnce; r <= last; r += kKeysAtOnce)
             block<E>(typename MakeIndices<kKeysAtOnce>::type{}, static_cast<const E*>(table.keys) + static_cast<size_t>(r) * D, D, kWord<E>,

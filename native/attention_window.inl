@@ -1,13 +1,13 @@
-// Attention to the keys at most `window` away (ModernBERT's sliding layers): each tile of queries visits those alone. A pair's
-// bits do not depend on how its queries were divided into jobs, because what a tile sees is counted from its own first query.
+// Sliding-window attention (ModernBERT): each tile of queries visits only keys within `window` of its rows. Key ranges are
+// counted from the tile's first query, so the result does not depend on how a pair's queries are divided into jobs.
 
-constexpr float kOutside = -1e30f;  // not infinity: exp2 makes the power from floor and fraction
+constexpr float kOutside = -1e30f;  // finite, because exp2 splits its argument into floor and fraction
 
 struct WindowBias {
     static constexpr bool kWindow = true;
     int window;
     const float* zero;       // zero[i - j] = 0 within the window, else kOutside
-    const float* key_norms;  // the largest of each 32 keys
+    const float* key_norms;  // maximum norm of each 32 keys
 
     template <class Tile>
     TR_INLINE int begins(const Tile& t) const { return at_least(0, t.first - window) / Tile::kStep * Tile::kStep; }
@@ -30,7 +30,7 @@ struct WindowBias {
     }
 };
 
-// The job on the part of its pair that it reads, as a pair of its own.
+// The job restricted to rows [lo, hi) of its pair, the part that it reads.
 template <class E>
 AttendJob narrowed(AttendJob job, int lo, int hi) {
     const size_t rows = static_cast<size_t>(lo) * job.D;

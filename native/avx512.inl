@@ -1,4 +1,4 @@
-// Vocabulary for 512-bit vectors: 16 floats, float and bf16 products. isa_avx512.cpp and isa_amx.cpp add int8.
+// Vector operations for 512-bit vectors of 16 floats, float and bf16 products. isa_avx512.cpp and isa_amx.cpp add int8.
 
 constexpr int W = 16;
 using F = __m512;
@@ -46,10 +46,10 @@ TR_INLINE void store(bf16* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
-// One whole cache line: a load that follows finds it in one piece.
+// Stores one whole cache line, so that a later load is forwarded from one store.
 TR_INLINE void store2(bf16* p, F a, F b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))); }
 
-// largest() of common.inl. Without its sign, a bf16 is ordered as an integer; those with one count as negative.
+// largest() of common.inl. Bits of non-negative bf16 are ordered like integers; negative ones are negative as int16.
 template <bool sizes>
 float largest(const bf16* row, int n) {
     __m512i top = _mm512_setzero_si512();
@@ -79,7 +79,7 @@ TR_INLINE void dot(F& left, F& right, const bf16* a, F w0, F w1) {
     dot_bf16(left, set(pair), w0), dot_bf16(right, set(pair), w1);
 }
 
-// Words of attention: a float, or two bf16.
+// One word of attention: one float, or two bf16.
 template <class E>
 TR_INLINE F to_word(F even, F odd) {
     if constexpr (same_type<E, float>) return odd;
@@ -96,12 +96,12 @@ TR_INLINE F add_squares(F words, F sum) {
     return sum;
 }
 
-// 16 rows of 16 words of 32 bits, transposed in place: four rounds of exchanging blocks of 1, 2, 4, 8.
+// Transposes 16 rows of 16 words of 32 bits in place, by exchanging blocks of 1, 2, 4 and 8 words.
 TR_INLINE void transpose(F (&m)[16]) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const auto round = [&](int bit) __attribute__((always_inline)) {
         const auto upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(bit));
-        // Lanes of two rows: index + 16 means the second row.
+        // Indices into two rows: + 16 selects the second row.
         const __m512i low = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(16 - bit));
         const __m512i high = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(bit)), upper, lane, _mm512_set1_epi32(16));
         for (int i = 0; i < 16; ++i)
@@ -114,7 +114,7 @@ TR_INLINE void transpose(F (&m)[16]) {
     round(1), round(2), round(4), round(8);
 }
 
-// 32 columns of two rows (the second may be null: zeros) as words of two, columns 0 to 15 and 16 to 31.
+// Interleaves 32 columns of two rows (null: zeros) to words of two: columns 0 to 15 and 16 to 31.
 TR_INLINE void pair_rows(const bf16* even, const bf16* odd, F& left, F& right) {
     alignas(64) uint16_t order[32];
     for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);

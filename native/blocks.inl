@@ -1,13 +1,14 @@
-// Matrix products whose sums stay in registers from the first word of the depth to the finished value.
-// Needs of the instruction set's file, for each operand type Op:
-//   Integers                     W sums of int8 products
-//   load_right<Op>(bytes)        W words of one row of a panel
-//   dot(left, right, a, w0, w1)  adds the product of one word of `a` with W columns each to two sums
-//   kRowsAtOnce                  rows whose sums fit the registers, two of them a row
-// A word is what the instruction takes at once of one row's depth: 4 int8, 2 bf16 (or widened int8), 1 float.
+// Matrix products whose sums stay in registers for the whole depth.
+// The instruction set's file defines, for each operand type Op:
+//   Integers                     vector of W sums of int8 products
+//   load_right<Op>(bytes)        loads W words of one row of a panel
+//   dot(left, right, a, w0, w1)  adds the products of one word of `a` with the words w0 and w1 of W columns to two sums
+//   kRowsAtOnce                  rows of a tile: as many as have two sums each in registers
+// A word is the part of a row's depth that one instruction multiplies: 4 int8 (8 with smmla), 2 bf16 (or widened int8) or
+// 1 float.
 
 template <class Op> using Sum = ForInt8<Op, Integers, F>;
-template <class Op> using Number = ForInt8<Op, int32_t, float>;  // of a sum in memory
+template <class Op> using Number = ForInt8<Op, int32_t, float>;  // type of a sum in memory
 
 template <int... i> struct Indices {
     static constexpr int count = sizeof...(i);
@@ -15,10 +16,10 @@ template <int... i> struct Indices {
 template <int n, int... i> struct MakeIndices : MakeIndices<n - 1, n - 1, i...> {};
 template <int... i> struct MakeIndices<0, i...> { using type = Indices<i...>; };
 
-template <class Op> constexpr bool kTiled = kTiles && !same_type<Op, float>;  // by matrix tiles: isa_amx.cpp
+template <class Op> constexpr bool kTiled = kTiles && !same_type<Op, float>;  // uses matrix tiles, isa_amx.cpp
 
-// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most two more (matrix tiles: 31). There
-// are four heights, because each is compiled for itself.
+// Calls part(from, Indices<0 .. height-1>) for tiles that cover `rows` rows and at most two more (matrix tiles: 31). Each of
+// the four heights is compiled separately.
 constexpr int kLowestTile = (kRowsAtOnce + 3) / 4;
 
 template <class Op, class Part>
@@ -27,13 +28,13 @@ TR_INLINE void in_tiles(int rows, const Part& part) {
     for (int from = 0; from < rows;) {
         const int rest = rows - from;
         if (kTiled<Op> || rest > half + quarter) part(from, typename MakeIndices<most>::type{}), from += most;
-        else if (rest > quarter && rest != 2 * quarter) part(from, typename MakeIndices<half>::type{}), from += half;
+        else if (rest > quarter && (rest != 2 * quarter || rest == half)) part(from, typename MakeIndices<half>::type{}), from += half;
         else if (rest > 1) part(from, typename MakeIndices<quarter>::type{}), from += quarter;
         else part(from, typename MakeIndices<1>::type{}), from += 1;
     }
 }
 
-template <class Op> constexpr int kWord = 4 / static_cast<int>(sizeof(Op));
+template <class Op> constexpr int kWord = same_type<Op, Int8> ? kInt8Group : 4 / static_cast<int>(sizeof(Op));
 
 // Bytes from one word of the depth to the next in a panel of 32 columns, and from one vector of columns to the next.
 template <class Op> constexpr int kRightRow = kPanel * (same_type<Op, Int8> ? kInt8Group : 4);
@@ -44,15 +45,15 @@ struct Nothing {
     TR_INLINE void operator()(A...) const {}
 };
 
-// Rows r... of `a` (row and step: elements from one to the next row and word) by 2 W columns. start(r, left, right)
-// sets the sums, finish(r, left, right) takes them; each(k) is called with every word.
+// Product of rows r... of `a` with 2 W columns. `row` and `step`: elements from one row and word to the next. start(r, left,
+// right) initialises the sums, finish(r, left, right) receives them, each(k, words) is called for every word or few words.
 template <class Op, int... r, class Start, class Finish, class Each = Nothing>
 TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, const std::byte* right, int words, const Start& start,
                      const Finish& finish, const Each& each = {}) {
     Sum<Op> x[sizeof...(r)], y[sizeof...(r)];
     (start(r, x[r], y[r]), ...);
     for (int k = 0; k < words; ++k) {
-        each(k);
+        each(k, 1);
         const std::byte* b = right + static_cast<ptrdiff_t>(k) * kRightRow<Op>;
         const auto w0 = load_right<Op>(b), w1 = load_right<Op>(b + kRightVector<Op>);
         (dot(x[r], y[r], a + r * row + k * step, w0, w1), ...);
@@ -60,13 +61,19 @@ TR_INLINE void block(Indices<r...>, const Op* a, ptrdiff_t row, ptrdiff_t step, 
     (finish(r, x[r], y[r]), ...);
 }
 
-// Where an int8 operand's rows and columns lie: row by row or, for matrix tiles, in blocks of 16 rows x 64 bytes, because
-// neighbouring cache lines load faster than distant ones.
-TR_INLINE size_t int8_row(size_t row, size_t depth) { return kTiles ? row / 16 * 16 * depth + row % 16 * 64 : row * depth; }
-TR_INLINE int int8_column(int column) { return kTiles ? column / 64 * 1024 + column % 64 : column; }
+// Offsets of an int8 operand's rows and columns: row-major; for matrix tiles in blocks of 16 rows x 64 bytes, because
+// consecutive cache lines load faster than distant ones; with TR_ROW_PAIRS the words of two rows alternate, because one
+// instruction multiplies both.
+#ifdef TR_ROW_PAIRS
+constexpr int kRowsTogether = 2, kTogether = 8;
+#else
+constexpr int kRowsTogether = kTiles ? 16 : 1, kTogether = 64;
+#endif
+TR_INLINE size_t int8_row(size_t row, size_t depth) { return row / kRowsTogether * kRowsTogether * depth + row % kRowsTogether * kTogether; }
+TR_INLINE int int8_column(int column) { return column / kTogether * kTogether * kRowsTogether + column % kTogether; }
 
-// The sums of one tile to `sums` (rows, 2 W). With every step of the depth `pace` bytes are fetched from `ahead` on.
-// values(from, to) is to be called for the last tile's rows, in any pieces.
+// Writes the sums of one tile to `sums` (rows, 2 W). Each step of the depth prefetches `pace` bytes from `ahead`. Must call
+// values(from, to) for ranges that cover the previous tile's `last` rows.
 template <class Op, int... r, class Values>
 TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, int, const Linear& w, int panel, int column, Number<Op>* sums,
                         const std::byte*& ahead, size_t pace, int last, const Values& values) {
@@ -80,18 +87,18 @@ TR_INLINE void sum_tile(Indices<r...> indices, const Operand<Op>& a, int row, in
     block<Op>(indices, a.rows + static_cast<size_t>(row) * a.stride, a.stride, kWord<Op>, w.panel(panel) + column / W * kRightVector<Op>, words,
         [&](int, Sum<Op>& x, Sum<Op>& y) TR_LAMBDA { x = begin[0], y = begin[1]; },
         [&](int i, const Sum<Op>& x, const Sum<Op>& y) TR_LAMBDA { vectors[2 * i] = x, vectors[2 * i + 1] = y; },
-        [&](int) TR_LAMBDA {
+        [&](int, int steps) TR_LAMBDA {
             prefetch(ahead);
-            ahead += pace;
+            ahead += pace * static_cast<size_t>(steps);
         });
     values(0, last);
 }
 
-// All panels of a W^T + b for `rows` rows; with `fine`, a.starts stand in place of b where they are not null. at(column)
-// gives a functor put(row, left, right) that receives values of columns column .. + W and column + W .. + 2 W of a row. The
-// next panel (at the end: `after`, the first of the product that follows) is fetched meanwhile, evenly, because weights come
-// from the outer caches. A tile's values are formed behind or (matrix tiles) between the next tile's sums, so that they
-// wait for nothing; expect(column, row, rows) is called before those.
+// All panels of a W^T + b for `rows` rows; with `fine`, a.starts replace b where they are not null. at(column) returns a
+// functor put(row, left, right) that receives a row's values of columns column .. + W and column + W .. + 2 W. The next panel
+// (after the last one: `after`, the first panel of the following product) is prefetched at an even pace, because weights come
+// from the outer caches. The values of a tile are computed after or (matrix tiles) during the next tile's sums, so that they
+// do not wait for their own; expect(column, row, rows) is called before a tile's sums.
 template <class Op, bool fine = false, class At, class Expect = Nothing>
 TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch& s, const std::byte* after, const At& at, const Expect& expect = {}) {
     Number<Op>* const buffer = s.tiles.as<Number<Op>>();
@@ -109,7 +116,7 @@ TR_INLINE void multiply(const Operand<Op>& a, const Linear& w, int rows, Scratch
                 put(done.row + r, x + load(b), y + load(b + W));
         }
     };
-    constexpr int height = kTiled<Op> ? kTile : kRowsAtOnce, words = kTiled<Op> ? 16 : 1;  // of a tile, of a step
+    constexpr int height = kTiled<Op> ? kTile : kRowsAtOnce, words = kTiled<Op> ? 16 : 1;  // rows of a tile, words of a step
     const int panels = w.out / kPanel, tiles = (rows + height - 1) / height;
     const size_t steps = static_cast<size_t>(w.depth / kWord<Op> / words * (kPanel / (2 * W)) * tiles), pace = (w.panel_bytes + steps - 1) / steps;
     for (int panel = 0; panel < panels; ++panel) {

@@ -1,5 +1,5 @@
-// Arithmetic that every instruction set shares, written against its vector F of W floats.
-// Included inside an anonymous namespace. No functions of std:: here: see TR_INLINE in kernels.h.
+// Arithmetic shared by all instruction sets, written with the vector F of W floats.
+// Included inside an anonymous namespace. Uses no functions of std::, for the reason at TR_INLINE in kernels.h.
 
 #define TR_LAMBDA __attribute__((always_inline))
 
@@ -13,7 +13,7 @@ template <class Op, class Integer, class Other> using ForInt8 = std::conditional
 
 TR_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// Adds the time from here to the end of the scope to a part's account.
+// Adds the time from its construction to the end of the scope to a part's total.
 class Lap {
 public:
     TR_INLINE Lap(Scratch& s, Part part) : spent_(s.spent[part]), start_(nanoseconds()) {}
@@ -38,7 +38,7 @@ TR_INLINE void store2(float* p, F a, F b) {
     store(p + W, b);
 }
 
-// The largest |x| of a row or, without `sizes`, the largest x, at least 0.
+// The maximum of |x| over a row or, without `sizes`, of x and 0.
 template <bool sizes, class E>
 float largest(const E* row, int n) {
     F top = set(0.0f);
@@ -48,8 +48,8 @@ float largest(const E* row, int n) {
 
 #include "mix.inl"
 
-// 2^x to 8e-5 or, if exact, 8e-8 of its value; 0 below 2^-126. The polynomials are minimax fits on [0, 1) where one
-// instruction gives the fraction, else on [-1/2, 1/2].
+// 2^x with a relative error of 8e-5 or, if exact, 8e-8; 0 below 2^-126. The polynomials are minimax fits, on [0, 1) if
+// the instruction set computes the fraction in one instruction (TR_FRACTION), else on [-1/2, 1/2].
 template <bool exact>
 TR_INLINE F exp2(F x) {
 #ifdef TR_FRACTION
@@ -66,8 +66,8 @@ TR_INLINE F exp2(F x) {
     return scale2(exact ? horner(rest, fine) : horner(rest, fast), n);
 }
 
-// x Phi(x). Exact: erfc by Abramowitz & Stegun 7.1.26 (1.5e-7). Fast: an odd polynomial for Phi on [-3.7, 3.7], which
-// meets 0 and 1 at the ends: 5e-4 between them and 4e-4 beyond, where rounding to bf16 alone costs up to 2e-3 of a value.
+// x Phi(x). Exact: erfc by Abramowitz & Stegun 7.1.26 (error 1.5e-7). Fast: an odd polynomial for Phi on [-3.7, 3.7] that
+// reaches 0 and 1 at the ends; error 5e-4 inside and 4e-4 outside. Rounding to bf16 has a relative error of up to 2e-3.
 template <bool exact>
 TR_INLINE F gelu(F x) {
     if constexpr (exact) {
@@ -89,13 +89,14 @@ TR_INLINE F tanh_of(F x) {
     return set(1.0f) - set(2.0f) / (e + set(1.0f));
 }
 
-// The left side of a product; the last four are of int8 only. A row of a panel begins at `starts` [row] (32,), or with the
-// bias where that is null; what rounding left of the `fine` rows lies from row `rest` on (put_operands).
+// The left side of a product; the last four members are for int8 only. starts[row] (32,) replaces the bias of a two-term
+// row in the current panel; null for other rows. The residuals of the `fine` two-term rows are at rows `rest` and following
+// (put_operands).
 template <class Op>
 struct Operand {
     const Op* rows;
     int stride;
-    const float* scale = nullptr;  // one a row
+    const float* scale = nullptr;  // one for each row
     const float* const* starts = nullptr;
     int fine = 0, rest = 0;
 };

@@ -1,8 +1,13 @@
-// The schedule: pairs -> groups of tokens that stay in cache -> phases of independent tasks. No arithmetic here.
+// The schedule: pairs are divided into groups whose activations fit the cache, groups are processed in phases of
+// independent tasks. The arithmetic is in the kernels. See docs/kernels.md, "Threads".
 #include <algorithm>
 #include <stdexcept>
 
+#if defined(_WIN32)
+#include <process.h>
+#else
 #include <unistd.h>
+#endif
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -12,18 +17,26 @@
 namespace turborank {
 namespace {
 
-constexpr int kGroupTokens = 512;   // a group that one thread takes through all layers alone
-constexpr int kAloneTokens = 512;   // pairs up to this length may be in such a group
-constexpr int kLikeLength = 64;     // pairs of like length differ by less than this part of it
+constexpr int kGroupTokens = 512;   // tokens of a group that one thread takes through all layers
+constexpr int kAloneTokens = 512;   // tokens of a pair up to which it may be in such a group
+constexpr int kLikeLength = 64;     // pairs have similar length if they differ by at most 1/64 of it
 constexpr int kQueriesPerTask = 2048;
-constexpr int kFewestRows = 8;        // for a thread: fewer are not worth waking it
+constexpr int kFewestRows = 8;        // minimum of tokens for each thread; fewer do not pay for waking it
 
-// Denormals count as zero while the kernels run, and rounding is to nearest; the caller's mode comes back afterwards.
+// While the kernels run, denormals count as zero and rounding is to nearest. The caller's mode is restored afterwards.
 struct FloatMode {
 #if defined(__SSE__)
     const unsigned saved = _mm_getcsr();
     FloatMode() { _mm_setcsr(0x9fc0); }
     ~FloatMode() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+    uint64_t saved;
+    FloatMode() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+        set(uint64_t{1} << 24);  // FZ; rounding to nearest is 0
+    }
+    ~FloatMode() { set(saved); }
+    static void set(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
 #else
     ~FloatMode() {}
 #endif
@@ -58,19 +71,19 @@ void Scratch::reserve(const Shape& s, int block_rows, int longest) {
 
 namespace {
 
-// Queries [from, to) of one head of a group's pair.
+// Queries [from, to) of one head of one pair; `pair` is an index into Group::pairs.
 struct AttendTask {
     int pair, head, from, to;
 };
 
-// Some pairs of the batch, laid end to end.
+// Some pairs of the batch, concatenated.
 struct Group {
     std::vector<int> pairs, starts;  // starts[i]: first row of pairs[i]
     int tokens = 0;
-    std::vector<AttendTask> attention;  // of one layer, heaviest first
+    std::vector<AttendTask> attention;  // tasks of one layer; in a team's group largest first
 };
 
-// A group's way through the layers.
+// The activations of one group.
 struct Memory {
     Buffer x, q, k, v, attention;     // (T, C)
     Buffer first_x, first_attention;  // (P, C), the last layer of a classifier
@@ -100,7 +113,7 @@ void check(const Shape& s, const Batch& b) {
     if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size())
         fail("cu_seqlens to end with the number of tokens (" + tokens + ")", b.offsets.back());
     const int limit = s.positions > 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
-    const int types = s.cosine ? 2 : s.types;  // a model with one segment has no use for the ids
+    const int types = s.cosine ? 2 : s.types;  // type ids are ignored if there is one segment only
     for (int p = 0; p < b.pairs(); ++p) {
         const std::string where = " at pair " + std::to_string(p);
         const int from = b.offsets[p], to = b.offsets[p + 1];
@@ -118,7 +131,7 @@ void check(const Shape& s, const Batch& b) {
     }
 }
 
-// One call: what is to be done, and the phases of a group.
+// One call of Engine::logits(): its plan, and the phases of a group.
 struct Call {
     const Weights& w;
     const Kernels& k;
@@ -129,9 +142,9 @@ struct Call {
     const Shape& s = w.shape;
     const size_t C = static_cast<size_t>(s.C);
 
-    // Short pairs are gathered into groups for one thread each, so that their activations stay in its cache and no thread
-    // waits for another. Long pairs of like length go to one thread each, where there is one for every thread; other long
-    // ones, and what does not divide evenly, form `team`, a group for all threads.
+    // Short pairs are gathered into groups, each for one thread, so that their activations stay in its cache and no thread
+    // waits for another. Long pairs of similar length go to one thread each if there is one for every thread. Other long
+    // pairs, and groups that do not divide evenly among the threads, form `team`, a group that all threads process together.
     void plan(Group& team, std::vector<Group>& alone) const {
         const auto add = [&](Group& g, int p) { g.pairs.push_back(p), g.starts.push_back(g.tokens), g.tokens += batch.length(p); };
         std::vector<int> longs;
@@ -159,7 +172,7 @@ struct Call {
         for (Group& g : alone) plan_attention(g, 1);
     }
 
-    // Tasks of whole (pair, head)s, or of ranges of queries where that would leave threads idle.
+    // Tasks of one (pair, head) each, divided into ranges of queries if threads share the group.
     void plan_attention(Group& g, int sharing) const {
         const auto length = [&](int pair) { return batch.length(g.pairs[pair]); };
         const int share = round_up((g.tokens * s.H + 4 * sharing - 1) / (4 * sharing), kTile);
@@ -192,7 +205,7 @@ struct Call {
         return {layer.relative_keys + at, layer.relative_queries + at, longest[0], longest[1], w.relative_rows, s.relative};
     }
 
-    // One head of one layer, queries [task.from, task.to) of a pair, whose output goes to row `row` of `to`.
+    // The job of one task in layer l. The pair's first output row is row `row` of `to`.
     AttendJob job(int l, const Group& g, const AttendTask& task, const Memory& m, const Buffer& to, size_t row) const {
         const size_t start = static_cast<size_t>(g.starts[task.pair]), h = static_cast<size_t>(task.head), D = static_cast<size_t>(s.D);
         const size_t at = (h * static_cast<size_t>(m.capacity) + start) * D * k.exchange_bytes, out = (row * C + h * D) * k.exchange_bytes;
@@ -200,7 +213,8 @@ struct Call {
                 s.C, batch.length(g.pairs[task.pair]), task.from, task.to, s.D, s.alibi, w.slopes[h], w.layers[l].window, relative(l, h)};
     }
 
-    // Blocks of like size, whole tiles of rows, as many for each thread; where rows are few, like size matters more.
+    // Divides `count` rows into blocks of similar size, a multiple of blocks for each thread. Blocks are whole tiles; with
+    // few rows the smallest tile is the unit, because even division then saves more than full tiles.
     template <class Work>
     void each_block(Team& team, int count, int sharing, const Work& work) const {
         const int unit = count >= 32 * sharing * k.row_tile ? k.row_tile : k.lowest_tile, units = (count + unit - 1) / unit;
@@ -215,11 +229,11 @@ struct Call {
         if (trace) team.phase(1, [&](int) { trace->emplace_back(rows.as<float>(), rows.as<float>() + count * C); });
     }
 
-    // All layers of a group, by `sharing` threads that all call this.
+    // All layers of a group. Each of the `sharing` threads calls this.
     void run(const Group& g, Memory& m, Team& team, int sharing, Scratch& scratch) const {
         const int whole = s.whole_layers();
         const auto x = [&](int row) { return m.x.as<float>() + static_cast<size_t>(row) * C; };
-        // Which rows are to be rounded more finely: those that the head's first mean is of.
+        // Types of the rows from `row` on, for two-term int8 of query-token rows with the cosine heads (put_operands).
         const auto fine_types = [&](int row) { return s.cosine ? m.types.as<int32_t>() + row : nullptr; };
         const auto project = [&](int l, int from, int rows) {  // q, k and v of layer l
             if (l == s.L || (l == whole && s.keyless_last())) return;
@@ -254,7 +268,7 @@ struct Call {
         });
     }
 
-    // The head behind all layers or, where it reads first rows, behind the last layer of those.
+    // The classifier head; if it reads first rows, also the last layer of those.
     void classify(const Group& g, Memory& m, Team& team, Scratch& scratch) const {
         const int pairs = static_cast<int>(g.pairs.size());
         const auto first_x = [&](int i) { return m.first_x.as<float>() + static_cast<size_t>(i) * C; };
@@ -278,20 +292,29 @@ struct Call {
     }
 };
 
+// A process that was forked from another has a number of its own. (Windows has no fork.)
+long process_number() {
+#if defined(_WIN32)
+    return _getpid();
+#else
+    return getpid();
+#endif
+}
+
 }  // namespace
 
 struct Engine::State {
     Pool pool;
-    std::vector<Scratch> scratch;  // one a thread
-    std::vector<Memory> memory;    // the team's, then one a thread
-    pid_t process = getpid();
+    std::vector<Scratch> scratch;  // one for each thread
+    std::vector<Memory> memory;    // that of the team, then one for each thread
+    long process = process_number();
 };
 
 Engine::Engine(const Weights& weights, const Kernels* kernels) : weights_(weights), kernels_(kernels) {}
 
 Engine::~Engine() {
-    // After a fork the pool's threads exist only in the parent: joining them here would wait for ever.
-    if (state_ && state_->process != getpid()) state_.release();
+    // After a fork the pool's threads exist only in the parent; joining them in the child would never return.
+    if (state_ && state_->process != process_number()) state_.release();
 }
 
 void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std::vector<float>>* trace) {
@@ -299,7 +322,7 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     if (threads < 1) throw std::invalid_argument("expected threads of at least 1, got " + std::to_string(threads));
     threads = std::min(threads, (batch.offsets.back() + kFewestRows - 1) / kFewestRows);
     std::unique_lock<std::mutex> lock(calls_);
-    if (state_ && state_->process != getpid()) state_.release();  // see ~Engine
+    if (state_ && state_->process != process_number()) state_.release();  // see ~Engine
     if (!state_) state_ = std::make_unique<State>();
     State& state = *state_;
 

@@ -1,4 +1,4 @@
-// Attention in float alone: a word is a float, and values are used where they lie.
+// Names of attention for instruction sets with float attention only: a word is one float, values are used in place.
 
 constexpr float kDeep = 0.0f;
 template <bool, int N> TR_INLINE void exp2_words(const F (&)[N], const F (&)[N], F (&)[N], F (&)[N]) {}

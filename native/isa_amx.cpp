@@ -1,6 +1,6 @@
-// AMX: matrix tiles of 16 rows x 64 bytes. A 32 x 32 result takes four accumulator tiles; each step of the depth
-// loads two tiles of either side and multiplies them four ways (16 cycles each), and the vector work of the previous
-// result (`between`) runs meanwhile on the vector units.
+// AMX: matrix tiles of 16 rows x 64 bytes. A 32 x 32 result uses four accumulator tiles. Each step of the depth loads two
+// tiles of each side and multiplies all four combinations (16 cycles each); meanwhile the vector units compute the values of
+// the previous result (`between`).
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -21,8 +21,8 @@ TR_INLINE void store_int8(Int8* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// In place of gcc 12's intrinsics. Loads do not name the memory they read, so that the vector code between them may
-// stay in registers; gemm() begins with a barrier instead, and nothing it reads is written before it ends.
+// Used instead of gcc 12's intrinsics. The loads declare no memory operand, so that vector code between them can stay in
+// registers; gemm() begins with a compiler barrier instead, and nothing that it reads is written before it ends.
 template <int tile>
 TR_INLINE void load_tile(const void* from, size_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile));
@@ -39,15 +39,15 @@ TR_INLINE void multiply_tiles() {
     else __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
 }
 
-// The left side: its first tile, the bytes between a tile's rows, from a tile to the next of the depth, and to the
-// tile 16 rows below.
+// The left side: its first tile, and the bytes from one row of a tile to the next, from a tile to the next along the depth,
+// and to the tile 16 rows below.
 struct Left {
     const void* first;
     size_t row, step, below;
 };
 
-// sums[r][0..31] = begin[0..31] (null: 0) + sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, over `steps` of 64 bytes of
-// depth; between(i) is called after each. It may read up to row 31 of `a` and write up to row 31 of `sums`.
+// sums[r][0..31] = begin[0..31] (null: 0) + sum_k a[r][k] * panel[k][0..31] for r < rows <= 32, over `steps` steps of 64 bytes
+// of depth; between(i) is called after each step. May read up to row 31 of `a` and write up to row 31 of `sums`.
 template <class Sum, class Between>
 TR_INLINE void gemm(const Left& a, int rows, const std::byte* panel, int steps, const std::byte* begin, Sum* sums, const Between& between) {
     const std::byte* x = static_cast<const std::byte*>(a.first);
@@ -74,7 +74,7 @@ TR_INLINE void gemm(const Left& a, int rows, const std::byte* panel, int steps, 
 TR_INLINE Left left_side(const Int8* a, int stride) { return {a, 64, 1024, 16 * static_cast<size_t>(stride)}; }
 TR_INLINE Left left_side(const bf16* a, int stride) { return {a, 2 * static_cast<size_t>(stride), 64, 32 * static_cast<size_t>(stride)}; }
 
-// block() of blocks.inl for attention, where `step` counts from 16 words to the next 16.
+// block() of blocks.inl for attention; here `step` is the distance between groups of 16 words.
 template <class Op, int... r, class Start, class Finish>
     requires(same_type<Op, bf16>)
 TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step, const std::byte* right, int words, const Start& start, const Finish& finish) {
@@ -90,7 +90,7 @@ TR_INLINE void block(Indices<r...>, const bf16* a, ptrdiff_t row, ptrdiff_t step
     }
 }
 
-// words[i] = 2^even[i] and 2^odd[i] as one word of two bf16, and their sums; `deep` is for isa_avx512.cpp's way.
+// words[i] = 2^even[i] and 2^odd[i] as one word of two bf16, and adds them to sums. `deep` is used by isa_avx512.cpp only.
 constexpr float kDeep = 0.0f;
 template <bool deep, int N>
 TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], F (&sums)[N]) {
@@ -100,7 +100,7 @@ TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], 
     }
 }
 
-// The values' transpose, [keys / 32][D][32]; keys behind the last one are zero.
+// The transposed values, [keys / 32][D][32]; keys after the last one are zero.
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
     const auto row = [=](int j, int c) { return j < n ? v + static_cast<size_t>(j) * D + c : nullptr; };
     for (int j = 0; j < n; j += kTile)
@@ -116,7 +116,7 @@ TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
     return to;
 }
 
-// sum_tile() of blocks.inl. The vector units work off the last tile's values while the matrix unit forms the next sums.
+// sum_tile() of blocks.inl. The vector units compute the previous tile's values while the matrix unit computes these sums.
 template <class Op, int... r, class Values>
     requires kTiled<Op>
 TR_INLINE void sum_tile(Indices<r...>, const Operand<Op>& a, int row, int rows, const Linear& w, int panel, int, Number<Op>* sums,

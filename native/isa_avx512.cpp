@@ -1,5 +1,5 @@
-// AVX-512 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so activations are stored plus 128, and where the
-// sums begin takes that back: the same integers as everywhere.
+// AVX-512 with VNNI: vpdpbusd multiplies unsigned by signed bytes, so activations are stored plus 128 and the initial sums
+// correct for it. The integer sums equal those of the other rows.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -28,9 +28,9 @@ TR_INLINE void dot(__m512i& left, __m512i& right, const Int8* a, F w0, F w1) {
 
 #include "blocks.inl"
 
-// words[i] = 2^even[i] and 2^odd[i], each to half a per cent, as one word of two bf16: their bits are 128 (x + 127),
-// rounded, less what the straight line between powers of two is above the curve; 0 below 2^-127. Without `deep`, no
-// score may be below -kDeep. Their sums are a product of the words with ones.
+// words[i] = 2^even[i] and 2^odd[i] as one word of two bf16, with a relative error of half a per cent; 0 below 2^-127. The
+// bits of 2^x are 128 (x + 127), rounded, minus the difference between the line through neighbouring powers of two and the
+// curve, from a table. Without `deep`, no score may be below -kDeep. The sums are products of the words with ones.
 constexpr float kDeep = 380.0f;
 template <bool deep, int N>
 TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], F (&sums)[N]) {
@@ -38,7 +38,7 @@ TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], 
         0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 10, 11, 11, 11, 11, 11,
         11, 11, 11, 11, 11, 11, 11, 11, 11, 10, 10, 10, 10, 10, 9, 9, 9, 8, 8, 8, 7, 7, 6, 6, 5, 5, 4, 3, 3, 2, 1, 1};
     const __m512i low = _mm512_load_si512(kAbove), high = _mm512_load_si512(kAbove + 32);
-    // The last 16 bits of x + 127 + 1.5 * 2^16 count 128ths.
+    // The lowest 16 bits of the float x + 127 + 1.5 * 2^16 are 128 (x + 127).
     const auto bits = [](F x) __attribute__((always_inline)) {
         return _mm512_castps_si512((deep ? vmax(x, set(-kDeep)) : x) + set(127.0f + 98304.0f));
     };
@@ -51,7 +51,7 @@ TR_INLINE void exp2_words(const F (&even)[N], const F (&odd)[N], F (&words)[N], 
     }
 }
 
-// [pairs of keys][D] words of two.
+// The values as words of two keys, [keys / 2][D].
 TR_INLINE const bf16* pair_values(const bf16* v, int n, int D, bf16* to) {
     for (int j = 0; j < n; j += 2)
         for (int c = 0; c < D; c += 32) {

@@ -1,4 +1,4 @@
-// The instruction-set row that any compiler takes: plain loops over 8 floats, which it may vectorise as it likes.
+// The portable row: plain C++ loops over 8 floats, which the compiler may vectorise.
 #include "kernels.h"
 
 namespace turborank {
@@ -29,7 +29,7 @@ TR_INLINE F vabs(F a) { TR_EACH(a.v[i] < 0.0f ? -a.v[i] : a.v[i]); }
 TR_INLINE F square_root(F a) { TR_EACH(__builtin_sqrtf(a.v[i])); }
 TR_INLINE F load(const int8_t* p) { TR_EACH(static_cast<float>(p[i])); }
 TR_INLINE F keep_first(F a, int n, float other) { TR_EACH(i < n ? a.v[i] : other); }
-// To the nearest integer, ties to even, for |x| < 2^22; the compiler must not reorder it (no -ffast-math).
+// Rounds to the nearest integer, ties to even, for |x| < 2^22. Must not be compiled with -ffast-math, which reorders it.
 TR_INLINE F round(F a) { TR_EACH((a.v[i] + 12582912.0f) - 12582912.0f); }
 TR_INLINE float hsum(F a) {
     return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));

@@ -1,17 +1,17 @@
-// The kernels of the table in kernels.h, written once against the vocabulary that each isa_*.cpp defines first: the
-// vector F with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
+// The kernels of the table in kernels.h, written once against the names that each isa_*.cpp defines first: the vector F
+// with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
 
-// A row (w.in,) rounded to int8 as row r of the operand: value = scale * int8, scale = max|row| / 127; or, where the
-// operand's values have a bound below (w.least) and this row's is `least`, value = least + scale * (int8 + 128): the sums of
-// products begin with the 128, and the bias has w.least (native_weights.py). Padding columns meet weights of zero. With `keep`
-// s.mixed, which may be the row itself, receives what rounding left; of a row with a bound that is never negative.
+// Quantises a row (w.in,) to int8 as row r of the operand. Symmetric: value = scale * int8, scale = max|row| / 127. If the
+// operand has a lower bound (w.least), this row's bound is `least` and value = least + scale * (int8 + 128); the initial sums
+// account for the 128 and the bias for w.least (native_weights.py). Padding columns are multiplied by zero weights. With
+// `keep`, the residual of the rounding is written to s.mixed, which may be the row itself; with a bound it is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
     const bool centred = w.least == 0.0f;
     const float range = centred ? largest<true>(row, w.in) : largest<false>(row, w.in) - least, steps = centred ? 127.0f : 255.0f;
     const float scale = s.row_scale.as<float>()[r] = range / steps;
     const F inverse = set(range > 0.0f ? steps / range : 0.0f), start = set(centred ? 0.0f : -least * steps / range - (keep ? 128.5f : 128.0f));
-    const F step = set(scale), zero = set(centred ? 0.0f : least + 128.0f * scale);  // with `keep` only
+    const F step = set(scale), zero = set(centred ? 0.0f : least + 128.0f * scale);  // used with `keep` only
     Int8* to = s.operand.as<Int8>() + int8_row(r, w.depth);
     float* rest = s.mixed.as<float>();
     for (int c = 0; c < w.in; c += W) {
@@ -23,7 +23,7 @@ void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
 }
 
 TR_INLINE void normalise(const float* row, float* to, int C, const Norm& norm, float eps) {
-    const auto total = [&](const auto& term) TR_LAMBDA {  // two sums, which do not wait for each other
+    const auto total = [&](const auto& term) TR_LAMBDA {  // two independent sums
         F even = set(0.0f), odd = even;
         for (int c = 0; c < C; c += 2 * W) even = even + term(load(row + c)), odd = odd + term(load(row + c + W));
         return hsum(even + odd) / static_cast<float>(C);
@@ -39,9 +39,9 @@ void normalise_rows(float* x, int rows, int C, const Norm& norm, float eps, Scra
     for (int r = 0; r < rows; ++r) normalise(x + static_cast<size_t>(r) * C, x + static_cast<size_t>(r) * C, C, norm, eps);
 }
 
-// The left side of a product, made row by row from floats or bf16, behind a norm where one is given. Of int8, rows of type 0, where `types` are given, are
-// fine: the head reads those few by themselves, and nothing averages their errors. What rounding left of one is rounded
-// again, as a row behind all others, whose product is where the row's own begins.
+// Converts rows of float or bf16 to the left side of a product, after a norm if one is given. With int8 and `types`, rows of
+// type 0 (query-token rows, which the cosine heads average over few tokens) use two-term int8: the residual is quantised as
+// an extra row after all others, and its product initialises the accumulator of the row.
 template <class Op, class E>
 Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s, Norm norm = {}, float eps = 0.0f) {
     const Lap lap(s, kQuantise);
@@ -70,15 +70,16 @@ Operand<Op> put_operands(const E* rows, int stride, int count, const int32_t* ty
     return a;
 }
 
-// Likewise, but rows that already have the operand's type are used where they lie. A tile may be higher than what is
-// left, so nobody may be writing the rows behind them.
+// Like put_operands(), but rows that already have the operand's type are used in place. A tile may read beyond the last
+// row, so no other thread may write the rows after it.
 template <class Op, class E>
 Operand<Op> make_operand(const E* rows, int stride, int count, const int32_t* types, const Linear& w, Scratch& s) {
     if constexpr (same_type<Op, E>) return {rows, stride};
     else return put_operands<Op>(rows, stride, count, types, w, s);
 }
 
-// multiply() where some rows are fine, panel by panel. Compiled apart, because the others are not to wait for what these need.
+// multiply() for operands with two-term rows, panel by panel. A separate function, so that the usual case is compiled
+// without the additional code.
 template <class Op, class At, class Expect>
 __attribute__((noinline)) void multiply_fine(Operand<Op> a, const Linear& w, int rows, Scratch& s, const std::byte* after, At at, Expect expect) {
     const Operand<Op> rest{a.rows + static_cast<size_t>(a.rest) * a.stride, a.stride, a.scale + a.rest};
@@ -113,7 +114,7 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
     const int C = w.shape.C;
     const size_t row_bytes = (w.shape.stored == Stored::i8 ? 1 : w.shape.stored == Stored::f32 ? 4 : 2) * static_cast<size_t>(C);
     for (int r = 0; r < rows; ++r) {
-        // Rows of the table are anywhere in memory: the one after the next is fetched meanwhile.
+        // Rows of the table are scattered in memory, so the row after the next is prefetched.
         for (size_t at = 0; r + 2 < rows && at < row_bytes; at += 64) prefetch(w.words + static_cast<size_t>(ids[r + 2]) * row_bytes + at);
         float* row = x + static_cast<size_t>(r) * C;
         const float* type = w.types ? w.types + static_cast<size_t>(types[r]) * C : nullptr;
@@ -128,7 +129,7 @@ void embed(const Weights& w, const int32_t* ids, const int32_t* types, const int
     }
 }
 
-// The product of project_heads(). RoPE turns q and k: with an angle of its own for each position and each two columns.
+// The product of project_heads(). `turned`: RoPE rotates q and k; each position and pair of columns has its own angle.
 template <bool turned, class Op, class E>
 __attribute__((noinline)) void project(const Operand<Op>& a, const Shape& shape, const Layer& layer, Columns columns, const int32_t* positions, int rows,
                                        Heads heads, int at, Scratch& s) {
@@ -163,7 +164,7 @@ void project_heads(const Shape& shape, const Layer& layer, Columns columns, cons
     else project<false, Op, E>(a, shape, layer, columns, positions, rows, heads, at, s);
 }
 
-// x += a W^T + b. What is added to was last touched a phase ago: it is fetched while the sums are formed.
+// x += a W^T + b. x was last used a phase ago, so it is prefetched while the sums are computed.
 template <class Op>
 void add_product(Part part, const Operand<Op>& a, const Linear& w, float* x, int rows, Scratch& s, const std::byte* after) {
     const Lap lap(s, part);
@@ -180,8 +181,8 @@ void add_product(Part part, const Operand<Op>& a, const Linear& w, float* x, int
     });
 }
 
-// hidden = activation(y W^T + b), with the gate of GEGLU if the model has one. Compiled apart: inside finish_layer gcc 12
-// spills the sums.
+// hidden = activation(y W^T + b), with GEGLU's gate if the model has one. Not inlined: inside finish_layer() gcc 12 spills
+// the sums.
 template <class Op, bool geglu, class E>
 __attribute__((noinline)) void activate(const Operand<Op>& y, const Linear& w, E* hidden, int F_size, int rows, Scratch& s, const std::byte* after) {
     const Lap lap(s, kUp);
@@ -265,8 +266,8 @@ float cosine_of(const float* a, const float* b, int C) {
     return hsum(ab) / (norms > 1e-12f ? norms : 1e-12f);
 }
 
-// scale * cos(sum of the rows of type 0, sum of the rows of type 1) + bias; both types are present. With the head
-// "focus", passages of the second sum weigh 2^(focus * log2(e) * their own cosine), kept relative to the largest so far.
+// scale * cos(sum of the rows of type 0, sum of the rows of type 1) + bias; both types are present. In the "focus" head
+// each passage of the second sum has the weight 2^(focus * log2(e) * its cosine), relative to the maximum so far.
 float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scratch& s) {
     const Lap lap(s, kHead);
     const int C = w.shape.C, size = w.shape.passage > 0 ? w.shape.passage : n;
@@ -276,7 +277,7 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
         if (types[t] == 0) accumulate(query, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
     int last = n - 1, held = 0;
     while (types[last] == 0) --last;
-    float top = -1e30f;  // not infinity: the power of two is made from its floor and fraction
+    float top = -1e30f;  // finite, because exp2 splits its argument into floor and fraction
     for (int t = 0; t <= last; ++t) {
         if (types[t] == 0) continue;
         accumulate(passage, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);

@@ -1,9 +1,9 @@
-// Channels mixed before they are rounded to int8, so that a few large ones do not decide the step of all. Written against
-// the vector F of W floats; the weights of the same products went the same way (turborank/engines/native_weights.py).
+// Mixes the channels of a row before it is rounded to int8, so that a few large channels do not set the step size of all
+// (docs/kernels.md, "Numbers in int8"). The weights of these products are mixed when they are packed (native_weights.py).
 //
-// The channels stand in groups of 16. Eight neighbouring groups (fewer, where the row's length asks for it) meet in a
-// Hadamard transform, channel by channel, then three such eights in the reflection I - 2/3. Both are symmetric and
-// orthogonal up to the factor sqrt(mixed_groups), so (x M) (W M)^T = mixed_groups x W^T.
+// Channels are divided into groups of 16. Eight neighbouring groups (4, 2 or 1, if their number is not a multiple of 8) are
+// combined by a Hadamard transform, channel by channel; then three such blocks by the reflection I - 2/3. Both matrices are
+// symmetric and orthogonal up to the factor sqrt(mixed_groups), so (x M) (W M)^T = mixed_groups x W^T.
 
 constexpr int kMixedChannels = 16;
 

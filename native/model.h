@@ -1,4 +1,4 @@
-// The engine that runs packed batches through a model in packed form.
+// The engine: computes the logits of packed batches with packed weights.
 #pragma once
 
 #include <array>
@@ -14,13 +14,14 @@
 
 namespace turborank {
 
-// Packed weights by name; the caller keeps them alive while the model lives.
+// Packed weights by name. The caller keeps them alive as long as the model.
 using Arrays = std::map<std::string, std::span<const std::byte>>;
 
-// Throws std::invalid_argument naming an array that is missing or too short or long for the shape.
+// Throws std::invalid_argument naming an array that is missing or of a wrong size.
 Weights weights_of(const Shape& shape, const Arrays& arrays, const Kernels& kernels);
 
-// A config's numbers by name (turborank/engines/native.py, plain_config) -> Shape. number(name): all are exact in a float.
+// A config's numbers by name (turborank/engines/native.py, plain_config) -> Shape. number(name) returns float, which
+// represents all of them exactly.
 template <class Number>
 Shape shape_of(const Number& number) {
     Shape s;
@@ -50,11 +51,11 @@ public:
     Engine(const Weights& weights, const Kernels* kernels);
     ~Engine();
 
-    // Throws std::invalid_argument if the batch cannot be run. `trace`, if given, receives the embeddings and each
-    // layer's output, one (rows, C) block after another; the last layer of a classifier has P rows, all others T.
+    // Throws std::invalid_argument if the batch does not fit the model. `trace`, if given, receives the embeddings and
+    // each layer's output, (rows, C); the last layer of a classifier has P rows, all others have T.
     void logits(const Batch& batch, int threads, float* out, std::vector<std::vector<float>>* trace = nullptr);
 
-    // Thread-seconds by Part of all calls so far.
+    // Seconds by Part, summed over threads and calls.
     std::array<double, kParts> spent();
 
     const Shape& shape() const { return weights_.shape; }

@@ -1,4 +1,4 @@
-// The Python face: plain values and arrays in, bytes of float32 out; every fault of the input is a ValueError.
+// The Python interface: takes plain values and arrays, returns bytes of float32; invalid input raises ValueError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -24,7 +24,7 @@ const Kernels* kernels_of(const IsaRow& row, const char* precision) {
     return nullptr;
 }
 
-// Instruction-set rows that this machine can run, best first, with their precisions and what packing must know of each.
+// Instruction-set rows that this machine can run, best first, with their precisions and the weight layout of each.
 nb::dict isas() {
     nb::dict rows;
     for (const IsaRow& row : isa_table()) {
@@ -37,10 +37,17 @@ nb::dict isas() {
     return rows;
 }
 
-// Sizes are checked by Python before it calls (engines/native.py); what the arrays hold in bytes, and every batch, here.
+// All rows of this build, best first, each with the features that this machine lacks for it.
+nb::dict rows() {
+    nb::dict rows;
+    for (const IsaRow& row : isa_table()) rows[row.name] = missing(row);
+    return rows;
+}
+
+// Python checks the sizes of the config before it calls (engines/native.py). Array sizes and batches are checked here.
 class Model {
 public:
-    // `packed`: arrays of bytes by the names of weights.cpp, which stay where they are.
+    // `packed`: arrays of bytes by the names of weights.cpp; referenced, not copied.
     Model(const nb::dict& config, const nb::dict& packed, const std::string& precision, const std::string& isa) : packed_(packed) {
         const Kernels* kernels = nullptr;
         for (const IsaRow& row : isa_table())
@@ -58,7 +65,7 @@ public:
         return run(ids, types, offsets, threads, nullptr);
     }
 
-    // The embeddings and each layer's output, (rows, C) each.
+    // The embeddings and each layer's output, (rows, C).
     nb::list layers(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
         std::vector<std::vector<float>> trace;
         run(ids, types, offsets, threads, &trace);
@@ -107,4 +114,5 @@ NB_MODULE(_native, m) {
         .def_prop_ro("kernel", &Model::kernel, "The matrix product's instruction.")
         .def_prop_ro("attention", &Model::attention, "The element type of attention.");
     m.def("isas", &isas, "Instruction-set rows this machine can run, best first, with their precisions.");
+    m.def("rows", &rows, "All instruction-set rows of this build, best first, with what this machine lacks for each.");
 }

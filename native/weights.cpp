@@ -1,4 +1,4 @@
-// Packed arrays by name (turborank/engines/native_weights.py makes them) -> Weights. Nothing is copied.
+// Packed arrays by name, made by turborank/engines/native_weights.py -> Weights. Nothing is copied.
 #include <stdexcept>
 
 #include "model.h"
@@ -42,7 +42,7 @@ Weights weights_of(const Shape& s, const Arrays& arrays, const Kernels& kernels)
         }
     }
     w.embedding_norm = norm("norm");
-    const float* rope[2] = {nullptr, nullptr};  // of sliding layers, of the others
+    const float* rope[2] = {nullptr, nullptr};  // of sliding layers, of full layers
     const int32_t* whole = nullptr;             // (L,) whether a layer attends to all keys
     if (s.prenorm) {
         for (int kind = 0; kind < 2; ++kind) rope[kind] = floats("rope." + std::to_string(kind), s.max_length * s.D);

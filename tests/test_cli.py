@@ -18,6 +18,7 @@ import turborank
 from turborank import catalog, engines, tokens
 from turborank.checkpoint import hashes, read
 from turborank.cli import main, rank
+from turborank.engines import native
 from turborank.types import ModelConfig
 
 LIMIT = 96
@@ -302,6 +303,22 @@ def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypa
     out = turborank_command("doctor", "-m", model)[1]
     assert "TURBORANK_ENGINE=reference" in out
     assert re.search(r"chosen +reference, fp32", out)
+
+
+@pytest.mark.skipif(native.available() is not None, reason="the native engine is not built")
+def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_command, model, monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, "portable")
+    code, out, _ = turborank_command("doctor", "-m", model, "--engine", "native", "--json")
+    rows = {row["what"]: row["value"] for row in json.loads(out) if row["topic"] == "engine"}
+    assert code == 0
+    assert rows["instruction set"].startswith("portable: products by int8 multiply-add, attention in fp32")
+    for isa in native.isas()[:-1]:  # portable is the last
+        assert rows[f"not {isa}"] == "usable, but TURBORANK_ISA=portable"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    for flag, isa, feature in (("amx_int8", "amx", "AMX"), ("avx2", "avx2", "AVX2"), ("i8mm", "armi8mm", "FEAT_I8MM")):
+        if flags and flag not in flags.split() and f"not {isa}" in rows:
+            assert rows[f"not {isa}"].startswith("this machine lacks")
+            assert feature in rows[f"not {isa}"]
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)

@@ -162,7 +162,7 @@ def test_offline_and_not_in_the_cache(hub: Hub, tmp_path: Path, how: str) -> Non
     offline = True if how == "argument" else None
     got = load_elsewhere(hub, tmp_path / "home", TURBO.name, offline=offline, **environment)
     assert got["error"] == "ModelNotFoundError"
-    assert "got nothing of it, and the network is off limits" in got["message"]
+    assert "got nothing of it, and network access is disabled" in got["message"]
     command = f"hf download {TURBO.repo} config.json model.safetensors tokenizer.json --revision {TURBO.revision}"
     assert command in got["message"]
     assert "Reranker()" in got["message"]

@@ -227,7 +227,7 @@ def test_torch_engine_agrees(folder: Path, reranker: Reranker) -> None:
 def test_bf16_in_torch_rounds_neither_norms_nor_the_numbers_of_a_cosine_head() -> None:
     """Rounded, they move these logits by -.02 on average and by .058 at most, of a standard deviation of 2.8."""
     pytest.importorskip("torch")
-    texts = [path.read_text()[:500] for path in sorted((Path(__file__).parents[1] / "examples").glob("*.md"))]
+    texts = [path.read_text()[:500] for path in sorted((Path(__file__).parents[1] / "examples").rglob("*.md"))]
     pairs = [("how do bees decide where to build a new home?", text) for text in texts]
     exact = Reranker(engine="native", precision="fp32").score(pairs)
     apart = Reranker(engine="torch", precision="bf16").score(pairs) - exact

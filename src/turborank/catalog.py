@@ -1,7 +1,7 @@
-"""MODELS: the rerankers known by name, one row each, with what their authors published about them.
+"""MODELS: the rerankers known by name, one row each, with the facts and figures that their publishers state.
 
-Quality is what publishers measured, × 100, each column by one hand; what turborank measures stands elsewhere
-(``turborank evaluate``):
+Quality figures are the publishers', × 100; all figures of one column come from one publisher. Measure models yourself
+with ``turborank evaluate``:
 
 ``beir``, ``loco``, ``hit_rate``  nDCG@10 over 17 BEIR collections and over the five LoCo collections, and the share of
                     relevant documents among the first ten; the model card of jina-reranker-v1
@@ -22,10 +22,10 @@ from turborank.errors import UnknownKeyError
 DEFAULT = "turborank-embedded-v1"
 
 _MINILM_L6 = 6 * (4 * 384**2 + 2 * 384 * 1536)
-# Speed class -> work up to which a model is in it.
+# Speed class -> largest ``Model.work`` of the class.
 SPEEDS = (("very fast", 0.5), ("fast", 1.5), ("medium", 5.0), ("slow", 12.0), ("very slow", float("inf")))
 
-# The two published jina rerankers share their tokenizer, byte for byte.
+# The two published jina rerankers have identical tokenizer files.
 _JINA_TOKENIZER = {
     "tokenizer.json": "0046da43cc8c424b317f56b092b0512aaaa65c4f925d2f16af9d9eeb4d0ef902",
     "tokenizer_config.json": "d291c6652d96d56ffdbcf1ea19d9bae5ed79003f7648c627e725a619227ce8fa",
@@ -34,13 +34,13 @@ _JINA_TOKENIZER = {
 
 
 def forbids_commerce(licence: str) -> bool:
-    """Whether a licence's identifier says so: Creative Commons' "NC", as in CC-BY-NC-4.0."""
+    """Whether a licence identifier forbids commercial use: a Creative Commons "NC" licence such as CC-BY-NC-4.0."""
     return "nc" in licence.lower().split("-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """One reranker. ``repo`` and ``revision`` are those of the Hugging Face Hub."""
+    """One reranker. ``repo`` and ``revision`` are those on the Hugging Face Hub."""
 
     name: str
     architecture: str  # a row of ARCHITECTURES
@@ -48,12 +48,12 @@ class Model:
     layers: int
     hidden_size: int
     intermediate_size: int
-    max_length: int  # tokens of a pair
+    max_length: int  # tokens of a pair, template included
     licence: str
     languages: str = "English"
-    activation: str  # what the published score is: "sigmoid" of the logit, or the logit itself ("identity")
+    activation: str  # published score: "sigmoid" of the logit, or "identity", the logit itself (docs/model.md §5.4)
     repo: str | None = None  # None: not on the Hub
-    revision: str | None = None  # commit; None: the default branch, no revision could be confirmed
+    revision: str | None = None  # commit; None: the default branch, because no commit could be confirmed
     aliases: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # file name -> sha256
     embedded: bool = False  # ships inside the package
@@ -72,9 +72,9 @@ class Model:
 
     @property
     def work(self) -> float:
-        """Multiply-adds a token in the linear layers, as a multiple of MiniLM-L6's 10.6 million.
+        """Multiply-adds per token in the linear layers, relative to MiniLM-L6 (10.6 million), from the model's shape.
 
-        Computed from the shape; attention, which grows with the length, comes on top.
+        Attention, whose work grows with the length of the pair, is not included.
         """
         products = 3 if self.architecture in ("jinabert", "modernbert") else 2  # GEGLU has a third matrix
         layer = 4 * self.hidden_size**2 + products * self.hidden_size * self.intermediate_size
@@ -82,12 +82,12 @@ class Model:
 
     @property
     def speed(self) -> str:
-        """The class that ``work`` puts the model in."""
+        """The model's speed class by ``work``."""
         return next(name for name, limit in SPEEDS if self.work <= limit)
 
     @property
     def folder(self) -> Path:
-        """Where the files of an embedded model are."""
+        """The folder with the files of an embedded model."""
         return Path(__file__).parent / "models" / self.name
 
 
@@ -237,7 +237,7 @@ _ROWS = (
 
 MODELS: dict[str, Model] = {row.name: row for row in _ROWS}
 
-# What a newcomer may need -> the row to begin with.
+# Recommendations: (need, name of the model to start with).
 PICKS = (
     ("English, nothing to download", DEFAULT),
     ("English, most quality for little work, long documents too", "ettin-reranker-17m-v1"),
@@ -249,14 +249,14 @@ PICKS = (
 
 
 def find(name: str) -> Model | None:
-    """The row called ``name``, or whose repository or alias it is; None if there is none."""
+    """The row with this name, repository or alias; None if there is none."""
     if name in MODELS:
         return MODELS[name]
     return next((row for row in MODELS.values() if name == row.repo or name in row.aliases), None)
 
 
 def lookup(name: str) -> Model:
-    """The row called ``name``, or whose repository or alias it is. Raises UnknownKeyError, printing the table."""
+    """The row with this name, repository or alias. Raises UnknownKeyError, which lists the names."""
     row = find(name)
     if row is None:
         raise UnknownKeyError(

@@ -1,4 +1,4 @@
-"""The face of the library: a question, some documents, and the documents in order."""
+"""Reranker: scores the documents of a query with a cross-encoder and ranks them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
 from turborank.types import Document, Float32, Pair, Ranked
 
-MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
-MAX_THREADS = 4096  # more than any machine has cores
+MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
+MAX_THREADS = 4096  # above the number of cores of any machine
 
 
 def order(logits: Float32) -> npt.NDArray[np.intp]:
-    """The ranking rule: indices by falling logit, ties in the order given."""
+    """The ranking rule: indices (P,) by descending logit; ties keep the given order."""
     return np.argsort(-logits, kind="stable")
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """An option that must be a whole number, numpy's included, as an int; raises InputError for anything else."""
+    """A whole-number option as int, from an int or a numpy integer. Raises InputError for anything else."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -49,7 +49,7 @@ def whole(name: str, value: object, least: int = 1, most: int | None = None) -> 
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """The caller's documents or pairs as a list; raises InputError for a single one, whose parts are none."""
+    """The caller's documents or pairs as a list. Raises InputError for a single string, bytes or mapping."""
     if isinstance(given, str | bytes | Mapping):
         raise InputError(f"expected a list of {name}, got one {type(given).__name__}", hint="wrap it in a list")
     if not isinstance(given, Iterable):
@@ -60,7 +60,7 @@ def listed(name: str, given: Any) -> list[Any]:
 def ranking(
     documents: Sequence[Document], scores: Scores, *, top_n: int | None = None, threshold: float | None = None
 ) -> list[Ranked]:
-    """The documents in order, best first: at most ``top_n``, each with a relevance score of at least ``threshold``."""
+    """The documents, best first: at most ``top_n``, each with a relevance score of at least ``threshold``."""
     ranked: list[Ranked] = []
     for index in order(scores.logits).tolist():
         logit = float(scores.logits[index])
@@ -74,25 +74,29 @@ def ranking(
 
 
 class Reranker:
-    """A cross-encoder, ready to rank.
+    """A cross-encoder model with its tokenizer and engine.
 
     Args:
-        model: a name of the catalog (see ``turborank models``), a folder in the published layout, or a
-            Hugging Face id; by default the model that ships with the package.
-        engine: ``auto``, ``native``, ``torch`` or ``reference``.
-        precision: ``auto``, or one of the engine's (``int8``, ``bf16``, ``fp32``).
-        max_length: tokens of a pair that are read, template included; by default what the model was made for.
+        model: a name of the catalog (see ``turborank models``), a folder in a published layout, or a Hugging Face id;
+            by default the model that ships with the package.
+        engine: ``auto``, ``native``, ``torch`` or ``reference`` (docs/engines.md).
+        precision: ``auto``, or one that the engine supports (``int8``, ``bf16``, ``fp16``, ``fp32``).
+        max_length: limit of tokens of a pair, template included; by default the model's maximum.
         length: what to do with longer pairs: ``truncate``, ``windows`` or ``error`` (see turborank.tokens).
-        threads: of the native engine; by default the cores this process may use. numpy and torch, which the other
-            engines compute with, have their own settings (``torch.set_num_threads``).
-        offline: never touch the network; by default as HF_HUB_OFFLINE says.
-        faithful: honour special-token strings inside user text, as the published tokenizers do.
-        relevant_label: of a classifier with two labels, the one that means relevant, by name or number; needed only
-            where its config.json does not say.
+        threads: threads of the native engine; by default the cores this process may use. The other engines use the
+            settings of numpy and torch (``torch.set_num_threads``).
+        offline: True forbids network access; by default HF_HUB_OFFLINE decides.
+        faithful: treat special-token strings in texts as special tokens, as the published tokenizers do
+            (docs/model.md §4.5).
+        relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
+            only if its config.json does not say.
 
     Raises:
-        ModelNotFoundError, CheckpointError: the model is not to be had, or is damaged.
-        UnknownKeyError, EngineUnavailableError, InputError: an option does not exist or does not fit.
+        ModelNotFoundError: the model does not exist or cannot be fetched.
+        CheckpointError: the model is incomplete, damaged or unsupported.
+        UnknownKeyError: no such catalog name, engine, precision or length policy.
+        EngineUnavailableError: the engine cannot run on this machine, or not this model.
+        InputError: an option has a wrong type or value.
 
     """
 
@@ -119,7 +123,7 @@ class Reranker:
         )
         name, chosen = engines.choose(engine, precision, config)
         self.engine = engines.prepare(self.checkpoint.weights, config, name=name, precision=chosen, threads=threads)
-        self.cache: ScoreCache | None = None  # where scores are kept and looked up, if anywhere
+        self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
 
     @property
     def name(self) -> str:
@@ -128,26 +132,26 @@ class Reranker:
 
     @property
     def max_length(self) -> int:
-        """Tokens of a pair that are read, template included."""
+        """Limit of tokens of a pair, template included."""
         return self.encoder.max_length
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """sha256 of ``model.safetensors``, read once."""
+        """SHA-256 of ``model.safetensors``, computed once."""
         return checkpoints.hashes(self.checkpoint)["model.safetensors"]
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:
-        """The calibration beside the model, if there is one (docs/calibration.md); another one may be assigned."""
+        """The calibration in the model's folder, or None (docs/calibration.md). Another one may be assigned."""
         path = self.checkpoint.folder / calibrations.FILE
         return calibrations.read(path, self.weights_hash) if path.is_file() else None
 
     def calibrate(self, path: str | os.PathLike[str]) -> None:
-        """Use the calibration in a file that ``turborank calibrate`` made; raises as turborank.calibration.read."""
+        """Use a calibration file written by ``turborank calibrate``. Raises as :func:`turborank.calibration.read`."""
         self.calibration = calibrations.read(Path(path), self.weights_hash)
 
     def fingerprint(self, limits: Limits = NO_LIMITS) -> str:
-        """Everything a score depends on beside the texts, for a :class:`~turborank.score_cache.ScoreCache`."""
+        """All that a score depends on besides the texts, as the key of a :class:`~turborank.score_cache.ScoreCache`."""
         encoder, engine = self.encoder, self.engine
         asked = limits._replace(
             policy=limits.policy or encoder.policy,
@@ -160,9 +164,9 @@ class Reranker:
         return hashlib.sha256(json.dumps(checkpoints.hashes(self.checkpoint), sort_keys=True).encode()).hexdigest()
 
     def least_score(self, threshold: float | str | None) -> float | None:
-        """The relevance score that a threshold asks for: a number from 0 to 1, or a target such as "precision=0.9".
+        """The minimum relevance score for a threshold: a number from 0 to 1, or a target such as "precision=0.9".
 
-        Raises InputError for anything else, and for a target of a model that is not calibrated.
+        Raises InputError for anything else, and for a target if the model has no calibration.
         """
         if isinstance(threshold, str):
             calibrations.parse_target(threshold)
@@ -188,13 +192,23 @@ class Reranker:
         progress: Progress | None = None,
         depth: int | str | None = None,
     ) -> list[Ranked]:
-        """Documents by relevance to the query, best first; ties keep the order given.
+        """Rank documents by relevance to the query, best first; ties keep the given order.
 
-        ``top_n`` keeps the best so many, ``threshold`` those with at least that relevance score (0 to 1), or a target
-        of a calibrated model: "precision=0.9", "recall=0.95", "probability=0.5" (docs/calibration.md).
-        ``depth`` reads only the first so many documents, which are then in the order of a first stage; "auto" stops
-        where what is left has little chance to enter the first ``top_n`` (docs/depth.md). What is not read is not in
-        the ranking. Raises InputError naming every unusable document, before anything is computed.
+        Args:
+            query: the query text.
+            documents: texts, or mappings whose ``fields`` are joined to a text.
+            top_n: return at most this many documents.
+            threshold: return only documents with at least this relevance score, from 0 to 1; or, for a calibrated
+                model, a target: "precision=0.9", "recall=0.95" or "probability=0.5" (docs/calibration.md).
+            fields: keys of the text fields in document mappings.
+            progress: called with (pairs done, pairs in total).
+            depth: score only this many documents, which must be in the order of a first stage; "auto" stops when the
+                rest are unlikely to enter the first ``top_n`` (docs/depth.md). Unscored documents are not returned.
+
+        Raises:
+            InputError: an argument or document is not usable; the message names each of them, and nothing is computed.
+            TooLongError: with ``length="error"``, a pair exceeds ``max_length``.
+
         """
         given = listed("documents", documents)
         top_n = None if top_n is None else whole("top_n", top_n)
@@ -221,7 +235,7 @@ class Reranker:
         return ranking(given, scores, top_n=top_n, threshold=least)
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: Progress | None = None) -> Float32:
-        """Logits (P,), float32, of (query, document) pairs, in the order given."""
+        """Logits (P,), float32, of (query, document) pairs, in the given order. Raises as :meth:`rank`."""
         given = listed("pairs", pairs)
         faults = [
             f"pairs[{index}]: expected (query, document), two strings, got {pair!r:.60}"
@@ -232,7 +246,7 @@ class Reranker:
         return self.score_detailed([Pair(*pair) for pair in given], progress=progress).logits
 
     def score_detailed(self, pairs: Sequence[Pair], *, progress: Progress | None = None) -> Scores:
-        """Logits with the tokens read, the tokens cut and the characters behind each logit."""
+        """Logits (P,) and, for each pair, the tokens read, the tokens truncated and the span of characters read."""
         if self.cache is None:
             return score(pairs, self.encoder, self.engine, progress=progress)
         found = self.cache.find(self.fingerprint(), pairs)
@@ -244,9 +258,9 @@ class Reranker:
         return self.cache.complete(found, computed)
 
     def score_adaptively(self, pairs: Sequence[Pair], top_n: int, *, progress: Progress | None = None) -> Scores:
-        """Scores of the first pairs, block by block, until turborank.depth says that it is enough for ``top_n``.
+        """Scores of the first pairs, computed in blocks until :func:`turborank.depth.enough` is true for ``top_n``.
 
-        The pairs are one query's, in the order of its first stage; the scores are of the first so many of them.
+        The pairs must be one query's, in the order of a first stage. The result covers a prefix of them.
         """
         parts: list[Scores] = []
         done = 0
@@ -262,7 +276,7 @@ class Reranker:
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """Scores of several lists of pairs, one behind the other."""
+    """Concatenate the Scores of several lists of pairs."""
     return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 

@@ -1,6 +1,6 @@
 """Write random cases for check.cpp: a model, a batch, and the reference's logits.
 
-python tests/native/cases.py FOLDER [COUNT [SEED]]
+python tests/native/cases.py FOLDER [COUNT [SEED [LAYOUTS]]]     LAYOUTS: what `native_check --layouts` printed
 """
 
 from __future__ import annotations
@@ -45,9 +45,25 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
     return model, [int(n) for n in rng.integers(2, longest, int(rng.integers(1, 9)))]
 
 
-def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str) -> None:
+Layouts = dict[tuple[str, str], native_weights.Layout]
+
+
+def layouts(path: str | None) -> Layouts:
+    """Of each row of the instruction-set table and precision: this machine's, or those that a file names."""
+    if path is None:
+        return {(isa, p): native.layout(isa, p) for isa in native.isas() for p in native.precisions(isa)}
+    rows = [line.split() for line in Path(path).read_text().splitlines()]
+    return {
+        (isa, p): native_weights.Layout(p, int(group), bool(int(tiles)), int(offset), int(lanes), int(exchange))
+        for isa, p, group, tiles, offset, lanes, exchange, *_ in rows
+    }
+
+
+def write_model(
+    file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str, layout: native_weights.Layout
+) -> None:
     """What one row of the instruction-set table reads."""
-    packed, facts = native_weights.pack(tensors, model, native.layout(isa, precision))
+    packed, facts = native_weights.pack(tensors, model, layout)
     config = native.plain_config(model) | facts
     numbers = [f"{name} {float(value):.9g}" for name, value in config.items()]
     file.write((f"model {isa} {precision} " + " ".join(numbers) + "\n").encode())
@@ -55,11 +71,12 @@ def write_model(file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, pre
         file.write(f"array {name} {array.nbytes}\n".encode() + array.tobytes())
 
 
-def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict, expected: np.ndarray) -> None:
-    """The format that check.cpp reads. A machine with another table than this one's finds the rows they share."""
-    for isa in native.isas():
-        for precision in native.precisions(isa):
-            write_model(file, model, tensors, isa, precision)
+def write(
+    file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict, expected: np.ndarray, rows: Layouts
+) -> None:
+    """The format that check.cpp reads."""
+    for (isa, precision), layout in rows.items():
+        write_model(file, model, tensors, isa, precision, layout)
     file.write(f"batch {tokens.tokens} {tokens.pairs}\n".encode())
     for array in (tokens.input_ids, tokens.type_ids, tokens.cu_seqlens, expected.astype(np.float32)):
         file.write(array.tobytes())
@@ -68,9 +85,9 @@ def write(file: BinaryIO, model: ModelConfig, tokens: PackedBatch, tensors: dict
         file.write(f"\ntolerance {precision} {tolerance}".encode())
 
 
-def main(folder: str, count: int = 8, seed: int = 0) -> None:
+def main(folder: str, count: str = "8", seed: str = "0", rows: str | None = None) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for i in range(seed, seed + count):
+    for i in range(int(seed), int(seed) + int(count)):
         rng = np.random.default_rng(i)
         model, lengths = draw(rng)
         tensors = shapes.weights(model, i)
@@ -80,8 +97,8 @@ def main(folder: str, count: int = 8, seed: int = 0) -> None:
         tokens = shapes.batch(lengths, model.vocab_size, i)
         expected = shapes.law(dense(tensors), model, tokens)
         with (Path(folder) / f"case{i}.bin").open("wb") as file:
-            write(file, model, tokens, tensors, expected)
+            write(file, model, tokens, tensors, expected, layouts(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])

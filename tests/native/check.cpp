@@ -1,6 +1,7 @@
 // Runs recorded cases (tests/native/cases.py: random models and batches with the numpy reference's logits) through every
 // instruction set and precision of the machine, at several thread counts. Built with sanitizers by sanitize.sh, and
-// for other processors under emulation. Prints one line a run; the exit code counts the failures.
+// for other processors under emulation. Prints one line a run; the exit code counts the failures. With --layouts it prints
+// what cases.py must know of the rows that run here.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,8 +17,22 @@ using namespace turborank;
 namespace {
 
 struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
+    void operator()(std::byte* p) const {
+#if defined(_WIN32)
+        _aligned_free(p);
+#else
+        std::free(p);
+#endif
+    }
 };
+
+std::byte* allocate(size_t bytes) {
+#if defined(_WIN32)
+    return static_cast<std::byte*>(_aligned_malloc(bytes, 64));
+#else
+    return static_cast<std::byte*>(std::aligned_alloc(64, bytes));
+#endif
+}
 
 // On whole cache lines, and no further, so that the address sanitizer sees who reads beyond it.
 struct Bytes {
@@ -66,7 +81,7 @@ Case load(const char* path) {
         } else if (kind == "array" && model) {
             words >> size;
             const auto bytes = read<std::byte>(in, size);
-            auto* const copy = static_cast<std::byte*>(std::aligned_alloc(64, (size + 63) / 64 * 64));
+            std::byte* const copy = allocate((size + 63) / 64 * 64);
             std::memcpy(copy, bytes.data(), size);
             model->packed[name] = {std::unique_ptr<std::byte, Free>(copy), size};
         } else if (kind == "batch") {
@@ -126,9 +141,21 @@ void run(const char* path, const Case& c, const IsaRow& row, Precision kind, con
     report(path, row.name, precision, "three callers at once", 0.0f, same);
 }
 
+// Of each row and precision: native_weights.Layout.
+int layouts() {
+    const unsigned features = detect_features();
+    for (const IsaRow& row : isa_table())
+        for (const auto& [precision, name] : {std::pair{Precision::int8, "int8"}, {Precision::bf16, "bf16"}, {Precision::fp32, "fp32"}}) {
+            const Kernels* k = (row.needs & features) == row.needs ? row.kernels(precision, features) : nullptr;
+            if (k) std::printf("%s %s %d %d %d %d %zu %s\n", row.name, name, k->int8_group, k->tiles, k->int8_offset, k->lanes, k->exchange_bytes, k->gemm);
+        }
+    return 0;
+}
+
 }  // namespace
 
 int main(int count, char** paths) {
+    if (count == 2 && std::strcmp(paths[1], "--layouts") == 0) return layouts();
     for (int i = 1; i < count; ++i) {
         const Case c = load(paths[i]);
         for (const IsaRow& row : isa_table()) {

@@ -10,6 +10,7 @@ import pytest
 import shapes
 from instruction_sets import ISAS, ROWS
 
+from turborank.checkpoint.tensors import dense, quantise
 from turborank.engines import native
 
 if native.available() is not None:
@@ -91,9 +92,9 @@ def stored_case(feed_forward):
     given = dict(tensors)
     for name, weight in tensors.items():
         if name.startswith("encoder") and weight.ndim == 2:
-            given[name], given[f"{name}_scale"] = tensors.quantise(weight)
+            given[name], given[f"{name}_scale"] = quantise(weight)
     trace = []
-    shapes.law(tensors.dense(given), model, tokens, trace)
+    shapes.law(dense(given), model, tokens, trace)
     return model, given, tokens, trace[-1]
 
 

@@ -1,7 +1,8 @@
-"""ARCHITECTURES: one row for each model family, and how a checkpoint is recognised as one of them.
+"""ARCHITECTURES: one row for each model family, and the function that decides the family of a checkpoint.
 
-A family is three plain functions: ``recognise`` (config and tensor shapes -> ModelConfig or None),
-``parameters`` (ModelConfig -> every tensor with its shape) and ``forward`` (-> logits).
+A family is three functions: ``recognise`` (config.json and tensor shapes -> ModelConfig or None),
+``parameters`` (ModelConfig -> name and shape of every tensor) and ``forward`` (weights, config, batch, ops ->
+logits). docs/model.md specifies the families, docs/architecture.md says how to add one.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "electra": Architecture(electra.recognise, electra.parameters, electra.forward),
 }
 
-# Tables of words: by far the largest tensors of multilingual models, and forwards take single rows of them only.
+# Word embedding tables. Engines leave them in the file: they are the largest tensors, and a batch needs few rows.
 WORD_TABLES = ("embeddings.word_embeddings.weight", modernbert.WORDS)
 
-# Parts of tensor names that give a family away, most telling first: (part, whose it is). Only for messages.
+# (part of a tensor name, the family it indicates), most specific first. Used in error messages only.
 _SIGNS = (
     ("mlp.gated_layers.", "JinaBERT's (position_embedding_type 'alibi')"),
     (".mixer.Wqkv.", "an XLM-RoBERTa's as jina-reranker-v2 names them"),
@@ -52,12 +53,21 @@ _SIGNS = (
 
 
 def resembles(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Whose tensors these look like, by their names alone, in words for a message; None if nobody's we know."""
+    """The family that the tensor names indicate, worded for an error message; None if no known name occurs."""
     return next((whose for part, whose in _SIGNS if any(part in f".{name}" for name in shapes)), None)
 
 
 def recognise(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """The ModelConfig of a checkpoint, decided from its config and tensor names, never from its name."""
+    """The ModelConfig of a checkpoint, decided by config.json and tensor names, never by the model's name.
+
+    Args:
+        raw: the parsed config.json.
+        shapes: canonical tensor name -> shape.
+
+    Raises:
+        CheckpointError: no family recognises the checkpoint, or its family does not support this variant.
+
+    """
     for architecture in ARCHITECTURES.values():
         config = architecture.recognise(raw, shapes)
         if config is not None:

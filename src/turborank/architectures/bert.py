@@ -1,7 +1,7 @@
-"""BERT as a cross-encoder (arXiv 1810.04805; cross-encoders: arXiv 1901.04085): the ms-marco-MiniLM family.
+"""BERT as a cross-encoder (arXiv 1810.04805, arXiv 1901.04085; docs/model.md §5.1): the ms-marco-MiniLM family.
 
-x = LayerNorm(word + position + segment), post-norm layers, logit = w·tanh(P·h₀ + p) + b on the first token.
-The last layer is needed for that token only.
+x = LayerNorm(word + position + segment), post-norm layers, logit = w·tanh(P·h₀ + p) + b, with h₀ the first token's
+last state. The last layer is computed for that token only (docs/model.md §3.7).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ TABLES = "embeddings.word_embeddings", "embeddings.position_embeddings", "embedd
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
-    """A ModelConfig if ``config.json`` is a BERT's with learned positions, else None."""
+    """The ModelConfig if ``config.json`` describes a BERT with learned positions, else None."""
     if raw.get("model_type") != "bert" or raw.get("position_embedding_type", "absolute") != "absolute":
         return None
     return encoder.config(raw, "bert", max_length=int(raw["max_position_embeddings"]))
 
 
 def body_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of everything below the head."""
+    """Names and shapes of embeddings and layers, without the head."""
     rows = config.vocab_size, config.max_length + config.position_offset, config.type_vocab_size
     for table, count in zip(TABLES, rows, strict=True):
         yield f"{table}.weight", (count, config.hidden_size)
@@ -41,7 +41,7 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -> Array:
-    """Word, position and segment of every token, normalised: (T, C). A model with one segment has no use for ids."""
+    """LayerNorm of word + position + segment embeddings: (T, C). Type ids are ignored if there is one segment only."""
     words, positions, types = (weights[f"{table}.weight"] for table in TABLES)
     places = ops.positions(batch.cu_seqlens) + config.position_offset  # (T,)
     segments = ops.take(types, batch.type_ids) if config.type_vocab_size > 1 else types[0]
@@ -52,7 +52,7 @@ def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
-    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = embed(weights, config, batch, ops)  # (T, C)
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
     pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))

@@ -1,13 +1,13 @@
-"""DeBERTa-v2/v3 as a cross-encoder (arXiv 2006.03654, arXiv 2111.09543): the mxbai-rerank-v1 family.
+"""DeBERTa-v2/v3 as a cross-encoder (arXiv 2006.03654, arXiv 2111.09543; docs/model.md §5.3): mxbai-rerank-v1.
 
-A token does not carry its position. Instead, with r = bucket(i - j) the distance of query i from key j, attention
-scores are disentangled into content to content, content to position and position to content:
+Embeddings have no position term. Attention scores are the sum of content-to-content, content-to-position and
+position-to-content terms; with r = bucket(i - j) for query token i and key token j:
 
     S[i, j] = (q_i·k_j  +  q_i·K_r  +  Q_r·k_j) / √(3·D)
 
-where Q and K are the layer's own query and key projections of a table of relative positions that all layers
-share (``share_att_key``), normalised once. Near distances have a row each, far ones share rows on a log scale.
-logit = w·gelu(P·h₀ + p) + b on the first token; the last layer is needed for that token only.
+Q and K are the layer's query and key projections (``share_att_key``) of one table of relative positions, which all
+layers share and which is layer-normalised once. Short distances have a row each, longer ones share rows on a log scale.
+logit = w·gelu(P·h₀ + p) + b, with h₀ the first token's last state; the last layer is computed for that token only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from turborank.types import ModelConfig, PackedBatch
 WORDS, RELATIVE = "embeddings.word_embeddings.weight", "encoder.rel_embeddings.weight"
 PROJECTIONS = "query_proj", "key_proj", "value_proj"
 
-# What the published rerankers say of themselves. Other members of the family say other things; these we run.
+# Values of config.json that the forward implements, those of the published rerankers. Other variants are refused.
 _EXPECTED: dict[str, object] = {
     "relative_attention": True,
     "share_att_key": True,
@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, object] = {"pooler_hidden_act": "gelu", "conv_kernel_size":
 
 
 def bucket(distance: int, buckets: int, furthest: int) -> int:
-    """The signed bucket of a distance: itself up to buckets/2, beyond that on a log scale that ends at ``furthest``."""
+    """The signed bucket of a distance i - j: the distance up to buckets/2, then a log scale up to ``furthest``."""
     middle = buckets // 2
     if abs(distance) <= middle:
         return distance
@@ -49,15 +49,15 @@ def bucket(distance: int, buckets: int, furthest: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def relative_rows(config: ModelConfig) -> tuple[int, ...]:
-    """Rows of the table of relative positions for i - j = 1-N … N-1, where N is the model's maximum length."""
+    """Rows (2N-1,) of the relative position table for i - j = 1-N … N-1; N is the model's maximum length."""
     size, far, most = config.position_buckets, config.max_relative_positions, config.max_length
     return tuple(min(max(bucket(d, size, far) + size, 0), 2 * size - 1) for d in range(1 - most, most))
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
-    """A ModelConfig if ``config.json`` is a DeBERTa-v2's (v3 has the same type), else None.
+    """The ModelConfig if ``config.json`` describes a DeBERTa-v2 (v3 has the same model_type), else None.
 
-    Raises CheckpointError for a member of the family that is built otherwise.
+    Raises CheckpointError for a variant that the forward does not implement.
     """
     if raw.get("model_type") != "deberta-v2":
         return None
@@ -108,7 +108,10 @@ def disentangled(
     ops: Ops,
     first_only: bool,
 ) -> Array:
-    """One layer's attention. ``relative`` (2·buckets, C) passes through the same projections as the tokens."""
+    """One layer's attention (an ``encoder.Attend`` once ``relative`` is bound): (T, C) or (P, C) context.
+
+    The relative position table ``relative`` (2·buckets, C) passes through the same projections as the tokens.
+    """
     query, key, value = (functools.partial(dense, weights, f"{name}.attention.self.{p}", ops=ops) for p in PROJECTIONS)
     return ops.disentangled_attention(
         query(asked),
@@ -126,7 +129,7 @@ def disentangled(
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
-    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = norm(weights, "embeddings.LayerNorm", ops.take(weights[WORDS], batch.input_ids), config, ops)  # (T, C)
     relative = norm(weights, "encoder.LayerNorm", weights[RELATIVE], config, ops)  # (2·buckets, C)
     attend = functools.partial(disentangled, relative)

@@ -1,7 +1,7 @@
-"""ELECTRA as a cross-encoder (arXiv 2003.10555): ms-marco-electra-base.
+"""ELECTRA as a cross-encoder (arXiv 2003.10555; docs/model.md §5.5): ms-marco-electra-base.
 
-BERT's body under another name, without a pooler; the head has XLM-R's shape and names but its activation is GELU:
-logit = w·gelu(D·h₀ + d) + b on the first token.
+BERT's embeddings and layers without a pooler. The head has the names and shapes of XLM-RoBERTa's, with GELU in place of
+tanh: logit = w·gelu(D·h₀ + d) + b, with h₀ the first token's last state.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from turborank.types import ModelConfig, PackedBatch
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
-    """A ModelConfig if ``config.json`` is an ELECTRA's with learned positions, else None.
+    """The ModelConfig if ``config.json`` describes an ELECTRA with learned positions, else None.
 
-    Raises CheckpointError for the small sizes, whose embeddings are narrower than their layers.
+    Raises CheckpointError if ``embedding_size`` differs from ``hidden_size``, as in ELECTRA-small.
     """
     if raw.get("model_type") != "electra" or raw.get("position_embedding_type", "absolute") != "absolute":
         return None
@@ -37,7 +37,7 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
-    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = bert.embed(weights, config, batch, ops)  # (T, C)
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
     hidden = ops.gelu(dense(weights, "classifier.dense", x, ops))

@@ -1,6 +1,7 @@
-"""The post-norm transformer layer that BERT (arXiv 1810.04805) and its descendants share.
+"""The post-norm transformer layer shared by BERT (arXiv 1810.04805), JinaBERT, XLM-RoBERTa, DeBERTa and ELECTRA.
 
-Tensor names are those of the published checkpoints, without the optional ``bert.``, ``roberta.`` or ``deberta.``.
+Tensor names are those of the published checkpoints without the encoder's prefix (``bert.``, ``roberta.`` …), which
+:func:`turborank.checkpoint.verify.canonical` removes.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from turborank.types import ModelConfig
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Weights = Mapping[str, Array]
-# One layer's attention, before its output projection: weights, config, the layer's name, the tokens that ask
-# (T, C) or (P, C), all tokens (T, C), cu_seqlens, ops, first_only -> context of the tokens that ask.
+# One layer's attention without its output projection: weights, config, the layer's name, query tokens (T, C) or
+# (P, C), key tokens (T, C), cu_seqlens, ops, first_only -> context, of the shape of the query tokens.
 Attend = Callable[[Weights, ModelConfig, str, Array, Array, Array, Ops, bool], Array]
 PROJECTIONS = ("query", "key", "value")
 
 
 def config(raw: Mapping[str, Any], architecture: str, *, max_length: int) -> ModelConfig:
-    """The sizes every ``config.json`` of this line states under the same keys."""
+    """A ModelConfig with the sizes that these families' ``config.json`` all state under the same keys."""
     return ModelConfig(
         architecture=architecture,
         vocab_size=int(raw["vocab_size"]),
@@ -75,7 +76,7 @@ def add_norm(weights: Weights, name: str, x: Array, residual: Array, config: Mod
 
 
 def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:
-    """GEGLU (arXiv 2002.05202; the activation is on the first half) or BERT's two linears; then residual and norm."""
+    """GEGLU (arXiv 2002.05202, GELU on the first half) or BERT's two linears; then residual and norm: (T, C)."""
     if config.feed_forward == "geglu":
         gated = ops.geglu(x, weights[f"{name}.mlp.gated_layers.weight"])  # (T, F)
         y = dense(weights, f"{name}.mlp.wo", gated, ops)
@@ -94,7 +95,7 @@ def self_attention(
     ops: Ops,
     first_only: bool,
 ) -> Array:
-    """Scaled dot products, with ALiBi where the model has slopes (an :data:`Attend`)."""
+    """Scaled dot-product attention, with ALiBi if the config has slopes; an :data:`Attend`."""
     q = dense(weights, f"{name}.attention.self.query", asked, ops)
     k = dense(weights, f"{name}.attention.self.key", x, ops)
     v = dense(weights, f"{name}.attention.self.value", x, ops)
@@ -111,7 +112,7 @@ def encoder_layer(
     first_only: bool,
     attend: Attend = self_attention,
 ) -> Array:
-    """One layer: (T, C) -> (T, C), or (T, C) -> (P, C) when only the first token's output is wanted."""
+    """One layer: (T, C) -> (T, C), or (P, C), the first token of each pair, when ``first_only``."""
     name = f"encoder.layer.{layer}"
     asked = ops.first_tokens(x, cu_seqlens) if first_only else x
     context = attend(weights, config, name, asked, x, cu_seqlens, ops, first_only)
@@ -131,7 +132,10 @@ def encode(
     trace: list[Array] | None = None,
     attend: Attend = self_attention,
 ) -> Array:
-    """All layers over embeddings x (T, C). ``trace`` collects x and each layer's output, for layer-by-layer tests."""
+    """All layers over embeddings x (T, C) -> (T, C), or (P, C) when ``first_only``.
+
+    Appends x and each layer's output to ``trace``, if given; tests use it to compare engines layer by layer.
+    """
     last = config.num_hidden_layers - 1
     if trace is not None:
         trace.append(x)

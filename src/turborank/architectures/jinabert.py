@@ -1,14 +1,14 @@
-"""JinaBERT: BERT with symmetric bidirectional ALiBi and GEGLU, as a cross-encoder.
+"""JinaBERT, BERT with symmetric ALiBi and GEGLU, as a cross-encoder (docs/model.md §3).
 
 Papers: JinaBERT (arXiv 2310.19923), ALiBi (arXiv 2108.12409), GEGLU (arXiv 2002.05202).
-Two heads are known:
+There are three heads (docs/model.md §3.5):
 
-``classifier``  the published one: logit = w·tanh(P·h₀ + p) + b on the first token; the last layer
-                is then needed for that token only.
-``cosine``      the joint-encoding cosine: logit = scale·cos(mean of segment 0, mean of segment 1) + bias,
-                both means over the last layer of the *joint* encoding of query and document.
-``focus``       the same, but passages of the document weigh e^(focus·cos(query, passage)) in its mean, so that one
-                passage that answers does not drown in thousands of tokens that do not.
+``classifier``  of the published models: logit = w·tanh(P·h₀ + p) + b, with h₀ the first token's last state. The last
+                layer is computed for that token only.
+``cosine``      logit = scale·cos(mean of segment 0, mean of segment 1) + bias, over the last states of the joint
+                encoding of query and document.
+``focus``       like ``cosine``, but each passage of the document has the weight e^(focus·cos(query mean, passage)) in
+                the document's mean, so that a relevant passage counts in a document of thousands of tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from turborank.errors import CheckpointError
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig, PackedBatch
 
-COSINES = ("cosine", "focus")  # heads that need every token of the last layer
-PASSAGE = 16  # tokens that the head "focus" weighs together
+COSINES = ("cosine", "focus")  # heads that read every token of the last layer
+PASSAGE = 16  # tokens of a passage in the "focus" head
 
 
 def standard_slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's published rule: a geometric series for a power of two, else that of the power below plus
-    every second slope of the power above (ALiBi paper, reference code)."""
+    """The slopes (H,) of the ALiBi paper: a geometric series if ``heads`` is a power of two; otherwise the series of
+    the power below, then every second slope of the power above (docs/model.md §3.3)."""
     power = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     between = [2.0 ** (-4.0 * (2 * h + 1) / power) for h in range(heads - power)]
@@ -37,7 +37,7 @@ def standard_slopes(heads: int) -> tuple[float, ...]:
 
 
 def halved_tail_slopes(heads: int) -> tuple[float, ...]:
-    """The published rerankers' variant: the slopes after the last power of two are halved."""
+    """The slopes (H,) of the published rerankers: those after the last power of two are halved (docs/model.md §3.3)."""
     power = 2 ** int(math.log2(heads))
     slopes = standard_slopes(heads)
     return slopes[:power] + tuple(s / 2 for s in slopes[power:])
@@ -47,9 +47,11 @@ SLOPE_RULES = {"standard": standard_slopes, "halved-tail": halved_tail_slopes}
 
 
 def _slopes(raw: Mapping[str, Any], heads: int) -> tuple[float, ...]:
-    """``alibi_slopes`` of the config (a rule's name or a list) where given. The published checkpoints have no
-    such key: jina-reranker-v1-turbo-en and -tiny-en are known by their shape, and their own code halves the
-    tail; every other JinaBERT follows the standard rule."""
+    """The slopes (H,): ``alibi_slopes`` of the config (a rule's name or H numbers) if present.
+
+    The published checkpoints lack the key. jina-reranker-v1-turbo-en and -tiny-en, identified by vocabulary, width and
+    heads, use the halved tail; every other JinaBERT uses the standard rule.
+    """
     given = raw.get("alibi_slopes")
     if given is None:
         published = (raw.get("vocab_size"), raw.get("hidden_size"), heads) == (61056, 384, 12)
@@ -66,7 +68,10 @@ def _slopes(raw: Mapping[str, Any], heads: int) -> tuple[float, ...]:
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
-    """A ModelConfig if ``config.json`` and the tensors are a JinaBERT's, else None."""
+    """The ModelConfig if ``config.json`` describes a JinaBERT, else None. Tensor names decide feed-forward and head.
+
+    Raises CheckpointError for ``alibi_slopes`` of an unknown rule or of a wrong length.
+    """
     if raw.get("position_embedding_type") != "alibi":
         return None
     heads = int(raw["num_attention_heads"])
@@ -109,7 +114,7 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
-    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # (T, C)
     x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
     x = norm(weights, "embeddings.LayerNorm", x, config, ops)

@@ -1,7 +1,8 @@
-"""ModernBERT as a cross-encoder (arXiv 2412.13663): the Ettin rerankers, gte-reranker-modernbert, granite-reranker-r2.
+"""ModernBERT as a cross-encoder (arXiv 2412.13663; docs/model.md §5.6): the Ettin, gte and granite rerankers.
 
-Pre-norm layers without biases. Queries and keys carry their position as a rotation (RoPE, arXiv 2104.09864); every
-third layer attends to the whole pair, the others only to keys at most ``half_window`` away, 64 in all published models:
+Pre-norm layers without biases. Positions enter as a rotation of queries and keys (RoPE, arXiv 2104.09864). In the
+published models every third layer attends to the whole pair and the others to keys at a distance of at most
+``half_window``, which is 64:
 
     x = LN(word)                                          no positions, no segments
     x = x + Wo·attention(rotate(q), rotate(k), v)         q, k, v = Wqkv·LN(x); layer 0 has no norm here
@@ -9,8 +10,8 @@ third layer attends to the whole pair, the others only to keys at most ``half_wi
     h = LN(x),  p = h₀ or the mean of h over the pair
     logit = w·LN(gelu(D·p)) + b
 
-Each kind of layer has its own base frequency (theta), and both differ between checkpoints. With first-token pooling
-the last layer is needed for that token only.
+Full and sliding layers have a RoPE base (theta) each, and both differ between checkpoints. With first-token pooling
+the last layer is computed for that token only.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from turborank.types import ModelConfig, PackedBatch
 WORDS = "embeddings.tok_embeddings.weight"
 HEAD_BIAS = "head.norm.bias"  # only sentence-transformers' module layout has it
 FULL, SLIDING = "full_attention", "sliding_attention"
-THETAS = {FULL: 160_000.0, SLIDING: 10_000.0}  # ModernBERT-base's, where a config names none
+THETAS = {FULL: 160_000.0, SLIDING: 10_000.0}  # defaults if the config has none: those of ModernBERT-base
 _FLAT = {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
 POOLINGS = ("cls", "mean")
 
-# What the published rerankers say of themselves; another value would need another forward.
+# Values of config.json that the forward implements, those of the published rerankers. Other values are refused.
 _EXPECTED: dict[str, object] = {
     "hidden_activation": "gelu",
     "classifier_activation": "gelu",
@@ -43,10 +44,10 @@ _EXPECTED: dict[str, object] = {
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
-    """A ModelConfig if ``config.json`` is a ModernBERT's, as transformers 4 or 5 writes it, else None.
+    """The ModelConfig if ``config.json`` describes a ModernBERT, in the keys of transformers 4 or 5, else None.
 
-    ``position_embedding_type`` is ignored: published configs state three values and all mean RoPE. Raises
-    CheckpointError for a member of the family that is built otherwise.
+    ``position_embedding_type`` is ignored: published configs have three different values, and all of them mean RoPE.
+    Raises CheckpointError for a variant that the forward does not implement, naming every unsupported value.
     """
     if raw.get("model_type") != "modernbert":
         return None
@@ -95,7 +96,7 @@ def _number(raw: Mapping[str, Any], key: str, default: Any, minimum: float, faul
 
 
 def _layer_kinds(raw: Mapping[str, Any], layers: int, faults: list[str]) -> list[str]:
-    """Each layer's kind: the list of version 5 where there is one, else version 4's "every n-th is full"."""
+    """FULL or SLIDING for each layer: ``layer_types`` (transformers 5) if present, else every n-th layer is full."""
     kinds = raw.get("layer_types")
     if kinds is None:
         every = int(_number(raw, "global_attn_every_n_layers", 3, 1, faults))
@@ -107,9 +108,9 @@ def _layer_kinds(raw: Mapping[str, Any], layers: int, faults: list[str]) -> list
 
 
 def _theta(raw: Mapping[str, Any], kind: str, faults: list[str]) -> float:
-    """RoPE's base for one kind of layer: the nested key of version 5, else the flat one of version 4, else the default.
+    """RoPE's base of one kind of layer: the nested key of transformers 5, else the flat key of 4, else the default.
 
-    A flat ``local_rope_theta`` of null means the global one (transformers 4).
+    In transformers 4 a ``local_rope_theta`` of null means the global theta.
     """
     nested = raw.get("rope_parameters")
     mine = nested.get(kind) if isinstance(nested, Mapping) else None
@@ -152,14 +153,14 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Shapes:
 def attention(
     weights: Weights, config: ModelConfig, layer: int, x: Array, cu_seqlens: Array, ops: Ops, first_only: bool
 ) -> Array:
-    """Rotated dot products in a layer's window: normed tokens x (T, C) -> context (T, C), or (P, C) of first tokens."""
+    """RoPE attention in the layer's window: normalised x (T, C) -> context (T, C), or (P, C) when ``first_only``."""
     c, heads, whole = config.hidden_size, config.num_attention_heads, layer in config.global_layers
     theta = config.global_theta if whole else config.local_theta
     packed = weights[f"layers.{layer}.attn.Wqkv.weight"]  # rows of q, then of k, then of v
     q = ops.linear(ops.first_tokens(x, cu_seqlens) if first_only else x, packed[:c])
     k = ops.rotate(ops.linear(x, packed[c : 2 * c]), cu_seqlens, heads, theta)
     v = ops.linear(x, packed[2 * c :])
-    if not first_only:  # position 0 is rotated by no angle
+    if not first_only:  # the rotation of position 0 is the identity
         q = ops.rotate(q, cu_seqlens, heads, theta)
     return ops.attention(q, k, v, cu_seqlens, heads, (), first_only, 0 if whole else config.half_window)
 
@@ -167,7 +168,7 @@ def attention(
 def encoder_layer(
     weights: Weights, config: ModelConfig, layer: int, x: Array, cu_seqlens: Array, ops: Ops, first_only: bool
 ) -> Array:
-    """One layer: (T, C) -> (T, C), or (T, C) -> (P, C) when only the first token's output is wanted."""
+    """One layer: (T, C) -> (T, C), or (P, C), the first token of each pair, when ``first_only``."""
     name = f"layers.{layer}"
     normed = norm(weights, f"{name}.attn_norm", x, config, ops) if layer else x
     context = attention(weights, config, layer, normed, cu_seqlens, ops, first_only)
@@ -180,7 +181,7 @@ def encoder_layer(
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
-    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = norm(weights, "embeddings.norm", ops.take(weights[WORDS], batch.input_ids), config, ops)  # (T, C)
     _note(trace, x)
     last, cls = config.num_hidden_layers - 1, config.pooling == "cls"

@@ -1,8 +1,8 @@
-"""XLM-RoBERTa as a cross-encoder (arXiv 1911.02116; RoBERTa: arXiv 1907.11692): bge-reranker-base.
+"""XLM-RoBERTa as a cross-encoder (arXiv 1911.02116, RoBERTa: arXiv 1907.11692; docs/model.md §5.2): the bge rerankers.
 
-BERT's body with three differences: positions are counted from 2, because the first two rows of their table
-belonged to padding; there is one segment; and the head has no pooler but a layer of its own,
-logit = w·tanh(D·h₀ + d) + b. Every token counts as a position, also a literal ``<pad>`` that someone wrote in a text.
+BERT with three differences. Positions count from 2, because the first rows of the position table are reserved for
+padding. There is one segment. The head has a dense layer of its own in place of the pooler:
+logit = w·tanh(D·h₀ + d) + b. Every token advances the position, including a literal ``<pad>`` in a text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from turborank.types import ModelConfig, PackedBatch
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
-    """A ModelConfig if ``config.json`` is a RoBERTa's, of one language or many, else None."""
+    """The ModelConfig if ``config.json`` describes a RoBERTa or an XLM-RoBERTa, else None."""
     if raw.get("model_type") not in ("xlm-roberta", "roberta"):
         return None
     if raw.get("position_embedding_type", "absolute") != "absolute":
@@ -38,7 +38,7 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
-    """Logits (P,) of a packed batch. ``trace`` collects embeddings and layer outputs."""
+    """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = bert.embed(weights, config, batch, ops)  # (T, C)
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
     hidden = ops.tanh(dense(weights, "classifier.dense", x, ops))

@@ -1,9 +1,9 @@
-"""A model's name or folder to verified weights, config and tokenizer; and back.
+"""Load and save checkpoints: from a model's name or folder to verified weights, config and tokenizer.
 
-Where a model is looked for: embedded in the package, a local folder, the Hugging Face cache, the Hub.
-What a folder must hold: ``config.json``, ``model.safetensors``, ``tokenizer.json``; or weights in one of the other
-layouts of :mod:`turborank.checkpoint.layouts`. Nothing else is ever opened: no pickle, and no code, whatever
-``auto_map`` in a config says.
+A model is searched in this order: embedded in the package, a local folder, the Hugging Face cache, the Hub.
+A folder must hold ``config.json``, ``model.safetensors`` and ``tokenizer.json``, or weights in another layout of
+:mod:`turborank.checkpoint.layouts`. Pickles are never opened and remote code is never run; ``auto_map`` in a config is
+ignored. The format is specified in docs/model.md §2.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from turborank.errors import CheckpointError, InputError, ModelNotFoundError
 from turborank.types import ModelConfig
 
 CARD = "README.md"
-FILES = (*REQUIRED, *hub.OPTIONAL, CARD)  # of the plain layout
+FILES = (*REQUIRED, *hub.OPTIONAL, CARD)  # files of the single-file layout
 log = logging.getLogger("turborank")
-_PATH = re.compile(r"[/\\~]|^\.")  # what a plain word does not have
+_PATH = re.compile(r"[/\\~]|^\.")  # marks a path or Hub id; names of the catalog have none of these
 _HUB_WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_HUB_WORD}/{_HUB_WORD}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model, verified: every tensor of its architecture is there, in shape and finite."""
+    """A verified model: every tensor of its architecture is present, has the right shape and is finite."""
 
-    name: str  # the catalog's, the Hub's, or the folder's
+    name: str  # name in the catalog, id on the Hub, or name of the folder
     folder: Path
     origin: str  # "embedded", "local", "cache" or "hub"
     revision: str | None  # commit on the Hub
     config: ModelConfig
-    raw_config: dict[str, Any]  # config.json, with what the layout says elsewhere
-    # By canonical name. float32, newly made at each access; or int8 (rows, columns), its float32 scales (rows,) beside
-    # it under "<name>_scale" (see turborank.checkpoint.tensors).
+    raw_config: dict[str, Any]  # config.json, merged with the settings that a layout keeps in other files
+    # Canonical name -> tensor: float32, converted at each access, or int8 (rows, columns) with float32 scales (rows,)
+    # under "<name>_scale" (turborank.checkpoint.tensors, docs/model.md §2.3).
     weights: Mapping[str, npt.NDArray[Any]]
     tokenizer: Tokenizer
-    loaded_config: Mapping[str, Any] = field(default_factory=dict, repr=False)  # raw_config as it was read
+    loaded_config: Mapping[str, Any] = field(default_factory=dict, repr=False)  # raw_config as read, to detect changes
 
 
 def load(
@@ -60,17 +60,21 @@ def load(
     offline: bool | None = None,
     relevant_label: str | int | None = None,
 ) -> Checkpoint:
-    """The checkpoint ``model``: a catalog name, a folder, a Hugging Face id, or None for the embedded default.
+    """Load a checkpoint and verify it. A licence that forbids commercial use is logged as a warning.
 
-    A folder of that name wins over the cache and the Hub. ``offline=True``, or HF_HUB_OFFLINE, forbids the network;
-    a model found in the cache never needs it. ``relevant_label``, a name or number, decides which label of a
-    classifier with two means relevant, where config.json does not. A licence that forbids commercial use is logged.
+    Args:
+        model: a catalog name, a folder, a Hugging Face id, or None for the embedded default. A local folder takes
+            precedence over the cache and the Hub.
+        offline: True, or HF_HUB_OFFLINE, forbids network access. A model in the cache never needs it.
+        relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
+            only if config.json does not say.
 
     Raises:
         ModelNotFoundError: there is no such folder or repository, or it cannot be fetched.
-        UnknownKeyError: a plain word that is no name of the catalog.
-        CheckpointError: the folder is incomplete, damaged, no reranker, or of no architecture we know.
+        UnknownKeyError: ``model`` has the form of a catalog name and is not in the catalog.
+        CheckpointError: the folder is incomplete, damaged, not a reranker, or of an unsupported architecture.
         InputError: ``model`` is neither a string nor a path.
+
     """
     if not isinstance(model, str | os.PathLike | None):
         raise InputError(f"expected a model's name or folder, got {type(model).__name__}")
@@ -78,13 +82,13 @@ def load(
     row = catalog.find(text) if isinstance(model, str | None) else None
     if row is not None and row.embedded:
         return _embedded(row)
-    folder = Path(os.path.expanduser(text))  # these functions say no where Path's raise: to a name too long, to ~nobody
+    folder = Path(os.path.expanduser(text))  # os.path returns False where Path raises: too long, unknown ~user
     if os.path.isfile(folder / CONFIG) or (row is None and text and os.path.exists(folder)):
         return read(folder, relevant_label=relevant_label)
     if row is None and isinstance(model, str) and not _PATH.search(text):
-        catalog.lookup(text)  # raises, naming what there is
+        catalog.lookup(text)  # raises UnknownKeyError with the table of names
     if row is None and not (isinstance(model, str) and _HUB_ID.fullmatch(text)):
-        return read(folder)  # raises: there is no such path
+        return read(folder)  # raises ModelNotFoundError: there is no such path
     repo = row.repo if row else text
     if repo is None:
         raise ModelNotFoundError(
@@ -103,7 +107,7 @@ def load(
 
 
 def read(folder: str | os.PathLike[str], *, relevant_label: str | int | None = None) -> Checkpoint:
-    """The checkpoint in a local folder. ``relevant_label``: see :func:`load`."""
+    """Load the checkpoint in a local folder. Arguments and errors are those of :func:`load`."""
     path = Path(os.path.expanduser(folder))
     if not os.path.isdir(path):
         got = "a file" if os.path.exists(path) else "no such path"
@@ -122,7 +126,7 @@ def _say_licence(name: str, licence: str) -> None:
 
 
 def _card_licence(path: Path) -> str | None:
-    """The licence in the front matter of a model card, where there is one."""
+    """The ``license`` in the front matter of a model card; None if there is no card or no such key."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -148,7 +152,7 @@ def _read(folder: Path, name: str, origin: str, revision: str | None, relevant: 
     verify.one_logit(shapes, weights.path)
     config = verify.config(raw, shapes, folder / CONFIG)
     verify.tensors(weights, config)
-    weights.release()  # what was read to look for NaN
+    weights.release()  # the check for NaN and infinity has read every page
     tokenizer = verify.tokenizer(folder / TOKENIZER, config)
     return Checkpoint(name, folder, origin, revision, config, raw, weights, tokenizer, copy.deepcopy(raw))
 
@@ -156,10 +160,11 @@ def _read(folder: Path, name: str, origin: str, revision: str | None, relevant: 
 def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
     """Write a checkpoint in the published layout.
 
-    What was loaded is written back byte for byte: stored types, prefix, order, metadata, shards and modules. A
-    checkpoint whose ``weights`` or ``raw_config`` were replaced gets those written anew (float32 and int8, canonical
-    names, one file); its tokenizer files are still copied from ``checkpoint.folder``. Each file appears whole or not
-    at all.
+    A checkpoint as loaded is written back byte for byte, including stored types, name prefix, tensor order, metadata,
+    shards and modules. If ``weights`` or ``raw_config`` were replaced, they are serialised (float32 and int8, canonical
+    names, one file), and the tokenizer files are copied from ``checkpoint.folder``. Each file is written atomically.
+
+    Raises CheckpointError if ``folder`` is a file.
     """
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
@@ -183,7 +188,7 @@ def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """The files of a model folder that save() carries over and hashes() covers, whatever its layout."""
+    """Names of the files of a model folder that :func:`save` copies and :func:`hashes` covers, in every layout."""
     return [name for name in (*FILES, *layouts.extra_files(folder)) if (folder / name).is_file()]
 
 
@@ -194,14 +199,14 @@ def _serialised(weights: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    path.parent.mkdir(exist_ok=True)  # of a module
+    path.parent.mkdir(exist_ok=True)  # the folder of a module
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data)
-    partial.replace(path)  # the file being replaced may be the one that is mapped: it lives on until it is released
+    partial.replace(path)  # the old file may be memory-mapped; renaming over it keeps that mapping valid
 
 
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """File name -> sha256 of the checkpoint's files on disk, computed now."""
+    """File name -> SHA-256 of each of the checkpoint's files on disk. Reads all of them."""
     return {name: _sha256(checkpoint.folder / name) for name in files(checkpoint.folder)}
 
 
@@ -211,7 +216,7 @@ def _sha256(path: Path) -> str:
 
 
 def _check_hashes(folder: Path, pinned: Mapping[str, str]) -> None:
-    """A file that is not the one the catalog means is not opened."""
+    """Raise CheckpointError for a file whose SHA-256 is not the one pinned in the catalog."""
     for name, expected in pinned.items():
         if (folder / name).is_file() and (got := _sha256(folder / name)) != expected:
             raise CheckpointError(

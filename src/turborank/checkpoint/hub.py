@@ -1,7 +1,7 @@
-"""Published checkpoints: from the Hugging Face cache if they are there, else from the Hub, never unannounced.
+"""Fetch published checkpoints: from the Hugging Face cache if complete, else from the Hub. Downloads are logged.
 
-huggingface_hub does the work and keeps its own rules (HF_HOME, HF_ENDPOINT, HF_TOKEN, its progress bars).
-It is imported when first needed: it is ten times as slow to import as everything else together.
+huggingface_hub does the work, and its environment variables apply (HF_HOME, HF_ENDPOINT, HF_TOKEN).
+It is imported on first use, because importing it takes ten times as long as importing the rest of turborank.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from turborank.checkpoint.verify import CONFIG, INDEX, REQUIRED, WEIGHTS
 from turborank.errors import CheckpointError, ModelNotFoundError
 
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json")
-MODULE_FILES = (layouts.MODULES, *layouts.SETTINGS)  # of sentence-transformers' layout; optional, too
+MODULE_FILES = (layouts.MODULES, *layouts.SETTINGS)  # sentence-transformers' layout; optional, too
 ONNX = ("onnx/model.onnx", "model.onnx", "onnx/model_quantized.onnx")
 log = logging.getLogger("turborank")
 
 
 def offline_by_environment() -> bool:
-    """Whether HF_HUB_OFFLINE forbids the network, read as huggingface_hub reads it."""
+    """Whether HF_HUB_OFFLINE forbids network access, by huggingface_hub's rules for its value."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def cached(repo: str, revision: str | None, others: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
-    """The cached folder of a repository, or None, and the files that it lacks.
+    """The cached folder of a repository (None if not cached) and the required files missing from it.
 
-    ``others``: former names of the repository, under which it may have been cached; the first whole copy is taken.
+    ``others``: former names of the repository, under which it may have been cached; the first complete copy is taken.
     """
     found = [_cached(name, revision) for name in (repo, *others)]
     whole = [copy for copy in found if copy[0] is not None and not copy[1]]
@@ -55,12 +55,12 @@ def _cached(repo: str, revision: str | None) -> tuple[Path | None, list[str]]:
             )
         wanted += [f"{name}/{file}" for name, file in _module_files(folder)]
     except CheckpointError:
-        pass  # loading the folder says what is wrong with its lists
+        pass  # a damaged index or modules.json is reported when the folder is loaded
     return folder, [name for name in wanted if not (folder / name).is_file()]
 
 
 def _module_files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(folder, file) of every module behind the encoder; Pooling has no weights."""
+    """(folder, file) of every module after the encoder; Pooling has no weights."""
     for module in layouts.modules(folder)[1:]:
         yield module.folder.name, CONFIG
         if module.kind != "Pooling":
@@ -68,11 +68,14 @@ def _module_files(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def fetch(repo: str, revision: str | None, *, offline: bool, others: Sequence[str] = ()) -> tuple[Path, str]:
-    """The folder with a repository's files, and where they came from, "cache" or "hub".
+    """The folder with a repository's files and their origin, "cache" or "hub".
 
-    A complete copy in the cache, also under one of the repository's ``others`` names, is taken without asking the
-    network. Raises ModelNotFoundError when the files are not in the cache and cannot be fetched, CheckpointError when
-    the repository lacks one of them.
+    A complete copy in the cache, under ``repo`` or one of its ``others`` names, is used without network access.
+
+    Raises:
+        ModelNotFoundError: the files are not in the cache and cannot be fetched.
+        CheckpointError: the repository lacks a required file.
+
     """
     folder, missing = cached(repo, revision, others)
     if folder is not None and not missing:
@@ -81,7 +84,7 @@ def fetch(repo: str, revision: str | None, *, offline: bool, others: Sequence[st
         present = sorted(name for name in REQUIRED if folder is not None and name not in missing)
         there = f"only {', '.join(present)} of it" if present else "a part of it" if folder else "nothing of it"
         raise ModelNotFoundError(
-            f"expected {_named(repo, revision)} in the Hugging Face cache, got {there}, and the network is off limits "
+            f"expected {_named(repo, revision)} in the Hugging Face cache, got {there}, and network access is disabled "
             "(offline=True or HF_HUB_OFFLINE)",
             hint=_remedy(repo, revision),
         )
@@ -100,7 +103,7 @@ def _download(repo: str, revision: str | None) -> Path:
         sizes |= {n: size for n in (*lists, *OPTIONAL, *MODULE_FILES) if (size := _size(repo, n, revision)) is not None}
         _refuse_incomplete(repo, revision, sizes, get)
         folder = get(CONFIG).parent
-        for name in (INDEX, layouts.MODULES):  # lists of further files
+        for name in (INDEX, layouts.MODULES):  # each lists further files
             if name in sizes:
                 get(name)
         more = list(dict.fromkeys(layouts.shards(folder).values())) if INDEX in sizes else []
@@ -117,19 +120,19 @@ def _download(repo: str, revision: str | None) -> Path:
             get(name)
     except CheckpointError:
         raise
-    except Exception as error:  # the library's transport, and so its errors, changed with its versions
+    except Exception as error:  # the library's HTTP client, and with it the error classes, differs between versions
         raise ModelNotFoundError(_trouble(repo, revision, error), hint=_remedy(repo, revision)) from error
     return folder
 
 
 def _size(repo: str, name: str, revision: str | None) -> int | None:
-    """Bytes of a file on the Hub; None if the repository has no such file."""
+    """Size in bytes of a file on the Hub; None if the repository has no such file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0
-    except LocalEntryNotFoundError:  # an EntryNotFoundError that means: no network
+    except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError that means there is no network
         raise
     except EntryNotFoundError:
         return None

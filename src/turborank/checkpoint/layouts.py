@@ -1,14 +1,15 @@
-"""The ways a reranker's weights lie in a folder, each read as one mapping of canonical tensor names.
+"""The layouts in which rerankers are published, each read into one mapping of canonical tensor names.
 
 ``single``   ``model.safetensors``
 ``shards``   ``model.safetensors.index.json`` and the files it names
-``modules``  sentence-transformers' chain: ``modules.json`` says that Pooling, Dense, LayerNorm and Dense, each in a
-             folder of its own, follow the encoder (the Ettin rerankers)
-``fused``    XLM-RoBERTa as jina-reranker-v2 names it, with query, key and value in one tensor
+``modules``  sentence-transformers' chain (the Ettin rerankers, docs/model.md §5.6): ``modules.json`` lists the encoder,
+             then Pooling, Dense, LayerNorm and Dense, each in a folder of its own
+``fused``    XLM-RoBERTa with the tensor names of jina-reranker-v2 (docs/model.md §5.7); query, key and value are one
+             tensor
 
-What a layout says beside tensors (pooling, length) goes into the config that the families read, under the keys that
-transformers has for it. A classifier with two labels becomes one with one logit where it is known which label means
-"relevant": softmax over two labels is the sigmoid of the difference of their logits.
+Settings outside config.json (pooling, maximum length) are merged into the config under transformers' keys. A classifier
+with two labels is converted to one logit if it is known which label means relevant: softmax over two labels equals
+the sigmoid of the difference of their logits (docs/model.md §5.8).
 """
 
 from __future__ import annotations
@@ -26,31 +27,38 @@ from turborank.checkpoint.verify import CLASSIFIERS, CONFIG, INDEX, WEIGHTS
 from turborank.errors import CheckpointError
 
 MODULES = "modules.json"
-SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")  # beside it
+SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")  # in the same folder
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 _GELU, _IDENTITY = "GELU", "Identity"
 
-# Labels that say which of two means relevant: {relevant, the other}, in lower case with "_" and "-" as spaces.
+# Names by which the relevant one of two labels is known, and those of the other; lower case, "_" and "-" as spaces.
 _RELEVANT = ("relevant", "is relevant")
 _IRRELEVANT = ("irrelevant", "not relevant", "non relevant", "nonrelevant")
 
 
 class Layout(NamedTuple):
-    """A folder's tensors by canonical name, and config.json with what the layout says elsewhere."""
+    """A folder's tensors by canonical name, and config.json merged with the layout's other settings."""
 
     weights: TensorFile
     raw: dict[str, Any]
 
 
 class _Module(NamedTuple):
-    kind: str  # the class without its dotted path, which changed between versions
+    kind: str  # class name without the dotted path, which differs between versions
     folder: Path
 
 
 def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None) -> Layout:
-    """The layout of a model folder. ``relevant``: the label that means relevant, where there are two.
+    """Read a model folder in whichever layout it has.
 
-    Raises CheckpointError for a module chain, shards or a classifier that turborank cannot read, saying why.
+    Args:
+        folder: the model folder.
+        raw: its parsed config.json.
+        relevant: name or number of the relevant label, for a classifier with two labels.
+
+    Raises:
+        CheckpointError: unsupported modules, inconsistent shards, or two labels and no ``relevant``.
+
     """
     chain = modules(folder)
     weights = _weights(folder, chain)
@@ -59,7 +67,7 @@ def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None
     if chain:
         config |= _chain_config(folder, chain, config)
     if raw.get("model_type") == "modernbert" and CLASSIFIERS[0] in weights.table:
-        weights.drop(name for name in weights.table if name.startswith("decoder."))  # left by the language model
+        weights.drop(name for name in weights.table if name.startswith("decoder."))  # the language-model head
     if _is_fused(config, weights):
         config["model_type"] = "xlm-roberta"
         _unfuse(weights)
@@ -68,7 +76,7 @@ def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None
 
 
 def extra_files(folder: Path) -> list[str]:
-    """Files beside the usual ones that belong to the model: shards, their index, modules and their settings."""
+    """Names of the model's files besides the usual ones: shards, their index, modules and their settings."""
     names = [INDEX, *shards(folder).values()] if not (folder / WEIGHTS).is_file() else []
     chain = modules(folder)
     names += [MODULES, *SETTINGS] if chain else []
@@ -81,7 +89,10 @@ def extra_files(folder: Path) -> list[str]:
 
 
 def shards(folder: Path) -> dict[str, str]:
-    """Stored tensor name -> file name, as the index says; {} where there is none. Only plain names are followed."""
+    """Stored tensor name -> file name, from the index; {} if there is no index.
+
+    Raises CheckpointError for an entry that is not the plain name of a safetensors file, such as a path.
+    """
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -120,9 +131,9 @@ def _weights(folder: Path, chain: list[_Module]) -> TensorFile:
 
 
 def modules(folder: Path) -> list[_Module]:
-    """The chain that modules.json describes, first the encoder; [] where there is none.
+    """The chain of modules.json, the encoder first; [] if there is no modules.json.
 
-    Raises CheckpointError if it is no such list or leads out of the folder.
+    Raises CheckpointError if it is not a list of modules or if a module's path leaves the folder.
     """
     path = folder / MODULES
     if not path.is_file():
@@ -144,7 +155,7 @@ _HEAD = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dense")
 
 
 def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
-    """The canonical names of the head's tensors, by file. Raises CheckpointError for a chain of another kind."""
+    """File -> renaming of the head's tensors to canonical names. Raises CheckpointError for any other chain."""
     kinds = tuple(module.kind for module in chain)
     if kinds in ((), ("Transformer",)):
         return {}
@@ -167,11 +178,11 @@ def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
 
 
 def _renamed(module: str, table: Mapping[str, str], name: str) -> str:
-    return table.get(name, f"{module}.{name}")  # an unknown one is reported as such, with its folder
+    return table.get(name, f"{module}.{name}")  # verify.tensors reports an unknown tensor by this name
 
 
 def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What the modules' settings say, under the keys of config.json; raises CheckpointError for what no forward has."""
+    """The modules' settings under the keys of config.json. Raises CheckpointError for unsupported settings."""
     faults: list[str] = []
     said: dict[str, Any] = {}
     settings, sizes = (verify.json_object(folder / n) if (folder / n).is_file() else {} for n in SETTINGS)
@@ -198,7 +209,7 @@ def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) ->
 
 
 def _pooling(config: Mapping[str, Any], faults: list[str]) -> str:
-    """Return "cls" or "mean", from the newer key or the older ones."""
+    """Return "cls" or "mean", from ``pooling_mode`` or the older boolean keys."""
     mode = config.get("pooling_mode")
     older = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
     chosen = [mode] if mode else [name for name, key in older.items() if config.get(key)]
@@ -241,7 +252,7 @@ def _is_fused(raw: Mapping[str, Any], weights: TensorFile) -> bool:
 
 
 def _unfuse(weights: TensorFile) -> None:
-    """Query, key and value are the first, second and last third of Wqkv's rows."""
+    """Rename to canonical names and split Wqkv, whose rows are query, key and value in this order."""
     for name in list(weights.table):
         found = _FUSED.fullmatch(name)
         if name.startswith("emb_ln."):
@@ -257,7 +268,10 @@ def _unfuse(weights: TensorFile) -> None:
 
 
 def _one_of_two(weights: TensorFile, raw: dict[str, Any], relevant: str | int | None) -> None:
-    """Make one logit of two, if the config or the caller says which label is the relevant one."""
+    """Replace a classifier with two labels by one with one logit: the relevant row minus the other.
+
+    Raises CheckpointError if neither the config nor the caller says which label is the relevant one.
+    """
     name = next((name for name in CLASSIFIERS if len(weights.shapes.get(name, ())) == 2), None)
     if name is None or weights.shapes[name][0] != 2:
         return

@@ -1,7 +1,7 @@
-"""Safetensors files as one lazy mapping: memory-mapped, checked, converted one tensor at a time.
+"""Safetensors files as one lazy mapping: memory-mapped, validated, converted one tensor at a time.
 
-Format: https://github.com/huggingface/safetensors (8 bytes of header length, JSON header, data). The library
-checks the header; reading is done here because numpy knows no bfloat16, and so that nothing is ever held twice.
+Format: https://github.com/huggingface/safetensors (8 bytes of header length, JSON header, data). The safetensors
+library validates the header. The data are read here, because numpy has no bfloat16 and to avoid a second copy.
 """
 
 from __future__ import annotations
@@ -24,28 +24,32 @@ FLOATS = ("F32", "F16", "BF16")
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1"}
 # The bit patterns of +inf and -inf. Read as integers, every NaN lies beyond one of them.
 _INFINITIES = {"F32": (0x7F800000, 0xFF800000), "F16": (0x7C00, 0xFC00), "BF16": (0x7F80, 0xFF80)}
-_PIECE = 1 << 24  # numbers that are looked at in one go
-_LARGE = 1 << 20  # numbers of a tensor whose pages are given back once they have been looked at
+_PIECE = 1 << 24  # elements checked at a time
+_LARGE = 1 << 20  # elements of a tensor from which its pages are released after the check
 _GIT_LFS = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
-    """Where and how one tensor lies in the file."""
+    """Location, type and shape of one tensor in its file."""
 
     name: str  # as stored, prefix included
     dtype: str  # safetensors' name: F32, F16, BF16, I8, …
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
-    file: Path | None = None  # None: made from other tensors, see TensorFile.derive
+    file: Path | None = None  # None: set by TensorFile.derive
 
 
 class TensorFile(Mapping[str, npt.NDArray[Any]]):
-    """Name -> array. Each access of a floating-point tensor makes a new float32 array (from F32, F16, BF16);
-    an I8 tensor is a read-only view of the file. Nothing is cached.
+    """Mapping of canonical name -> array. Each access of a floating-point tensor (F32, F16, BF16) makes a new float32
+    array; an I8 tensor is a read-only view of the file. Nothing is cached.
 
-    ``names`` gives the name a stored tensor goes by here: a function for the file at ``path``, or one for each of
-    several files, of which ``path`` is then the one to name in messages. Raises CheckpointError for a file that is
-    truncated or no safetensors file, and for two tensors that go by one name.
+    Args:
+        path: the file, or with several files the one to name in error messages (the index).
+        names: stored name -> canonical name, as one function for ``path`` or a function for each of several files.
+
+    Raises:
+        CheckpointError: a file is truncated or not a safetensors file, or two tensors have the same canonical name.
+
     """
 
     def __init__(self, path: Path, names: Callable[[str], str] | Mapping[Path, Callable[[str], str]]) -> None:
@@ -73,11 +77,11 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         return raw if dtype == "I8" else raw.astype(np.float32)
 
     def stored(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as it lies in the file, read-only and not copied; bfloat16, which numpy lacks, as uint16."""
+        """A read-only view of the tensor in the file, in its stored type; bfloat16, which numpy lacks, as uint16."""
         return self._raw(name)
 
     def release(self) -> None:
-        """Give the pages that were read back to the system; the next access reads them again."""
+        """Release the resident pages of the mapped files; the next access reads them again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -89,7 +93,7 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         return len(self.table)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.table  # Mapping's own would convert the tensor to find out
+        return name in self.table  # Mapping.__contains__ would convert the tensor
 
     def _raw(self, name: str) -> npt.NDArray[Any]:
         entry = self.table[name]
@@ -103,14 +107,14 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         return {name: entry.shape for name, entry in self.table.items()}
 
     def drop(self, names: Iterable[str]) -> None:
-        """Leave these tensors out of the mapping; they stay in the file."""
+        """Remove these tensors from the mapping; the file is unchanged."""
         gone = frozenset(names)
         self.table = {name: entry for name, entry in self.table.items() if name not in gone}
 
     def split(self, name: str, parts: Sequence[str]) -> None:
-        """Let equal blocks of a tensor's rows go by names of their own, in place of the whole; nothing is copied.
+        """Replace a tensor by equal blocks of its rows, named ``parts`` in order; nothing is copied.
 
-        Raises CheckpointError if the rows cannot be divided so.
+        Raises CheckpointError if the number of rows is not a multiple of the number of parts.
         """
         entry = self.table.pop(name)
         rows, rest = divmod(entry.shape[0] if entry.shape else 0, len(parts))
@@ -123,12 +127,12 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
             self.table[part] = entry._replace(shape=shape, offset=entry.offset + number * size)
 
     def derive(self, name: str, value: Float32) -> None:
-        """Let ``value`` stand for the tensor ``name``; the file keeps what it has."""
+        """Set or replace the tensor ``name`` by ``value`` in the mapping; the file is unchanged."""
         self.table[name] = Stored(name, "F32", value.shape, 0)
         self._derived[name] = value
 
     def finite(self, name: str) -> bool:
-        """Whether a tensor is free of NaN and infinity, decided on its stored bits without converting it."""
+        """Whether a tensor has neither NaN nor infinity, by its stored bits, without conversion to float32."""
         raw, entry = self._raw(name), self.table[name]
         if entry.dtype not in _INFINITIES or raw.size == 0:
             return True
@@ -143,16 +147,16 @@ class TensorFile(Mapping[str, npt.NDArray[Any]]):
         return True
 
     def rows(self, name: str) -> TableRows:
-        """A table whose rows become float32 when they are taken, so that no float32 copy of the whole exists."""
+        """A view of a table (V, C) that converts rows to float32 when they are read, without a copy of the table."""
         return TableRows(self, name)
 
     def data(self) -> dict[Path, memoryview]:
-        """The bytes of every file, whole."""
+        """File -> all of its bytes."""
         return {path: memoryview(mapped) for path, mapped in self._maps.items()}
 
 
 class TableRows:
-    """One table (V, C) of a TensorFile, int8 included: ``rows[ids]`` is float32, made anew at each access."""
+    """One table (V, C) of a TensorFile, int8 included: ``rows[ids]`` is a new float32 array (len(ids), C)."""
 
     def __init__(self, weights: TensorFile, name: str) -> None:
         self._stored = weights.stored(name)
@@ -169,7 +173,7 @@ class TableRows:
 
 def _read_header(path: Path) -> list[Stored]:
     try:
-        with safe_open(path, framework="numpy"):  # checks lengths, offsets and types against one another
+        with safe_open(path, framework="numpy"):  # validates lengths, offsets and types
             pass
     except SafetensorError as error:
         raise CheckpointError(*_damage(path, error)) from error
@@ -182,7 +186,7 @@ def _read_header(path: Path) -> list[Stored]:
 
 
 def _parse(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data begin, and the JSON header."""
+    """Offset of the data in bytes, and the JSON header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
@@ -190,7 +194,7 @@ def _parse(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _damage(path: Path, error: SafetensorError) -> tuple[str]:
-    """What to say about a file that the library refuses."""
+    """The error message for a file that the safetensors library refuses."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(len(_GIT_LFS)) == _GIT_LFS:
@@ -205,20 +209,20 @@ def _damage(path: Path, error: SafetensorError) -> tuple[str]:
     return (f"expected a safetensors file, got a damaged one at {path} ({error}); fetch it again",)
 
 
-# Int8 tensors as turborank stores them: int8 under ``name``, one float32 scale a row under ``name_scale``.
+# int8 storage (docs/model.md §2.3): int8 under ``name``, one float32 scale for each row under ``name_scale``.
 
 SCALE = "_scale"
 
 
 def quantise(weight: Float32) -> tuple[np.ndarray[Any, np.dtype[np.int8]], Float32]:
-    """Symmetric, to ±127: (rows, columns) float32 -> int8 of the same shape and scales (rows,)."""
+    """Symmetric quantisation to ±127 by row: (rows, columns) float32 -> int8 of that shape and scales (rows,)."""
     scale = np.abs(weight).max(axis=1) / np.float32(127.0)
     scale = np.where(scale == 0, np.float32(1.0), scale).astype(np.float32)
     return np.rint(weight / scale[:, None]).astype(np.int8), scale
 
 
 def dense(weights: Mapping[str, Any], without: Container[str] = ()) -> dict[str, Float32]:
-    """Every tensor but those of ``without`` as float32, quantised ones multiplied out, without their scales."""
+    """Every tensor except those in ``without`` as float32; int8 tensors are dequantised and their scales omitted."""
     out: dict[str, Float32] = {}
     for name in weights:
         if name in without or name.removesuffix(SCALE) in without:

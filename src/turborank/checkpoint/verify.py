@@ -1,4 +1,7 @@
-"""Is this folder a reranker we can run? Config, tensors and tokenizer, each checked before anything is computed."""
+"""Checks of a model folder: files, config.json, tensors and tokenizer, before anything is computed.
+
+Each check raises CheckpointError with all faults it found, what was expected, and where possible what to do.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 REQUIRED = (CONFIG, WEIGHTS, TOKENIZER)
 INDEX = f"{WEIGHTS}.index.json"  # names the files of weights that are split, in place of WEIGHTS
 
-# The encoder's name in front of its tensors, as transformers writes it; optional in every family.
+# Prefixes of the encoder's tensor names, as transformers writes them; optional in every family.
 PREFIXES = ("bert.", "roberta.", "deberta.", "electra.", "model.")
-# Constants that some versions of transformers stored beside the weights. The forward has no use for them.
+# Constants that some versions of transformers stored with the weights. They are ignored.
 BUFFERS = frozenset({"embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi"})
 CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
 COSINE_HEAD = "head.scale"
@@ -37,12 +40,12 @@ _LEAST = {
     "max_position_embeddings": 1,
     "type_vocab_size": 0,
 }
-# Keys of the above, and layer_norm_eps, that a family's config.json does without, by model_type.
+# model_type -> required keys (of the above, or layer_norm_eps) that this family's config.json lacks.
 _NEEDLESS = {"modernbert": ("type_vocab_size", "layer_norm_eps")}
-# Activations that the forwards have. The tensors of the others look the same, so only the config can tell.
+# Supported activations. Tensors do not show the activation, so the config is checked.
 _KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
-_MOST = 1024  # layers or heads; far more than any model has, and a table of that many is still quickly made
-_INT32, _FLOAT32 = 2**31 - 1, (2 - 2**-23) * 2.0**127  # the largest: what engines compute with
+_MOST = 1024  # layers or heads: above any model, and small enough that the tensor table is built quickly
+_INT32, _FLOAT32 = 2**31 - 1, (2 - 2**-23) * 2.0**127  # largest values that engines represent
 
 _FROM_PICKLE = (
     'python -c "import torch, safetensors.torch as s; '
@@ -60,9 +63,9 @@ def canonical(name: str) -> str:
 
 
 def files(folder: Path) -> None:
-    """Raises CheckpointError unless config, weights and tokenizer are in ``folder``."""
+    """Raise CheckpointError unless config, weights and tokenizer are in ``folder``."""
     present = {path.name for path in folder.iterdir()}
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]  # a broken link is no file
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]  # a broken link counts as missing
     if not missing or (missing == [WEIGHTS] and (folder / INDEX).is_file()):
         return
     wanted = f"expected {', '.join(REQUIRED)} in {folder}"
@@ -84,13 +87,13 @@ def files(folder: Path) -> None:
 
 
 def onnx_files(folder: Path) -> Iterator[Path]:
-    """ONNX graphs where exports put them: in the folder or in its ``onnx``."""
+    """The ONNX graphs in a folder and in its subfolder ``onnx``, where exporters write them."""
     for place in (folder, folder / "onnx"):
         yield from sorted(place.glob("*.onnx")) if place.is_dir() else ()
 
 
 def origin_hint(path: Path) -> str:
-    """Where the original weights of an export are, as far as its config.json says."""
+    """A hint for loading the original of an exported model, from ``_name_or_path`` of its config.json."""
     raw = json_object(path) if path.is_file() else {}
     origin, kind = raw.get("_name_or_path"), raw.get("model_type")
     whose = f"a {kind} model" if isinstance(kind, str) else "the model"
@@ -100,7 +103,7 @@ def origin_hint(path: Path) -> str:
 
 
 def json_value(path: Path) -> Any:
-    """The JSON value in a file."""
+    """The JSON value in a file. Raises CheckpointError for anything else."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
@@ -108,7 +111,7 @@ def json_value(path: Path) -> Any:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """The JSON object in a file. Raises CheckpointError for anything else."""
     value = json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"expected a JSON object, got a {type(value).__name__} at {path}")
@@ -116,7 +119,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def one_logit(shapes: Shapes, path: Path) -> None:
-    """Raises CheckpointError unless the tensors end in a head with one logit."""
+    """Raise CheckpointError unless the tensors include a head with one logit."""
     for name in CLASSIFIERS:
         shape = shapes.get(name, ())
         if len(shape) == 2 and shape[0] != 1:
@@ -144,7 +147,7 @@ def _config_faults(raw: Mapping[str, Any]) -> list[str]:
             faults.append(f"{key}: expected an integer, {least} to {most}, got {_shown(raw, key)}")
     eps = raw.get("layer_norm_eps")
     if "layer_norm_eps" in needless:
-        pass  # the family checks its own
+        pass  # recognise() of the family checks its epsilon
     elif isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         faults.append(f"layer_norm_eps: expected a number between 0 and 1, got {_shown(raw, 'layer_norm_eps')}")
     for key, known in _KNOWN.items():
@@ -169,7 +172,7 @@ def _shown(raw: Mapping[str, Any], key: str) -> str:
 
 
 def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint; raises CheckpointError naming every value of config.json that cannot be."""
+    """The ModelConfig of a checkpoint. Raises CheckpointError naming every invalid value of config.json."""
     faults = _config_faults(raw)
     sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
     if any(isinstance(size, int) and size > _MOST for size in sizes):
@@ -177,7 +180,7 @@ def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
     try:
         known = recognise(raw, shapes)
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, CheckpointError):  # an unknown family comes before faults in keys it may not have
+        if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
             faults.insert(0, error.message)
         raise CheckpointError(listed("a usable config", faults or [repr(error)], path)) from error
     if faults:
@@ -186,8 +189,8 @@ def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
 
 
 def tensors(weights: TensorFile, model: ModelConfig) -> None:
-    """Raises CheckpointError naming every tensor that is missing, unknown, misshapen, of a type turborank does not
-    read, quantised without its scale, or not finite."""
+    """Raise CheckpointError naming every tensor that is missing, unknown, of a wrong shape or an unsupported type,
+    int8 without scales, or not finite."""
     expected = ARCHITECTURES[model.architecture].parameters(model)
     table = weights.table
     faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in table]
@@ -214,10 +217,14 @@ def tensors(weights: TensorFile, model: ModelConfig) -> None:
 
 
 def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
-    """A checkpoint's tokenizer, set to cut and pad nothing; raises CheckpointError if it does not fit the model."""
+    """A checkpoint's tokenizer, with truncation and padding off.
+
+    Raises CheckpointError if the file is not a tokenizer, its ids exceed the word embeddings, or it has no pair
+    template.
+    """
     try:
         loaded = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"expected a tokenizer, got something else at {path} ({error})") from error
     loaded.no_truncation()
     loaded.no_padding()
@@ -246,12 +253,12 @@ def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
 
 def _last_id(loaded: Tokenizer) -> int:
     size: int = loaded.get_vocab_size()
-    if None not in map(loaded.id_to_token, range(size)):  # no gaps, so the last is known without the whole table
+    if None not in map(loaded.id_to_token, range(size)):  # ids without gaps: no need to build the whole vocabulary
         return size - 1
     return max(loaded.get_vocab().values())
 
 
 def listed(expected: str, faults: list[str], path: Path) -> str:
-    """A message that tells all faults of a file at once."""
+    """An error message that lists all faults of a file."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return "\n  ".join([f"expected {expected}, got {count} in {path}:", *faults])

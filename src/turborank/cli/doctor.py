@@ -13,6 +13,7 @@ from turborank.cli import options
 from turborank.errors import TurborankError
 
 if TYPE_CHECKING:
+    from turborank.engines import Engine
     from turborank.reranker import Reranker
     from turborank.types import ModelConfig
 
@@ -137,10 +138,23 @@ def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]
     isa = f", {chosen.isa}" if chosen.isa else ""
     yield Finding("engine", "chosen", f"{chosen.name}, {chosen.precision}{isa}, {chosen.threads} threads")
     yield Finding("engine", "because", _why(engine, chosen.name, checkpoint.config))
+    yield from _instruction_set(chosen)
     try:
         yield from _scores(reranker)
     except TurborankError as error:
         yield Finding("score", "ranking", str(error), well=False)
+
+
+def _instruction_set(engine: Engine) -> Iterator[Finding]:
+    """The native engine's instruction set, and the faster ones of this build with the reason why they are not used."""
+    from turborank.engines import native
+
+    if not isinstance(engine, native.NativeEngine):
+        return
+    runs = f"{engine.isa}: products by {engine.kernel}, attention in {engine.attention}"
+    yield Finding("engine", "instruction set", runs)
+    for row, reason in native.better(engine.isa, engine.precision).items():
+        yield Finding("engine", f"not {row}", reason)
 
 
 def _why(asked: str, got: str, config: ModelConfig) -> str:

@@ -1,4 +1,4 @@
-"""``turborank export``: convert a model to the format of another program."""
+"""``turborank export`` and ``turborank import``: convert a model to the format of another program, or from ONNX."""
 
 from __future__ import annotations
 
@@ -37,3 +37,37 @@ def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> 
     written = write(model, to, out, offline=offline or None)
     print(f"{written.folder}: {', '.join(written.files)}")
     print(written.remark)
+
+
+IMPORT_EXAMPLES = (
+    (
+        "a cross-encoder quantised to int8, with config.json and tokenizer.json in the same folder",
+        "turborank import models/model.onnx --out my-reranker",
+    ),
+    (
+        "config and tokenizer from another folder",
+        "turborank import model.onnx --config bert/config.json --tokenizer bert/tokenizer.json --out my-reranker",
+    ),
+)
+
+Graph = Annotated[Path, typer.Argument(help="ONNX file, in floating point or dynamically quantised to int8.")]
+Config = Annotated[
+    Path | None, typer.Option(help="config.json of the model.", show_default="in the folder of the ONNX file")
+]
+Tokens = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="tokenizer.json of the model.", show_default="in the folder of the ONNX file"),
+]
+
+
+def import_model(graph: Graph, out: Out, config: Config = None, tokenizer: Tokens = None) -> None:
+    """Write the weights of an ONNX file as a model folder.
+
+    Needs the package onnx. Quantised weights keep their int8 values, so the folder ranks like the ONNX graph and not
+    like the model before quantisation.
+    """
+    from turborank.checkpoint.from_onnx import import_onnx
+
+    made = import_onnx(graph, out, config=config, tokenizer=tokenizer)
+    count = sum(value.size for value in made.weights.values())
+    print(f"{out}: {made.config.architecture}, {count:,} parameters in {len(made.weights)} tensors")

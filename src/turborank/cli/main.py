@@ -25,7 +25,7 @@ from turborank.cli.doctor import doctor
 from turborank.cli.evaluate import EXAMPLES as EVALUATE_EXAMPLES
 from turborank.cli.evaluate import evaluate
 from turborank.cli.export import EXAMPLES as EXPORT_EXAMPLES
-from turborank.cli.export import export
+from turborank.cli.export import IMPORT_EXAMPLES, export, import_model
 from turborank.cli.models import EXAMPLES as MODELS_EXAMPLES
 from turborank.cli.models import models
 from turborank.cli.rank import EXAMPLES as RANK_EXAMPLES
@@ -72,6 +72,7 @@ COMMANDS: dict[str, Command] = {
     "distill report": Command(report, REPORT_EXAMPLES),
     "distill ship": Command(ship, SHIP_EXAMPLES),
     "export": Command(export, EXPORT_EXAMPLES),
+    "import": Command(import_model, IMPORT_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),

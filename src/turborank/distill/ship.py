@@ -71,12 +71,17 @@ def calibrate(student: Student, folder: TrainingFolder, serving: Serving) -> tup
     """Multiply Platt's factor and bias into the head, in place; returns them."""
     logits, labels = held_out_logits(student, folder, serving)
     factor, bias = platt(logits, labels > 0)
+    scale_logits(student, factor, bias)
+    return factor, bias
+
+
+def scale_logits(student: Student, factor: float, bias: float) -> None:
+    """Multiply ``factor`` and add ``bias`` to every logit, in place, in the last layer of the head."""
     for name in LAST & set(student.weights):
         student.weights[name] = student.weights[name] * factor
     for name in ("head.bias", "classifier.bias", "classifier.out_proj.bias"):
         if name in student.weights:
             student.weights[name] = student.weights[name] + bias
-    return factor, bias
 
 
 def write_int8(student: Student, folder: Path) -> None:

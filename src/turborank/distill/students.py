@@ -54,12 +54,12 @@ def gentle_slopes(heads: int) -> tuple[float, ...]:
 
 SLOPES: dict[str, Callable[[int], tuple[float, ...]]] = {"gentle": gentle_slopes, **jinabert.SLOPE_RULES}
 
-_ALIBI: dict[str, Any] = {
+ALIBI: dict[str, Any] = {
     "architectures": ["JinaBertForSequenceClassification"],
     "model_type": "bert",
     "hidden_act": "gelu",
 }
-_ALIBI |= {"position_embedding_type": "alibi", "num_labels": 1, "max_position_embeddings": 8192, "pad_token_id": 0}
+ALIBI |= {"position_embedding_type": "alibi", "num_labels": 1, "max_position_embeddings": 8192, "pad_token_id": 0}
 SHAPES: dict[str, dict[str, Any]] = {
     "turbo": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "tiny": {"num_hidden_layers": 4, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -113,7 +113,7 @@ def _chosen(layers: int | Sequence[int], of: int) -> tuple[int, ...]:
     return kept
 
 
-def _keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+def keep_layers(weights: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
     place = {old: new for new, old in enumerate(kept)}
     out: dict[str, Tensor] = {}
     for name, w in weights.items():
@@ -136,7 +136,7 @@ def from_layers(teacher: str | Path, *, layers: int | Sequence[int]) -> Student:
         )
     kept = _chosen(layers, source.config.num_hidden_layers)
     raw = source.raw_config | {"num_hidden_layers": len(kept)}
-    return Student(_keep_layers(source.weights, kept), raw, source.tokenizer)
+    return Student(keep_layers(source.weights, kept), raw, source.tokenizer)
 
 
 def from_bert(
@@ -163,7 +163,7 @@ def from_bert(
         raise UnknownKeyError("head", head, HEADS)
     source = BiEncoder.load(folder)
     heads, c = source.config.num_attention_heads, source.config.hidden_size
-    raw = dict(_ALIBI) | {"alibi_slopes": list(SLOPES[slopes](heads)), "feed_forward_type": "original"}
+    raw = dict(ALIBI) | {"alibi_slopes": list(SLOPES[slopes](heads)), "feed_forward_type": "original"}
     raw |= {"hidden_size": c, "num_attention_heads": heads, "intermediate_size": source.config.intermediate_size}
     raw |= {"num_hidden_layers": source.config.num_hidden_layers, "vocab_size": source.config.vocab_size}
     raw |= {"type_vocab_size": 2, "layer_norm_eps": source.config.layer_norm_eps}
@@ -179,7 +179,7 @@ def from_bert(
         match_heads(student.weights, student.config, source, probes)
     if layers is not None:
         kept = _chosen(layers, source.config.num_hidden_layers)
-        student.weights = _keep_layers(student.weights, kept)
+        student.weights = keep_layers(student.weights, kept)
         student.raw_config["num_hidden_layers"] = len(kept)
     return student
 
@@ -217,7 +217,7 @@ def from_scratch(
         raise UnknownKeyError("head", head, HEADS)
     if layers is not None and layers < 1:
         raise InputError(f"expected one layer or more, got {layers}")
-    raw = dict(_ALIBI) | SHAPES[shape] | {"vocab_size": tokenizer.get_vocab_size()}
+    raw = dict(ALIBI) | SHAPES[shape] | {"vocab_size": tokenizer.get_vocab_size()}
     raw["num_hidden_layers"] = layers or raw["num_hidden_layers"]
     raw["alibi_slopes"] = list(SLOPES[slopes](raw["num_attention_heads"]))
     fresh = {} if head == "classifier" else _cosine_head(head)

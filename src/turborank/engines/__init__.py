@@ -1,7 +1,7 @@
-"""ENGINES: the ways to run a forward pass, and the rule that chooses one.
+"""ENGINES: the implementations of the forward pass, and the rule that chooses one.
 
-An engine is prepared once from a checkpoint's weights and then turns packed batches into logits.
-``TURBORANK_ENGINE`` overrides the automatic choice (never an explicit one).
+An engine is prepared once from a checkpoint's weights and then computes the logits of packed batches.
+``TURBORANK_ENGINE`` replaces ``engine="auto"``; an explicit engine takes precedence over it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from turborank.types import Float32, ModelConfig, PackedBatch
 
 
 class Engine(Protocol):
-    """A model ready to run."""
+    """A model prepared for one engine and precision."""
 
     @property
     def name(self) -> str: ...
@@ -28,15 +28,15 @@ class Engine(Protocol):
     def threads(self) -> int: ...
 
     def logits(self, batch: PackedBatch, /) -> Float32:
-        """Raw scores (P,) of a packed batch."""
+        """Logits (P,), float32, of a packed batch."""
 
 
 class EngineRow(NamedTuple):
-    """One way to run a model."""
+    """One engine: what it supports and how to prepare it."""
 
     precisions: tuple[str, ...]
-    automatic: Callable[[], str]  # the precision that "auto" means here
-    available: Callable[[], str | None]  # None, or the reason why not
+    automatic: Callable[[], str]  # the precision that "auto" selects on this machine
+    available: Callable[[], str | None]  # None if usable on this machine, else the reason
     supports: Callable[[ModelConfig], bool]
     prepare: Callable[..., Engine]
     note: str
@@ -69,19 +69,26 @@ ENGINES: dict[str, EngineRow] = {
     ),
 }
 VARIABLE = "TURBORANK_ENGINE"
-AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and gigabytes
+AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes seconds and much memory
 
 
 def allowed_cores() -> int:
-    """Cores this process may use: its affinity mask, further limited by the cgroup's CPU quota."""
+    """Cores this process may use: the size of its affinity mask, or the cgroup's CPU quota if that is smaller."""
     return native.default_threads()
 
 
 def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | None = None) -> tuple[str, str]:
-    """The engine and precision to use.
+    """The names of the engine and the precision to use.
 
-    Raises UnknownKeyError for a name in no table and EngineUnavailableError, with the reason, for one
-    that cannot run here.
+    Args:
+        name: a key of ENGINES, or ``auto``: the first of AUTOMATIC that supports the model and the precision.
+        precision: one of the engine's precisions, or ``auto``.
+        config: the model, if known; without it no engine is excluded for its architecture.
+
+    Raises:
+        UnknownKeyError: no such engine or precision.
+        EngineUnavailableError: the engine cannot run on this machine, with the reason, or not this model.
+
     """
     wanted, asked, instead = name, "engine", "use engine='auto'"
     if wanted == "auto" and (forced := os.environ.get(VARIABLE)):
@@ -104,7 +111,7 @@ def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | No
 
 
 def _automatic(precision: str, config: ModelConfig | None) -> str:
-    """The first engine that can run the model in this precision."""
+    """The first engine of AUTOMATIC that supports the model in this precision."""
     able = {
         name: row
         for name, row in ENGINES.items()
@@ -122,5 +129,5 @@ def _automatic(precision: str, config: ModelConfig | None) -> str:
 def prepare(
     weights: Mapping[str, Any], config: ModelConfig, *, name: str, precision: str, threads: int | None = None
 ) -> Engine:
-    """The engine ``name``, loaded with a checkpoint's weights."""
+    """Prepare the engine ``name`` with a checkpoint's weights. ``threads``: by default :func:`allowed_cores`."""
     return ENGINES[name].prepare(weights, config, precision=precision, threads=threads or allowed_cores())

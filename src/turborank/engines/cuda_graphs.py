@@ -1,9 +1,9 @@
-"""A forward over :mod:`turborank.ops.triton`, captured as a CUDA graph for each size of batch that comes twice.
+"""A forward over :mod:`turborank.ops.triton`, captured as a CUDA graph for each batch size that occurs twice.
 
-A forward is some eighty kernels of 10 to 100 µs; starting them one by one from Python takes longer than running them.
-A graph starts them all at once, but it is tied to its shapes. So batches are filled up to the next of few sizes, at
-most a sixteenth of the tokens, with tokens and pairs that belong to nobody: no op of a classifier mixes the rows of
-different pairs, so what they become is never seen.
+A forward launches some eighty kernels of 10 to 100 µs each; launching them one by one from Python takes longer than
+running them. A graph launches them at once but has fixed shapes. Batches are therefore padded to one of a few sizes (at
+most a sixteenth more tokens) with unused tokens and empty pairs. No op of a classifier mixes rows of different pairs,
+so padding does not change the logits of the real pairs (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from turborank.ops import triton as triton_ops
 from turborank.types import Float32, Int32, PackedBatch
 
-MOST_TOKENS = 32_768  # of a batch worth a graph: beyond, the GPU is slower than Python
-KEPT = 256  # sizes remembered; whatever else comes runs kernel by kernel, because capturing is worth it only for good
+MOST_TOKENS = 32_768  # largest batch to capture: above, the kernels take longer than Python takes to launch them
+KEPT = 256  # sizes with a graph; batches of further sizes run kernel by kernel, which costs less than recapturing
 FEWEST_TOKENS, FEWEST_PAIRS = 256, 8
 
 Forward = Callable[[PackedBatch], Tensor]  # a batch on the device, with a Layout for its cu_seqlens -> logits (P,)
 
 
 def rounded(tokens: int, pairs: int, longest: int) -> tuple[int, int, int]:
-    """The size that stands for a batch's: tokens, pairs, and the length that decides which kernels are used."""
+    """The padded size of a batch: tokens, pairs, and the pair length that selects the attention kernel."""
     step = max(FEWEST_TOKENS, 1 << max(0, tokens.bit_length() - 5))
     some = max(FEWEST_PAIRS, 1 << (pairs - 1).bit_length())
     usual = (
@@ -40,13 +40,13 @@ def rounded(tokens: int, pairs: int, longest: int) -> tuple[int, int, int]:
 
 
 class Size:
-    """Room for the batches of one size, on the host and on the device, and the graph that reads it."""
+    """Input buffers for batches of one size, on host and device, and the graph that reads them."""
 
     def __init__(self, tokens: int, pairs: int, longest: int, device: torch.device) -> None:
-        blocks = tokens // triton_ops.QUERIES + pairs  # no batch of this size has more
+        blocks = tokens // triton_ops.QUERIES + pairs  # upper bound for batches of this size
         shapes = (tokens,), (tokens,), (pairs + 1,), (tokens,), (blocks, 4), (pairs, 4)
         counts = [int(np.prod(shape)) for shape in shapes]
-        starts = [0, *itertools.accumulate(-(-count // 4) * 4 for count in counts)]  # each at a multiple of 16 bytes
+        starts = [0, *itertools.accumulate(-(-count // 4) * 4 for count in counts)]  # aligned to 16 bytes
         self.host = torch.zeros(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self.moved = torch.zeros(starts[-1], dtype=torch.int32, device=device)
         self.parts = [self.host.numpy()[s : s + n] for s, n in zip(starts, counts, strict=False)]
@@ -60,7 +60,7 @@ class Size:
         self.logits: Tensor | None = None
 
     def fill(self, arrays: list[Int32]) -> None:
-        """Move a batch's arrays into place; zeros behind them: an empty pair at token 0."""
+        """Copy a batch's arrays to the device, padded with zeros, which mean an empty pair at token 0."""
         for part, array in zip(self.parts, arrays, strict=True):
             part[: array.size] = array.reshape(-1)
             part[array.size :] = 0
@@ -68,16 +68,16 @@ class Size:
 
 
 class Replayed:
-    """Logits of batches. Thread-safe: concurrent calls take turns.
+    """Runs the forward on batches, with a CUDA graph where one has been captured. Thread-safe: calls are serialised.
 
-    ``fill``: batches may be filled up, and captured. Otherwise every batch runs as it is.
+    ``fill``: pad batches to common sizes and capture graphs. Otherwise every batch runs unpadded, kernel by kernel.
     """
 
     def __init__(self, forward: Forward, device: torch.device, *, fill: bool) -> None:
         self.forward, self.device, self.fill = forward, device, fill
         self.sizes: dict[tuple[int, int, int], Size] = {}
         self.lock = threading.Lock()
-        self.pool: Any = None  # memory that all graphs share, since only one runs at a time
+        self.pool: Any = None  # memory shared by all graphs; the lock lets only one run at a time
 
     def logits(self, batch: PackedBatch) -> Float32:
         arrays = [batch.input_ids, batch.type_ids, *triton_ops.tables(batch.cu_seqlens)]
@@ -95,7 +95,7 @@ class Replayed:
         return out
 
     def _size(self, batch: PackedBatch) -> tuple[Size, bool]:
-        """Room for the batch, and whether a batch of its size has been there before."""
+        """Buffers for the batch, and whether a batch of this size was seen before."""
         key = rounded(batch.tokens, batch.pairs, batch.max_seqlen)
         known = self.sizes.get(key)
         if known is not None:
@@ -106,7 +106,7 @@ class Replayed:
         return self.sizes[key], False
 
     def _capture(self, size: Size) -> None:
-        """Record the forward, whose kernels an earlier call of this size has compiled, and run it."""
+        """Capture the forward as a graph and run it. An earlier call of this size has compiled the kernels."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

@@ -1,6 +1,7 @@
-"""The C++ engine: the fast twin of the model, held to the numpy law layer by layer (docs/kernels.md).
+"""The native engine: the forward pass in C++, tested layer by layer against the numpy reference (docs/kernels.md).
 
-``TURBORANK_ISA`` forces one row of its instruction-set table (``amx``, ``avx512vnni``, ``avx2``, ``portable``).
+``TURBORANK_ISA`` forces one row of its instruction-set table (``amx``, ``avx512vnni``,
+``avxvnni``, ``avx2``; on 64-bit Arm ``armi8mm``, ``armdot``; everywhere ``portable``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
     _native: Any = importlib.import_module("turborank._native")
-except ImportError as missing:  # built without a compiler, or for another Python
+except ImportError as missing:  # not compiled, or compiled for another Python
     _native = None
     _REASON: str | None = f"expected the compiled module turborank._native, got {missing}"
 else:
@@ -36,19 +37,20 @@ ISA_VARIABLE = "TURBORANK_ISA"
 
 
 def available() -> str | None:
-    """None if the engine can run here, else the reason why not."""
+    """None if the engine can run on this machine, else the reason."""
     return _REASON
 
 
 def automatic() -> str:
-    """int8: a logit's error is far below the distance of documents, on every machine."""
+    """int8, on every machine: its error is small against the differences between documents (docs/kernels.md)."""
     return "int8"
 
 
 def supports(config: ModelConfig) -> bool:
-    """Whether the C++ side knows the architecture and its sizes."""
+    """Whether the C++ engine supports the architecture and its sizes."""
     known = config.architecture in ARCHITECTURES and config.hidden_size % 32 == 0 and config.head_size % 32 == 0
-    # attention_relative.inl: neighbouring distances have neighbouring rows (not so if many buckets end at a short one).
+    # attention_relative.inl needs equal or neighbouring table rows for neighbouring distances; a config with many
+    # buckets up to a short distance has gaps.
     return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
@@ -57,18 +59,34 @@ def isas() -> list[str]:
     return [] if _native is None else list(_native.isas())
 
 
+def better(isa: str, precision: str) -> dict[str, str]:
+    """Rows of this build that would be preferred to ``isa``, best first, each with the reason why it was not chosen."""
+    table: dict[str, str] = {} if _native is None else dict(_native.rows())
+    reasons = {}
+    for row, lacks in table.items():
+        if row == isa:
+            break
+        if lacks:
+            reasons[row] = f"this machine lacks {lacks}"
+        elif precision not in precisions(row):
+            reasons[row] = f"has no {precision}"
+        else:
+            reasons[row] = f"usable, but {ISA_VARIABLE}={isa}"
+    return reasons
+
+
 def precisions(isa: str) -> list[str]:
     """Precisions that a row of the instruction-set table has on this machine."""
     return [] if _native is None else list(_native.isas().get(isa, []))
 
 
 def layout(isa: str, precision: str) -> native_weights.Layout:
-    """How that row wants that precision's weights."""
+    """The weight layout of one row of the instruction-set table in one precision."""
     return native_weights.Layout(precision, *_native.isas()[isa][precision])
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The CPU quota of the process's cgroup in whole cores, rounded up; None where there is none."""
+    """The CPU quota of the process's cgroup in cores, rounded up; None if there is no quota."""
     try:
         quota, period = (root / "cpu.max").read_text().split()[:2]  # cgroup v2
     except (OSError, ValueError):
@@ -82,13 +100,13 @@ def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def default_threads() -> int:
-    """The cores this process may use: its affinity, and its cgroup's quota where that is smaller."""
+    """Cores this process may use: the size of its affinity mask, or the cgroup's CPU quota if that is smaller."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, _cgroup_cores() or allowed)
 
 
 class NativeEngine:
-    """A model in packed form. Thread-safe: concurrent calls on one engine take turns."""
+    """A model with packed weights. Thread-safe: concurrent calls on one engine are serialised."""
 
     name = "native"
 
@@ -96,19 +114,19 @@ class NativeEngine:
         self._model, self._width = model, config.hidden_size
         self.precision = precision
         self.isa = isa
-        self.kernel: str = model.kernel  # the matrix product's instruction
+        self.kernel: str = model.kernel  # instruction of the matrix product
         self.attention: str = model.attention  # element type of attention: "bf16" or "fp32"
         self.threads = threads
 
     def logits(self, batch: PackedBatch) -> Float32:
-        """Logits (P,). Raises InputError where ids, types or offsets do not fit the model."""
+        """Logits (P,), float32. Raises InputError if ids, types or offsets do not fit the model."""
         try:
             return np.frombuffer(self._model.logits(*_arrays(batch), self.threads), np.float32)
         except ValueError as fault:
             raise InputError(str(fault)) from None
 
     def layers(self, batch: PackedBatch) -> list[Float32]:
-        """Embeddings and each layer's output: (T, C), the last (P, C) where the head reads first tokens only."""
+        """Embeddings and each layer's output: (T, C); the last is (P, C) if the head reads first tokens only."""
         try:
             layers = self._model.layers(*_arrays(batch), self.threads)
         except ValueError as fault:
@@ -116,7 +134,7 @@ class NativeEngine:
         return [np.frombuffer(layer, np.float32).reshape(-1, self._width) for layer in layers]
 
     def spent(self) -> dict[str, float]:
-        """Seconds of all threads and calls so far, by part; a matrix product counts with what is fused into it."""
+        """CPU seconds by part, summed over threads and calls; a product includes the operations fused into it."""
         return dict(self._model.spent())
 
 
@@ -132,7 +150,7 @@ def _arrays(batch: PackedBatch) -> tuple[npt.NDArray[np.int32], ...]:
 
 
 def plain_config(config: ModelConfig) -> dict[str, Any]:
-    """What the C++ side reads of the config."""
+    """The fields of the config that the C++ side reads (native/module.cpp)."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
              "type_vocab_size", "layer_norm_eps", "position_offset")  # fmt: skip
     plain: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -148,7 +166,7 @@ def plain_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check(config: ModelConfig) -> None:
-    """Raises CheckpointError for sizes that the kernels are not made for."""
+    """Raise CheckpointError for sizes that the kernels do not support."""
     width, heads, between = config.hidden_size, config.num_attention_heads, config.intermediate_size
     segments = 2 if config.head in COSINES else 0
     rules = [
@@ -170,7 +188,10 @@ def _check(config: ModelConfig) -> None:
 
 
 def _isa(precision: str) -> str:
-    """The row of the instruction-set table that ``TURBORANK_ISA`` names, or the best one, with this precision."""
+    """The instruction-set row to use for a precision: the one ``TURBORANK_ISA`` names, else the best one.
+
+    Raises EngineUnavailableError if there is no such row on this machine or it lacks the precision.
+    """
     forced = os.environ.get(ISA_VARIABLE) or None
     if forced is not None and forced not in isas():
         known = ", ".join(isas())
@@ -187,11 +208,22 @@ def _isa(precision: str) -> str:
 def prepare(
     weights: Mapping[str, npt.NDArray[Any]], config: ModelConfig, *, precision: str = "int8", threads: int | None = None
 ) -> NativeEngine:
-    """Pack a checkpoint's tensors for this machine.
+    """Pack a checkpoint's tensors for this machine's instruction set.
 
-    ``weights``: float32 or float16 arrays by published name; or int8 with float32 ``<name>_scale`` (rows,), which
-    the int8 linears then use as they are. Raises EngineUnavailableError where the machine lacks the precision or
-    the instruction set of ``TURBORANK_ISA``, CheckpointError where a tensor is missing or misshapen.
+    Args:
+        weights: canonical name -> float32, float16 or bfloat16 (as uint16) array, or int8 with float32
+            ``<name>_scale`` (rows,). int8 linears use stored int8 values unchanged unless their inputs are mixed
+            (docs/kernels.md).
+        config: the model.
+        precision: one of PRECISIONS.
+        threads: at least 1; by default :func:`default_threads`.
+
+    Raises:
+        EngineUnavailableError: the extension is not compiled, or the machine lacks the precision or the instruction
+            set of ``TURBORANK_ISA``, or the architecture or its sizes are not supported.
+        CheckpointError: a tensor is missing or has a wrong shape or type.
+        InputError: ``threads`` is less than 1.
+
     """
     if _native is None:
         raise EngineUnavailableError(_REASON or "", hint="pip install turborank where a C++ compiler is present")
@@ -208,5 +240,5 @@ def prepare(
     packed, facts = native_weights.pack(weights, config, layout(isa, precision))
     model = _native.Model(plain_config(config) | facts, packed, precision, isa)
     if isinstance(weights, TensorFile):
-        weights.release()  # what is packed; word embeddings stay in the file and are read there
+        weights.release()  # the packed copies are in use now; word embeddings are read from the file
     return NativeEngine(model, config, precision, isa, threads or default_threads())

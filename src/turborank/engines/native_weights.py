@@ -1,6 +1,10 @@
-"""Weights as a checkpoint has them -> arrays as the C++ kernels read them (native/kernels.h, native/weights.cpp).
+"""Convert a checkpoint's tensors to the arrays that the C++ kernels read (native/kernels.h, native/weights.cpp).
 
-The rounding to int8 is explained in docs/kernels.md, "Numbers in int8".
+For each linear layer, :func:`pack` fuses matrices that share an input (query, key and value; gate and up), rounds
+weights to the precision, and stores them as panels of 32 output columns in the order in which the kernels read them.
+For int8 it also mixes input channels, and adds initial sums that undo the offset of the activations. Scores' factor
+log2(e)/√D is multiplied into the query projection. Quantisation and mixing are described in docs/kernels.md, "Numbers
+in int8"; the panel layout in native/kernels.h.
 """
 
 from __future__ import annotations
@@ -22,28 +26,28 @@ from turborank.types import Float32, ModelConfig
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
-STORED = ("float32", "float16", "uint16", "int8")  # kernels.h, Stored; uint16 is bfloat16's bits
-PANEL = 32  # output columns that a product computes together
+STORED = ("float32", "float16", "uint16", "int8")  # in the order of kernels.h, Stored; uint16 holds bfloat16 bits
+PANEL = 32  # output columns of a panel
 SLACK_DISTANCES = 128  # kernels.h, kSlackDistances
-MIXED_CHANNELS = 16  # native/mix.inl: channels that are mixed with the same ones of other groups
-LEAST_GELU = -0.171875  # gelu(-0.75) is -0.16997; the kernels' may be 5e-4 below
-_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 32 << 20  # bytes; what of a block is never written costs no memory
+MIXED_CHANNELS = 16  # native/mix.inl: channels of a group; mixing combines equal positions of several groups
+LEAST_GELU = -0.171875  # lower bound: the minimum of GELU is gelu(-0.75) = -0.16997, and the kernels' error is 5e-4
+_LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 32 << 20  # bytes; pages of a block that are never written use no memory
 _ONE = np.float32(1.0)
 
 
 class Layout(NamedTuple):
-    """How a row of the instruction-set table wants a precision's weights."""
+    """The weight layout of one row of the instruction-set table in one precision (kernels.h, Kernels)."""
 
     precision: str
-    group: int  # int8 weights of one column that lie side by side: a word
-    tiles: bool  # words of int8 and bf16 lie in matrix tiles
-    offset: int  # what the kernels add to int8 activations
-    lanes: int  # floats of a vector
-    exchange: int  # bytes of an element of q, k and v: 2 is bf16, 4 float
+    group: int  # int8 weights of one column in a word
+    tiles: bool  # words of int8 and bf16 are arranged for matrix tiles (AMX)
+    offset: int  # added by the kernels to int8 activations
+    lanes: int  # floats in a vector
+    exchange: int  # bytes of an element of q, k and v: 2 is bf16, 4 is float
 
 
 class Columns(NamedTuple):
-    """Output columns of a product as the precision's type, W[c] = scale[c] * codes[c]."""
+    """Output columns of a product in the precision's type: W[c] = scale[c] * codes[c]."""
 
     codes: Array  # (out, in)
     scale: Float32  # (out,)
@@ -54,10 +58,10 @@ class Columns(NamedTuple):
 
 
 def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> tuple[dict[str, Bytes], dict[str, Any]]:
-    """(arrays by the names of native/weights.cpp, what the kernels must know of them).
+    """Pack all tensors of a model: (arrays by the names of native/weights.cpp, facts about them for the C++ side).
 
-    Word embeddings are not copied: they are read where they lie. Raises CheckpointError where a tensor
-    is missing, misshapen or of a type that is not STORED.
+    Word embeddings are not copied; the kernels read the stored table. Raises CheckpointError if a tensor is missing or
+    has a wrong shape or a type that is not in STORED.
     """
     packer = (_PreNormPacker if config.architecture == "modernbert" else _Packer)(weights, config, layout)
     packer.embeddings()
@@ -65,7 +69,7 @@ def pack(weights: Mapping[str, Array], config: ModelConfig, layout: Layout) -> t
     for layer in range(config.num_hidden_layers):
         packer.layer(layer)
         if isinstance(weights, TensorFile):
-            weights.release()  # or a large file would be in memory beside what is made of it
+            weights.release()  # otherwise the whole file would be resident besides the packed copy
     packer.head()
     facts = {
         "stored": STORED.index(packer.raw(packer.words).dtype.name),
@@ -88,12 +92,12 @@ class _Packer:
         self.positions = self.relative_rows = 0
         int8 = layout.precision == "int8"
         self.least = LEAST_GELU if int8 and config.feed_forward != "geglu" else 0.0
-        # Where the head's own rows are rounded twice mixing helps less than a second rounding of int8 weights costs.
+        # With two-term query rows (cosine heads), mixing saves less error than requantising stored int8 weights adds.
         given = "encoder.layer.0.attention.self.query.weight"
         self.mixed = int8 and not (config.head in COSINES and given in weights and self.raw(given).dtype == np.int8)
 
     def embeddings(self) -> None:
-        """The tables, their norm and ALiBi's slopes."""
+        """The embedding tables, their norm, and ALiBi's slopes in log2 units."""
         config, width = self._config, self._config.hidden_size
         words = self.raw(self.words, config.vocab_size, width)
         self.arrays["words"] = _bytes(words)
@@ -110,7 +114,7 @@ class _Packer:
         self._put("slopes", np.asarray(slopes, np.float32) * np.float32(math.log2(math.e)))
 
     def places(self) -> None:
-        """DeBERTa's relative positions: the row of the table for each distance, and the table, normalised."""
+        """DeBERTa's relative positions: the table row of each distance, and the layer-normalised table."""
         config = self._config
         if not config.position_buckets:
             return
@@ -122,10 +126,10 @@ class _Packer:
         self._table = layer_norm(table, weight, bias, config.layer_norm_eps)
 
     def _relative_layer(self, name: str, to: str, factor: np.float32) -> None:
-        """The table as one layer's queries and keys, head by head; the queries as panels, which multiply keys."""
+        """The table's projections as one layer's keys (H, rows, D) and, in panels, queries. ``factor`` is q's."""
         config, kind = self._config, "bf16" if self._layout.exchange == 2 else "fp32"
         heads, size, width = config.num_attention_heads, config.head_size, config.hidden_size
-        longest = np.empty((heads, 2), np.float32)  # of a key, of a query
+        longest = np.empty((heads, 2), np.float32)  # largest norm of a key row, of a query row
         for place, part, scale in ((1, "query", factor), (0, "key", np.float32(1.0))):
             weight = self._wide(f"{name}.attention.self.{part}_proj.weight", width, width)
             bias = self._wide(f"{name}.attention.self.{part}_proj.bias", width)
@@ -142,12 +146,13 @@ class _Packer:
         self._put(to + "relative.longest", longest)
 
     def layer(self, number: int) -> None:
-        """One layer's products and norms. A classifier's last layer that needs no keys projects the first row alone."""
+        """One layer's products and norms. A classifier's last layer with plain attention packs keys and values as rows
+        for attention_first.inl and makes only the query projection a product."""
         width, inner = self._config.hidden_size, self._config.intermediate_size
         name, to, mixed = f"encoder.layer.{number}", f"{number}.", self.mixed
         relative = self._config.position_buckets > 0
         first = not relative and self._config.head not in COSINES and number == self._config.num_hidden_layers - 1
-        # q carries log2(e) / sqrt(D): scores are in log2 units. DeBERTa's have three terms.
+        # log2(e) / sqrt(D) is multiplied into q, so scores are in log2 units. DeBERTa divides by sqrt(3 D).
         terms = np.float32(3 if relative else 1)
         factor = np.float32(math.log2(math.e)) / np.sqrt(terms * np.float32(self._config.head_size))
         parts = deberta.PROJECTIONS if relative else encoder.PROJECTIONS
@@ -168,7 +173,7 @@ class _Packer:
         self._norm(to + "norm1", f"{name}.attention.output.LayerNorm")
         if self._config.feed_forward == "geglu":
             gated = self._columns(f"{name}.mlp.gated_layers", 2 * inner, width, mixed)
-            self._linear(to + "up", gated.ordered(self._turns(2 * inner)))  # gates, then the values that belong to them
+            self._linear(to + "up", gated.ordered(self._turns(2 * inner)))  # a vector of gates, then of their values
             self._linear(to + "down", self._columns(f"{name}.mlp.wo", width, inner))
             self._norm(to + "norm2", f"{name}.mlp.layernorm")
         else:
@@ -177,7 +182,7 @@ class _Packer:
             self._norm(to + "norm2", f"{name}.output.LayerNorm")
 
     def head(self) -> None:
-        """The cosine's numbers, or the pooler (float, whatever the precision) and the classifier."""
+        """The cosine head's numbers, or the pooler (float32 in every precision) and the classifier."""
         if self._config.head in COSINES:
             names = ("head.scale", "head.bias", *(("head.focus",) if self._config.head == "focus" else ()))
             self._put("head", np.concatenate([self._wide(name, 1) for name in names]))
@@ -189,11 +194,11 @@ class _Packer:
         self._put("head", np.append(self._wide(last + ".weight", 1, width), self._wide(last + ".bias", 1)))
 
     def _turns(self, columns: int) -> npt.NDArray[np.intp]:
-        """As many columns of the first half as a vector has lanes, then those of the second half, and so on."""
+        """Order of columns that alternates a vector's lanes of the first half with those of the second half."""
         return np.arange(columns).reshape(2, -1, self._layout.lanes).swapaxes(0, 1).reshape(-1)
 
     def raw(self, name: str, *shape: int) -> Array:
-        """A tensor as it is stored, of this shape where one is given ((1, n) and (n,) are the same)."""
+        """A tensor in its stored type. Checks the shape if given; (1, n) and (n,) are equivalent."""
         if name not in self._weights:
             raise CheckpointError(f"expected a tensor {_plain(shape)}, got none at {name}")
         array = np.ascontiguousarray(self._stored(name))
@@ -225,7 +230,7 @@ class _Packer:
     def _columns(
         self, name: str, out: int, width: int, mixed: bool = False, factor: Any = _ONE, precision: str | None = None
     ) -> Columns:
-        """One linear layer of the checkpoint, times `factor`, one or (out,); a missing bias is zero."""
+        """One linear layer of the checkpoint, multiplied by ``factor``, a scalar or (out,); a missing bias is zero."""
         precision, weight = precision or self._layout.precision, name + ".weight"
         bias = self._wide(name + ".bias", out) if name + ".bias" in self._weights else np.zeros(out, np.float32)
         stored = self.raw(weight, out, width)
@@ -234,7 +239,7 @@ class _Packer:
         rows = self._wide(weight, out, width)
         if precision == "int8":
             codes, scale = _int8(_mix(rows) if mixed else rows)
-            # The kernels' mixing multiplies by the square root of the groups on either side.
+            # The Hadamard transform is not normalised: each side is multiplied by the square root of the groups.
             return Columns(codes, scale / np.float32(_groups(width) if mixed else 1) * factor, bias * factor)
         rows = rows * np.reshape(factor, (-1, 1))
         return Columns(_bf16(rows) if precision == "bf16" else rows, np.ones(out, np.float32), bias * factor)
@@ -244,7 +249,7 @@ class _Packer:
         group = {"int8": self._layout.group, "bf16": 2, "fp32": 1}[precision]
         panels = _panels(columns.codes, group, self._layout.tiles and precision != "fp32")
         if precision == "int8":
-            # Activations are stored plus `offset`; with a bound below, their int8 is 128 less than the steps above it.
+            # Undo the activations' `offset`. With a lower bound, int8 codes are the steps above the bound, minus 128.
             sums = columns.codes.sum(axis=1, dtype=np.int32)
             starts = sums * np.int32((128 if least else 0) - self._layout.offset)
             panels = np.concatenate([panels, starts.view(np.uint8).reshape(len(panels), -1)], axis=1)
@@ -265,12 +270,12 @@ class _Packer:
 
 
 class _PreNormPacker(_Packer):
-    """ModernBERT."""
+    """Packer of ModernBERT: pre-norm layers, no biases, RoPE."""
 
     words, norm = modernbert.WORDS, "embeddings.norm"
 
     def places(self) -> None:
-        """Cosines and sines of RoPE's angles for either kind of layer, and which layers attend to all keys."""
+        """Cosines and sines of RoPE for both thetas, which layers attend to all keys, and the final norms."""
         config = self._config
         for kind, theta in enumerate((config.local_theta, config.global_theta)):
             turns = angles(np.arange(config.max_length, dtype=np.int32), config.head_size, theta)  # (N, D/2)
@@ -280,12 +285,12 @@ class _PreNormPacker(_Packer):
         self._norm("head_norm", "head.norm")
 
     def layer(self, number: int) -> None:
-        """One layer's products and norms; the first has no norm before its attention."""
+        """One layer's products and norms; layer 0 has no norm before its attention."""
         config, name, to = self._config, f"layers.{number}", f"{number}."
         width, inner, size = config.hidden_size, config.intermediate_size, config.head_size
         factor = np.ones(3 * width, np.float32)
         factor[:width] = np.float32(math.log2(math.e)) / np.sqrt(np.float32(size))  # of q: scores are in log2 units
-        # A head's columns of q and of k: what RoPE turns together is in neighbouring vectors.
+        # Columns of q and k within a head: the two channels that RoPE rotates together go to neighbouring vectors.
         order = np.arange(3 * width).reshape(-1, size)
         order[: 2 * config.num_attention_heads] = order[: 2 * config.num_attention_heads, self._turns(size)]
         packed = self._columns(f"{name}.attn.Wqkv", 3 * width, width, self.mixed, factor)
@@ -300,7 +305,7 @@ class _PreNormPacker(_Packer):
         self._norm(to + "norm2", f"{name}.mlp_norm")
 
     def head(self) -> None:
-        """The two linears, of which the first is float, whatever the precision."""
+        """The head's two linears; the first is float32 in every precision."""
         width = self._config.hidden_size
         self._linear("pooler", self._columns("head.dense", width, width, precision="fp32"), precision="fp32")
         self._put("head", np.append(self._wide("classifier.weight", 1, width), self._wide("classifier.bias", 1)))
@@ -312,7 +317,7 @@ class _PreNormPacker(_Packer):
 
 
 class _Arena:
-    """Copies of arrays, end to end, each on a cache line of its own, in few large blocks of whole huge pages."""
+    """Copies of arrays in a few large blocks aligned to huge pages, each array aligned to a cache line."""
 
     def __init__(self) -> None:
         self._block: Bytes = np.empty(0, np.uint8)
@@ -321,7 +326,7 @@ class _Arena:
         size = _whole(array.nbytes, _LINE)
         if size > len(self._block):
             room = _whole(max(size, _BLOCK), _HUGE_PAGE)
-            given: Bytes = np.empty(room + _HUGE_PAGE, np.uint8)  # numpy asks for huge pages where it is so large
+            given: Bytes = np.empty(room + _HUGE_PAGE, np.uint8)  # numpy requests huge pages for large arrays
             start = -given.ctypes.data % _HUGE_PAGE
             self._block = given[start : start + room]
         place, self._block = self._block[: array.nbytes], self._block[size:]
@@ -338,18 +343,18 @@ def _bytes(array: Array) -> Bytes:
 
 
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A row matrix's shape as a vector's."""
+    """The shape, with (1, n) reduced to (n,)."""
     return shape[1:] if len(shape) == 2 and shape[0] == 1 else shape
 
 
 def _bf16(x: Float32) -> npt.NDArray[np.uint16]:
-    """The bits of the nearest bfloat16, ties to even."""
+    """Bits of the nearest bfloat16, ties to even."""
     bits = x.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def _int8(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
-    """Symmetric to ±127: codes (out, in) and scales (out,)."""
+    """Symmetric quantisation to ±127 by row: codes (out, in) and scales (out,)."""
     largest = np.abs(rows).max(axis=1)
     inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(rows * inverse[:, None]).astype(np.int8), largest / np.float32(127.0)
@@ -360,7 +365,7 @@ def _groups(width: int) -> int:
 
 
 def _mix(rows: Float32) -> Float32:
-    """Each row (width,) as mix.inl mixes an activation: Hadamard over groups of channels, then I - 2/3 over three."""
+    """Each row (width,) mixed as mix.inl mixes activations: Hadamard over groups, then I - 2/3 over three of them."""
     groups, count = _groups(rows.shape[1]), len(rows)
     x, span = rows, MIXED_CHANNELS
     while span < groups * MIXED_CHANNELS:
@@ -374,7 +379,7 @@ def _mix(rows: Float32) -> Float32:
 
 
 def _panels(codes: Array, group: int, tiles: bool) -> Bytes:
-    """(out, in) -> (out / 32, bytes of a panel), the depth filled up with zeros to whole steps of 16 words."""
+    """(out, in) -> (out / 32, bytes of a panel); the depth is padded with zeros to a multiple of 16 words."""
     out, width = codes.shape
     depth = _whole(width, 16 * group)
     padded = np.zeros((out, depth), codes.dtype)

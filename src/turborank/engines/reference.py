@@ -1,7 +1,7 @@
 """The reference engine: the forward pass over numpy, one pair at a time.
 
-One pair at a time, because a matrix product's rounding may depend on its number of rows: this way a pair's
-logit has the same bits whatever it is batched with.
+The rounding of a BLAS matrix product may depend on its number of rows. Pairs are computed one by one so that a
+pair's logit has the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class ReferenceEngine:
     def __init__(self, weights: Mapping[str, Float32], config: ModelConfig, threads: int) -> None:
         self.weights = weights
         self.config = config
-        self.threads = threads  # of the BLAS library behind numpy, which it sets by itself
+        self.threads = threads  # informative only: numpy's BLAS library sets its own number of threads
 
     def trace(self, batch: PackedBatch) -> tuple[Float32, list[Array]]:
-        """Logits (P,), and the hidden states of the whole batch after the embeddings and after each layer."""
+        """Logits (P,), and the hidden states of the whole batch: embeddings and each layer's output."""
         states: list[Array] = []
         logits = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, batch, reference, states)
         return logits, states
@@ -65,7 +65,7 @@ class ReferenceEngine:
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> ReferenceEngine:
-    """Weights as float32; quantised tensors are multiplied out. The table of words stays in its file."""
+    """Convert weights to float32, int8 ones included. Word embeddings stay in the file and are converted row by row."""
     if not isinstance(weights, TensorFile):
         return ReferenceEngine(dense(weights), config, threads)
     words: dict[str, Any] = {name: weights.rows(name) for name in WORD_TABLES if name in weights}

@@ -1,6 +1,6 @@
-"""The torch engine: the same forward over differentiable ops on a CPU, over Triton kernels on a GPU.
+"""The torch engine: the forward over torch ops on a CPU, over Triton kernels on a GPU (docs/gpu.md).
 
-torch is imported when the engine is prepared, never before.
+torch is imported when the engine is prepared, not when this module is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turborank.errors import EngineUnavailableError
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-CUDA_TOKENS = 65_536  # tokens in one batch: a GPU wants more at a time than a CPU
+CUDA_TOKENS = 65_536  # token budget of a batch on a GPU, which needs larger batches than a CPU
 
 
 def available() -> str | None:
@@ -33,16 +33,16 @@ def supports(config: ModelConfig) -> bool:
 
 
 def automatic() -> str:
-    """fp16 on GPUs: as fast as bf16, eight times as exact, and what leaves its range is an error. fp32 on CPUs."""
+    """fp16 on GPUs, as fast as bf16 with three more bits of precision; overflow is reported as an error. Else fp32."""
     import torch
 
     return "fp16" if torch.cuda.is_available() else "fp32"
 
 
 def converted(weights: Mapping[str, Float32], dtype: Any, device: Any) -> dict[str, Any]:
-    """Weights on the device in ``dtype``, but norms and a cosine head's own numbers in float32.
+    """Weights on the device in ``dtype``; norms and the cosine head's scalars stay float32.
 
-    They are few, and in bf16 their rounding is a third of the error of a cosine head's logits and most of their shift.
+    These are few numbers, and rounding them to bf16 causes a third of the error of a cosine head's logits.
     """
     import torch
 
@@ -56,7 +56,7 @@ def converted(weights: Mapping[str, Float32], dtype: Any, device: Any) -> dict[s
 
 
 class TorchEngine:
-    """torch, on the first CUDA device or the CPU, where it uses as many threads as ``torch.set_num_threads`` said."""
+    """torch on the first CUDA device, else on the CPU with the threads of ``torch.set_num_threads``."""
 
     name = "torch"
 
@@ -67,12 +67,15 @@ class TorchEngine:
         precision: str,
         words: Mapping[str, Any] | None = None,
     ) -> None:
-        """``words``: tables that stay in the type they are stored in, or take the precision's on a GPU."""
+        """``words``: embedding tables, kept in their stored type on a CPU and in the precision's type on a GPU.
+
+        Raises EngineUnavailableError for fp16 without a CUDA device.
+        """
         import torch
 
         self.config = config
         self.precision = precision
-        self.threads: int = torch.get_num_threads()  # of the whole process, so not ours to set
+        self.threads: int = torch.get_num_threads()  # process-wide, so turborank does not change it
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuda = self.device.type == "cuda"
         self.isa = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
@@ -87,7 +90,10 @@ class TorchEngine:
         self.replayed = self._replayed() if cuda and importlib.util.find_spec("triton") is not None else None
 
     def _replayed(self) -> Any:
-        """The forward in Triton kernels, where they fit; if it never mixes rows of different pairs, as CUDA graphs."""
+        """The forward over Triton kernels, or None if they do not support the model.
+
+        CUDA graphs are used only if no op mixes rows of different pairs, because graphs need padded batches.
+        """
         from turborank.engines import cuda_graphs
         from turborank.ops import triton as triton_ops
 
@@ -100,7 +106,7 @@ class TorchEngine:
         )
 
     def logits(self, batch: PackedBatch) -> Float32:
-        """Logits (P,)."""
+        """Logits (P,), float32."""
         import torch
 
         from turborank.ops import torch as torch_ops
@@ -125,7 +131,7 @@ class TorchEngine:
 
 
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> TorchEngine:
-    """Weights moved to the device in the precision asked for. ``threads`` are torch's own business."""
+    """Move the weights to the device in the given precision. ``threads`` is ignored; see ``torch.set_num_threads``."""
     if not isinstance(weights, TensorFile):
         return TorchEngine(dense(weights), config, precision)
     words = {name: table for name in WORD_TABLES if (table := _mapped(weights, name)) is not None}
@@ -135,7 +141,7 @@ def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: s
 
 
 def _mapped(weights: TensorFile, name: str) -> Any:
-    """A table as a tensor over the file itself, in the type it is stored in; None where it is int8 or not there."""
+    """A table as a tensor that shares the mapped file's memory, in its stored type; None if int8 or absent."""
     import torch
 
     if name not in weights:
@@ -144,6 +150,6 @@ def _mapped(weights: TensorFile, name: str) -> Any:
     if raw.dtype == np.int8:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it may not be written to, and is not
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the array is read-only
         table = torch.from_numpy(raw.view(np.int16) if raw.dtype == np.uint16 else raw)
     return table.view(torch.bfloat16) if raw.dtype == np.uint16 else table

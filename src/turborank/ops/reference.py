@@ -1,7 +1,7 @@
-"""The law: every op in plain numpy, float32, one pair at a time, nothing clever.
+"""The reference implementation of the ops: plain numpy, float32, attention one pair and head at a time.
 
-All other engines are tested against these functions. They are also a complete, dependency-free way
-to run the models, used where no faster engine exists.
+All engines are tested against these functions (:class:`turborank.ops.Ops` documents them). They also run models on
+machines where no faster engine is available.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from turborank.types import Float32, Int32
 
-# Attention visits this many queries at a time, which bounds its memory: 8,192 keys need 12 MB a head.
+# Queries of attention computed at a time. Bounds memory: with 8,192 keys the scores of one head take 12 MB.
 QUERY_BLOCK = 384
 
-# erf by rational Chebyshev approximation: W. J. Cody, Math. Comp. 23 (1969) 631-637; error below 1e-15 on
-# the two intervals kept here. numpy has no erf, and scipy would double the size of the installation.
+# erf by rational Chebyshev approximation: W. J. Cody, Math. Comp. 23 (1969) 631-637, two of its three intervals, error
+# below 1e-15 there. numpy has no erf, and scipy would double the size of the installation.
 _ERF_NUM = (
     1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2,
     3.20937758913846947e3,
@@ -86,7 +86,7 @@ def softmax(scores: Float32) -> Float32:
 
 
 def angles(positions: Int32, size: int, theta: float) -> Float32:
-    """RoPE's angles (T, D/2) of positions (T,) for heads of ``size``: float32 products, as in the published code."""
+    """RoPE's angles (T, D/2) for positions (T,) and head size D = ``size``, in float32 as in the published code."""
     frequencies = 1 / np.power(theta, np.arange(0, size, 2) / size).astype(np.float32)  # (D/2,)
     return np.asarray(positions.astype(np.float32)[:, None] * frequencies)
 
@@ -175,7 +175,7 @@ def first_tokens(x: Float32, cu_seqlens: Int32) -> Float32:
 
 
 def means(x: Float32, cu_seqlens: Int32) -> Float32:
-    pairs = itertools.pairwise(cu_seqlens)  # in float64: numpy adds rows one after the other
+    pairs = itertools.pairwise(cu_seqlens)  # float64 below: along axis 0 numpy sums sequentially, not pairwise
     return np.stack([x[start:end].mean(axis=0, dtype=np.float64) for start, end in pairs]).astype(np.float32)
 
 

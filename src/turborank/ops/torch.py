@@ -1,8 +1,8 @@
-"""The same ops in torch: differentiable, and on whatever device the tensors live.
+"""The ops in torch: differentiable, on any device.
 
-Everything but attention works on the packed rows directly. Attention pads *inside* the op, over groups
-of pairs of like length, so that the two batched matrix products stay dense; a pair never sees its neighbours.
-On CUDA :mod:`turborank.ops.torch_flex` does without even that, where there is Triton.
+All ops but attention work on packed rows. Attention pads groups of pairs of similar length inside the op, so that its
+two batched matrix products are dense; padding keys are masked. On CUDA with Triton, attention uses
+:mod:`turborank.ops.torch_flex`, which does not pad.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TRITON = importlib.util.find_spec("triton") is not None  # what FlexAttention is compiled with
+_TRITON = importlib.util.find_spec("triton") is not None  # needed to compile FlexAttention
 
 # Score elements (pairs · heads · queries · keys) computed at once; bounds memory at 8,192 tokens.
 SCORE_BUDGET = 1 << 26
 
-# Queries (B, H, b, D), keys (B, H, n, D), place of the first query -> scores (B, H, b, n) in float32.
+# Queries (B, H, b, D), keys (B, H, n, D), position of the first query -> scores (B, H, b, n) in float32.
 Score = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """In the type of ``weight``, which may be wider than x's."""
+    """LayerNorm computed in the type of ``weight``, which may be wider than x's; returns x's type."""
     return F.layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)
 
 
@@ -58,7 +58,7 @@ def geglu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _groups(lengths: list[int], heads: int) -> Iterator[list[int]]:
-    """Pairs of like length (at most an eighth of padding), few enough to keep the scores within budget."""
+    """Groups of pairs of similar length (at most an eighth is padding) whose scores fit SCORE_BUDGET."""
     group: list[int] = []
     for pair in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
         longest = lengths[group[0]] if group else lengths[pair]
@@ -76,15 +76,15 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _offsets(q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Distances i - j (b, n) of q (B, H, b, D), whose rows stand at positions ``first``…, from k (B, H, n, D)."""
+    """Distances i - j (b, n) of q (B, H, b, D), whose first row is at position ``first``, from k (B, H, n, D)."""
     queries = torch.arange(first, first + q.shape[2], device=q.device)
     return queries[:, None] - torch.arange(k.shape[2], device=q.device)[None, :]
 
 
 def _softmax_sum(scores: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Values (B, H, n, D) weighted by scores (B, H, b, n), in which only the first ``lengths`` (B,) keys are real.
+    """Softmax of scores (B, H, b, n) times values (B, H, n, D); keys from index ``lengths`` (B,) on are padding.
 
-    Masked scores are finite: a row of padding may see no real key, and its NaN would reach the gradient.
+    Masked scores are finite instead of -inf: a padding row may have no real key, and its NaN would reach the gradient.
     """
     real = torch.arange(v.shape[2], device=v.device)[None, :] < lengths[:, None]
     scores = scores.masked_fill(~real[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -92,14 +92,14 @@ def _softmax_sum(scores: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _alibi(slopes: Tensor, window: int, q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Scores (B, H, b, n) in float32."""
+    """Scores (B, H, b, n) in float32 with ALiBi or a window; a :data:`Score` once slopes and window are bound."""
     distance = _offsets(q, k, first).abs()
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance
     return scores.masked_fill(distance > window, torch.finfo(scores.dtype).min) if window else scores
 
 
 def _disentangled(pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Scores (B, H, b, n) in float32. Of pos_q and pos_k (H, R, D) only rows of distances at hand are multiplied."""
+    """DeBERTa's scores (B, H, b, n) in float32. Multiplies only those rows of pos_q and pos_k (H, R, D) that occur."""
     offsets, zero = _offsets(q, k, first), len(rows) // 2
     low, high = rows[zero + first - k.shape[2] + 1], rows[zero + first + q.shape[2] - 1]
     pos_q, pos_k = pos_q[:, low : high + 1], pos_k[:, low : high + 1]
@@ -113,7 +113,7 @@ def _disentangled(pos_q: Tensor, pos_k: Tensor, rows: Sequence[int], q: Tensor, 
 
 
 def turned(x: Tensor, places: Tensor, heads: int, theta: float) -> Tensor:
-    """RoPE: (…, T, C) -> the same, each head turned by its token's place (T,); angles are float32."""
+    """RoPE of x (…, T, C) at positions ``places`` (T,): the same shape; angles are float32."""
     split = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
     half = split.shape[-1] // 2
     powers = torch.arange(half, dtype=torch.float64, device=x.device) / half
@@ -138,7 +138,7 @@ def attention(
     window: int = 0,
 ) -> Tensor:
     if q.is_cuda and not first_only and _TRITON:
-        from turborank.ops import torch_flex  # compiles on first use, so only where it pays
+        from turborank.ops import torch_flex  # compiles on first use
 
         return torch_flex.attention(q, k, v, cu_seqlens, heads, slopes, window)
     bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
@@ -164,7 +164,7 @@ def disentangled_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, first_only: bool, score: Score, window: int = 0
 ) -> Tensor:
-    """Attention by groups of pairs and blocks of queries, under the given rule; ``window`` 0: over all keys."""
+    """Attention over groups of pairs and blocks of queries with the given scores; ``window`` 0: over all keys."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     rows_out: list[Tensor] = []

@@ -1,16 +1,16 @@
-"""Packed ALiBi attention for training on GPUs, in one kernel: FlexAttention (torch.nn.attention) over the whole batch.
+"""Packed ALiBi and windowed attention for training on GPUs: FlexAttention (torch.nn.attention) over the whole batch.
 
-Inference has its own kernels (:mod:`turborank.ops.triton`); these know their backward.
+Inference uses the kernels of :mod:`turborank.ops.triton`; FlexAttention also has a backward.
 
-The bias is computed inside the kernel from indices and the pairs are kept apart by a block mask, so nothing of
-size n×n exists and nothing is padded. Blocks of keys too far from their queries to matter are not visited:
+The bias is computed from indices inside the kernel and a block mask separates the pairs, so there is no n×n tensor and
+no padding. The skip bound leaves out blocks of keys that are too far from their queries to matter:
 
-    A key at distance d of query i weighs at most exp(S - slope·d), where S = max|q|·max|k|/√D bounds every score
-    (Cauchy-Schwarz). The true mass of a row is at least exp(m), m = min over rows of q_i·k_i/√D, its own score at
-    distance 0. Summed over both sides, all keys at distances ≥ r weigh at most 2·exp(S - slope·r)/(1 - exp(-slope)).
-    That is ≤ eps times the row's true mass for every r ≥ (S - m + ln(2/(eps·(1 - exp(-slope)))))/slope.
+    A key at distance d from query i has the weight exp(S - slope·d) at most, where S = max|q|·max|k|/√D bounds every
+    score (Cauchy-Schwarz). A row's softmax sum is at least exp(m), where m = min over rows of q_i·k_i/√D, the score at
+    distance 0. All keys at distances ≥ r, on both sides, have at most the weight 2·exp(S - slope·r)/(1 - exp(-slope)).
+    That is ≤ eps times the softmax sum for every r ≥ (S - m + ln(2/(eps·(1 - exp(-slope)))))/slope.
 
-The bound holds for any weights; the reach r of each head is found anew for each layer and batch.
+The bound holds for any weights. The reach r of each head is computed for each layer and batch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
-EPS = 1e-6  # mass a row may lose to skipped blocks, relative to its own
+EPS = 1e-6  # largest share of a row's softmax sum that skipped blocks may have
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    """The fused kernel; compiled once, for any number of tokens."""
+    """The fused kernel, compiled once for all numbers of tokens."""
     compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
     return compiled
 
 
 def reach(q: Tensor, k: Tensor, slopes: Tensor, eps: float = EPS) -> Tensor:
-    """Distance (H,) from which keys weigh at most ``eps`` of any row's mass; q, k (H, T, D), slopes (H,)."""
+    """Distance (H,) from which keys have at most ``eps`` of any row's softmax sum; q, k (H, T, D), slopes (H,)."""
     q, k, root = q.float(), k.float(), math.sqrt(q.shape[-1])
     bound = q.norm(dim=-1).amax(dim=-1) * k.norm(dim=-1).amax(dim=-1) / root  # (H,)
     own = (q * k).sum(dim=-1).amin(dim=-1) / root
@@ -45,9 +45,9 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, eps: float = EPS) -> Tensor:
 
 
 def block_mask(cu_seqlens: Tensor, reaches: Tensor, *, window: int = 0, backward: bool = False) -> BlockMask:
-    """Blocks (H, T/128, T/128) to visit: those that share a pair and come within the head's reach.
+    """Block mask (H, T/128, T/128): the blocks that share a pair and are within the head's reach (H,).
 
-    With a ``window`` keys further away than that are masked inside the blocks, too.
+    With ``window`` > 0, keys at a larger distance are masked inside the visited blocks as well.
     """
     tokens, device = int(cu_seqlens[-1]), reaches.device
     pair_of = torch.bucketize(torch.arange(tokens, device=device), cu_seqlens[1:], right=True)  # (T,)
@@ -80,7 +80,7 @@ def block_mask(cu_seqlens: Tensor, reaches: Tensor, *, window: int = 0, backward
 
 
 def _table(visit: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, Q, K) booleans as counts (1, H, Q) and key-block indices (1, H, Q, K), those to visit first."""
+    """Booleans (H, Q, K) as counts (1, H, Q) and key-block indices (1, H, Q, K), blocks to visit first."""
     counts = visit.sum(dim=-1, dtype=torch.int32)
     indices = torch.argsort(visit.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None], indices[None]
@@ -89,7 +89,7 @@ def _table(visit: Tensor) -> tuple[Tensor, Tensor]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, heads: int, slopes: Sequence[float], window: int = 0
 ) -> Tensor:
-    """Softmax attention inside each pair with symmetric ALiBi or in a window; q, k, v and the result are (T, C)."""
+    """Softmax attention inside each pair with symmetric ALiBi or a window; q, k, v and the result are (T, C)."""
     split = [x.view(x.shape[0], heads, -1).transpose(0, 1) for x in (q, k, v)]  # 3 × (H, T, D)
     bias = torch.tensor(list(slopes) or [0.0] * heads, dtype=torch.float32, device=q.device)
 

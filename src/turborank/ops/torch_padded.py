@@ -1,8 +1,8 @@
-"""The same ops in torch over padded batches, for programs that exchange models as graphs of such batches (ONNX).
+"""The ops in torch over padded batches, for export to graphs that take padded batches (ONNX).
 
-Where a forward expects packed rows (T, C) it gets (P, N, C), and the attention mask (P, N), 1 at real tokens, takes the
-place of ``cu_seqlens``; pairs are padded on the right. Nothing here depends on the sizes of a batch but through
-operations a graph can hold, and the biases of attention are computed from positions: no N×N tensor is ever a constant.
+The forward receives (P, N, C) in place of packed rows (T, C), and the attention mask (P, N), 1 at real tokens, in place
+of ``cu_seqlens``. Pairs are padded on the right. Batch sizes enter only through operations that a graph can express,
+and attention biases are computed from positions, so the graph has dynamic sizes and no N×N constant.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ layer_norm, add_norm = torch_ops.layer_norm, torch_ops.add_norm
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Each token's place in its pair, from 0: (P, N) -> (N,), which broadcasts."""
+    """Position of each token in its pair, from 0: (P, N) -> (N,), which broadcasts."""
     return torch.arange(mask.shape[1], device=mask.device)
 
 
@@ -51,7 +51,7 @@ def segment_means(x: Tensor, type_ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
 def focused_means(x: Tensor, query: Tensor, focus: Tensor, type_ids: Tensor, mask: Tensor, passage: int) -> Tensor:
     chosen = (type_ids == 1) & (mask > 0)  # (P, N)
     slot = (chosen.long().cumsum(dim=1) - 1) // passage  # the passage of each document token
-    slots = torch.arange((x.shape[1] + passage - 1) // passage, device=x.device)  # S of them, the last ones empty
+    slots = torch.arange((x.shape[1] + passage - 1) // passage, device=x.device)  # S passages, some empty
     members = ((slot[:, None, :] == slots[:, None]) & chosen[:, None, :]).to(x.dtype)  # (P, S, N)
     sums, lengths = members @ x, members.sum(dim=2)  # (P, S, C), (P, S)
     score = focus * cosine(sums, query[:, None])
@@ -66,19 +66,19 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _distances(asked: Tensor, k: Tensor) -> Tensor:
-    """Distances i - j (m, n) of the first m tokens, which ask (P, H, m, D), from keys (P, H, n, D)."""
+    """Distances i - j (m, n) of the first m tokens, the queries (P, H, m, D), from keys (P, H, n, D)."""
     return torch.arange(asked.shape[2], device=k.device)[:, None] - torch.arange(k.shape[2], device=k.device)[None, :]
 
 
 def _weigh(scores: Tensor, v: Tensor, mask: Tensor, first_only: bool) -> Tensor:
-    """Values (P, H, n, D) weighted by scores (P, H, m, n) of real keys: (P, m, C), or (P, C) of the first tokens."""
+    """Softmax of scores (P, H, m, n) over real keys, times values (P, H, n, D): (P, m, C), or (P, C)."""
     scores = scores.masked_fill(mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
     context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
     return context[:, 0] if first_only else context
 
 
 def _asked(q: Tensor, heads: int, first_only: bool) -> Tensor:
-    """(P, N, C), or (P, C) when ``first_only`` -> (P, H, m, D)."""
+    """Queries (P, N, C), or (P, C) when ``first_only``, by heads: (P, H, m, D)."""
     return _heads(q[:, None] if first_only else q, heads)
 
 

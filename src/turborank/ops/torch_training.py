@@ -1,9 +1,9 @@
-"""``ops.torch`` for training on a CPU: attention over views of the packed rows, with its own backward.
+"""``ops.torch`` for training on a CPU: attention over views of the packed rows, with a backward of its own.
 
-:func:`turborank.ops.torch.attention` pads groups of pairs, and autograd answers every gather with a full-size
-gradient; on two cores that was half of a training step. Here each pair is a view of the packed rows, the ALiBi bias is
-the start value of the score product, probabilities are kept for the backward, and every row's gradient is written once.
-On other devices the calls go on to :mod:`turborank.ops.torch`.
+:func:`turborank.ops.torch.attention` pads groups of pairs, and autograd makes a full-size gradient for every gather; on
+two cores this was half of a training step. Here each pair is a view of the packed rows, the ALiBi bias initialises the
+score product, probabilities are kept for the backward, and each row's gradient is written once. Other devices and
+windowed or first-token attention use :mod:`turborank.ops.torch`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from turborank.ops.torch import (
     tanh,
 )
 
-__all__ = [  # a forward asks this module for all of its ops
+__all__ = [  # all of turborank.ops.Ops: a forward calls every op on this module
     "add_norm",
     "attention",
     "cosine",
@@ -59,8 +59,8 @@ __all__ = [  # a forward asks this module for all of its ops
     "tanh",
 ]
 
-QUERY_BLOCK = 1024  # queries of a pair attended at once: bounds the scores of long documents
-CACHED_LENGTH = 320  # pairs up to this long share a bias table
+QUERY_BLOCK = 1024  # queries of a pair computed at a time; bounds the score memory of long documents
+CACHED_LENGTH = 320  # tokens of a pair up to which bias tables are cached
 
 Kept = tuple[int, int, int, int, Tensor, Tensor, Tensor, Tensor]
 
@@ -82,7 +82,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _probabilities(queries: Tensor, keys: Tensor, slopes: tuple[float, ...], first: int) -> Tensor:
-    """Softmax of scaled queries (H, b, D) against keys (H, n, D): (H, b, n)."""
+    """Attention probabilities (H, b, n) of scaled queries (H, b, D) and keys (H, n, D)."""
     rows, n = queries.shape[1], keys.shape[1]
     if not any(slopes):
         scores = queries @ keys.transpose(1, 2)
@@ -155,10 +155,10 @@ def attention(
 
 
 def special(*, recompute: bool = False, record: list[tuple[Tensor, ...]] | None = None) -> Ops:
-    """These ops, for a step that wants more of them.
+    """These ops with options for one training step.
 
-    ``recompute``: layers keep only their input and are computed again in the backward (arXiv 1604.06174). ``record``
-    receives each layer's queries, keys and values.
+    ``recompute``: keep only the input of each layer and recompute the layer in the backward (arXiv 1604.06174).
+    ``record``: a list to which each layer's queries, keys and values are appended.
     """
     ops: Any = SimpleNamespace(**{name: globals()[name] for name in __all__})
     if recompute:

@@ -1,19 +1,20 @@
-"""The ops of a forward on GPUs, in Triton kernels: nothing is padded, nothing of size n×n exists, little is read twice.
+"""The ops in Triton kernels, for inference on GPUs (docs/gpu.md): no padding, no n×n tensors.
 
-Where a forward expects ``cu_seqlens`` it gets a :class:`Layout`. Everything that is not below is
-:mod:`turborank.ops.torch`'s. For inference only; training on GPUs goes by :mod:`turborank.ops.torch_flex`.
+The forward receives a :class:`Layout` in place of ``cu_seqlens``. Ops that are not defined here are those of
+:mod:`turborank.ops.torch`. Training on GPUs uses :mod:`turborank.ops.torch_flex`.
 
-**Attention** (FlashAttention-2, arXiv 2307.08691, over packed pairs). A program takes 64 queries of one pair and one
-head, and walks over the pair's keys in tiles; scores and probabilities stay in registers, the ALiBi bias is computed
-from places. Of a long pair it reads only the keys that can matter. For query i with reach r_i, in natural logarithms:
+**Attention** is FlashAttention-2 (arXiv 2307.08691) over packed pairs. A program takes 64 queries of one pair and one
+head and iterates over the pair's keys in tiles. Scores and probabilities stay in registers; the ALiBi bias is computed
+from positions. In long pairs the skip bound limits the keys that are read. For query i, in natural logarithms:
 
-    A key at distance d weighs at most exp(S_i - slope·d), where S_i = |q_i|·max|k|/√D over the pair's keys (Cauchy-
-    Schwarz). The row's true mass is at least exp(o_i), o_i = q_i·k_i/√D, its own score. All keys at distances ≥ r, on
-    both sides, weigh at most 2·exp(S_i - slope·r)/(1 - exp(-slope)), which is ≤ eps times the row's true mass for
-    every r ≥ r_i = (S_i - o_i + ln 2/(eps·(1 - exp(-slope))))/slope.
+    A key at distance d has at most the weight exp(S_i - slope·d), where S_i = |q_i|·max|k|/√D over the pair's keys
+    (Cauchy-Schwarz). The row's softmax sum is at least exp(o_i), where o_i = q_i·k_i/√D is its score at distance 0.
+    All keys at distances ≥ r, on both sides, have at most the weight 2·exp(S_i - slope·r)/(1 - exp(-slope)), which is
+    ≤ eps times the softmax sum for every r ≥ r_i = (S_i - o_i + ln 2/(eps·(1 - exp(-slope))))/slope.
 
-The bound holds for any weights. The program reads the keys within the largest r_i of its queries. Where S_i - o_i is
-small (``kernels.FIXED_RANGE``), o_i itself serves as the softmax's reference: no running maximum, nothing to rescale.
+The bound holds for any weights. The program reads the keys within the largest r_i of its queries. If S_i - o_i is
+small (``triton_kernels.FIXED_RANGE``), o_i is subtracted in the softmax in place of a running maximum, which saves the
+rescaling.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ take, linear, gelu, tanh, layer, cosine = (
     torch_ops.take, torch_ops.linear, torch_ops.gelu, torch_ops.tanh, torch_ops.layer, torch_ops.cosine,
 )  # fmt: skip
 
-QUERIES, KEYS = 64, 64  # of one pair, in a tile of attention
+QUERIES, KEYS = 64, 64  # queries and keys of a tile of attention
 GEGLU_TILE = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
 NORM_ROWS = 4
-SKIP_FROM = 512  # tokens of a pair from which it pays to look for keys that do not matter
-USUAL = 8192  # tokens of a pair up to which one kernel serves; another is compiled for longer ones
-EPS = 1e-6  # mass a row may lose to keys that are not read, relative to its own
+SKIP_FROM = 512  # tokens of a pair above which the skip bound saves more than it costs
+USUAL = 8192  # tokens of a pair up to which the same compiled kernel is used; longer pairs compile another
+EPS = 1e-6  # largest share of a row's softmax sum that skipped keys may have
 
 
 def supports(config: ModelConfig) -> bool:
-    """Whether the tiles fit the model's widths, as they do those of the published families."""
-    if config.half_window:  # these kernels know neither rotation nor window: ops.torch has FlexAttention for them
+    """Whether the kernels' tiles fit the model's sizes; they fit those of the published families without a window."""
+    if config.half_window:  # RoPE and windows are not implemented here; ops.torch uses FlexAttention for them
         return False
     fits = config.head_size >= 16 and config.head_size & (config.head_size - 1) == 0
     if config.feed_forward == "geglu":
@@ -56,31 +57,31 @@ def supports(config: ModelConfig) -> bool:
 
 
 class Layout(NamedTuple):
-    """Where the pairs of a packed batch lie, on the device. Stands for ``cu_seqlens`` in every op of this module."""
+    """Device tables of the pairs of a packed batch. Takes the place of ``cu_seqlens`` in every op of this module."""
 
     cu_seqlens: Tensor  # (P+1,) int32
-    positions: Tensor  # (T,) int32: each token's place in its pair
+    positions: Tensor  # (T,) int32: position of each token in its pair
     blocks: Tensor  # (B, 4) int32: first token, start and end of its pair, number of the pair's first block
-    firsts: Tensor  # (P, 4) int32: the same of each pair's first block
+    firsts: Tensor  # (P, 4) int32: the row of ``blocks`` for each pair's first block
     max_seqlen: int
 
 
 def tables(cu_seqlens: Int32) -> list[Int32]:
-    """A Layout's tables, in order, on the host."""
+    """The four tables of a Layout, in order, as numpy arrays."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     positions = np.arange(cu_seqlens[-1]) - np.repeat(starts, ends - starts)
     counts = (ends - starts + QUERIES - 1) // QUERIES
     first_block = np.cumsum(counts) - counts
-    pair = np.repeat(np.arange(len(starts)), counts)  # of each block
+    pair = np.repeat(np.arange(len(starts)), counts)  # pair of each block
     at = starts[pair] + (np.arange(len(pair)) - first_block[pair]) * QUERIES
     blocks = np.stack([at, starts[pair], ends[pair], first_block[pair]], axis=1)
     firsts = np.stack([starts, starts, ends, first_block], axis=1)
     return [table.astype(np.int32) for table in (cu_seqlens, positions, blocks, firsts)]
 
 
-@functools.cache  # never dropped: captured graphs read these tensors
+@functools.cache  # without a limit, because captured graphs keep reading these tensors
 def _heads(slopes: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Heads, those that read furthest first, (H,) int32; and of each slope and its part of the bound, (H, 2)."""
+    """Heads by rising slope, which is falling reach, (H,) int32; and for each its slope and bound term, (H, 2)."""
     tails = [math.log(2 / EPS) - math.log(-math.expm1(-slope)) if slope > 0 else math.inf for slope in slopes]
     order = sorted(range(len(slopes)), key=lambda head: slopes[head])
     table = torch.tensor(list(zip(slopes, tails, strict=True)), dtype=torch.float32, device=device)

@@ -1,7 +1,7 @@
-"""Triton kernels behind :mod:`turborank.ops.triton`, which says what they compute and why they may leave keys out.
+"""Triton kernels of :mod:`turborank.ops.triton`, which explains their algorithms and the skip bound.
 
-Matrices are row-major and packed: (T, C) holds head h of token t at t·C + h·D. A block is a row of a table
-(first token, start and end of its pair, number of its pair's first block), int32.
+Matrices are row-major and packed: head h of token t in (T, C) is at t·C + h·D. A block is a row of an int32 table:
+first token, start and end of its pair, number of its pair's first block.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 import triton
 import triton.language as tl
 
-FIXED_RANGE = tl.constexpr(100.0)  # binary orders of magnitude between a row's own weight and the largest possible
+FIXED_RANGE = tl.constexpr(100.0)  # log2 of the largest ratio of any key's weight to that at distance 0, for FIXED
 LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def key_norms(k_at, norms_at, blocks_at, C, D: tl.constexpr, BLOCK: tl.constexpr):
-    """max|k| of every block of keys in every head: (B, H)."""
+    """Largest |k| of each block of keys in each head: (B, H)."""
     block, head = tl.program_id(0), tl.program_id(1)
     place = tl.load(blocks_at + block * 4) + tl.arange(0, BLOCK)
     real = place < tl.load(blocks_at + block * 4 + 2)
@@ -31,7 +31,7 @@ def _tile(
     q, row, top, total, acc, j, high, first, k_at, v_at, C, scale, slope,
     D: tl.constexpr, KEYS: tl.constexpr, FIXED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys from j on, added to each query's highest score, sum of weights and weighted values."""
+    """Add the tile of keys from j to each query's maximum score, sum of weights and sum of weighted values."""
     place, column = j + tl.arange(0, KEYS), tl.arange(0, D)
     at = place.to(tl.int64)[:, None] * C + column[None, :]
     real = place < high
@@ -55,7 +55,7 @@ def _walk(
     q, row, top, low, high, first, k_at, v_at, C, scale, slope,
     D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over keys low … high-1: context (QUERIES, D). FIXED: ``top`` stays the reference of the weights."""
+    """Attention over keys low … high-1: context (QUERIES, D). FIXED: subtract ``top`` instead of a running maximum."""
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, D), tl.float32)
     whole = low + (high - low) // KEYS * KEYS
@@ -72,7 +72,7 @@ def _walk(
 
 @triton.jit
 def _bounds(q, k, real, norms_at, own_block, blocks, heads, scale, slope, tail, SPAN: tl.constexpr):
-    """Of a block's queries: own scores o_i, the largest S_i - o_i, and the distance of the last key that can matter."""
+    """For a block's queries: scores o_i at distance 0, the largest S_i - o_i, and the largest reach r_i in keys."""
     q, each = q.to(tl.float32), tl.arange(0, SPAN)
     own = tl.sum(q * k.to(tl.float32), axis=1) * scale
     norms = tl.load(norms_at + (own_block + each) * heads, mask=each < blocks, other=0.0)
@@ -89,8 +89,8 @@ def attend(
 ):  # fmt: skip
     """Context of one block's queries in one head. FIRST: q and out are (P, C), each pair's first token.
 
-    SKIP: keys that cannot matter are left out, by ``norms`` of blocks of BLOCK keys, at most SPAN blocks a pair.
-    FIXABLE: the weights' type has the range that a fixed reference wants.
+    SKIP: apply the skip bound with ``norms`` of blocks of BLOCK keys, at most SPAN blocks a pair.
+    FIXABLE: the type of the weights has the exponent range that FIXED needs; fp16 has not.
     """
     block = tl.program_id(0)
     head = tl.load(heads_at + tl.program_id(1))
@@ -134,7 +134,7 @@ def norm(
     x_at, residual_at, weight_at, bias_at, out_at, T, C, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm of some rows of x (T, C), with ADD of x + residual; WIDE ≥ C."""
+    """LayerNorm of ROWS rows of x (T, C), or of x + residual with ADD; WIDE is a power of two ≥ C."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = column < C
     real = (row < T)[:, None] & inside[None, :]
@@ -152,7 +152,7 @@ def norm(
 
 @triton.jit
 def _gelu(x):
-    """x·Φ(x), Φ by Abramowitz and Stegun 7.1.26: off by less than 1e-7·|x|, a third of erf's instructions."""
+    """x·Φ(x) with Φ by Abramowitz and Stegun 7.1.26: error below 1e-7·|x|, a third of the instructions of erf."""
     size = tl.abs(x)
     t = 1.0 / (1.0 + 0.2316418882 * size)
     tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
@@ -161,7 +161,7 @@ def _gelu(x):
 
 @triton.jit(do_not_specialize=["T"])
 def geglu(x_at, weight_at, out_at, T, F, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """gelu(x·Gᵀ)·(x·Uᵀ) of some rows and columns; x (T, C), weight (2F, C) is G over U."""
+    """One tile (ROWS, COLUMNS) of gelu(x·Gᵀ)·(x·Uᵀ); x (T, C), weight (2F, C) is G over U."""
     row, column = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     x_at += row.to(tl.int64)[:, None] * C + depth[None, :]
