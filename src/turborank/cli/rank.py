@@ -43,9 +43,7 @@ def rank(
         ),
     ] = None,
     model: options.Model = None,
-    top_n: Annotated[
-        int | None, typer.Option("--top-n", "-n", help="Number of documents to show.", show_default="all")
-    ] = None,
+    top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Documents to show.", show_default="all")] = None,
     threshold: Annotated[
         str | None,
         typer.Option(
@@ -56,8 +54,7 @@ def rank(
     ] = None,
     calibration: options.Calibration = None,
     field: Annotated[
-        list[str] | None,
-        typer.Option(help="Field of a row that is part of its text; repeatable.", show_default="title, text"),
+        list[str] | None, typer.Option(help="Field of a row to read; repeatable.", show_default="title, text")
     ] = None,
     as_json: options.AsJson = False,
     length: options.Length = "truncate",

@@ -134,8 +134,7 @@ def student(
     head: Annotated[
         str | None,
         typer.Option(
-            help="Head, for alibi and scratch: focus, cosine or classifier.",
-            show_default="alibi: focus; scratch: classifier",
+            help="Head (not for layers): focus, cosine or classifier.", show_default="alibi: focus; scratch: classifier"
         ),
     ] = None,
     slopes: Annotated[
