@@ -243,19 +243,24 @@ def instruction_sets() -> dict[str, dict[str, str]]:
     """Row of native/isa_table.cpp -> precision -> instruction, read from the C++ tables: no machine has all rows."""
     table = (NATIVE / "isa_table.cpp").read_text(encoding="utf-8")
     sources = [path.read_text(encoding="utf-8") for path in sorted(NATIVE.glob("isa_*.cpp"))]
-    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", \w+, (\w+)\}', table)}
+    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", [\w |]+, (\w+)\}', table)}
 
 
 def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
     """What the function ``choose`` returns for each precision; one may hand on to another row's function."""
     [source] = [text for text in sources if re.search(rf"Kernels\* {choose}\(Precision", text)]
     body = source.partition(f"Kernels* {choose}(Precision")[2].partition("\n}")[0]
-    instructions = dict(re.findall(r'constexpr Kernels (\w+) = table<[^>]*>\("([^"]+)"', source))
+    tables = r'constexpr Kernels (\w+) = table<[^>]*>\("([^"]+)"'
+    instructions = dict(re.findall(tables, source))
+    instructions |= {
+        f"{space}::{name}": said
+        for space, name, said in re.findall(r"namespace (\w+) \{\n(?:#[^\n]*\n)*" + tables, source)
+    }
     found = {}
     if handed := re.search(r"return (\w+_kernels)\(", body):
         found.update(_kernels(handed[1], sources))
     for precision in ("int8", "bf16", "fp32"):
-        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&(\w+)", body)
+        chosen = re.search(rf"Precision::{precision}\b[^&]*?(?:features & (\w+) \? )?&([\w:]+)", body)
         if chosen:
             found[precision] = f"`{instructions[chosen[2]]}`" + (", with AVX512-BF16" if chosen[1] == "kBf16" else "")
     if fallback := re.search(r"return &(\w+);\s*$", body):

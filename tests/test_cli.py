@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import small_config, write_checkpoint
+from helpers import native_config, small_config, write_checkpoint
 from random_models import random_weights
 
 import turborank
@@ -306,9 +306,10 @@ def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypa
 
 
 @pytest.mark.skipif(native.available() is not None, reason="the native engine is not built")
-def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_command, model, monkeypatch):
+def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_command, tmp_path, monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, "portable")
-    code, out, _ = turborank_command("doctor", "-m", model, "--engine", "native", "--json")
+    folder = write_checkpoint(tmp_path / "native", native_config())
+    code, out, _ = turborank_command("doctor", "-m", folder, "--engine", "native", "--json")
     rows = {row["what"]: row["value"] for row in json.loads(out) if row["topic"] == "engine"}
     assert code == 0
     assert rows["instruction set"].startswith("portable: products by int8 multiply-add, attention in fp32")

@@ -105,6 +105,7 @@ NOT_RUN = {
     "turborank serve": "runs until it is stopped; tests/serve starts servers, with certificates too",
     "openssl": "tests/serve/test_serve_tls.py makes certificates",
     "curl --cacert": "tests/serve/test_serve_tls.py",
+    "pip wheel": "the build makes wheels",
     "docker": "needs docker; make conformance-core checks the files",
     "TURBORANK_API_KEY=change-me docker": "needs docker; make conformance-core checks the files",
     "turborank keys new search-team && kubectl": "needs a cluster",

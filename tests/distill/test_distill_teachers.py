@@ -194,15 +194,15 @@ def test_an_answer_that_is_no_score_ends_the_run(folder):
 
 SLOWLY = """
 import sys, time
-from turborank import cli
-from turborank.distill import cache
-put = cache.ScoreCache.put
+from turborank.cli import main
+from turborank.distill import score_cache
+put = score_cache.ScoreCache.put
 def slowly(self, keys, scores):  # time for the test to kill us between two answers
     put(self, keys, scores)
     print("kept", len(keys), flush=True)
     time.sleep(0.05)
-cache.ScoreCache.put = slowly
-sys.exit(cli.run(sys.argv[1:]))
+score_cache.ScoreCache.put = slowly
+sys.exit(main.run(sys.argv[1:]))
 """
 
 

@@ -1,7 +1,8 @@
 // Runs recorded cases (tests/native/cases.py: random models and batches with the numpy reference's logits) through every
 // instruction set and precision of the machine, at several thread counts. Built with sanitizers by sanitize.sh, and
 // for other processors under emulation. Prints one line a run; the exit code counts the failures. With --layouts it prints
-// what cases.py must know of the rows that run here.
+// what cases.py must know of the rows that run here; with --run ROW PRECISION TIMES CASE it computes a case so many times with
+// one thread, for counters of instructions.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -104,13 +105,17 @@ void report(const char* path, const char* isa, const std::string& precision, con
     failures += !well;
 }
 
+Arrays arrays_of(const Model& model) {
+    Arrays arrays;
+    for (const auto& [name, bytes] : model.packed) arrays[name] = {bytes.data.get(), bytes.size};
+    return arrays;
+}
+
 void run(const char* path, const Case& c, const IsaRow& row, Precision kind, const std::string& precision) {
     const Kernels* kernels = row.kernels(kind, detect_features());
     if (!kernels) return;
     const Model& model = c.models.at({row.name, precision});
-    Arrays arrays;
-    for (const auto& [name, bytes] : model.packed) arrays[name] = {bytes.data.get(), bytes.size};
-    Engine engine(weights_of(model.shape, arrays, *kernels), kernels);
+    Engine engine(weights_of(model.shape, arrays_of(model), *kernels), kernels);
     const Batch batch{c.ids, c.types, c.offsets};
     const size_t pairs = c.expected.size();
     std::vector<float> first(pairs), out(pairs);
@@ -152,10 +157,26 @@ int layouts() {
     return 0;
 }
 
+int run_times(const std::string& isa, const std::string& precision, int times, const Case& c) {
+    const Precision kind = precision == "int8" ? Precision::int8 : precision == "bf16" ? Precision::bf16 : Precision::fp32;
+    for (const IsaRow& row : isa_table()) {
+        const Kernels* kernels = row.name == isa && missing(row).empty() ? row.kernels(kind, detect_features()) : nullptr;
+        if (!kernels) continue;
+        const Model& model = c.models.at({isa, precision});
+        Engine engine(weights_of(model.shape, arrays_of(model), *kernels), kernels);
+        std::vector<float> out(c.expected.size());
+        for (int i = 0; i < times; ++i) engine.logits({c.ids, c.types, c.offsets}, 1, out.data());
+        return 0;
+    }
+    std::printf("%s with %s does not run here\n", isa.c_str(), precision.c_str());
+    return 1;
+}
+
 }  // namespace
 
 int main(int count, char** paths) {
     if (count == 2 && std::strcmp(paths[1], "--layouts") == 0) return layouts();
+    if (count == 6 && std::strcmp(paths[1], "--run") == 0) return run_times(paths[2], paths[3], std::atoi(paths[4]), load(paths[5]));
     for (int i = 1; i < count; ++i) {
         const Case c = load(paths[i]);
         for (const IsaRow& row : isa_table()) {

@@ -244,7 +244,7 @@ def test_the_answer_tells_what_was_read_and_cut(up):
     assert long["span"][1] < len(LONG)
     assert reply.headers["x-turborank-truncated-tokens"] == str(long["truncated"])
     [warning] = reply.json["meta"]["warnings"]
-    assert warning.startswith("1 of 2 documents were not read to their end; documents[1]")
+    assert warning.startswith("1 of 2 documents were not read to their end, for example documents[1]")
 
 
 @pytest.mark.parametrize("extra", [{"truncation": False}, {"length": "error"}])
