@@ -1,1 +1,1 @@
-"""The command line: one module for each subcommand, options that they share, and ``main``."""
+"""The command line: one module for each subcommand, shared options, and ``main``."""

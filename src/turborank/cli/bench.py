@@ -1,4 +1,4 @@
-"""``turborank bench``: how fast this machine ranks, and how exactly."""
+"""``turborank bench``: speed and error of the engines on this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import typer
 from turborank.cli import options
 
 EXAMPLES = (
-    ("engines, precisions and instruction sets of this machine, in turns", "turborank bench"),
-    ("with other libraries, from a checkout of turborank", "turborank bench --peers bench/peers.py"),
-    ("for programs", "turborank bench --workload 32x128 --json"),
+    ("compare the engines, precisions and instruction sets of this machine", "turborank bench"),
+    ("compare with other libraries, from a checkout of turborank", "turborank bench --peers bench/peers.py"),
+    ("JSON output", "turborank bench --workload 32x128 --json"),
 )
 
 Workloads = Annotated[
@@ -20,15 +20,18 @@ Workloads = Annotated[
     typer.Option(
         "--workload",
         "-w",
-        help="ragged, 32x128, 8x512, 2x2048, 1x64 or 1x8192; repeatable.",
+        help="Pairs × tokens: 32x128, 8x512, 2x2048, 1x64, 1x8192, or ragged (mixed lengths); repeatable.",
         show_default="ragged, 32x128, 8x512 and 1x64",
     ),
 ]
-Rounds = Annotated[int, typer.Option(min=1, help="Turns that each contestant has on each workload.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds of measurement on each workload.")]
 Peers = Annotated[
-    Path | None, typer.Option(help="A Python file with a table PEERS; rows whose libraries are installed take part.")
+    Path | None,
+    typer.Option(help="Python file with a table PEERS of other libraries; those not installed are skipped."),
 ]
-Fast = Annotated[bool, typer.Option("--no-error", help="Leave out the error, which needs the slow reference engine.")]
+Fast = Annotated[
+    bool, typer.Option("--no-error", help="Do not measure the error, which needs the slow reference engine.")
+]
 
 
 def bench(
@@ -39,10 +42,10 @@ def bench(
     no_error: Fast = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure speed in real tokens per second, and beside it the error against the reference engine.
+    """Measure speed in tokens per second, and the error against the reference engine.
 
-    The model has the shape of jina-reranker-v1-turbo-en and random weights. Each contestant runs in its own process;
-    all take turns. Padding does not count as tokens.
+    The model has the shape of jina-reranker-v1-turbo-en and random weights. Each engine runs in its own process; they
+    are measured in turns. Padding is not counted as tokens.
     """
     from turborank import benchmark
 
@@ -62,7 +65,7 @@ def bench(
     for name, rows in found["workloads"].items():
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column(benchmark.title(name), overflow="fold")
-        for column in ("tokens/s", "least ms", "median ms", "max error", "rms, of std"):
+        for column in ("tokens/s", "min ms", "median ms", "max error", "rms, of std"):
             table.add_column(column, justify="right")
         for row in sorted(rows, key=lambda row: float(row["min_s"])):
             table.add_row(*_cells(row))

@@ -1,4 +1,4 @@
-"""``turborank calibrate``: from judged pairs to a probability scale and thresholds."""
+"""``turborank calibrate``: fit probabilities and thresholds to judged pairs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     (
-        "a model of your own: the calibration goes to its folder",
+        "your own model; the calibration is written to its folder",
         "turborank calibrate judged.jsonl --model my-model/",
     ),
-    ("the embedded model, and a file of your own", "turborank calibrate judged.csv --out calibration.json"),
+    (
+        "the embedded model; the calibration is written to a file",
+        "turborank calibrate judged.csv --out calibration.json",
+    ),
     ("graded judgements: 2 and 3 are relevant", "turborank calibrate judged.tsv -m my-model/ --relevant-from 2"),
 )
 TARGETS = ("precision=0.8", "precision=0.9", "precision=0.95", "recall=0.8", "recall=0.9", "recall=0.95")
@@ -35,13 +38,13 @@ def calibrate(
     ],
     model: options.Model = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the calibration is kept.", show_default="calibration.json of the model")
+        Path | None, typer.Option(help="Calibration file to write.", show_default="calibration.json of the model")
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="A threshold to report, precision=0.9 for example; repeatable.", show_default="six"),
+        typer.Option(help="Threshold to report, for example precision=0.9; repeatable.", show_default="six"),
     ] = None,
-    relevant_from: Annotated[float, typer.Option(help="Judgements from here on count as relevant.")] = 1,
+    relevant_from: Annotated[float, typer.Option(help="Minimum label of a relevant document.")] = 1,
     as_json: options.AsJson = False,
     length: options.Length = "truncate",
     max_length: options.MaxLength = None,
@@ -50,10 +53,11 @@ def calibrate(
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
-    """Fit a probability scale and thresholds to judged pairs, and keep them beside the model.
+    """Fit probabilities and thresholds to judged pairs, and write them to the model's folder.
 
-    `rank --threshold precision=0.9`, the server and the adapters then use them. Judge what your first stage finds, good
-    and bad as they come: probabilities hold for data like that judged. A reliability plot is written beside the file.
+    `rank --threshold precision=0.9`, the server and the adapters then use them. Judge the results of your first stage
+    without selecting them: the probabilities hold for data like the judged data. A reliability plot (SVG) is written
+    next to the file.
     """
     from turborank import calibration as calibrations
     from turborank.evaluate.calibrate import as_json as in_json

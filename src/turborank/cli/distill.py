@@ -1,4 +1,4 @@
-"""``turborank distill lists``, ``score`` and ``suspects``: training lists, what teachers say, doubtful labels."""
+"""``turborank distill lists``, ``score`` and ``suspects``: training lists, teacher scores, doubtful labels."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import typer
 from turborank.cli import options
 
 LISTS_EXAMPLES = (
-    ("questions with their passages, one JSON object a line", "turborank distill lists faq=pairs.jsonl.gz --out lists"),
+    ("queries with their passages, one JSON object per line", "turborank distill lists faq=pairs.jsonl.gz --out lists"),
     (
-        "a collection in BEIR's layout, with the candidates of your own first stage and no others",
+        "a collection in BEIR layout, with candidates from your own first stage only",
         "turborank distill lists mine=my-data/ --candidates mine=first.trec --bm25 0 --random 0",
     ),
     (
-        "documents alone: queries are made from them",
+        "documents without queries: queries are generated from them",
         "turborank distill lists --passages wiki=wiki.jsonl --sentences 5000 --keywords 2000",
     ),
     (
-        "candidates of a bi-encoder, too, and 2 % of the queries kept for measuring",
+        "also candidates of a bi-encoder; 2 % of the queries are held out for evaluation",
         "turborank distill lists faq=pairs.jsonl --dense-model all-MiniLM-L6-v2/ --held-out 0.02",
     ),
 )
@@ -32,56 +32,61 @@ SCORE_EXAMPLES = (
     ),
     ("a cross-encoder", "turborank distill score lists -t base=checkpoint:BAAI/bge-reranker-base --precision bf16"),
     (
-        "an endpoint that wants a key, twice a second",
+        "an HTTP endpoint with an API key, two requests per second",
         "turborank distill score lists -t jina=http:jina:https://api.jina.ai/v1/rerank "
         "--http-model jina-reranker-v2-base-multilingual --key-env JINA_API_KEY --rate 2",
     ),
 )
 SUSPECTS_EXAMPLES = (
-    ("what a teacher puts above the labelled passage", "turborank distill suspects lists -t minilm --margin 0.05"),
-    ("what two teachers do together", "turborank distill suspects lists -t minilm:20 -t bm25:0.9:z"),
+    (
+        "passages that a teacher scores above the labelled passage",
+        "turborank distill suspects lists -t minilm --margin 0.05",
+    ),
+    ("the same, with the fused scores of two teachers", "turborank distill suspects lists -t minilm:20 -t bm25:0.9:z"),
 )
 
-Out = Annotated[Path, typer.Option(help="The training folder to make.")]
+Out = Annotated[Path, typer.Option(help="Training folder to write.")]
 Sources = Annotated[
     list[str] | None,
-    typer.Argument(help="NAME=PATH: JSON lines (.gz too) or a folder; see docs/distillation.md.", show_default=False),
+    typer.Argument(help="NAME=PATH: JSON lines (also .gz) or a folder; see docs/distillation.md.", show_default=False),
 ]
 Candidates = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=RUN: a TREC run over the BEIR folder of that name.", show_default=False),
+    typer.Option(help="NAME=RUN: TREC run with candidates for the BEIR folder NAME.", show_default=False),
 ]
-Depth = Annotated[int | None, typer.Option(help="Candidates read of each query of those runs.", show_default="all")]
+Depth = Annotated[
+    int | None, typer.Option(help="Candidates of each query to read from these runs.", show_default="all")
+]
 Long = Annotated[
     list[str] | None,
-    typer.Option("--passages", help="NAME=FILE: long documents, cut into passages.", show_default=False),
+    typer.Option("--passages", help="NAME=FILE: long documents, which are cut into passages.", show_default=False),
 ]
 Caps = Annotated[
     list[str] | None,
-    typer.Option("--cap", help="NAME=NUMBER: at most so many examples (passages) of a source.", show_default=False),
+    typer.Option("--cap", help="NAME=NUMBER: maximum examples (or passages) of a source.", show_default=False),
 ]
 Clean = Annotated[
     list[str] | None,
     typer.Option(
-        help="RULE,… for all texts or NAME=RULE,… for a source's: treebank, transcript, alternatives, spaces.",
+        help="RULE,… for all texts, or NAME=RULE,… for one source; rules: treebank, transcript, alternatives, spaces.",
         show_default=False,
     ),
 ]
-Words = Annotated[int | None, typer.Option(help="Keep this many words of a passage.", show_default="all")]
-MinWords = Annotated[int, typer.Option(help="Leave out shorter passages.")]
-Sentences = Annotated[int, typer.Option(help="Queries to make: a sentence each.")]
-Spans = Annotated[int, typer.Option(help="Queries to make: two or three consecutive sentences each.")]
-Keywords = Annotated[int, typer.Option(help="Queries to make: a sentence's rarest words each.")]
-HeldOut = Annotated[float, typer.Option(help="Share of the labelled queries that is kept for measuring.")]
-Bm25 = Annotated[int, typer.Option(help="Documents of a pool that are drawn from BM25's best.")]
-Bm25Depth = Annotated[int, typer.Option(help="How many those are.")]
+Words = Annotated[int | None, typer.Option(help="Maximum words of a passage; the rest is cut.", show_default="all")]
+MinWords = Annotated[int, typer.Option(help="Minimum words of a passage; shorter ones are left out.")]
+Sentences = Annotated[int, typer.Option(help="Number of queries to generate from one sentence each.")]
+Spans = Annotated[int, typer.Option(help="Number of queries to generate from two or three consecutive sentences each.")]
+Keywords = Annotated[int, typer.Option(help="Number of queries to generate from the rarest words of a sentence each.")]
+HeldOut = Annotated[float, typer.Option(help="Share of the labelled queries held out for evaluation, 0 to 1.")]
+Bm25 = Annotated[int, typer.Option(help="Documents of each pool that are drawn from BM25's results.")]
+Bm25Depth = Annotated[int, typer.Option(help="Number of BM25 results to draw from.")]
 DenseModel = Annotated[
-    Path | None, typer.Option(help="A bi-encoder (sentence-transformers folder) that brings candidates.")
+    Path | None, typer.Option(help="Bi-encoder (sentence-transformers folder) that retrieves further candidates.")
 ]
-Dense = Annotated[int, typer.Option(help="Documents of a pool that are drawn from the bi-encoder's best.")]
-DenseDepth = Annotated[int, typer.Option(help="How many those are.")]
-Random = Annotated[int, typer.Option(help="Documents of a pool that are drawn from all.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Dense = Annotated[int, typer.Option(help="Documents of each pool that are drawn from the bi-encoder's results.")]
+DenseDepth = Annotated[int, typer.Option(help="Number of bi-encoder results to draw from.")]
+Random = Annotated[int, typer.Option(help="Documents of each pool that are drawn from all documents.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 
 Folder = Annotated[Path, typer.Argument(help="The training folder.")]
 Teachers = Annotated[
@@ -89,28 +94,35 @@ Teachers = Annotated[
     typer.Option(
         "--teacher",
         "-t",
-        help="bm25, or NAME= and one of biencoder:FOLDER, checkpoint:MODEL, http:DIALECT:URL, run:FILE.",
+        help="bm25, or NAME=TEACHER with biencoder:FOLDER, checkpoint:MODEL, http:DIALECT:URL or run:FILE; repeatable.",
         show_default=False,
     ),
 ]
 Cache = Annotated[
-    Path | None, typer.Option(help="Folder where teachers' answers are kept.", show_default="cache/ in the folder")
+    Path | None, typer.Option(help="Folder of the cache of teacher scores.", show_default="cache/ in the folder")
 ]
 
-HttpModel = Annotated[str | None, typer.Option(help="HTTP: the model's name at the endpoint.", show_default="none")]
-KeyEnv = Annotated[str, typer.Option(help="HTTP: the environment variable with the key, if one is needed.")]
-Scale = Annotated[str, typer.Option(help="HTTP: auto, logit (make logits of probabilities) or raw.")]
-Documents = Annotated[int, typer.Option(help="HTTP: documents in a request.")]
-Parallel = Annotated[int, typer.Option(help="HTTP: requests under way at a time.")]
-Rate = Annotated[float | None, typer.Option(help="HTTP: requests a second.", show_default="as fast as it answers")]
-Timeout = Annotated[float, typer.Option(help="HTTP: seconds to wait for an answer.")]
-Attempts = Annotated[int, typer.Option(help="HTTP: how often a request is made before giving up.")]
+HttpModel = Annotated[str | None, typer.Option(help="HTTP: model name to send.", show_default="none")]
+KeyEnv = Annotated[str, typer.Option(help="HTTP: environment variable with the API key, if one is required.")]
+Scale = Annotated[str, typer.Option(help="HTTP: auto, logit (convert probabilities to logits) or raw.")]
+Documents = Annotated[int, typer.Option(help="HTTP: documents per request.")]
+Parallel = Annotated[int, typer.Option(help="HTTP: maximum concurrent requests.")]
+Rate = Annotated[float | None, typer.Option(help="HTTP: maximum requests per second.", show_default="no limit")]
+Timeout = Annotated[float, typer.Option(help="HTTP: seconds to wait for a response.")]
+Attempts = Annotated[int, typer.Option(help="HTTP: maximum attempts for each request.")]
 Ensemble = Annotated[
     list[str],
-    typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]]; norms: raw, z, minmax.", show_default=False),
+    typer.Option(
+        "--teacher",
+        "-t",
+        help="NAME[:WEIGHT[:NORM]] with NORM raw, z or minmax; several are fused.",
+        show_default=False,
+    ),
 ]
-Margin = Annotated[float, typer.Option(help="How far above the labelled document, in the teacher's scores.")]
-Table = Annotated[Path | None, typer.Option("--out", help="The table.", show_default="suspects.tsv in the folder")]
+Margin = Annotated[float, typer.Option(help="Minimum difference to the labelled document, in the teacher's scores.")]
+Table = Annotated[
+    Path | None, typer.Option("--out", help="Table (TSV) to write.", show_default="suspects.tsv in the folder")
+]
 
 
 def lists(
@@ -135,10 +147,10 @@ def lists(
     random: Random = 6,
     seed: Seed = 0,
 ) -> None:
-    """Make a training folder: queries, passages, and of each query a pool of candidates.
+    """Write a training folder: queries, passages, and a pool of candidates for each query.
 
-    Identical texts are merged; labels that came with the data are kept. The folder is in BEIR's layout with a TREC
-    run, so turborank evaluate reads it, too. The same command makes the same bytes.
+    Identical texts are merged; labels in the data are kept. The folder has BEIR layout and a TREC run, so that
+    turborank evaluate can read it. The same command writes the same bytes.
     """
     from turborank.distill.lists import build
     from turborank.distill.pools import PoolPlan
@@ -192,10 +204,10 @@ def score(
     timeout: Timeout = 60.0,
     attempts: Attempts = 6,
 ) -> None:
-    """Let teachers score the pools of a training folder.
+    """Score the pools of a training folder with teachers.
 
-    Writes scores/NAME.trec and scores/NAME.json, which says whose the scores are. What a teacher has said is
-    remembered: a run that was interrupted goes on, and nothing is asked twice.
+    Writes scores/NAME.trec and, with the provenance of the scores, scores/NAME.json. Scores are cached: an interrupted
+    command continues, and no pair is scored twice.
     """
     from turborank.distill import http_teacher, teachers
     from turborank.distill.folder import TrainingFolder
@@ -213,10 +225,10 @@ def score(
 
 
 def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table = None) -> None:
-    """Find documents without a label that a teacher puts above a labelled one: suspected false negatives.
+    """Find unlabelled documents that a teacher scores above a labelled one: suspected false negatives.
 
-    Writes a table (TSV) of them, the largest difference first, and prints how many there are. Training leaves them out
-    as negatives.
+    Writes them to a table (TSV), the largest difference first, and prints their number. Training does not use them as
+    negatives.
     """
     from rich.console import Console
     from rich.table import Table as Printed
@@ -243,7 +255,7 @@ def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table
 
 
 def _named(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
-    """NAME=VALUE arguments."""
+    """Parse NAME=VALUE arguments."""
     pairs = [value.partition("=") for value in values or ()]
     for name, equals, value in pairs:
         if not (name and equals and value):
@@ -258,7 +270,7 @@ def _number(text: str, option: str) -> int:
 
 
 def _cleaning(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Rules by source, those without a source under ""; a source's own rules replace the general ones."""
+    """Source -> cleaning rules; rules under "" are for all sources without rules of their own."""
     rules: dict[str, tuple[str, ...]] = {}
     for value in values:
         name, equals, named = value.partition("=")

@@ -1,4 +1,4 @@
-"""``turborank doctor``: what is installed, what was chosen, and whether it works."""
+"""``turborank doctor``: check the installation, the choice of engine, and the scores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from turborank.types import ModelConfig
 
 EXAMPLES = (
-    ("is everything well, and which engine is used?", "turborank doctor"),
-    ("check a model of your own, run by numpy", "turborank doctor --model ./my-model --engine reference"),
+    ("does everything work, and which engine is used?", "turborank doctor"),
+    ("check your own model with the reference engine", "turborank doctor --model ./my-model --engine reference"),
 )
 
 
@@ -29,9 +29,9 @@ def doctor(
     precision: options.Precision = "auto",
     as_json: options.AsJson = False,
 ) -> int:
-    """Examine this installation: versions, CPU, engines, model files, and two real scores.
+    """Check this installation: versions, CPU, engines, model files, and the scores of two documents.
 
-    The exit code is 1 when something is broken. Paste the output when you report a problem.
+    The exit code is 1 when a check fails. Include the output when you report a problem.
     """
     findings = list(examine(model, engine=engine, precision=precision))
     broken = [finding for finding in findings if not finding.well]
@@ -50,23 +50,23 @@ def doctor(
     return 1 if broken else 0
 
 
-# Is this installation well? Facts about it, each with a verdict; nothing is printed here.
+# The checks. They yield findings and print nothing.
 
 LIBRARIES = ("turborank", "numpy", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich")
 OPTIONAL = ("torch", "starlette", "msgspec", "ir-measures", "bm25s")
-# What the fast kernels look for, in the names of /proc/cpuinfo.
+# CPU features that the native kernels use, by their names in /proc/cpuinfo.
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
-# One question with an answer and a non-answer; far apart for any reranker that works.
+# A query with a relevant and an irrelevant document; a working reranker separates them clearly.
 QUERY = "What is the capital of France?"
 DOCUMENTS = ("Paris is the capital and largest city of France.", "Yeast makes bread rise by giving off gas.")
-MAX_DIFFERENCE = 0.5  # of the engine's logits from the reference engine's; int8 usually stays below a tenth of it
+MAX_DIFFERENCE = 0.5  # maximum distance from the reference engine's logits; int8 usually stays below a tenth of it
 
 
 class Finding(NamedTuple):
-    """One fact. ``well`` is False when something is broken."""
+    """The result of one check. ``well`` is False when the check fails."""
 
     topic: str
     what: str
@@ -75,7 +75,7 @@ class Finding(NamedTuple):
 
 
 def examine(model: str | None = None, *, engine: str = "auto", precision: str = "auto") -> Iterator[Finding]:
-    """Everything worth knowing before asking for help, in the order in which things depend on each other."""
+    """All findings: versions, machine, engines, then the model and its scores."""
     yield from versions()
     yield from machine()
     yield from available_engines()
@@ -88,7 +88,7 @@ def versions() -> Iterator[Finding]:
         try:
             yield Finding("versions", name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            needed = name in LIBRARIES and name != "turborank"  # a source tree on the path has no version, and may work
+            needed = name in LIBRARIES and name != "turborank"  # a source tree on the path has no version but works
             yield Finding("versions", name, "not installed" + ("" if needed else " (optional)"), well=not needed)
 
 
@@ -139,7 +139,7 @@ def available_engines() -> Iterator[Finding]:
 
 
 def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]:
-    """The model's files, the engine chosen and why, and two real scores compared with the reference engine's."""
+    """The model's files, the chosen engine with the reason, and two scores compared with the reference engine's."""
     from turborank import checkpoint as checkpoints
     from turborank.reranker import Reranker
 
@@ -164,7 +164,7 @@ def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]
 
 
 def _instruction_set(engine: Engine) -> Iterator[Finding]:
-    """The native engine's instruction set, and the better ones of this build, each with what speaks against it."""
+    """The native engine's instruction set, and the faster ones of this build with the reason why they are not used."""
     from turborank.engines import native
 
     if not isinstance(engine, native.NativeEngine):
@@ -201,8 +201,8 @@ def _scores(reranker: Reranker) -> Iterator[Finding]:
 
     pairs = [(QUERY, document) for document in DOCUMENTS]
     logits = reranker.score(pairs)
-    law = Reranker(str(reranker.checkpoint.folder), engine="reference").score(pairs)
-    difference = float(abs(logits - law).max())
+    reference = Reranker(str(reranker.checkpoint.folder), engine="reference").score(pairs)
+    difference = float(abs(logits - reference).max())
     yield Finding("score", "answer", f"logit {logits[0]:+.4f} for {DOCUMENTS[0]!r}")
     yield Finding("score", "other", f"logit {logits[1]:+.4f} for {DOCUMENTS[1]!r}")
     yield Finding("score", "error", f"{difference:.4f} from the reference engine", well=difference <= MAX_DIFFERENCE)

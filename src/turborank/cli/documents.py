@@ -1,12 +1,12 @@
-"""Documents from files and streams: every fault is found before anything is ranked.
+"""Read documents from files and standard input. All errors are collected before anything is ranked.
 
     a text file               one document, named by its path
-    .jsonl                    one document a line, a JSON object (or a string)
-    .csv, .tsv                one document a row, the first row names the columns; double quotes quote, in both
-    "-", or no file at all    standard input, one document a line
+    .jsonl, .ndjson           one document per line, a JSON object (or a string)
+    .csv, .tsv                one document per row; the first row has the column names; double quotes quote in both
+    "-", or no file at all    standard input, one document per line
 
-Rows are named by their ``id`` (``_id``, ``doc_id``) if they have one, else ``file:line``. Lines of only white space are
-skipped in line-wise input. Text is UTF-8, with or without a byte order mark.
+A row's name is its ``id`` (``_id``, ``doc_id``) if it has one, else ``file:line``. Blank lines of line-wise input are
+skipped. Text is UTF-8, with or without a byte-order mark.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from typing import Any, BinaryIO, NamedTuple
 from turborank.errors import InputError
 from turborank.text import DEFAULT_FIELDS, document_text
 
-MAX_BYTES = 256 << 20  # of one file: more is a collection, and wants a first stage
-MAX_FAULTS = 10  # faults spelled out in one error; the rest are counted
+MAX_BYTES = 256 << 20  # maximum bytes of one file; a larger collection needs a first stage
+MAX_FAULTS = 10  # faults listed in one error; the rest are counted
 ID_FIELDS = ("id", "_id", "doc_id")
 STDIN = "standard input"
 
 
 class Named(NamedTuple):
-    """A document and what to call it."""
+    """A document with its name."""
 
     name: str
     text: str
 
 
 class FaultError(Exception):
-    """What is wrong with one place of the input; collected, never raised to the caller."""
+    """A fault of one file or row; collected into one InputError, never raised to the caller."""
 
 
-Row = tuple[int, object]  # line (1-based) and what stands there
+Row = tuple[int, object]  # 1-based line and its value: a mapping, a string or a FaultError
 
 
 def read(paths: Sequence[str], stdin: BinaryIO, *, fields: Sequence[str] | None = None) -> list[Named]:
     """All documents of ``paths`` in order; ``stdin`` is read for "-" and when there are no paths.
 
-    ``fields`` are the fields of a row that make up its text, by default title and text.
-    Raises InputError that names every unusable file and row.
+    ``fields`` are the fields of a row whose values form its text, by default title and text.
+    Raises InputError, which lists the invalid files and rows.
     """
     documents: list[Named] = []
     faults: list[str] = []
@@ -62,7 +62,7 @@ def read(paths: Sequence[str], stdin: BinaryIO, *, fields: Sequence[str] | None 
 
 
 def shown(path: str) -> str:
-    """A path as it can be printed, whatever bytes it has."""
+    """A path as printable text; bytes that are not UTF-8 are replaced."""
     return STDIN if path == "-" else os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -101,7 +101,7 @@ def _text(data: bytes) -> str:
 
 
 def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: list[str]) -> Iterator[Named]:
-    """The documents of one file. Faults of rows are appended to ``faults``, a fault of the whole is raised."""
+    """The documents of one file. Faults of rows are appended to ``faults``; a fault of the file is raised."""
     name, text = shown(path), _text(data)
     if not text.strip():
         raise FaultError(
@@ -119,7 +119,7 @@ def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: lis
 def _table(name: str, rows: Iterator[Row], fields: Sequence[str] | None, faults: list[str]) -> Iterator[Named]:
     wanted = fields or DEFAULT_FIELDS
     seen: set[str] = set()
-    lacking: list[str] = []  # faults of rows with none of the fields
+    lacking: list[str] = []  # faults of rows without any of the fields, reported only if no field is missing everywhere
     count = 0
     for line, row in rows:
         count += 1
@@ -149,7 +149,7 @@ def _row_name(name: str, line: int, row: object) -> str:
 
 
 def _jsonl(text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may contain U+2028
         if not line.strip():
             continue
         try:
@@ -158,7 +158,7 @@ def _jsonl(text: str) -> Iterator[Row]:
                 row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
         except json.JSONDecodeError as error:
             row = FaultError(f"expected a JSON object, got broken JSON ({error.msg}, column {error.colno})")
-        except ValueError:  # Python's limit of digits
+        except ValueError:  # more digits than Python converts to an integer
             row = FaultError("expected a JSON object, got a number of too many digits")
         except RecursionError:
             row = FaultError("expected a JSON object, got one nested too deeply")
@@ -181,14 +181,14 @@ def _delimited(delimiter: str) -> Callable[[str], Iterator[Row]]:
                     yield line, FaultError(f"expected each column once, got {', '.join(twice)} more often")
                     return
                 names = names or cells
-                line = reader.line_num + 1  # a row may have several
+                line = reader.line_num + 1  # a row may have several lines
         except csv.Error as error:
             yield line, FaultError(f"expected well-formed columns, got {error}")
 
     return rows
 
 
-# Ending of a file's name -> its rows. Everything else is one document.
+# File extension -> reader of its rows. Any other file is one document.
 ROWS: dict[str, Callable[[str], Iterator[Row]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,

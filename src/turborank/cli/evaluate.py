@@ -1,4 +1,4 @@
-"""``turborank evaluate``: measures of a model on a dataset, and the reports."""
+"""``turborank evaluate``: measure models on datasets and write reports."""
 
 from __future__ import annotations
 
@@ -15,51 +15,65 @@ if TYPE_CHECKING:
     from turborank.reranker import Reranker
 
 EXAMPLES = (
-    ("how much better than BM25 is the model that ships with turborank?", "turborank evaluate scifact"),
-    ("on your own data: a folder in BEIR layout, or a LlamaIndex JSON", "turborank evaluate my-data/ --out results/"),
-    ("two models side by side", "turborank evaluate nfcorpus --models jina-reranker-v1-tiny-en,path/to/mine"),
+    ("compare the embedded model with BM25", "turborank evaluate scifact"),
+    ("your own data: a folder in BEIR layout, or a LlamaIndex JSON file", "turborank evaluate my-data/ --out results/"),
+    ("compare two models", "turborank evaluate nfcorpus --models jina-reranker-v1-tiny-en,path/to/mine"),
     ("another first stage", "turborank evaluate trec-covid --run dense.trec --depth 50"),
-    ("two first stages, fused", "turborank evaluate trec-covid --run dense.trec --run bm25.trec"),
-    ("a third of the work on each of three machines", "turborank evaluate hotpotqa --shard 1/3"),
+    ("two first stages, fused by reciprocal ranks", "turborank evaluate trec-covid --run dense.trec --run bm25.trec"),
+    ("one third of the queries, on one of three machines", "turborank evaluate hotpotqa --shard 1/3"),
 )
 
 
 Datasets = Annotated[
     list[str] | None,
-    typer.Argument(help="Names (see --list), folders in BEIR layout, LlamaIndex JSON files.", show_default=False),
+    typer.Argument(
+        help="Dataset names (see --list), folders in BEIR layout, or LlamaIndex JSON files.", show_default=False
+    ),
 ]
 Models = Annotated[
     str | None,
     typer.Option(
-        "--models", "-m", help="Models, separated by commas; bm25 for none.", show_default="the one that ships"
+        "--models",
+        "-m",
+        help="Models, separated by commas; bm25: the first stage only.",
+        show_default="the embedded model",
     ),
 ]
-Depth = Annotated[
-    str, typer.Option(help="Candidates of each query that are reranked; auto: of 100, as many as are needed.")
-]
+Depth = Annotated[str, typer.Option(help="Candidates of each query to rerank; auto: chosen for each query, up to 100.")]
 Run = Annotated[
     list[Path] | None,
-    typer.Option(help="A TREC run to rerank; several are fused by reciprocal ranks.", show_default="BM25"),
+    typer.Option(help="TREC run to rerank; repeatable, several are fused by reciprocal ranks.", show_default="BM25"),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the results; what is there is continued.")]
-Shard = Annotated[str | None, typer.Option(help="k/n: the k-th of n parts of the queries.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Folder of the results; an evaluation found there is continued.")]
+Shard = Annotated[
+    str | None, typer.Option(help="k/n: evaluate the k-th of n parts of the queries.", show_default=False)
+]
 Measures = Annotated[
     str | None,
-    typer.Option(help="Separated by commas; the first is compared.", show_default="nDCG@10, R@100, MRR@10, …"),
+    typer.Option(
+        help="Measures, separated by commas; systems are compared by the first.",
+        show_default="nDCG@10, R@100, MRR@10, …",
+    ),
 ]
-Split = Annotated[str | None, typer.Option(help="Of the judgements.", show_default="the dataset's")]
+Split = Annotated[str | None, typer.Option(help="Split of the judgements (qrels).", show_default="the dataset's")]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Where datasets are kept.", show_default="TURBORANK_DATA, or the cache")
+    Path | None, typer.Option(help="Folder of the datasets.", show_default="TURBORANK_DATA, or the cache")
 ]
-Sample = Annotated[int | None, typer.Option(help="Evaluate this many queries only.", show_default="all")]
+Sample = Annotated[int | None, typer.Option(help="Evaluate a sample of this many queries.", show_default="all")]
 SkipConstant = Annotated[
     bool,
-    typer.Option("--skip-constant", help="Score no query whose candidates are judged alike: order is nothing to it."),
+    typer.Option(
+        "--skip-constant",
+        help="Skip queries whose candidates all have the same relevance; reranking cannot change their measures.",
+    ),
 ]
 KeepUnknown = Annotated[
-    bool, typer.Option("--keep-unknown", help="Count judged documents that are not in the corpus as not found.")
+    bool,
+    typer.Option(
+        "--keep-unknown", help="Keep judged documents that are not in the corpus; they count as not retrieved."
+    ),
 ]
-Listed = Annotated[bool, typer.Option("--list", help="List the datasets known by name.")]
+Listed = Annotated[bool, typer.Option("--list", help="List the datasets known by name, and exit.")]
 
 
 def evaluate(
@@ -83,9 +97,9 @@ def evaluate(
     offline: options.Offline = False,
     listed: Listed = False,
 ) -> None:
-    """Measure models on datasets: rerank a first stage, compare, report.
+    """Measure models on datasets: rerank the results of a first stage, compare, report.
 
-    Writes runs (TREC), per-query scores, manifests, report.md and report.html to --out. A run that was interrupted
+    Writes runs (TREC), per-query scores, manifests, report.md and report.html to --out. An interrupted evaluation
     continues where it stopped.
     """
     if listed:
@@ -160,6 +174,6 @@ def _list() -> None:
         table.add_column(column, justify="right" if column in ("queries", "documents") else "left", overflow="fold")
     for row in DATASETS.values():
         counts = ("–" if count is None else f"{count:,}" for count in (row.queries, row.documents))
-        table.add_row(row.name, row.group, *counts, row.licence, "download" if row.files else "put it there yourself")
+        table.add_row(row.name, row.group, *counts, row.licence, "download" if row.files else "manual")
     Console(width=options.width(), highlight=False, markup=False).print(table)
     print(f"\ngroups: {', '.join(GROUPS)}")

@@ -1,4 +1,4 @@
-"""``turborank export`` and ``turborank import``: models for other programs, and from ONNX files."""
+"""``turborank export`` and ``turborank import``: convert a model to the format of another program, or from ONNX."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ import typer
 from turborank.cli import options
 
 EXAMPLES = (
-    ("a graph for ONNX Runtime, checked against our logits", "turborank export my-model --to onnx --out my-model-onnx"),
+    (
+        "an ONNX graph, whose logits are compared with turborank's",
+        "turborank export my-model --to onnx --out my-model-onnx",
+    ),
     (
         "a folder for sentence-transformers' CrossEncoder",
         "turborank export my-bert-student --to sentence-transformers --out for-python",
     ),
 )
 
-Model = Annotated[str, typer.Argument(help="A name that `turborank models` lists, a folder, or a Hugging Face id.")]
-To = Annotated[str, typer.Option(help="onnx (any model), or sentence-transformers (BERT, XLM-RoBERTa, DeBERTa).")]
-Out = Annotated[Path, typer.Option(help="A new folder.")]
+Model = Annotated[str, typer.Argument(help="Name from `turborank models`, folder, or Hugging Face id.")]
+To = Annotated[
+    str, typer.Option(help="Format: onnx (any model) or sentence-transformers (BERT, XLM-RoBERTa, DeBERTa).")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write; must be new.")]
 
 
 def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> None:
-    """Write a model in another program's format.
+    """Convert a model to the format of another program.
 
-    onnx needs torch, and compares the graph's logits with ours where ONNX Runtime is installed.
+    onnx needs torch; if ONNX Runtime is installed, the graph's logits are compared with turborank's.
     """
     from turborank.export.folder import export as write
 
@@ -36,29 +41,30 @@ def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> 
 
 IMPORT_EXAMPLES = (
     (
-        "a cross-encoder quantised to 8 bits, its config.json and tokenizer.json beside it",
+        "a cross-encoder quantised to int8, with config.json and tokenizer.json in the same folder",
         "turborank import models/model.onnx --out my-reranker",
     ),
     (
-        "config and tokenizer from elsewhere",
+        "config and tokenizer from another folder",
         "turborank import model.onnx --config bert/config.json --tokenizer bert/tokenizer.json --out my-reranker",
     ),
 )
 
-Graph = Annotated[Path, typer.Argument(help="An ONNX file, float or dynamically quantised to 8 bits.")]
+Graph = Annotated[Path, typer.Argument(help="ONNX file, in floating point or dynamically quantised to int8.")]
 Config = Annotated[
-    Path | None, typer.Option(help="The model's config.json.", show_default="the one beside the ONNX file")
+    Path | None, typer.Option(help="config.json of the model.", show_default="in the folder of the ONNX file")
 ]
 Tokens = Annotated[
-    Path | None, typer.Option("--tokenizer", help="Its tokenizer.json.", show_default="the one beside the ONNX file")
+    Path | None,
+    typer.Option("--tokenizer", help="tokenizer.json of the model.", show_default="in the folder of the ONNX file"),
 ]
 
 
 def import_model(graph: Graph, out: Out, config: Config = None, tokenizer: Tokens = None) -> None:
     """Write the weights of an ONNX file as a model folder.
 
-    Needs the package onnx. Weights that were rounded to 8 bits stay rounded: the folder ranks like the graph, not like
-    the model it was made from.
+    Needs the package onnx. Quantised weights keep their int8 values, so the folder ranks like the ONNX graph and not
+    like the model before quantisation.
     """
     from turborank.checkpoint.from_onnx import import_onnx
 

@@ -1,8 +1,8 @@
-"""The command ``turborank``: parses, calls, prints.
+"""The command ``turborank``: the table of subcommands, error messages and exit codes.
 
-COMMANDS is the table of subcommands. A row's function has a typed signature and imports what is heavy inside its body,
-so that one subcommand never pays for another. A name of two words is a subcommand of a group, which GROUPS describes.
-Errors are one line on standard error and exit code 2.
+COMMANDS has one row for each subcommand. Its function has a typed signature and imports heavy libraries in its body, so
+that other subcommands start without them. A name of two words is a subcommand of a group in GROUPS.
+An error is one line on standard error, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from turborank.cli.train import (
 )
 from turborank.errors import TurborankError
 
-SIGPIPE = 13  # not every system's signal module has it
-UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what only writing meets
+SIGPIPE = 13  # a constant, because the signal module lacks it on some systems
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that only writing can cause
 
 
 class Command(NamedTuple):
-    """One subcommand: what it runs, and examples as (what for, command line)."""
+    """One subcommand: its function, and examples as (purpose, command line)."""
 
     run: Callable[..., Any]
     examples: tuple[tuple[str, str], ...]
@@ -81,12 +81,12 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(doctor, DOCTOR_EXAMPLES),
 }
 
-# The first word of names of two words, which has no work of its own.
+# Group (the first word of a name of two words) -> its help text.
 GROUPS: dict[str, str] = {
-    "distill": "Make a small reranker of your own: lists, a teacher's scores, and a student that learns from them.",
+    "distill": "Train a small reranker on training lists and teacher scores.",
 }
 
-# Libraries that only some subcommands need -> the extra that brings them.
+# Module of an optional library -> the extra that installs it.
 EXTRAS = {
     **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
     "pyarrow": "parquet",
@@ -95,7 +95,7 @@ EXTRAS = {
 
 
 def epilog(examples: Sequence[tuple[str, str]]) -> str:
-    """Examples in the markup of typer's help; each paragraph becomes a line."""
+    """Examples in rich markup for typer's help; each paragraph becomes a line."""
     return "\n\n".join(f"[dim]# {purpose}[/dim]\n{_escaped(line)}" for purpose, line in examples)
 
 
@@ -104,11 +104,11 @@ def _escaped(text: str) -> str:
 
 
 def build() -> typer.Typer:
-    """The application, from COMMANDS."""
+    """The typer application, built from COMMANDS."""
     app = typer.Typer(
         name="turborank",
         help="Rank documents by how well they answer a question, on your own machine.",
-        epilog=epilog([("the documents that answer best, first", 'turborank rank "why is the sky blue?" notes/*.md')]),
+        epilog=epilog([("sort files by relevance, best first", 'turborank rank "why is the sky blue?" notes/*.md')]),
         rich_markup_mode="rich",
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -135,14 +135,14 @@ def _version(wanted: bool) -> None:
 
 def _global(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit code. Everything that goes wrong on purpose ends in one line."""
+    """Run the command and return its exit code. Expected errors are printed as one line."""
     try:
         alone = " ".join(arguments) in ("", *GROUPS)
         code = build()(
@@ -163,11 +163,11 @@ def run(arguments: Sequence[str]) -> int:
         return _unread()
     except OSError as error:
         return _refused(error)
-    except SystemExit as leaving:  # what click makes of a broken pipe, before anyone else sees it
+    except SystemExit as leaving:  # click turns a broken pipe into SystemExit
         if isinstance(leaving.__context__, BrokenPipeError):
             return _unread()
         raise
-    except Exception as error:  # click's usage errors, whichever click typer brings along
+    except Exception as error:  # click's usage errors; checked by method, because typer may bundle its own click
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
@@ -176,13 +176,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _unread() -> int:
-    """The reader, say head, has seen enough. That is no fault: the code is that of any program whose pipe is closed."""
+    """Exit code when the reader of the pipe (such as ``head``) has closed it, as for a program killed by SIGPIPE."""
     _discard_output()
     return 128 + SIGPIPE
 
 
 def _refused(error: OSError) -> int:
-    """The system said no: the disk is full, a file may not be written."""
+    """Report an OSError: the disk is full, a file cannot be opened."""
     reason = error.strerror or str(error)
     if error.errno in UNWRITTEN:
         _discard_output()
@@ -191,7 +191,7 @@ def _refused(error: OSError) -> int:
 
 
 def _discard_output() -> None:
-    """What is still buffered would fail again at exit."""
+    """Redirect standard output to the null device, because flushing it at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -202,11 +202,11 @@ def _fail(message: str) -> int:
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """Entry point of the installed command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us; in this order, each gets its own descriptor
+        if getattr(sys, name) is None:  # closed by the parent process; in this order each gets its own file descriptor
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets a substitute, not a traceback
+        if hasattr(stream, "reconfigure"):  # print a substitute for characters that the terminal's encoding lacks
             stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))

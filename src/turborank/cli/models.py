@@ -1,4 +1,4 @@
-"""``turborank models``: the catalog, and where each model is."""
+"""``turborank models``: the catalog, and where each model is stored."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from turborank.cli import options
 SHORT = {"English": "en", "English, Chinese": "en zh", "multilingual": "many"}  # for a narrow table
 
 EXAMPLES = (
-    ("which models are there, and which need no download?", "turborank models"),
-    ("for programs", 'turborank models --json | jq -r ".[].name"'),
+    ("list the models, and which of them are on this machine", "turborank models"),
+    ("JSON output", 'turborank models --json | jq -r ".[].name"'),
 )
 
 
 def models(as_json: options.AsJson = False) -> None:
-    """List the models known by name: size, speed, length, languages, licence, published quality, and where they are.
+    """List the models known by name: size, speed, length, languages, licence, published quality, location.
 
-    Any folder in the published layout, and any Hugging Face id, can be given in place of a name. docs/models.md says
-    where the quality figures come from.
+    A folder in the published layout or a Hugging Face id can be used in place of a name. docs/models.md has the sources
+    of the quality figures.
     """
     from turborank import catalog
 
@@ -75,21 +75,21 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ]
         table.add_row(*cells)
     Console(width=options.width(), highlight=False, markup=False).print(table)
-    print("\n* the default. A folder or a Hugging Face id can be given in place of a name.")
+    print("\n* the default. A folder or a Hugging Face id can be used in place of a name.")
     print("† no commercial use.")
-    print("speed: by the work that the shape makes; fast is MiniLM-L6's class. MTEB: nDCG@10, English, as published.\n")
+    print("speed: by operations per token; fast: about MiniLM-L6. MTEB: nDCG@10, English, as published.\n")
     print("Where to begin:")
     for need, name in catalog.PICKS:
         print(f"  {need}: {name}")
 
 
 def size(parameters: int) -> str:
-    """A number of parameters in millions, as model names have it."""
+    """A number of parameters in millions, such as "33.2 M"."""
     return f"{parameters / 1e6:,.1f} M" if parameters < 1e8 else f"{parameters / 1e6:,.0f} M"
 
 
 def where(row: object) -> str:
-    """``embedded``, ``cache``, ``hub``, or why the model cannot be had."""
+    """``embedded``, ``cache`` (downloaded), ``hub`` (not yet downloaded), or why the model is unavailable."""
     from turborank.architectures import ARCHITECTURES
     from turborank.catalog import Model
     from turborank.checkpoint import hub

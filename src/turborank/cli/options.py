@@ -1,4 +1,4 @@
-"""Options that several subcommands share, so that one word means one thing everywhere."""
+"""Options and progress output shared by several subcommands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import typer
 if TYPE_CHECKING:
     from turborank import types
 
-WIDTH = 100  # of tables when standard output is not a terminal
-LOG_EVERY = 30.0  # seconds between two lines about one piece of work when standard error is not a terminal
+WIDTH = 100  # columns of tables when standard output is not a terminal
+LOG_EVERY = 30.0  # seconds between progress lines when standard error is not a terminal
 
 
 Model = Annotated[
@@ -24,33 +24,35 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A name that `turborank models` lists, a folder, or a Hugging Face id.",
-        show_default="the one that ships with turborank",
+        help="Name from `turborank models`, folder, or Hugging Face id.",
+        show_default="the embedded model",
     ),
 ]
 Engine = Annotated[str, typer.Option(help="auto, native, torch or reference.")]
-Precision = Annotated[str, typer.Option(help="auto, or one that the engine has: int8, bf16, fp32.")]
-Length = Annotated[str, typer.Option(help="What to do with long documents: truncate, windows (read it all) or error.")]
+Precision = Annotated[str, typer.Option(help="auto, int8, bf16 or fp32, as far as the engine has it.")]
+Length = Annotated[
+    str, typer.Option(help="What to do with long documents: truncate, windows (read all of it) or error.")
+]
 MaxLength = Annotated[
-    int | None, typer.Option(help="Tokens read of a question with a document.", show_default="the model's")
+    int | None, typer.Option(help="Maximum tokens of a query with a document.", show_default="the model's")
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="File that `turborank calibrate` made.", show_default="calibration.json of the model"),
+    typer.Option(help="Calibration file from `turborank calibrate`.", show_default="calibration.json of the model"),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", show_default="all cores")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Threads = Annotated[int | None, typer.Option(help="Number of compute threads.", show_default="all cores")]
+Offline = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def width() -> int:
-    """Columns to fill: COLUMNS, or the terminal's, or WIDTH."""
+    """Width of tables in columns: COLUMNS, else the terminal's, else WIDTH."""
     return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 @contextmanager
 def progress() -> Iterator[types.StartProgress]:
-    """A bar for every piece of long work, on standard error; where that is no terminal, a line now and then."""
+    """A function that starts a progress bar on standard error; without a terminal, a line every LOG_EVERY seconds."""
     if not sys.stderr.isatty():
         yield _logged
         return
@@ -74,7 +76,7 @@ def progress() -> Iterator[types.StartProgress]:
 
 
 def _logged(what: str) -> types.Progress:
-    """Lines after the first LOG_EVERY seconds; the last one when the work is done."""
+    """Progress as lines: the first after LOG_EVERY seconds, and, if there was one, a last one at the end."""
     started = said = time.monotonic()
     spoken = False
 

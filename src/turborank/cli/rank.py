@@ -1,4 +1,4 @@
-"""``turborank rank``: a question, some files, and the files in order."""
+"""``turborank rank``: rank documents from files or standard input for a query."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ EXAMPLES = (
     ("each row is a document", 'turborank rank "can I keep a book longer?" examples/texts/faq.jsonl'),
     ("choose the fields of a row", 'turborank rank "red wine" wines.csv --field name --field notes'),
     ("each line of standard input is a document", 'grep -i error app.log | turborank rank "disk full" --top-n 5'),
-    ("for programs", 'turborank rank "tides" examples/texts/*.md --json | jq -r ".results[].name"'),
+    ("JSON output", 'turborank rank "tides" examples/texts/*.md --json | jq -r ".results[].name"'),
     ("read long documents to their end", 'turborank rank "sun valve" examples/texts/lighthouses.md --length windows'),
 )
-MAX_NOTES = 5  # cut, or blank, documents that are named; the rest are counted
-PATIENCE = 0.5  # seconds before a progress bar appears
+MAX_NOTES = 5  # truncated or empty documents that are named; the rest are counted
+PATIENCE = 0.5  # seconds before the progress bar appears
 
 
 def rank(
-    query: Annotated[str, typer.Argument(help="The question.", show_default=False)],
+    query: Annotated[str, typer.Argument(help="The query, such as a question.", show_default=False)],
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text files, one document each; .jsonl, .csv or .tsv files (in both, double quotes quote), "
-            'one document a row; "-" or nothing: standard input, one document a line.',
+            help="Text files, one document each; .jsonl, .csv or .tsv files (double quotes quote in both), "
+            'one document per row; "-" or nothing: standard input, one document per line.',
             show_default=False,
         ),
     ] = None,
     model: options.Model = None,
-    top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Show the best.", show_default="all")] = None,
+    top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Documents to show.", show_default="all")] = None,
     threshold: Annotated[
         str | None,
         typer.Option(
-            help="Least score to show, 0 to 1; of a calibrated model also precision=0.9, recall=0.9 or "
+            help="Minimum score to show, 0 to 1; for a calibrated model also precision=0.9, recall=0.9 or "
             "probability=0.5.",
             show_default="none",
         ),
@@ -64,12 +64,12 @@ def rank(
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
-    """Rank documents by how well they answer a question.
+    """Rank documents by their relevance to a query.
 
-    The score, between 0 and 1, is the sigmoid of the model's logit and is about the whole document.
-    The passage shown is the sentence that shares most words with the question; words that few sentences have count
-    more, and words of up to three letters only where the question has no longer ones.
-    What was not read is said below the table.
+    The score, between 0 and 1, is the sigmoid of the model's logit for the whole document.
+    The passage shown is the sentence that shares most words with the query; rare words count more, and words of up to
+    three letters count only if the query has no longer ones.
+    Truncated documents are listed below the table.
     """
     from turborank.reranker import Reranker
 
@@ -101,7 +101,7 @@ def _least(reranker: Reranker, calibration: Path | None, threshold: str | None) 
 
 
 def _checked(threshold: str | None) -> float | str | None:
-    """A number as such, or a target as it is."""
+    """The threshold as a number, or as a checked target string. Raises InputError for an invalid target."""
     try:
         return None if threshold is None else float(threshold)
     except ValueError:
@@ -112,7 +112,7 @@ def _checked(threshold: str | None) -> float | str | None:
 
 
 def described(reranker: Reranker) -> str:
-    """Engine, precision and instruction set in a few words."""
+    """Engine, precision and instruction set, such as "native int8 avx2"."""
     engine = reranker.engine
     return " ".join(dict.fromkeys(part for part in (engine.name, engine.precision, engine.isa) if part))
 
@@ -120,7 +120,7 @@ def described(reranker: Reranker) -> str:
 def _documents(
     query: str, files: Sequence[str], fields: Sequence[str] | None, threshold: float | str | None, top_n: int | None
 ) -> list[Named]:
-    """All that can be wrong with the request is found before the model is loaded."""
+    """Read the documents and check all arguments before the model is loaded. Raises InputError."""
     from turborank.cli import documents
 
     if not query.strip():
@@ -139,7 +139,7 @@ def _documents(
 
 
 def _ranking(reranker: Reranker, query: str, documents: Sequence[Named]) -> list[Ranked]:
-    """All documents in order. What is too long is named as the user knows it."""
+    """All documents, best first. A TooLongError gets the document's name."""
     progress = _Progress()
     try:
         return reranker.rank(query, [document.text for document in documents], progress=progress)
@@ -150,7 +150,7 @@ def _ranking(reranker: Reranker, query: str, documents: Sequence[Named]) -> list
 
 
 class _Progress:
-    """A bar on standard error, if that is a terminal and the work turns out to be long."""
+    """A progress bar on standard error, if that is a terminal, after PATIENCE seconds."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -226,7 +226,7 @@ def _print_table(words: Sequence[str], documents: Sequence[Named], ranking: Sequ
 
 
 def _notes(documents: Sequence[Named], ranking: Sequence[Ranked], shown: int, how: str) -> list[str]:
-    """What there is to say below the table: how many, how fast, by what, and every token that was not read."""
+    """The lines below the table: number of documents, time, engine, and truncated documents."""
     count = f"{shown} of {len(documents)}" if shown < len(documents) else str(len(documents))
     lines = [f"{count} {'document' if len(documents) == 1 else 'documents'} · {how}"]
     if not shown:
@@ -242,7 +242,7 @@ def _notes(documents: Sequence[Named], ranking: Sequence[Ranked], shown: int, ho
 
 
 def _warn_of_blanks(documents: Sequence[Named]) -> None:
-    """Rows without text are ranked, but it is seldom meant."""
+    """Warn of documents without text, which are ranked but are probably a mistake."""
     blank = [printable(document.name) for document in documents if not document.text.strip()]
     for name in blank[:MAX_NOTES]:
         print(f"turborank: {name} has no text", file=sys.stderr)
@@ -251,7 +251,7 @@ def _warn_of_blanks(documents: Sequence[Named]) -> None:
 
 
 def query_words(query: str) -> list[str]:
-    """The words of a question that say something: four letters or more, or digits; all of them if there are none."""
+    """Words of the query with four or more letters, and numbers; all words if there are none of these."""
     words = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
     return [word for word in words if len(word) > 3 or word.isdigit()] or words
 
@@ -261,14 +261,14 @@ def _any_word(words: Sequence[str]) -> str:
 
 
 def _stem(word: str) -> str:
-    """A crude stem: enough for ``bees``/``bee`` and ``choosing``/``choose``; only what is displayed depends on it."""
+    """A simple stem (``bees``/``bee``, ``choosing``/``choose``), used only to select and highlight the passage."""
     if len(word) > 6:
         return word[:-3]
     return word.removesuffix("s").removesuffix("e") if len(word) > 3 else word
 
 
 def passage(words: Sequence[str], text: str) -> str:
-    """The sentence of ``text`` that shares most with ``words``, rarer words counting more; the first if none does."""
+    """The sentence of ``text`` that shares most words with ``words``, weighted by rarity; ties go to the first."""
     sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip(" #*-=\n")] or [text]
     stems = [_stem(word) for word in words]
     found = [{stem for stem in stems if re.search(rf"\b{re.escape(stem)}", sentence.lower())} for sentence in sentences]
@@ -278,12 +278,12 @@ def passage(words: Sequence[str], text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """One line without control characters, which could otherwise rewrite the terminal."""
+    """The text as one line without control characters, which could change the terminal's state."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def shorten(text: str, width: int) -> str:
-    """At most ``width`` characters, cut between words and marked where it was cut."""
+    """The text as one line of at most ``width`` characters, cut between words with "…" at the end."""
     line = printable(text).lstrip("#*- ")
     if len(line) <= width:
         return line

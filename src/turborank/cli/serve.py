@@ -1,4 +1,4 @@
-"""``turborank serve`` and ``turborank keys``: the service, and the keys to its door."""
+"""``turborank serve`` and ``turborank keys``: the HTTP server and its API keys."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from turborank.serve.config import Settings
 
 EXAMPLES = (
-    ("the model that ships with turborank, for this machine only", "turborank serve"),
-    ("for others, with keys", "turborank keys new search-team && turborank serve --host 0.0.0.0 --keys keys.toml"),
+    ("the embedded model, for this machine only", "turborank serve"),
     (
-        "two models, and the name an existing client asks for",
+        "for other machines, with API keys",
+        "turborank keys new search-team && turborank serve --host 0.0.0.0 --keys keys.toml",
+    ),
+    (
+        "two models, and an alias for a client with a fixed model name",
         "turborank serve --model jina-reranker-v1-turbo-en --model mine=./my-model --alias rerank-v3.5=mine",
     ),
-    ("the same settings from the environment", "TURBORANK_PORT=9000 TURBORANK_MAX_DOCUMENTS=500 turborank serve"),
-    ("or from a file", "turborank serve --config turborank.toml"),
+    ("settings from the environment", "TURBORANK_PORT=9000 TURBORANK_MAX_DOCUMENTS=500 turborank serve"),
+    ("settings from a file", "turborank serve --config turborank.toml"),
 )
 KEYS_EXAMPLES = (
-    ("a key for everything", "turborank keys new search-team"),
-    ("a key for one model, 600 requests a minute", "turborank keys new trial --model mine --requests-per-minute 600"),
+    ("a key for all models", "turborank keys new search-team"),
+    ("a key for one model, 600 requests per minute", "turborank keys new trial --model mine --requests-per-minute 600"),
 )
 DEFAULT_KEYS = "keys.toml"
 
@@ -45,13 +48,13 @@ def _serve(config: str | None, given: Mapping[str, Any]) -> None:
 
 
 def _with_options(run: Callable[[str | None, Mapping[str, Any]], None]) -> Callable[..., None]:
-    """A command whose options are the settings: name, type, help and group come from the one table."""
+    """A command with one option for each setting; name, type, help and group come from the settings table."""
     from turborank.serve.config import FIELDS, TYPES
 
     def _command(config: Any = None, **given: Any) -> None:
         run(config, given)
 
-    option = typer.Option(help="TOML file of settings; their names are those of the options, with underscores.")
+    option = typer.Option(help="TOML file of settings, named as the options with underscores.")
     parameters = [_keyword("config", Annotated[str | None, option])]
     for name, field in FIELDS.items():
         flag = "--" + name.replace("_", "-")
@@ -69,11 +72,11 @@ def _with_options(run: Callable[[str | None, Mapping[str, Any]], None]) -> Calla
         parameters.append(_keyword(name, Annotated[kind, option]))
     _command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     _command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    _command.__doc__ = """Serve rerankers over HTTP, in the dialects that rerank clients already speak.
+    _command.__doc__ = """Serve rerankers over HTTP, compatible with existing rerank clients.
 
-    Any client of Jina, Cohere, Voyage, vLLM, Infinity or text-embeddings-inference works when its base URL points here;
-    open the address in a browser to try it. Every option can also be set in the environment (TURBORANK_MAX_DOCUMENTS)
-    and in a TOML file (max_documents); options win over the environment, which wins over the file.
+    Clients of Jina, Cohere, Voyage, vLLM, Infinity and text-embeddings-inference work with this address as base URL.
+    Open the address in a browser to try it. Every option can also be set in the environment (TURBORANK_MAX_DOCUMENTS)
+    and in a TOML file (max_documents). Options take precedence over the environment, and it over the file.
     """
     return _command
 
@@ -86,16 +89,16 @@ serve = _with_options(_serve)
 
 
 def keys(
-    action: Annotated[str, typer.Argument(help="What to do: new.")],
-    name: Annotated[str, typer.Argument(help="Whose key it is, for logs and limits.")],
-    file: Annotated[Path, typer.Option(help="The key file; made if it does not exist.")] = Path(DEFAULT_KEYS),
+    action: Annotated[str, typer.Argument(help="The action: new.")],
+    name: Annotated[str, typer.Argument(help="Name of the key, for logs and rate limits.")],
+    file: Annotated[Path, typer.Option(help="Key file; created if it does not exist.")] = Path(DEFAULT_KEYS),
     model: Annotated[
-        list[str] | None, typer.Option(help="A model it may use; may be repeated.", show_default="all")
+        list[str] | None, typer.Option(help="Model that the key may use; repeatable.", show_default="all")
     ] = None,
-    requests_per_minute: Annotated[int, typer.Option(min=0, help="0: as the server's setting says.")] = 0,
-    tokens_per_minute: Annotated[int, typer.Option(min=0, help="0: as the server's setting says.")] = 0,
+    requests_per_minute: Annotated[int, typer.Option(min=0, help="Request limit; 0: the server's setting.")] = 0,
+    tokens_per_minute: Annotated[int, typer.Option(min=0, help="Token limit; 0: the server's setting.")] = 0,
 ) -> None:
-    """Make an API key. It is shown once; the file keeps only its hash, and a running server reads the file again."""
+    """Create an API key and print it once. The file stores only its hash; a running server reads the file again."""
     from turborank.serve import auth as ring
 
     if action != "new":
@@ -104,4 +107,4 @@ def keys(
         )
     secret = ring.new(file, name, models=tuple(model or ()), requests=requests_per_minute, tokens=tokens_per_minute)
     print(secret)
-    typer.echo(f"The key of {name!r}. It is shown only now; {file} keeps its hash.", err=True)
+    typer.echo(f"API key {name!r}: copy it now, because {file} stores only its hash.", err=True)

@@ -1,4 +1,4 @@
-"""``turborank distill student``, ``recover``, ``train`` and ``ship``: from a teacher's scores to a model folder."""
+"""``turborank distill student``, ``recover``, ``train``, ``report`` and ``ship``: train a student model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from turborank.distill.trainer import Schedule
 
 STUDENT_EXAMPLES = (
-    ("a BERT that reads 512 tokens, made to read 8,192", "turborank distill student alibi --from all-MiniLM-L6-v2/"),
-    ("four layers of a cross-encoder", "turborank distill student layers --from ms-marco-MiniLM-L-6-v2 --layers 4"),
-    ("from nothing, with its own vocabulary", "turborank distill student scratch --shape tiny --texts lists/"),
+    (
+        "convert a BERT of 512 tokens to ALiBi and 8,192 tokens",
+        "turborank distill student alibi --from all-MiniLM-L6-v2/",
+    ),
+    (
+        "keep four layers of a cross-encoder",
+        "turborank distill student layers --from ms-marco-MiniLM-L-6-v2 --layers 4",
+    ),
+    ("random weights and a new vocabulary", "turborank distill student scratch --shape tiny --texts lists/"),
 )
 RECOVER_EXAMPLES = (
     (
-        "teach the student without positions what its source reads",
+        "train an ALiBi student to reproduce the hidden states of its source",
         "turborank distill recover student/ --source all-MiniLM-L6-v2/ --texts lists/ --steps 600 --out recovered/",
     ),
 )
@@ -31,96 +37,122 @@ TRAIN_EXAMPLES = (
         "labels and two teachers",
         "turborank distill train lists/ --student recovered/final -t minilm:20 -t bm25:0.9:z --loss infonce:1,kl:1",
     ),
-    ("labels alone", "turborank distill train lists/ --student student/ --loss infonce"),
+    ("labels only", "turborank distill train lists/ --student student/ --loss infonce"),
     ("four GPUs", "torchrun --nproc-per-node 4 -m turborank distill train lists/ --student student/ -t ce"),
 )
-REPORT_EXAMPLES = (("how is it going?", "turborank distill report run"),)
+REPORT_EXAMPLES = (("write the report of a run in progress", "turborank distill report run"),)
 SHIP_EXAMPLES = (
     (
-        "two runs averaged, scores calibrated on held-out queries, int8",
+        "average two runs, calibrate scores on held-out queries, store as int8",
         "turborank distill ship run-0/best run-1/best --calibrate lists/ --int8 --out my-reranker/",
     ),
 )
 
-Out = Annotated[Path, typer.Option(help="Folder of the run; what is there is continued.")]
-Steps = Annotated[int, typer.Option(help="Steps of the schedule.")]
-Stop = Annotated[int | None, typer.Option(help="Leave at this step, to be continued.", show_default=False)]
-Budget = Annotated[int, typer.Option(help="Tokens of a step.")]
-Rate = Annotated[float, typer.Option("--learning-rate", "--lr", help="The highest one.")]
-Warmup = Annotated[int, typer.Option(help="Steps until it is reached.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run; a run found there is continued.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps of the schedule.")]
+Stop = Annotated[
+    int | None, typer.Option(help="Stop at this step; the same command without --stop continues.", show_default=False)
+]
+Budget = Annotated[int, typer.Option(help="Maximum tokens of a step.")]
+Rate = Annotated[float, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")]
+Warmup = Annotated[int, typer.Option(help="Warm-up steps to the peak learning rate.")]
 Average = Annotated[
-    float, typer.Option(help="Keep a moving average of the weights with this factor, and ship that; 0: none.")
+    float,
+    typer.Option(help="Decay of the moving average of the weights, which becomes the final model; 0: no average."),
 ]
 Save = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
-Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Type of products; the weights are kept in fp32.")]
-Recompute = Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, a third slower.")]
-TrainWords = Annotated[bool, typer.Option("--train-words", help="Train the word embeddings, too.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
+Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Precision of matrix products; weights stay in fp32.")]
+Recompute = Annotated[
+    bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, about a third slower.")
+]
+TrainWords = Annotated[bool, typer.Option("--train-words", help="Also train the word embeddings.")]
 
-Folder = Annotated[Path, typer.Argument(help="The training folder (turborank distill lists).")]
-StudentModel = Annotated[str, typer.Option(help="The model training begins with: folder or name.")]
+Folder = Annotated[Path, typer.Argument(help="Training folder, from turborank distill lists.")]
+StudentModel = Annotated[str, typer.Option(help="Initial model: folder or name.")]
 Teachers = Annotated[
     list[str] | None,
-    typer.Option("--teacher", "-t", help="NAME[:WEIGHT[:NORM]] of scores in the folder.", show_default=False),
+    typer.Option(
+        "--teacher",
+        "-t",
+        help="NAME[:WEIGHT[:NORM]] of teacher scores in the folder; several are fused.",
+        show_default=False,
+    ),
 ]
 Losses = Annotated[
-    str | None, typer.Option(help="NAME:WEIGHT,…", show_default="infonce:1,kl:1; without a teacher infonce")
+    str | None, typer.Option(help="Losses, as NAME:WEIGHT,…", show_default="infonce:1,kl:1; without a teacher infonce")
 ]
 Dev = Annotated[
-    list[Path] | None, typer.Option(help="Folders with held-out queries.", show_default="the training folder")
+    list[Path] | None,
+    typer.Option(help="Folder with held-out queries; repeatable.", show_default="the training folder"),
 ]
-Documents = Annotated[int, typer.Option(min=2, help="Documents of a list.")]
-QueryTokens = Annotated[int, typer.Option(help="Tokens read of a query.")]
-DocumentTokens = Annotated[str, typer.Option(help="Tokens read of a document; each step draws one.")]
+Documents = Annotated[int, typer.Option(min=2, help="Documents of each list.")]
+QueryTokens = Annotated[int, typer.Option(help="Maximum tokens of a query.")]
+DocumentTokens = Annotated[str, typer.Option(help="Maximum tokens of a document; each step draws one of these values.")]
 LongTokens = Annotated[
-    str, typer.Option(help="Tokens of the long steps, where documents hide among others; empty: none.")
+    str,
+    typer.Option(
+        help="Document tokens of the long steps, which embed documents in longer texts; empty: no long steps."
+    ),
 ]
-LongEvery = Annotated[int, typer.Option(help="Steps between long ones.")]
+LongEvery = Annotated[int, typer.Option(help="Every how many steps a long step takes place.")]
 Shares = Annotated[
-    list[str] | None, typer.Option(help="SOURCE=NUMBER: draws per query, relative.", show_default="1 each")
+    list[str] | None,
+    typer.Option(
+        help="SOURCE=NUMBER: relative frequency with which a source's queries are drawn.", show_default="1 each"
+    ),
 ]
-EvaluateEvery = Annotated[int, typer.Option(help="Steps between measurements of nDCG@10.")]
-Patience = Annotated[int, typer.Option(help="Measurements without a better one before it ends; 0: never.")]
-DevQueries = Annotated[int, typer.Option(min=1, help="Held-out queries that are measured, of each folder.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens of a pair when measuring.")]
-Margin = Annotated[float, typer.Option(help="Teacher's margin over the labelled one of a suspected false negative.")]
+EvaluateEvery = Annotated[int, typer.Option(help="Steps between evaluations of nDCG@10.")]
+Patience = Annotated[
+    int, typer.Option(help="Early stopping: evaluations without improvement before training ends; 0: off.")
+]
+DevQueries = Annotated[int, typer.Option(min=1, help="Maximum held-out queries evaluated in each folder.")]
+MaxLength = Annotated[int, typer.Option(help="Maximum tokens of a pair in evaluation.")]
+Margin = Annotated[
+    float, typer.Option(help="Minimum teacher-score difference to the labelled document of a suspected false negative.")
+]
 InnerTerms = Annotated[
     list[str] | None,
     typer.Option(
         "--inner",
-        help="hidden:MODEL[:WEIGHT] or relations:MODEL[:WEIGHT]: also learn from inside a cross-encoder.",
+        help="hidden:MODEL[:WEIGHT] or relations:MODEL[:WEIGHT]: also match a cross-encoder's inner layers.",
         show_default=False,
     ),
 ]
 
 
 def student(
-    recipe: Annotated[str, typer.Argument(help="alibi, layers or scratch.")],
-    source: Annotated[str | None, typer.Option("--from", help="The model it is made from.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="The model folder to write.")] = Path("student"),
+    recipe: Annotated[str, typer.Argument(help="Recipe: alibi, layers or scratch.")],
+    source: Annotated[str | None, typer.Option("--from", help="Source model.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Model folder to write.")] = Path("student"),
     layers: Annotated[
         str | None,
-        typer.Option(help="How many, or which (0,2,4).", show_default="the source's or shape's; recipe layers: 4"),
+        typer.Option(
+            help="Number of layers, or indices (0,2,4).", show_default="the source's or shape's; recipe layers: 4"
+        ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
-            help="Of alibi or scratch: focus, cosine or classifier.", show_default="alibi: focus; scratch: classifier"
+            help="Head (not for layers): focus, cosine or classifier.", show_default="alibi: focus; scratch: classifier"
         ),
     ] = None,
     slopes: Annotated[
-        str | None, typer.Option(help="gentle, standard or halved-tail.", show_default="the recipe's")
+        str | None, typer.Option(help="ALiBi slopes: gentle, standard or halved-tail.", show_default="the recipe's")
     ] = None,
-    shape: Annotated[str, typer.Option(help="Of scratch: turbo, tiny, embedded or micro.")] = "tiny",
+    shape: Annotated[str, typer.Option(help="Shape, for scratch: turbo, tiny, embedded or micro.")] = "tiny",
     texts: Annotated[
         Path | None,
-        typer.Option(help="A training folder: its texts match heads, or make the vocabulary.", show_default=False),
+        typer.Option(
+            help="Training folder whose texts are used to match heads (alibi) or to build the vocabulary (scratch).",
+            show_default=False,
+        ),
     ] = None,
-    vocabulary: Annotated[str, typer.Option(help="Of scratch: wordpiece or bpe.")] = "wordpiece",
-    vocabulary_size: Annotated[int, typer.Option(help="Of scratch: pieces at most.")] = 16_384,
+    vocabulary: Annotated[str, typer.Option(help="Tokenizer, for scratch: wordpiece or bpe.")] = "wordpiece",
+    vocabulary_size: Annotated[int, typer.Option(help="Maximum vocabulary size, for scratch.")] = 16_384,
     seed: Seed = 0,
 ) -> None:
-    """Make the model that training begins with."""
+    """Write the initial model for training."""
     from turborank.distill import students
     from turborank.errors import InputError, UnknownKeyError
 
@@ -152,9 +184,9 @@ def student(
 
 
 def recover(
-    student: Annotated[Path, typer.Argument(help="A student of recipe alibi.")],
-    source: Annotated[Path, typer.Option(help="The BERT it was made from (sentence-transformers folder).")],
-    texts: Annotated[Path, typer.Option(help="A training folder: queries and passages to read.")],
+    student: Annotated[Path, typer.Argument(help="Student of the recipe alibi.")],
+    source: Annotated[Path, typer.Option(help="The student's source BERT (sentence-transformers folder).")],
+    texts: Annotated[Path, typer.Option(help="Training folder with the texts: queries and passages.")],
     long: Annotated[
         list[Path] | None, typer.Option(help="JSON lines with long documents (text or passage).", show_default=False)
     ] = None,
@@ -166,15 +198,17 @@ def recover(
     warmup: Warmup = 20,
     average: Average = 0.98,
     save_every: Save = 50,
-    long_tokens: Annotated[str, typer.Option(help="Tokens of the long documents.")] = "1024,2048,4096",
+    long_tokens: Annotated[
+        str, typer.Option(help="Maximum tokens of long documents; each step draws one of these values.")
+    ] = "1024,2048,4096",
     bf16: Bf16 = True,
     recompute: Recompute = False,
     threads: options.Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Teach an ALiBi student, layer by layer, the hidden states of the BERT it was made from.
+    """Train an ALiBi student, layer by layer, to reproduce the hidden states of its source BERT.
 
-    Reads plain text; needs no label. Ends where the bi-encoder ranks; `train` goes on from there.
+    Needs texts only, no labels. The result ranks like the source bi-encoder; continue with `train`.
     """
     from turborank.distill import train
 
@@ -220,10 +254,11 @@ def train(
     threads: options.Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Train a student on lists of documents: labels, teachers' scores, or both.
+    """Train a student on lists of documents with labels, teacher scores, or both.
 
-    Measures nDCG@10 of held-out queries with the engine that will serve it; keeps the best in best/, the last in
-    final/, the curves in report.html. Interrupted, the same command goes on, to the same bits on a CPU.
+    Evaluates nDCG@10 on held-out queries with the engine used for inference. Writes the best model to best/, the last
+    to final/, and the curves to report.html. After an interruption the same command continues; on a CPU the result has
+    the same bits.
     """
     from turborank.distill import train
     from turborank.distill.batches import BatchOptions
@@ -245,24 +280,25 @@ def train(
     print(result)
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a run, under way or finished.")]) -> None:
-    """Write report.html: the curves of a run of recover or train so far, as one page that needs no network."""
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run, in progress or finished.")]) -> None:
+    """Write report.html, one self-contained page with the curves of a run of recover or train so far."""
     from turborank.distill.report import write_report
 
     print(write_report(run))
 
 
 def ship(
-    models: Annotated[list[Path], typer.Argument(help="Model folders; several are averaged.")],
-    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    models: Annotated[list[Path], typer.Argument(help="Model folders; the weights of several are averaged.")],
+    out: Annotated[Path, typer.Option(help="Model folder to write.")],
     calibrate: Annotated[
-        Path | None, typer.Option(help="A training folder: fit scores on its held-out queries.", show_default=False)
+        Path | None,
+        typer.Option(help="Training folder on whose held-out queries scores are calibrated.", show_default=False),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Store matrices as int8: a quarter of the bytes.")] = False,
-    max_length: Annotated[int, typer.Option(help="Tokens of a pair when calibrating.")] = 512,
+    int8: Annotated[bool, typer.Option("--int8", help="Store matrices as int8, in a quarter of the bytes.")] = False,
+    max_length: Annotated[int, typer.Option(help="Maximum tokens of a pair in calibration.")] = 512,
     threads: options.Threads = None,
 ) -> None:
-    """Average trained models, calibrate their scores, write the folder that Reranker loads."""
+    """Average trained models, calibrate their scores, and write a folder that Reranker can load."""
     from turborank.distill import ship as shipping
     from turborank.distill.folder import TrainingFolder
     from turborank.distill.train import ServingOptions
@@ -314,7 +350,7 @@ def _shares(values: Sequence[str]) -> dict[str, float]:
 
 
 def _probes(texts: Path | None) -> Sequence[str]:
-    """Sixteen longer texts of a training folder."""
+    """Up to sixteen texts of at least 50 words from a training folder."""
     if texts is None:
         return ()
     found = [text for text in _all_texts(texts) if len(text.split()) >= 50]
@@ -347,7 +383,7 @@ def _told(name: str, value: float) -> str:
 
 @contextmanager
 def _curve(what: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
-    """Live loss, nDCG, speed and time left, on standard error; without a terminal a line now and then."""
+    """Progress on standard error: loss, nDCG, speed, time left; without a terminal, a line every 20 steps."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -94,9 +94,7 @@ def check_certificate(settings: Settings) -> None:
     if settings.tls_certificate:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(
-                settings.tls_certificate, settings.tls_key, password=""
-            )  # never prompts for a passphrase
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")  # "": never prompts
         except (OSError, ssl.SSLError) as error:
             raise InputError(
                 f"expected a PEM certificate at {settings.tls_certificate} and its key at {settings.tls_key}, "
