@@ -58,6 +58,7 @@ public:
     // Seconds by Part, summed over threads and calls.
     std::array<double, kParts> spent();
 
+    const Weights& weights() const { return weights_; }
     const Shape& shape() const { return weights_.shape; }
     const Kernels& kernels() const { return *kernels_; }
 

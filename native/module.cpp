@@ -61,6 +61,13 @@ public:
         engine_ = std::make_unique<Engine>(weights_of(shape_of([&](const char* name) { return nb::cast<float>(config[name]); }), arrays, *kernels), kernels);
     }
 
+    // After a fork, in the child: the old engine's threads are the parent's and its lock may be held by one of them. It can
+    // be neither used nor destroyed, so it is left where it is; its pages are the parent's until they are written.
+    void renew() {
+        const Engine* old = engine_.release();
+        engine_ = std::make_unique<Engine>(old->weights(), &old->kernels());
+    }
+
     nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {
         return run(ids, types, offsets, threads, nullptr);
     }
@@ -104,12 +111,16 @@ private:
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // A process may end while engines are in use (an exception, sys.exit with a pool of threads). The system takes all back;
+    // nanobind's report of what still lived would tell a user nothing.
+    nb::set_leak_warnings(false);
     m.doc() = "turborank's C++ engine; see turborank.engines.native and docs/kernels.md.";
     nb::class_<Model>(m, "Model")
         .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&>(), nb::arg("config"), nb::arg("packed"),
              nb::arg("precision"), nb::arg("isa"))
         .def("logits", &Model::logits, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
         .def("layers", &Model::layers, nb::arg("input_ids"), nb::arg("type_ids"), nb::arg("cu_seqlens"), nb::arg("threads"))
+        .def("renew", &Model::renew, "In a forked child: start anew without the parent's threads and locks.")
         .def("spent", &Model::spent, "Thread-seconds of all calls so far by part of the work.")
         .def_prop_ro("kernel", &Model::kernel, "The matrix product's instruction.")
         .def_prop_ro("attention", &Model::attention, "The element type of attention.");

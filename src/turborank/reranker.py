@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +24,8 @@ from turborank import checkpoint as checkpoints
 from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
-from turborank.errors import InputError, TooLongError
+from turborank.engines import ClosedEngine
+from turborank.errors import CheckpointError, InputError, TooLongError
 from turborank.scheduler import Scores, score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
@@ -49,11 +54,23 @@ def whole(name: str, value: object, least: int = 1, most: int | None = None) -> 
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """The caller's documents or pairs as a list. Raises InputError for a single string, bytes or mapping."""
+    """The caller's documents or pairs as a list: any iterable, numpy array, pandas or polars Series, or Arrow array.
+
+    Raises InputError for a single text, a mapping, or a table.
+    """
     if isinstance(given, str | bytes | Mapping):
         raise InputError(f"expected a list of {name}, got one {type(given).__name__}", hint="wrap it in a list")
+    shape = getattr(given, "shape", None)
+    if isinstance(shape, tuple) and len(shape) != 1:
+        raise InputError(
+            f"expected a list of {name}, got a {type(given).__name__} of {len(shape)} dimensions",
+            hint="give one column, or its rows as a list",
+        )
     if not isinstance(given, Iterable):
         raise InputError(f"expected a list of {name}, got {type(given).__name__}")
+    for method in ("to_pylist", "tolist"):  # Arrow's, and the others': plain Python values in place of their scalars
+        if callable(convert := getattr(given, method, None)):
+            return list(convert())
     return list(given)
 
 
@@ -73,6 +90,59 @@ def ranking(
     return ranked
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What another process needs to open the same reranker; a pickle holds this and not the weights.
+
+    ``engine`` and ``precision`` are those that were chosen. ``threads`` is None unless the caller gave a number, so
+    that each machine uses its own cores. ``files`` is the hash of a local folder's files, which must be the same there.
+    """
+
+    model: str | None
+    revision: str | None = None  # commit on the Hub
+    files: str | None = None
+    engine: str = "auto"
+    precision: str = "auto"
+    max_length: int | None = None
+    length: str = "truncate"
+    threads: int | None = None
+    offline: bool | None = None
+    faithful: bool = False
+    relevant_label: str | int | None = None
+
+
+_arrived: dict[Recipe, Reranker] = {}  # by what was unpickled in this process: each model is opened once
+_arriving: dict[int, threading.Lock] = {}  # by process: after a fork, the parent's may be held by a thread left behind
+
+
+def _process_lock() -> threading.Lock:
+    return _arriving.setdefault(os.getpid(), threading.Lock())
+
+
+def arrive(recipe: Recipe, luggage: Mapping[str, Any]) -> Reranker:
+    """The reranker of a recipe, opened once a process and kept until it is closed; what pickle calls.
+
+    ``luggage``: attributes that were assigned where it comes from. Raises what Reranker raises, and CheckpointError
+    where a folder of that name holds other files.
+    """
+    with _process_lock():
+        opened = _arrived.get(recipe)
+        if opened is None:
+            options = {name: value for name, value in vars(recipe).items() if name not in ("model", "files")}
+            opened = Reranker(recipe.model, **options)
+            if recipe.files not in (None, opened._files_hash):
+                raise CheckpointError(
+                    "expected the model files that the reranker was made with, got others in "
+                    f"{opened.checkpoint.folder}",
+                    hint="put the same files at this path on every machine",
+                )
+            opened._recipe = recipe
+            _arrived[recipe] = opened
+    arrival = opened.__copy__()
+    vars(arrival).update(luggage)
+    return arrival
+
+
 class Reranker:
     """A cross-encoder model with its tokenizer and engine.
 
@@ -90,6 +160,10 @@ class Reranker:
             (docs/model.md §4.5).
         relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
             only if its config.json does not say.
+        revision: commit of a model on the Hub; by default the catalog's, else the newest.
+
+    Threads may share a reranker. It is a context manager, works after a fork, and can be pickled: the recipe travels,
+    and the weights are opened where it arrives, once a process (docs/scale.md). Copies share the weights.
 
     Raises:
         ModelNotFoundError: the model does not exist or cannot be fetched.
@@ -112,18 +186,77 @@ class Reranker:
         offline: bool | None = None,
         faithful: bool = False,
         relevant_label: str | int | None = None,
+        revision: str | None = None,
     ) -> None:
         threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
-        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label)
+        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label, revision=revision)
         config = self.checkpoint.config
         if max_length is not None:
             max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
-        self.encoder = PairEncoder(
-            self.checkpoint.tokenizer, max_length=max_length or config.max_length, policy=length, faithful=faithful
-        )
         name, chosen = engines.choose(engine, precision, config)
-        self.engine = engines.prepare(self.checkpoint.weights, config, name=name, precision=chosen, threads=threads)
+        self.encoder = PairEncoder(
+            self.checkpoint.tokenizer, max_length=max_length or config.max_length, policy=length, faithful=faithful,
+            threads=threads or engines.allowed_cores(),
+        )  # fmt: skip
+        self.engine: engines.Engine = engines.prepare(
+            self.checkpoint.weights, config, name=name, precision=chosen, threads=threads
+        )
+        self._recipe = Recipe(
+            None if model is None else os.fspath(model), None, None, name, chosen, max_length, length, threads, offline,
+            faithful, relevant_label,
+        )  # fmt: skip
         self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
+
+    def __repr__(self) -> str:
+        engine = self.engine
+        closed = ", closed" if isinstance(engine, ClosedEngine) else ""
+        return (
+            f"Reranker({self.name!r}, engine={engine.name!r}, precision={engine.precision!r}, isa={engine.isa!r}, "
+            f"threads={engine.threads}{closed})"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the model's memory, once running calls have ended; ranking raises InputError from here on.
+
+        A copy keeps what it shares. Closing twice is no fault.
+        """
+        engine = self.engine
+        self.engine = ClosedEngine(engine.name, engine.precision, engine.isa, engine.threads)
+        self.checkpoint = replace(self.checkpoint, weights={})
+        with _process_lock():
+            _arrived.pop(self._recipe, None)
+
+    def __copy__(self) -> Self:
+        """Another one of the same weights, engine and tokenizer."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        luggage = {name: value for name, value in vars(self).items() if name in ("calibration", "cache")}
+        if isinstance(self.engine, ClosedEngine):
+            raise InputError("expected an open reranker to pickle, got one that was closed")
+        return arrive, (self._pinned(), luggage)
+
+    def _pinned(self) -> Recipe:
+        """The recipe, with what makes it mean the same model elsewhere."""
+        checkpoint, recipe = self.checkpoint, self._recipe
+        if checkpoint.origin in ("hub", "cache"):
+            recipe = replace(recipe, revision=checkpoint.revision)
+        elif recipe.files is None:
+            model = recipe.model if checkpoint.origin == "embedded" else os.path.abspath(checkpoint.folder)
+            recipe = replace(recipe, model=model, files=self._files_hash)
+        self._recipe = recipe
+        return recipe
 
     @property
     def name(self) -> str:
@@ -211,28 +344,94 @@ class Reranker:
 
         """
         given = listed("documents", documents)
-        top_n = None if top_n is None else whole("top_n", top_n)
-        least = self.least_score(threshold)
-        depth = depths.checked(depth, top_n)
-        if isinstance(fields, str):
-            raise InputError("expected fields to be a list of names, got one str", hint="wrap it in a tuple")
+        top_n, least, depth = self._asked(top_n, threshold, depth)
         faults: list[str] = [] if isinstance(query, str) else [f"query: expected a string, got {type(query).__name__}"]
-        texts: list[str] = []
-        for index, document in enumerate(given):
-            try:
-                texts.append(document_text(document, fields))
-            except InputError as error:
-                faults.append(f"documents[{index}]: {error.message}")
+        texts = _texts(given, fields, "documents", faults)
         _raise_faults(faults)
         pairs = [Pair(query, text) for text in texts]
         try:
-            if depth == depths.AUTO and top_n is not None:
-                scores = self.score_adaptively(pairs, top_n, progress=progress)
-            else:
-                scores = self.score_detailed(pairs if depth is None else pairs[: int(depth)], progress=progress)
+            scores = self._scores(pairs, top_n, depth, progress)
         except TooLongError as error:
             raise error.at(error.place, f"documents[{error.place}]") from None
         return ranking(given, scores, top_n=top_n, threshold=least)
+
+    def rank_many(
+        self,
+        queries: Iterable[str],
+        candidates: Iterable[Iterable[Document]],
+        *,
+        top_n: int | None = None,
+        threshold: float | str | None = None,
+        fields: Sequence[str] = DEFAULT_FIELDS,
+        progress: Progress | None = None,
+        depth: int | str | None = None,
+    ) -> list[list[Ranked]]:
+        """Rank each query's own candidates; each ranking is what :meth:`rank` returns, to the bit.
+
+        All pairs are computed in one packed stream, so that short lists fill whole batches; with ``depth="auto"`` one
+        list follows another. Options and errors are those of :meth:`rank`; InputError also if there are not as many
+        lists of candidates as queries.
+        """
+        asked, lists = listed("queries", queries), listed("candidates", candidates)
+        if len(asked) != len(lists):
+            raise InputError(f"expected a list of candidates for each of {len(asked)} queries, got {len(lists)}")
+        top_n, least, depth = self._asked(top_n, threshold, depth)
+        faults = [
+            f"queries[{index}]: expected a string, got {type(query).__name__}"
+            for index, query in enumerate(asked)
+            if not isinstance(query, str)
+        ]
+        given = [listed(f"documents in candidates[{index}]", one) for index, one in enumerate(lists)]
+        texts = [_texts(one, fields, f"candidates[{index}]", faults) for index, one in enumerate(given)]
+        _raise_faults(faults)
+        pairs = [[Pair(query, text) for text in one] for query, one in zip(asked, texts, strict=True)]
+        found = self._scores_many(pairs, top_n, depth, progress)
+        return [ranking(one, part, top_n=top_n, threshold=least) for one, part in zip(given, found, strict=True)]
+
+    def _asked(
+        self, top_n: int | None, threshold: float | str | None, depth: int | str | None
+    ) -> tuple[int | None, float | None, int | str | None]:
+        """The options of a ranking, checked; the threshold as a relevance score."""
+        top_n = None if top_n is None else whole("top_n", top_n)
+        return top_n, self.least_score(threshold), depths.checked(depth, top_n)
+
+    def _scores(
+        self, pairs: Sequence[Pair], top_n: int | None, depth: int | str | None, progress: Progress | None
+    ) -> Scores:
+        """Scores of one query's pairs, as far down as ``depth`` says."""
+        if depth == depths.AUTO and top_n is not None:
+            return self.score_adaptively(pairs, top_n, progress=progress)
+        return self.score_detailed(pairs if depth is None else pairs[: int(depth)], progress=progress)
+
+    def _scores_many(
+        self, lists: Sequence[Sequence[Pair]], top_n: int | None, depth: int | str | None, progress: Progress | None
+    ) -> list[Scores]:
+        if depth is not None and depth != depths.AUTO:
+            lists = [one[: int(depth)] for one in lists]
+        bounds = list(itertools.accumulate((len(one) for one in lists), initial=0))
+        first, done = 0, 0  # of the list that is read, where lists are read one by one
+
+        def step(now: int, _: int) -> None:
+            if progress is not None:
+                progress(done + now, bounds[-1])
+
+        try:
+            if depth == depths.AUTO:
+                found = []
+                for one in lists:
+                    found.append(self._scores(one, top_n, depth, step))
+                    first, done = first + 1, done + len(one)
+                return found
+            scores = self.score_detailed(list(itertools.chain.from_iterable(lists)), progress=progress)
+        except TooLongError as error:
+            place = bounds[first] + error.place
+            row = bisect.bisect_right(bounds, place) - 1
+            raise error.at(place, f"candidates[{row}][{place - bounds[row]}]") from None
+        logits, tokens, truncated, spans = scores
+        return [
+            Scores(logits[start:end], tokens[start:end], truncated[start:end], spans[start:end])
+            for start, end in itertools.pairwise(bounds)
+        ]
 
     def score(self, pairs: Iterable[tuple[str, str]], *, progress: Progress | None = None) -> Float32:
         """Logits (P,), float32, of (query, document) pairs, in the given order. Raises as :meth:`rank`."""
@@ -278,6 +477,19 @@ class Reranker:
 def joined(parts: Sequence[Scores]) -> Scores:
     """Concatenate the Scores of several lists of pairs."""
     return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _texts(given: Sequence[Any], fields: Sequence[str], where: str, faults: list[str]) -> list[str]:
+    """The documents' texts; what is unusable is added to ``faults``."""
+    if isinstance(fields, str):
+        raise InputError("expected fields to be a list of names, got one str", hint="wrap it in a tuple")
+    texts: list[str] = []
+    for index, document in enumerate(given):
+        try:
+            texts.append(document_text(document, fields))
+        except InputError as error:
+            faults.append(f"{where}[{index}]: {error.message}")
+    return texts
 
 
 def _raise_faults(faults: list[str]) -> None:

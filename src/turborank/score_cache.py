@@ -14,7 +14,7 @@ import sqlite3
 import struct
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from turborank.types import Pair
 _ROW = struct.Struct("<fiiqq")  # logit, tokens, truncated, span
 _AT_ONCE = 500  # SQLite takes 999 parameters everywhere
 _WAIT = 5.0  # seconds for another process that writes
+_FOREIGN: list[sqlite3.Connection] = []  # of parent processes
 _TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, row BLOB NOT NULL, used INTEGER NOT NULL)"
 
 
@@ -57,7 +58,11 @@ class ScoreCache:
         self.entries = entries
         self.path = None if path is None else os.fspath(path)
         self.hits = self.misses = self.faults = 0
-        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        """A connection of this process's own: one that was opened before a fork may not be used after it."""
+        self._process, self._lock = os.getpid(), threading.Lock()
         try:
             self._database = sqlite3.connect(self.path or ":memory:", timeout=_WAIT, check_same_thread=False)
             if self.path:
@@ -74,6 +79,16 @@ class ScoreCache:
                 f"expected a score cache, got {error} at {self.path}", hint="choose another file, or delete this one"
             ) from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What travels to another process: the file's name, or an empty cache in memory of the same size."""
+        return ScoreCache, (self.entries, self.path)
+
+    def _reopen(self) -> None:
+        """After a fork, open a connection of the child's own. The parent's stays unused: closing it drops its locks."""
+        if self._process != os.getpid():
+            _FOREIGN.append(self._database)
+            self._open()
+
     def __len__(self) -> int:
         return int(self._size)
 
@@ -86,6 +101,7 @@ class ScoreCache:
         """What is known of ``pairs`` under a fingerprint."""
         keys = [key(fingerprint, query, document) for query, document in pairs]
         known: dict[bytes, bytes] = {}
+        self._reopen()
         with self._lock:
             try:
                 self._clock += 1
@@ -124,6 +140,7 @@ class ScoreCache:
     def _keep(self, rows: Sequence[tuple[bytes, bytes | None]]) -> None:
         if not rows:
             return
+        self._reopen()
         with self._lock:
             try:
                 self._clock += 1

@@ -11,7 +11,10 @@ to pairs of more than ``max_length`` tokens; the :class:`Encoding` counts the to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +28,8 @@ from turborank.types import Encoding, Int32, PackedBatch, Pair
 LENGTH_POLICIES = ("truncate", "windows", "error")
 WINDOW_OVERLAP = 0.25  # share of a window's document tokens that the next window repeats
 CHARACTERS_PER_TOKEN = 12  # a text of more than max_length times as many characters is expected to be cut
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # the library's variable: whether it starts threads of its own
+THREAD_CHARACTERS = 10_000  # text of a list for each thread, which costs about 50 µs to start
 MIN_LENGTH = 16  # minimum max_length: the special tokens and a few tokens of query and document
 
 
@@ -116,6 +121,26 @@ class _Text:
         self.offsets: tokenizers.Encoding | None = None
 
 
+def library_parallelism() -> bool:
+    """Whether the tokenizers library uses threads of its own, because PARALLELISM says so.
+
+    Where it says nothing, it is set to false: the library's pool has a thread for each core of the machine whatever
+    this process may use, is never given back, and does not survive a fork. Our own threads do the work.
+    """
+    return os.environ.setdefault(PARALLELISM, "false").lower() not in ("", "0", "off", "false", "f", "no", "n")
+
+
+def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
+    """Consecutive slices of about equally much text, one a thread; fewer where there is little."""
+    ends = list(itertools.accumulate(len(text) for text in texts))
+    count = max(1, min(threads, len(texts), ends[-1] // THREAD_CHARACTERS)) if ends else 1
+    cuts = [0]
+    for index, end in enumerate(ends, 1):
+        if len(cuts) < count and end * count >= ends[-1] * len(cuts):
+            cuts.append(index)
+    return [texts[start:end] for start, end in itertools.pairwise([*cuts, len(texts)]) if start < end]
+
+
 def _characters(offsets: tokenizers.Encoding, token: int) -> tuple[int, int]:
     """(start, end) of a token in the text, in characters."""
     span = offsets.token_to_chars(token)
@@ -130,12 +155,20 @@ class PairEncoder:
     ``faithful`` reproduces the published tokenizers, which turn strings such as ``</s>`` in a text into special
     tokens. By default these strings are plain text, so that a document cannot inject a separator.
 
+    ``threads`` threads tokenise a long list; they are started for it and end with it.
+
     Raises UnknownKeyError for another policy, InputError for a max_length below MIN_LENGTH, and CheckpointError for a
     tokenizer without a pair template.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_length: int, policy: str = "truncate", faithful: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        policy: str = "truncate",
+        faithful: bool = False,
+        threads: int = 1,
     ) -> None:
         if policy not in LENGTH_POLICIES:
             raise UnknownKeyError("length", policy, LENGTH_POLICIES)
@@ -144,6 +177,7 @@ class PairEncoder:
         self.template = read_template(tokenizer)
         tokenizer.encode_special_tokens = not faithful
         self.faithful = faithful
+        self.threads = 1 if library_parallelism() else threads
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.policy = policy
@@ -180,10 +214,22 @@ class PairEncoder:
         edge = CHARACTERS_PER_TOKEN * self.max_length
         long, short = ([text for text in texts if (len(text.text) > edge) is is_long] for is_long in (True, False))
         for group, encode in ((long, self.tokenizer.encode_batch), (short, self.tokenizer.encode_batch_fast)):
-            encodings = encode([text.text for text in group], add_special_tokens=False) if group else []
+            encodings = self._each_slice(encode, [text.text for text in group]) if group else []
             for text, encoding in zip(group, encodings, strict=True):
                 text.ids = np.asarray(encoding.ids, dtype=np.int32)
                 text.offsets = encoding if group is long else None
+
+    def _each_slice(
+        self, encode: Callable[..., list[tokenizers.Encoding]], texts: Sequence[str]
+    ) -> list[tokenizers.Encoding]:
+        """``encode`` of all texts, by as many threads as they are worth; the library leaves the GIL meanwhile."""
+        first, *others = _slices(texts, self.threads)
+        if not others:
+            return encode(first, add_special_tokens=False)
+        with ThreadPoolExecutor(len(others), thread_name_prefix="turborank-tokens") as pool:
+            running = [pool.submit(encode, slice_, add_special_tokens=False) for slice_ in others]
+            encodings = encode(first, add_special_tokens=False)
+            return [*encodings, *itertools.chain.from_iterable(task.result() for task in running)]
 
     def _fit(self, query: Int32, source: _Text, limits: Limits) -> list[Encoding]:
         text, document = source.text, source.ids

@@ -59,6 +59,7 @@ def load(
     *,
     offline: bool | None = None,
     relevant_label: str | int | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Load a checkpoint and verify it. A licence that forbids commercial use is logged as a warning.
 
@@ -68,6 +69,8 @@ def load(
         offline: True, or HF_HUB_OFFLINE, forbids network access. A model in the cache never needs it.
         relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
             only if config.json does not say.
+        revision: commit, tag or branch on the Hub; by default the catalog's commit, else the newest. Has no effect on
+            a folder or the embedded model.
 
     Raises:
         ModelNotFoundError: there is no such folder or repository, or it cannot be fetched.
@@ -95,11 +98,11 @@ def load(
             f"expected a model whose weights are public, got {text!r}: they were never released",
             hint="use jina-reranker-v1-turbo-en or -tiny-en, which were distilled from it, or the embedded model",
         )
-    revision = row.revision if row else None
+    revision = revision or (row.revision if row else None)
     forbidden = bool(offline) or hub.offline_by_environment()
     renamed = [alias for alias in row.aliases if "/" in alias] if row else []
     folder, origin = hub.fetch(repo, revision, offline=forbidden, others=renamed)
-    _check_hashes(folder, row.hashes if row else {})
+    _check_hashes(folder, row.hashes if row and revision == row.revision else {})
     read_from = _read(folder, row.name if row else repo, origin, folder.name, relevant_label)
     if row is not None and row.noncommercial:
         _say_licence(row.name, row.licence)

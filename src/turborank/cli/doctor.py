@@ -93,12 +93,30 @@ def versions() -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    from turborank import engines
+    from turborank.engines import cores
 
     name, flags = _cpu()
     yield Finding("machine", "cpu", name)
     yield Finding("machine", "features", " ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown")
-    yield Finding("machine", "cores", f"{engines.allowed_cores()} of {os.cpu_count()} may be used")
+    found = cores.limits()
+    yield Finding("machine", "cores", f"{cores.allowed(found)} of {os.cpu_count()} may be used")
+    for limit in found:
+        yield Finding("machine", "", f"{limit.cores:g} by the {limit.source}")
+    yield from threads()
+
+
+def threads() -> Iterator[Finding]:
+    """Threads of the libraries beside ours, each with the variable that sets them."""
+    from turborank.engines import cores
+    from turborank.tokens import PARALLELISM, library_parallelism
+
+    ours = "threads of the engine, started for each large list"
+    others = f"the library's own, one for each core ({PARALLELISM}={os.environ.get(PARALLELISM)})"
+    yield Finding("machine", "tokenizer threads", others if library_parallelism() else ours)
+    for what, variable in (("numpy threads", "OPENBLAS_NUM_THREADS"), ("torch threads", "OMP_NUM_THREADS")):
+        told = os.environ.get(variable)
+        default = f"at most {cores.allowed()}" if what.startswith("torch") else "one for each core of the affinity mask"
+        yield Finding("machine", what, f"{told} by {variable}" if told else f"{default}; {variable} is not set")
 
 
 def _cpu() -> tuple[str, set[str]]:

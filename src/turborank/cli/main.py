@@ -30,6 +30,8 @@ from turborank.cli.models import EXAMPLES as MODELS_EXAMPLES
 from turborank.cli.models import models
 from turborank.cli.rank import EXAMPLES as RANK_EXAMPLES
 from turborank.cli.rank import rank
+from turborank.cli.score import EXAMPLES as BULK_EXAMPLES
+from turborank.cli.score import score as bulk_score
 from turborank.cli.serve import EXAMPLES as SERVE_EXAMPLES
 from turborank.cli.serve import KEYS_EXAMPLES, keys, serve
 from turborank.cli.train import (
@@ -59,6 +61,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "rank": Command(rank, RANK_EXAMPLES),
+    "score": Command(bulk_score, BULK_EXAMPLES),
     "serve": Command(serve, SERVE_EXAMPLES),
     "keys": Command(keys, KEYS_EXAMPLES),
     "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
@@ -86,6 +89,7 @@ GROUPS: dict[str, str] = {
 # Libraries that only some subcommands need -> the extra that brings them.
 EXTRAS = {
     **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
+    "pyarrow": "parquet",
     **dict.fromkeys(("torch", "accelerate", "scipy"), "train"),
 }
 

@@ -141,7 +141,9 @@ def serve(student: Student, folder: TrainingFolder, members: Sequence[int], serv
     name, precision = engines.choose(serving.engine, serving.precision, config)
     weights = {n: w.detach().numpy() for n, w in student.weights.items()}
     engine = engines.prepare(weights, config, name=name, precision=precision, threads=serving.threads)
-    encoder = PairEncoder(student.tokenizer, max_length=min(serving.max_length, config.max_length))
+    encoder = PairEncoder(
+        student.tokenizer, max_length=min(serving.max_length, config.max_length), threads=engines.allowed_cores()
+    )
     pairs = [Pair(folder.queries[folder.query_index[at]], folder.texts[folder.doc_index[at]]) for at in members]
     return score(pairs, encoder, engine).logits
 
@@ -357,7 +359,7 @@ def train(
         start, out, schedule, dtype=options.dtype, freeze_words=not options.train_words, recompute=options.recompute
     )
     run.add([matrix for term in terms for matrix in term.projections if matrix is not None])
-    encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length)
+    encoder = PairEncoder(start.tokenizer, max_length=start.config.max_length, threads=engines.allowed_cores())
     sampler = BatchSampler(lists, encoder, fused, batches, seed=options.seed, rank=run.rank)
     _manifest(out, facts, schedule)  # after everything that may refuse an option, so that it can be corrected
     run.resume()

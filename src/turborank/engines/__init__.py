@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, Protocol
 
-from turborank.engines import native, reference, torch
-from turborank.errors import EngineUnavailableError, UnknownKeyError
+from turborank.engines import cores, native, reference, torch
+from turborank.errors import EngineUnavailableError, InputError, UnknownKeyError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 
@@ -29,6 +30,20 @@ class Engine(Protocol):
 
     def logits(self, batch: PackedBatch, /) -> Float32:
         """Logits (P,), float32, of a packed batch."""
+
+
+@dataclass(frozen=True)
+class ClosedEngine:
+    """What is left of an engine when its weights are given back."""
+
+    name: str
+    precision: str
+    isa: str
+    threads: int
+
+    def logits(self, batch: PackedBatch, /) -> NoReturn:
+        """Raise InputError."""
+        raise InputError("expected an open reranker, got one that was closed", hint="make a new one, or close it later")
 
 
 class EngineRow(NamedTuple):
@@ -73,8 +88,8 @@ AUTOMATIC = ("native", "reference")  # torch only on request: importing it takes
 
 
 def allowed_cores() -> int:
-    """Cores this process may use: the size of its affinity mask, or the cgroup's CPU quota if that is smaller."""
-    return native.default_threads()
+    """Cores this process may use: see :mod:`turborank.engines.cores`."""
+    return cores.allowed()
 
 
 def choose(name: str = "auto", precision: str = "auto", config: ModelConfig | None = None) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from turborank.architectures import deberta
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
-from turborank.engines import native_weights
+from turborank.engines import cores, native_weights
 from turborank.errors import CheckpointError, EngineUnavailableError, InputError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
@@ -85,28 +85,21 @@ def layout(isa: str, precision: str) -> native_weights.Packing:
     return native_weights.Packing(precision, *_native.isas()[isa][precision])
 
 
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The CPU quota of the process's cgroup in cores, rounded up; None if there is no quota."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]  # cgroup v2
-    except (OSError, ValueError):
-        try:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return None
-    if quota in ("max", "-1"):
-        return None
-    return max(1, math.ceil(int(quota) / int(period)))
+_engines: weakref.WeakSet[NativeEngine] = weakref.WeakSet()
+_watched: list[bool] = []  # not empty: forks are noticed
 
 
-def default_threads() -> int:
-    """Cores this process may use: the size of its affinity mask, or the cgroup's CPU quota if that is smaller."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, _cgroup_cores() or allowed)
+def _renew() -> None:
+    """In a forked child, whose only thread is the one that forked: threads and locks for every engine, anew."""
+    for engine in list(_engines):
+        engine.renew()
 
 
 class NativeEngine:
-    """A model with packed weights. Thread-safe: concurrent calls on one engine are serialised."""
+    """A model with packed weights. Thread-safe: concurrent calls on one engine are serialised.
+
+    A forked child may use its parent's engines: weights are shared, threads are its own.
+    """
 
     name = "native"
 
@@ -117,6 +110,14 @@ class NativeEngine:
         self.kernel: str = model.kernel  # instruction of the matrix product
         self.attention: str = model.attention  # element type of attention: "bf16" or "fp32"
         self.threads = threads
+        _engines.add(self)
+        if not _watched and hasattr(os, "register_at_fork"):
+            _watched.append(True)
+            os.register_at_fork(after_in_child=_renew)
+
+    def renew(self) -> None:
+        """Leave threads, locks and work space to a parent process that has them, and start without."""
+        self._model.renew()
 
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,), float32. Raises InputError if ids, types or offsets do not fit the model."""
@@ -216,7 +217,7 @@ def prepare(
             (docs/kernels.md).
         config: the model.
         precision: one of PRECISIONS.
-        threads: at least 1; by default :func:`default_threads`.
+        threads: at least 1; by default :func:`turborank.engines.cores.allowed`.
 
     Raises:
         EngineUnavailableError: the extension is not compiled, or the machine lacks the precision or the instruction
@@ -240,5 +241,5 @@ def prepare(
     packed, facts = native_weights.pack(weights, config, layout(isa, precision))
     model = _native.Model(plain_config(config) | facts, packed, precision, isa)
     if isinstance(weights, TensorFile):
-        weights.release()  # the packed copies are in use now; word embeddings are read from the file
-    return NativeEngine(model, config, precision, isa, threads or default_threads())
+        weights.release()  # what is packed; word embeddings stay in the file and are read there
+    return NativeEngine(model, config, precision, isa, threads or cores.allowed())

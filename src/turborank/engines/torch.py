@@ -15,6 +15,7 @@ import numpy as np
 
 from turborank.architectures import ARCHITECTURES, WORD_TABLES
 from turborank.checkpoint.tensors import TensorFile, dense
+from turborank.engines import cores
 from turborank.errors import EngineUnavailableError
 from turborank.types import Float32, Int32, ModelConfig, PackedBatch
 
@@ -75,7 +76,7 @@ class TorchEngine:
 
         self.config = config
         self.precision = precision
-        self.threads: int = torch.get_num_threads()  # process-wide, so turborank does not change it
+        self.threads: int = torch.get_num_threads()  # of the whole process
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuda = self.device.type == "cuda"
         self.isa = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
@@ -130,8 +131,20 @@ class TorchEngine:
         return result
 
 
+def limit_threads() -> None:
+    """Give torch no more threads than :func:`turborank.engines.cores.allowed`: it knows nothing of CPU quotas."""
+    import torch
+
+    if torch.get_num_threads() > (most := cores.allowed()):
+        torch.set_num_threads(most)
+
+
 def prepare(weights: Mapping[str, Float32], config: ModelConfig, *, precision: str, threads: int) -> TorchEngine:
-    """Move the weights to the device in the given precision. ``threads`` is ignored; see ``torch.set_num_threads``."""
+    """Weights moved to the device in the precision asked for.
+
+    ``threads`` is ignored; torch's own number (``torch.set_num_threads``) counts, up to the cores that may be used.
+    """
+    limit_threads()
     if not isinstance(weights, TensorFile):
         return TorchEngine(dense(weights), config, precision)
     words = {name: table for name in WORD_TABLES if (table := _mapped(weights, name)) is not None}

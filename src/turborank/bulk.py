@@ -1,0 +1,436 @@
+"""Score any number of pairs from a file into a folder of shards: bounded memory, restartable, for job arrays.
+
+Shards are consecutive rows of about ``shard_pairs`` pairs, so where they begin depends on the input alone. Each is
+written whole or not at all and then listed in the manifest of its part, ``manifest.K-of-N.json``; a run that was killed
+computes what no manifest lists. ``manifest.json`` appears when every shard of the input is there (docs/scale.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from turborank.calibration import sigmoid
+from turborank.data.corpus import JsonlCorpus
+from turborank.data.files import check_folder, file_hash, identity, replacing, write_json
+from turborank.data.rows import Columns, Record, RowReader, RowWriter, writer
+from turborank.errors import InputError, TooLongError
+from turborank.reranker import Reranker
+from turborank.text import DEFAULT_FIELDS, document_text
+from turborank.types import Pair
+
+FORMAT = 1
+DOCUMENT, CANDIDATES, DOCUMENT_ID = "document", "candidates", "document_id"
+SCORES: Columns = {"logit": float, "score": float, "tokens": int, "truncated": int}  # columns that are added
+BLOCK_CHARACTERS = 4_000_000  # text scored at a time: memory is bounded by it, and batches are full
+ENDS = 1 << 20  # bytes of the input's beginning and end that tell it from another
+SAMPLE_ROWS, SAMPLE_PAIRS = 2_000, 4_000  # of an estimate
+SAMPLE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class BulkOptions:
+    """What to read of each row, and how to cut the output."""
+
+    query: str = "query"  # column of the query's text
+    fields: Sequence[str] = ()  # columns of the document's text; none: "document", else title and text
+    corpus: Path | None = None  # corpus.jsonl, where rows name candidates by id
+    shard_pairs: int = 20_000
+    part: tuple[int, int] = (1, 1)  # (K, N): shards K-1, K-1+N, K-1+2N, …
+    texts: bool = True  # whether texts are copied to the output
+
+
+class Written(NamedTuple):
+    """One shard that is complete."""
+
+    number: int
+    file: str
+    rows: int
+    pairs: int
+    tokens: int
+    truncated: int  # pairs of which not all was read
+    bytes: int
+    sha256: str
+    isa: str
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    shard: int
+    pairs: int  # scored by this run
+    tokens: int  # read by this run
+    fraction: float  # of the input that was read
+    seconds: float
+
+
+class Summary(NamedTuple):
+    """What a run did. ``complete``: every shard of the input is in the folder."""
+
+    shards: int
+    found: int  # shards of this part that were there already
+    pairs: int
+    tokens: int
+    truncated: int
+    seconds: float
+    complete: bool
+
+
+class Estimate(NamedTuple):
+    """What a run will take, from a sample."""
+
+    rows: int
+    pairs: int
+    tokens: int
+    truncated: float  # share of pairs of which not all will be read
+    seconds: float
+    tokens_per_second: float
+    memory: int  # bytes, the process's peak
+    sampled: int  # pairs
+
+
+class _Row(NamedTuple):
+    """One row of the input, and the pairs it stands for."""
+
+    at: str
+    record: Record
+    pairs: list[Pair]
+    ids: list[str]  # of the candidates; [] where the row is a pair itself
+
+
+class Source:
+    """The input's rows as pairs. Raises InputError, with the place, for a row without query or document."""
+
+    def __init__(self, path: Path, options: BulkOptions) -> None:
+        self.reader = RowReader(path)
+        self.options = options
+        self.corpus = None if options.corpus is None else JsonlCorpus(options.corpus)
+
+    def __iter__(self) -> Iterator[_Row]:
+        for at, record in self.reader:
+            yield self._row(at, record)
+
+    def _row(self, at: str, record: Record) -> _Row:
+        if taken := [name for name in (*SCORES, *([DOCUMENT_ID] if self.corpus else [])) if name in record]:
+            raise InputError(f"expected columns that the output does not add, got {', '.join(taken)} at {at}")
+        query = record.get(self.options.query)
+        if not isinstance(query, str):
+            raise InputError(
+                f"expected a text in the column {self.options.query!r}, got {type(query).__name__} at {at}",
+                hint="choose another with --query",
+            )
+        if self.corpus is None:
+            return _Row(at, record, [Pair(query, self._text(at, record))], [])
+        ids = self._candidates(at, record)
+        return _Row(at, record, [Pair(query, self._document(at, one)) for one in ids], ids)
+
+    def _text(self, at: str, record: Record) -> str:
+        fields = self.options.fields or ((DOCUMENT,) if DOCUMENT in record else DEFAULT_FIELDS)
+        document = record.get(DOCUMENT)
+        try:
+            if tuple(fields) == (DOCUMENT,) and isinstance(document, Mapping):
+                return document_text(document)
+            return document_text(record, fields)
+        except InputError as error:
+            raise InputError(f"{error.message} at {at}", hint="choose columns with --field") from None
+
+    def _candidates(self, at: str, record: Record) -> list[str]:
+        given = record.get(CANDIDATES)
+        given = given.split() if isinstance(given, str) else given
+        if not isinstance(given, list):
+            raise InputError(
+                f"expected a list of document ids in the column {CANDIDATES!r}, got {type(given).__name__} at {at}"
+            )
+        return [identity(one, CANDIDATES, at) for one in given]
+
+    def _document(self, at: str, doc_id: str) -> str:
+        assert self.corpus is not None
+        try:
+            return self.corpus.text(doc_id)
+        except KeyError:
+            raise InputError(f"expected a document of the corpus, got the id {doc_id!r} at {at}") from None
+
+    def made_of(self) -> dict[str, Any]:
+        """What tells this input from another, without reading all of it."""
+        path = self.reader.path
+        digest = hashlib.sha256()
+        if not path.is_file():
+            raise InputError(f"expected a readable file, got no such file at {path}")
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, self.reader.size - ENDS))
+            digest.update(file.read(ENDS))
+        corpus = None if self.corpus is None else self.corpus.fingerprint
+        return {"name": path.name, "bytes": self.reader.size, "ends": digest.hexdigest(), "corpus": corpus}
+
+    def columns(self, record: Record) -> list[str]:
+        """Columns of the input that the output has, too."""
+        left = {CANDIDATES} if self.corpus else set()
+        if not self.options.texts:
+            left |= {self.options.query, *(self.options.fields or (DOCUMENT, *DEFAULT_FIELDS))}
+        return [name for name in record if name not in left]
+
+    def added(self) -> Columns:
+        """Columns that the output adds."""
+        return {DOCUMENT_ID: str, **SCORES} if self.corpus else SCORES
+
+
+@dataclass
+class _Shard:
+    """A shard that is being written."""
+
+    number: int
+    rows: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    waiting: list[_Row] = field(default_factory=list)
+    characters: int = 0
+
+
+def run(
+    reranker: Reranker,
+    path: Path,
+    out: Path,
+    options: BulkOptions | None = None,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Score the shards of ``options.part`` that no manifest in ``out`` lists.
+
+    ``progress`` is called after every block of text. Raises InputError for an unusable row (shards that are complete
+    stay) and for a folder that was made of other inputs.
+    """
+    return _Run(reranker, Source(path, options or BulkOptions()), out, progress).all()
+
+
+class _Run:
+    def __init__(
+        self, reranker: Reranker, source: Source, out: Path, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.reranker, self.source, self.out = reranker, source, out
+        self.options, self.kind = source.options, source.reader.kind
+        self._progress = progress
+        check_folder(out)
+        part, parts = self.options.part
+        if not 1 <= part <= parts:
+            raise InputError(f"expected a part K/N with 1 ≤ K ≤ N, got {part}/{parts}")
+        if self.options.shard_pairs < 1:
+            raise InputError(f"expected shards of at least 1 pair, got {self.options.shard_pairs}")
+        self.made_of = _made_of(reranker, source)
+        self.manifest = out / f"manifest.{part}-of-{parts}.json"
+        self.started = time.monotonic()
+        self.pairs = self.tokens = self.truncated = 0
+
+    def all(self) -> Summary:
+        self.done = _listed(self.out, self.made_of)
+        self.mine = {n: one for n, one in _read(self.manifest, self.made_of).items() if n in self.done}
+        part, parts = self.options.part
+        rows = iter(self.source)
+        number = found = written = 0
+        first = next(rows, None)
+        while first is not None:
+            if number % parts != part - 1 or number in self.done:
+                found += number % parts == part - 1
+                first = self._skip(first, rows)
+            else:
+                first = self._write(_Shard(number), first, rows)
+                written += 1
+            number += 1
+        complete = self._finish(number)
+        seconds = time.monotonic() - self.started
+        return Summary(written, found, self.pairs, self.tokens, self.truncated, seconds, complete)
+
+    def _skip(self, first: _Row, rows: Iterator[_Row]) -> _Row | None:
+        pairs = len(first.pairs)
+        while pairs < self.options.shard_pairs and (row := next(rows, None)) is not None:
+            pairs += len(row.pairs)
+        return next(rows, None)
+
+    def _write(self, shard: _Shard, first: _Row, rows: Iterator[_Row]) -> _Row | None:
+        """Score a shard that begins with ``first``; the first row of the next one."""
+        path = self.out / f"part-{shard.number:06d}.{self.kind}"
+        for rest in self.out.glob(f".{path.name}.*"):
+            rest.unlink(missing_ok=True)  # of a run that was killed
+        with replacing(path) as file:
+            keep = self.source.columns(first.record)
+            output = writer(self.kind, file, self.source.reader.path, keep, self.source.added())
+            row: _Row | None = first
+            while row is not None:
+                shard.waiting.append(row)
+                shard.pairs += len(row.pairs)
+                shard.characters += sum(len(document) for _, document in row.pairs)
+                if shard.characters >= BLOCK_CHARACTERS or len(shard.waiting) >= self.options.shard_pairs:
+                    self._score(shard, output)
+                row = next(rows, None) if shard.pairs < self.options.shard_pairs else None
+            self._score(shard, output)
+            output.close()
+        self._list(shard, path)
+        return next(rows, None)
+
+    def _score(self, shard: _Shard, output: RowWriter) -> None:
+        """Score the rows that wait, and write them."""
+        waiting, shard.waiting, shard.characters = shard.waiting, [], 0
+        pairs = [pair for row in waiting for pair in row.pairs]
+        try:
+            scores = self.reranker.score_detailed(pairs)
+        except TooLongError as error:
+            where = [row.at for row in waiting for _ in row.pairs][error.place]
+            raise error.at(error.place, where) from None
+        columns = (scores.logits.tolist(), scores.tokens.tolist(), scores.truncated.tolist())
+        values = iter(zip(*columns, strict=True))
+        records = []
+        for row in waiting:
+            kept = {name: row.record[name] for name in self.source.columns(row.record)}
+            for place in range(len(row.pairs)):
+                logit, tokens, truncated = next(values)
+                named = {DOCUMENT_ID: row.ids[place]} if row.ids else {}
+                added = {"logit": logit, "score": sigmoid(logit), "tokens": tokens, "truncated": truncated}
+                records.append({**kept, **named, **added})
+        output.write(records)
+        shard.rows += len(waiting)
+        tokens, truncated = int(scores.tokens.sum()), int((scores.truncated > 0).sum())
+        shard.tokens, shard.truncated = shard.tokens + tokens, shard.truncated + truncated
+        self.pairs, self.tokens = self.pairs + len(pairs), self.tokens + tokens
+        self.truncated += truncated
+        if self._progress is not None:
+            fraction, seconds = self.source.reader.fraction(), time.monotonic() - self.started
+            self._progress(Progress(shard.number, self.pairs, self.tokens, fraction, seconds))
+
+    def _list(self, shard: _Shard, path: Path) -> None:
+        self.mine[shard.number] = Written(
+            shard.number, path.name, shard.rows, shard.pairs, shard.tokens, shard.truncated, path.stat().st_size,
+            file_hash(path), self.reranker.engine.isa,
+        )  # fmt: skip
+        _save(self.manifest, self.made_of, self.mine)
+
+    def _finish(self, shards: int) -> bool:
+        """Write manifest.json if all shards are there."""
+        there = _listed(self.out, self.made_of)
+        complete = len(there) == shards
+        if complete and shards:
+            _save(self.out / "manifest.json", self.made_of, there)
+        return complete
+
+
+def _made_of(reranker: Reranker, source: Source) -> dict[str, Any]:
+    """Everything that the output depends on, without the instruction set: the nodes of a cluster may differ in it."""
+    files, engine, precision, _, *encoding = json.loads(reranker.fingerprint())
+    options = source.options
+    return {
+        "input": source.made_of(),
+        "model": {
+            "name": reranker.name,
+            "files": files,
+            "engine": engine,
+            "precision": precision,
+            "encoding": encoding,
+        },
+        "options": {
+            "query": options.query,
+            "fields": list(options.fields),
+            "shard_pairs": options.shard_pairs,
+            "texts": options.texts,
+        },
+    }
+
+
+def _listed(out: Path, made_of: Mapping[str, Any]) -> dict[int, Written]:
+    """Shards that a manifest lists and whose files are there."""
+    found: dict[int, Written] = {}
+    for path in sorted(out.glob("manifest*.json")):
+        found |= _read(path, made_of)
+    return {
+        number: one
+        for number, one in sorted(found.items())
+        if (out / one.file).is_file() and (out / one.file).stat().st_size == one.bytes
+    }
+
+
+def _read(path: Path, made_of: Mapping[str, Any]) -> dict[int, Written]:
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        shards = {one["number"]: Written(**one) for one in manifest["shards"]}
+        made = manifest["made_of"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"expected a manifest of turborank score, got {error} at {path}") from error
+    if made != made_of:
+        other = ", ".join(name for name in made_of if made.get(name) != made_of[name])
+        raise InputError(
+            f"expected a folder made of the same input, model and options, got another {other} at {path}",
+            hint="give another folder",
+        )
+    return shards
+
+
+def _save(path: Path, made_of: Mapping[str, Any], shards: Mapping[int, Written]) -> None:
+    listed = [shards[number]._asdict() for number in sorted(shards)]
+    totals = {name: sum(one[name] for one in listed) for name in ("rows", "pairs", "tokens", "truncated")}
+    write_json(path, {"format": FORMAT, "made_of": made_of, **totals, "shards": listed})
+
+
+def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None, *, seed: int = 0) -> Estimate:
+    """Read the whole input, score a random sample of it, and say what scoring all of it will take on this machine.
+
+    The sample is at most SAMPLE_ROWS rows, SAMPLE_PAIRS pairs and about SAMPLE_SECONDS. Raises as :func:`run`.
+    """
+    source = Source(path, options or BulkOptions())
+    rng = np.random.default_rng(seed)
+    kept: list[_Row] = []
+    rows = total = 0
+    for row in source:  # reservoir sampling, Vitter's algorithm R
+        rows, total = rows + 1, total + len(row.pairs)
+        place = rows - 1 if rows <= SAMPLE_ROWS else int(rng.integers(rows))
+        if place < SAMPLE_ROWS:
+            kept[place : place + 1] = [row]
+    pairs = [pair for row in kept for pair in row.pairs]
+    sample = [pairs[place] for place in rng.permutation(len(pairs))[:SAMPLE_PAIRS]]
+    if not sample:
+        return Estimate(rows, total, 0, 0.0, 0.0, 0.0, _peak_memory(), 0)
+    reranker.score_detailed(sample[:32])  # starts threads, touches the weights
+    tokens = truncated = sampled = 0
+    started = time.monotonic()
+    for block in _blocks(sample):
+        scores = reranker.score_detailed(block)
+        tokens += int(scores.tokens.sum())
+        truncated += int((scores.truncated > 0).sum())
+        sampled += len(block)
+        if time.monotonic() - started > SAMPLE_SECONDS:
+            break
+    seconds = time.monotonic() - started
+    scale = total / sampled
+    return Estimate(
+        rows, total, round(tokens * scale), truncated / sampled, seconds * scale, tokens / seconds, _peak_memory(),
+        sampled,
+    )  # fmt: skip
+
+
+def _blocks(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
+    start = size = 0
+    for index, (_, document) in enumerate(pairs):
+        size += len(document)
+        if size >= BLOCK_CHARACTERS // 4:
+            yield pairs[start : index + 1]
+            start, size = index + 1, 0
+    if start < len(pairs):
+        yield pairs[start:]
+
+
+def _peak_memory() -> int:
+    """Bytes of the process's largest resident size so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
