@@ -23,7 +23,7 @@ from turborank.distill.folder import TrainingFolder
 from turborank.distill.http_teacher import CLIENTS, HttpOptions, HttpTeacher, Pacer, retry_after
 from turborank.distill.lists import build
 from turborank.distill.scores import score_pairs
-from turborank.distill.sources import ListOptions, Source
+from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import InputError, UnknownKeyError
 from turborank.types import no_progress
 
@@ -34,7 +34,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
-    source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
+    source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
     plan = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
     build(ListOptions((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")

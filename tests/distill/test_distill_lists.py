@@ -13,19 +13,19 @@ from turborank.data.trec import read_run
 from turborank.distill import pools
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
-from turborank.distill.sources import ListOptions, Source, collect
+from turborank.distill.sources import ListOptions, TrainingSource, collect
 from turborank.errors import InputError
 
 PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
-def recipe(*sources: Source, **changes: object) -> ListOptions:
+def recipe(*sources: TrainingSource, **changes: object) -> ListOptions:
     return ListOptions(sources, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
-    return Source("animals", write_lines(tmp_path / "animals.jsonl.gz", pairs()))
+def source(tmp_path: Path) -> TrainingSource:
+    return TrainingSource("animals", write_lines(tmp_path / "animals.jsonl.gz", pairs()))
 
 
 def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
@@ -36,7 +36,7 @@ def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
         {"query": "Who sleeps?", "passage": "Bees do.", "label": 3},
         {"query": "who sleeps?", "passage": "Cats do.", "label": 0},
     ]
-    build(recipe(Source("a", write_lines(tmp_path / "a.jsonl", rows))), tmp_path / "out", PLAN)
+    build(recipe(TrainingSource("a", write_lines(tmp_path / "a.jsonl", rows))), tmp_path / "out", PLAN)
     assert [row["text"] for row in read_lines(tmp_path / "out" / "corpus.jsonl")] == ["Bees do.", "Cats do."]
     assert [row["text"] for row in read_lines(tmp_path / "out" / "queries.jsonl")] == ["who sleeps?", "who flies?"]
     labels = (tmp_path / "out" / "qrels" / "train.tsv").read_text().splitlines()[1:]
@@ -88,7 +88,7 @@ def test_a_complete_folder_is_not_made_again_and_another_is_not_overwritten(tmp_
 
 
 def test_what_is_held_out_and_kept_under_a_cap_does_not_depend_on_the_order(tmp_path, source):
-    again = Source("animals", write_lines(tmp_path / "again.jsonl", shuffled(pairs(), 1)))
+    again = TrainingSource("animals", write_lines(tmp_path / "again.jsonl", shuffled(pairs(), 1)))
     kept = [collect(recipe(one, caps={"animals": 20}, held_out=0.3)) for one in (source, again)]
     held = [{q for q, out in zip(one.queries, one.held_out, strict=True) if out} for one in kept]
     assert set(kept[0].queries) == set(kept[1].queries)
@@ -121,7 +121,7 @@ def test_held_out_queries_are_measured_over_a_first_stage_and_never_trained_on(t
 def test_long_documents_become_passages_and_queries(tmp_path):
     story = " ".join(f"The {animal} number {n} went to the river and drank." for n in range(40) for animal in ANIMALS)
     rows = [{"query": "what is the plot?", "passage": story}] * 3
-    long = Source("stories", write_lines(tmp_path / "stories.jsonl", rows), long=True)
+    long = TrainingSource("stories", write_lines(tmp_path / "stories.jsonl", rows), long=True)
     made = {"sentence": 6, "span": 4, "keywords": 3}
     build(recipe(long, caps={"stories": 12}, pseudo=made, words=100), tmp_path / "out", PLAN)
     corpus = {row["_id"]: row["text"] for row in read_lines(tmp_path / "out" / "corpus.jsonl")}
@@ -174,7 +174,7 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
         },
         {"query": "who flies?", "pos": ["bees"], "neg": ["dogs"], "pos_scores": [7], "neg_scores": [-8.25]},
     ]
-    source = Source("mine", write_lines(tmp_path / "a.jsonl", rows))
+    source = TrainingSource("mine", write_lines(tmp_path / "a.jsonl", rows))
     only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
@@ -207,7 +207,7 @@ def collection(tmp_path):
 def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection):
     lines = [f"ask-{n} Q0 doc-{(n + k) % 72} {k} {9.5 - k} mine" for n in range(72) for k in range(6)]
     run = write_lines(tmp_path / "first.trec", lines)
-    source = Source("mine", collection, run=run)
+    source = TrainingSource("mine", collection, run=run)
     only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source, depth=4), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
@@ -219,7 +219,7 @@ def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection
 
 
 def test_a_collection_is_mined_whole(tmp_path, collection):
-    build(recipe(Source("mine", collection)), tmp_path / "out", PLAN)
+    build(recipe(TrainingSource("mine", collection)), tmp_path / "out", PLAN)
     folder = TrainingFolder.load(tmp_path / "out")
     assert folder.doc_ids == [f"doc-{n}" for n in range(72)]
     assert min(np.diff(folder.bounds)) >= PLAN.bm25
@@ -227,7 +227,7 @@ def test_a_collection_is_mined_whole(tmp_path, collection):
 
 def test_ids_of_several_sources_cannot_clash(tmp_path, collection, source):
     only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
-    build(recipe(Source("one", collection), source), tmp_path / "out", only_given)
+    build(recipe(TrainingSource("one", collection), source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert {"one:doc-0", "one:ask-0"} <= {*folder.doc_ids, *folder.query_ids}
     assert len(folder.texts) == len(passages())  # the pairs' passages are the collection's
@@ -281,7 +281,7 @@ def test_a_bad_command_is_answered_in_one_line(tmp_path, source, capsys, argumen
 
 def test_a_run_that_did_not_finish_leaves_nothing_to_the_next(tmp_path):
     rows = [{**row, "score": 1.0, "label": 1} for row in pairs()]
-    source = Source("animals", write_lines(tmp_path / "animals.jsonl", rows))
+    source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", rows))
     only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source, held_out=0.3), tmp_path / "out", only_given)
     (tmp_path / "out" / "manifest.json").unlink()
@@ -296,5 +296,5 @@ def test_a_folder_is_made_where_one_can_be(tmp_path, source, collection):
             build(recipe(source), out, PLAN)
     before = tree(collection)
     with pytest.raises(InputError, match="expected another folder than a source to write to"):
-        build(recipe(Source("mine", collection)), collection, PLAN)
+        build(recipe(TrainingSource("mine", collection)), collection, PLAN)
     assert tree(collection) == before

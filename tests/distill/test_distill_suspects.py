@@ -48,7 +48,7 @@ def test_suspects_by_hand(folder, margin, expected):
 
 def test_the_summary_by_hand(folder):
     found = scores.find_suspects(folder, folder.scores("t"), 0.0)
-    assert scores.suspect_summaries(folder, found) == [scores.Summary("x", 2, 2, 3, 3 + 2)]
+    assert scores.suspect_summaries(folder, found) == [scores.SuspectSummary("x", 2, 2, 3, 3 + 2)]
 
 
 def test_the_command_writes_a_table_with_the_largest_difference_first(folder, capsys):

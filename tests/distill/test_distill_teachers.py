@@ -26,7 +26,7 @@ from turborank.distill import score_cache as caches
 from turborank.distill.folder import TrainingFolder, read_pairs
 from turborank.distill.lists import build
 from turborank.distill.scores import Question, score_pairs
-from turborank.distill.sources import ListOptions, Source
+from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import EngineError, InputError
 from turborank.types import Float32, no_progress
 
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
-    source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:24]))
+    source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:24]))
     build(ListOptions((source,)), tmp_path / "lists", PLAN)
     return TrainingFolder.load(tmp_path / "lists")
 

@@ -10,7 +10,7 @@ from little import pairs, write_lines
 from turborank.distill import biencoder, pools, teachers
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
-from turborank.distill.sources import ListOptions, Source
+from turborank.distill.sources import ListOptions, TrainingSource
 
 families = pytest.importorskip("families", reason="needs torch and transformers")
 torch, transformers = families.torch, families.transformers
@@ -43,7 +43,7 @@ def their_vectors(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
-    source = Source("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
+    source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
     plan = pools.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
     build(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
     return TrainingFolder.load(tmp_path / "lists")

@@ -154,14 +154,15 @@ def lists(
     """
     from turborank.distill.lists import build
     from turborank.distill.pools import PoolPlan
-    from turborank.distill.sources import ListOptions, Source
+    from turborank.distill.sources import ListOptions, TrainingSource
 
     runs = {name: Path(path) for name, path in _named(candidates, "--candidates")}
-    read = [Source(name, Path(path), run=runs.pop(name, None)) for name, path in _named(sources, "SOURCES")]
+    read = [TrainingSource(name, Path(path), run=runs.pop(name, None)) for name, path in _named(sources, "SOURCES")]
+    read += [TrainingSource(name, Path(path), long=True) for name, path in _named(passages, "--passages")]
     if runs:
         raise typer.BadParameter(f"expected the name of a source, got {', '.join(runs)}", param_hint="--candidates")
     what = ListOptions(
-        sources=(*read, *(Source(name, Path(path), long=True) for name, path in _named(passages, "--passages"))),
+        sources=tuple(read),
         caps={name: _number(value, "--cap") for name, value in _named(cap, "--cap")},
         clean=_cleaning(clean or ()),
         words=words,

@@ -335,7 +335,7 @@ def _delay(state: tenacity.RetryCallState) -> float:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header (a number, or an HTTP date; RFC 9110 §10.2.3); None for anything else."""
+    """Seconds of a ``Retry-After`` header (number or date, RFC 9110 section 10.2.3); None for anything else."""
     if value is None:
         return None
     try:

@@ -112,7 +112,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Summary(NamedTuple):
+class SuspectSummary(NamedTuple):
     """Counts over the queries of one source that have a relevant document in their pool."""
 
     source: str
@@ -136,7 +136,7 @@ def find_suspects(folder: TrainingFolder, scores: Float32, margin: float = 0.0) 
     return found
 
 
-def suspect_summaries(folder: TrainingFolder, suspects: npt.NDArray[np.bool_]) -> list[Summary]:
+def suspect_summaries(folder: TrainingFolder, suspects: npt.NDArray[np.bool_]) -> list[SuspectSummary]:
     """A summary per source, in order of first occurrence."""
     relevant = np.zeros(len(folder), dtype=np.bool_)
     relevant[folder.query_index[folder.labels > 0]] = True
@@ -149,7 +149,9 @@ def suspect_summaries(folder: TrainingFolder, suspects: npt.NDArray[np.bool_]) -
         if mine.any():
             queries, suspected = int(mine.sum()), counts[mine]
             rows.append(
-                Summary(source, queries, int((suspected > 0).sum()), int(suspected.sum()), int(unlabelled[mine].sum()))
+                SuspectSummary(
+                    source, queries, int((suspected > 0).sum()), int(suspected.sum()), int(unlabelled[mine].sum())
+                )
             )
     return rows
 

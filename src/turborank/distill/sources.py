@@ -22,7 +22,7 @@ T = TypeVar("T")
 LONG_WEIGHT = 0.5  # of passages cut from long documents: transcripts and fiction make poor queries
 
 
-class Source(NamedTuple):
+class TrainingSource(NamedTuple):
     """A file or folder of training data, and the name that options and queries refer to it by."""
 
     name: str
@@ -38,7 +38,7 @@ class ListOptions:
     Raises InputError for missing or repeated names, names of no source, and numbers out of range.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[TrainingSource, ...]
     caps: Mapping[str, int] = field(default_factory=dict)  # source -> examples (long: passages)
     clean: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # source or "" (all) -> text.CLEANERS
     words: int | None = None  # maximum words of a passage; the rest is cut
@@ -70,7 +70,7 @@ class ListOptions:
                 if count is not None and count < minimum:
                     raise InputError(f"expected {what} to be {minimum} or more, got {count}")
 
-    def cleaner(self, source: Source) -> Callable[[str], str]:
+    def cleaner(self, source: TrainingSource) -> Callable[[str], str]:
         """The text normaliser of a source: its own rules, or the general ones."""
         return cleaner(self.clean.get(source.name, self.clean.get("", ())))
 
@@ -177,7 +177,7 @@ def collect(options: ListOptions, *, whole: bool = True) -> Collection:
     return made
 
 
-def _add_corpus(options: ListOptions, source: Source, made: Collection, prefix: str) -> None:
+def _add_corpus(options: ListOptions, source: TrainingSource, made: Collection, prefix: str) -> None:
     clean = options.cleaner(source)
     for name, raw in formats.passages(source.path):
         text = _limited(clean(raw), options, made)
@@ -185,7 +185,7 @@ def _add_corpus(options: ListOptions, source: Source, made: Collection, prefix: 
             made.add_text(text, _prefixed(prefix, name))
 
 
-def _add_examples(options: ListOptions, source: Source, made: Collection, prefix: str) -> None:
+def _add_examples(options: ListOptions, source: TrainingSource, made: Collection, prefix: str) -> None:
     clean = options.cleaner(source)
 
     def cleaned() -> Iterator[formats.Example]:
@@ -219,7 +219,7 @@ def _limited(text: str, options: ListOptions, made: Collection) -> str | None:
     return text if options.words is None else " ".join(words[: options.words])
 
 
-def _add_passages(options: ListOptions, source: Source, made: Collection) -> None:
+def _add_passages(options: ListOptions, source: TrainingSource, made: Collection) -> None:
     clean = options.cleaner(source)
 
     def parts() -> Iterator[str]:

@@ -250,17 +250,19 @@ def _cosine_head(head: str) -> dict[str, Tensor]:
     return fresh | ({"head.focus": torch.tensor([FOCUS])} if head == "focus" else {})
 
 
-class Recipe(NamedTuple):
+class StudentRecipe(NamedTuple):
     """A row of RECIPES."""
 
     make: Callable[..., Student]
     note: str
 
 
-RECIPES: dict[str, Recipe] = {
-    "layers": Recipe(from_layers, "some layers of a cross-encoder that turborank loads"),
-    "alibi": Recipe(from_bert, "a BERT encoder, positions replaced by ALiBi: reads 8,192 tokens after `recover`"),
-    "scratch": Recipe(from_scratch, "random weights, with a vocabulary of its own"),
+RECIPES: dict[str, StudentRecipe] = {
+    "layers": StudentRecipe(from_layers, "some layers of a cross-encoder that turborank loads"),
+    "alibi": StudentRecipe(
+        from_bert, "a BERT encoder, positions replaced by ALiBi: reads 8,192 tokens after `recover`"
+    ),
+    "scratch": StudentRecipe(from_scratch, "random weights, with a vocabulary of its own"),
 }
 
 
