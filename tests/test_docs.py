@@ -195,6 +195,11 @@ def for_gpu(folder: Path) -> None:
     (folder / "examples" / "texts" / "bees.md").write_text("Bees scout for hollow trees.")
 
 
+def for_scale(folder: Path) -> None:
+    rows = [("bees?", "Scouts dance."), ("bees?", "Bread rises."), ("tides?", "The moon pulls the sea.")]
+    lines_of(folder / "pairs.jsonl", [{"query": query, "document": document} for query, document in rows])
+
+
 class Page(NamedTuple):
     """How the code of a page is run: its files, names of its Python code, and text that is replaced to stay small."""
 
@@ -206,6 +211,7 @@ class Page(NamedTuple):
 
 SMALL_RUN = "--steps 2 --evaluate-every 2 --budget 256 --documents 3 --long-every 0 --threads 1"
 PAGES = {
+    "scale.md": Page(for_scale),
     "distillation.md": Page(
         for_distillation,
         {"lists": Path("lists"), "student": Path("student"), "out": Path("run-python")},
@@ -216,7 +222,7 @@ PAGES = {
             "--texts lists --out student": "--texts lists --out student-alibi",
             "recover student": "recover student-alibi",
             "steps=1000": "steps=2",
-            "Drawing()": "Drawing(budget=256, documents=3, hard=1, long_every=0)",
+            "BatchOptions()": "BatchOptions(budget=256, documents=3, hard=1, long_every=0)",
         },
     ),
     "evaluation.md": Page(for_evaluation, replaced={"evaluate scifact": "evaluate my-data/ --models path/to/mine",
