@@ -179,6 +179,13 @@ def for_calibration(folder: Path) -> None:
             lines_of(folder / file, [{"query": q, "document": d, "label": label} for q, d, label in ranked])
 
 
+def for_scale(folder: Path) -> None:
+    """Pairs, and lists of candidates with their corpus."""
+    write_collection(folder)
+    lines_of(folder / "pairs.jsonl", [{"query": "moon sea", "document": "the moon pulls the sea"}])
+    lines_of(folder / "lists.jsonl", [{"query": "moon sea", "candidates": ["d0", "d2"]}])
+
+
 def for_export(folder: Path) -> None:
     for library in ("torch", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs pip install 'turborank[torch,onnx]'")
@@ -225,6 +232,7 @@ PAGES = {
     "depth.md": Page(lambda folder: None),
     "export.md": Page(for_export, slow=True),
     "gpu.md": Page(for_gpu),
+    "scale.md": Page(for_scale),
     "serving.md": Page(lambda folder: None),
 }  # fmt: skip
 

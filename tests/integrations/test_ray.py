@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent))  # for Ray's workers, too
 pytest.importorskip("ray", reason="ray is not installed in this environment")
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed in this environment")
 
+import pages
 from cluster import PAIRS, bits, expected_bits, make_model, make_pairs
 
 from turborank import InputError, Reranker
@@ -130,3 +131,7 @@ def test_serve_has_the_dialects_and_the_scores(cluster: Any, folder: Path) -> No
             assert b"turborank_queue_seconds" in answer.read()
     finally:
         serve.shutdown()
+
+
+def test_the_page_runs(cluster: Any) -> None:
+    pages.run("ray.md")

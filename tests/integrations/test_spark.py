@@ -15,6 +15,7 @@ pytest.importorskip("pyspark", reason="pyspark is not installed in this environm
 if shutil.which("java") is None:
     pytest.skip("java is not installed in this environment", allow_module_level=True)
 
+import pages
 from cluster import PAIRS, bits, expected_bits, make_model, make_pairs
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as f
@@ -124,3 +125,7 @@ def test_columns_are_checked_before_anything_runs(spark: Any, folder: Path) -> N
         score(pairs.withColumn("score", f.lit(1.0)), folder)
     with pytest.raises(Exception, match=r"expected a string, got \w+ at row 0 of the queries"):
         score(pairs.withColumn("query", f.lit(None).cast("string")), folder).collect()
+
+
+def test_the_page_runs(spark: Any) -> None:
+    pages.run("spark.md")

@@ -135,7 +135,7 @@ def _interruptible(command: Command) -> Callable[..., Any]:
     """The command's function; Ctrl-C ends it with one line on standard error and INTERRUPTED as its exit code."""
 
     @functools.wraps(command.run)
-    def run(*values: Any, **named: Any) -> Any:
+    def _run(*values: Any, **named: Any) -> Any:
         try:
             return command.run(*values, **named)
         except KeyboardInterrupt:
@@ -143,7 +143,7 @@ def _interruptible(command: Command) -> Callable[..., Any]:
             print(f"turborank: interrupted{how}", file=sys.stderr)
             return INTERRUPTED
 
-    return run
+    return _run
 
 
 def _version(wanted: bool) -> None:
