@@ -180,6 +180,13 @@ def for_calibration(folder: Path) -> None:
             lines_of(folder / file, [{"query": q, "document": d, "label": label} for q, d, label in ranked])
 
 
+def for_scale(folder: Path) -> None:
+    """Pairs, and lists of candidates with their corpus."""
+    write_collection(folder)
+    lines_of(folder / "pairs.jsonl", [{"query": "moon sea", "document": "the moon pulls the sea"}])
+    lines_of(folder / "lists.jsonl", [{"query": "moon sea", "candidates": ["d0", "d2"]}])
+
+
 def for_export(folder: Path) -> None:
     for library in ("torch", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason="needs pip install 'turborank[torch,onnx]'")
@@ -195,11 +202,6 @@ def for_gpu(folder: Path) -> None:
     (folder / "examples" / "texts" / "bees.md").write_text("Bees scout for hollow trees.")
 
 
-def for_scale(folder: Path) -> None:
-    rows = [("bees?", "Scouts dance."), ("bees?", "Bread rises."), ("tides?", "The moon pulls the sea.")]
-    lines_of(folder / "pairs.jsonl", [{"query": query, "document": document} for query, document in rows])
-
-
 class Page(NamedTuple):
     """How the code of a page is run: its files, names of its Python code, and text that is replaced to stay small."""
 
@@ -211,7 +213,6 @@ class Page(NamedTuple):
 
 SMALL_RUN = "--steps 2 --evaluate-every 2 --budget 256 --documents 3 --long-every 0 --threads 1"
 PAGES = {
-    "scale.md": Page(for_scale),
     "distillation.md": Page(
         for_distillation,
         {"lists": Path("lists"), "student": Path("student"), "out": Path("run-python")},
@@ -232,6 +233,7 @@ PAGES = {
     "depth.md": Page(lambda folder: None),
     "export.md": Page(for_export, slow=True),
     "gpu.md": Page(for_gpu),
+    "scale.md": Page(for_scale),
     "serving.md": Page(lambda folder: None),
 }  # fmt: skip
 

@@ -37,9 +37,9 @@ def bits(reranker: Reranker) -> bytes:
 
 
 def bits_and_models(rerankers: list[Reranker]) -> tuple[set[bytes], int, int]:
-    """In a worker: the bits, the process, and the engines that live there."""
+    """In a worker: the bits, the process, and the models that live there."""
     found = {bits(reranker) for reranker in rerankers}
-    return found, os.getpid(), len({id(reranker.engine) for reranker in rerankers})
+    return found, os.getpid(), len({id(reranker.checkpoint) for reranker in rerankers})
 
 
 @pytest.mark.parametrize("engine", ["reference", pytest.param("native", marks=needs_native)])
@@ -48,7 +48,7 @@ def test_a_pickle_holds_the_recipe_and_not_the_weights(folder: Path, engine: str
     sent = pickle.dumps(reranker)
     assert len(sent) < 1000
     arrived, again = pickle.loads(sent), pickle.loads(sent)
-    assert arrived.engine is again.engine is not reranker.engine  # opened once
+    assert arrived.checkpoint is again.checkpoint is not reranker.checkpoint  # opened once
     assert bits(arrived) == bits(reranker)
     assert (arrived.max_length, arrived.encoder.policy, arrived.encoder.faithful) == (64, "windows", True)
     assert (arrived.engine.name, arrived.engine.precision) == (reranker.engine.name, reranker.engine.precision)
@@ -136,10 +136,10 @@ def test_worker_processes(folder: Path, start: str, capfd: pytest.CaptureFixture
             found = [answer.get(timeout=120) for answer in answers]
             pool.close()
             pool.join()
-    for their_bits, process, engines in found:
+    for their_bits, process, models in found:
         assert their_bits == {expected}
         assert process != os.getpid()
-        assert engines == 1
+        assert models == 1
     assert capfd.readouterr().err == ""
     assert bits(reranker) == expected
 

@@ -11,7 +11,7 @@ import operator
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Self
@@ -25,12 +25,13 @@ from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
 from turborank.engines import ClosedEngine
+from turborank.engines.native import NativeEngine
 from turborank.errors import CheckpointError, InputError, TooLongError
 from turborank.scheduler import Scores, score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Float32, Pair, Progress, Ranked
+from turborank.types import Document, Float32, Pair, Progress, Ranked, RerankerRecipe
 
 MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
 MAX_THREADS = 4096  # above the number of cores of any machine
@@ -90,27 +91,6 @@ def ranking(
     return ranked
 
 
-@dataclass(frozen=True)
-class RerankerRecipe:
-    """What another process needs to open the same reranker; a pickle holds this and not the weights.
-
-    ``engine`` and ``precision`` are those that were chosen. ``threads`` is None unless the caller gave a number, so
-    that each machine uses its own cores. ``files`` is the hash of a local folder's files, which must be the same there.
-    """
-
-    model: str | None
-    revision: str | None = None  # commit on the Hub
-    files: str | None = None
-    engine: str = "auto"
-    precision: str = "auto"
-    max_length: int | None = None
-    length: str = "truncate"
-    threads: int | None = None
-    offline: bool | None = None
-    faithful: bool = False
-    relevant_label: str | int | None = None
-
-
 _arrived: dict[RerankerRecipe, Reranker] = {}  # by what was unpickled in this process: each model is opened once
 _arriving: dict[int, threading.Lock] = {}  # by process: after a fork, the parent's may be held by a thread left behind
 
@@ -120,15 +100,16 @@ def _process_lock() -> threading.Lock:
 
 
 def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
-    """The reranker of a recipe, opened once a process and kept until it is closed; what pickle calls.
+    """The reranker of a recipe, opened once a process, whatever its threads, and kept until it is closed.
 
-    ``luggage``: attributes that were assigned where it comes from. Raises what Reranker raises, and CheckpointError
-    where a folder of that name holds other files.
+    Pickle calls it. ``luggage``: attributes that were assigned where it comes from. Raises what Reranker raises, and
+    CheckpointError where a folder of that name holds other files.
     """
+    key = replace(recipe, threads=None)
     with _process_lock():
-        opened = _arrived.get(recipe)
+        opened = _arrived.get(key)
         if opened is None:
-            options = {name: value for name, value in vars(recipe).items() if name not in ("model", "files")}
+            options = {name: value for name, value in vars(key).items() if name not in ("model", "files")}
             opened = Reranker(recipe.model, **options)
             if recipe.files not in (None, opened._files_hash):
                 raise CheckpointError(
@@ -136,9 +117,13 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
                     f"{opened.checkpoint.folder}",
                     hint="put the same files at this path on every machine",
                 )
-            opened._recipe = recipe
-            _arrived[recipe] = opened
+            _arrived[key] = opened
     arrival = opened.__copy__()
+    arrival._recipe = recipe
+    if recipe.threads is not None:
+        arrival.encoder = arrival.encoder.with_threads(recipe.threads)
+        if isinstance(arrival.engine, NativeEngine):
+            arrival.engine = arrival.engine.with_threads(recipe.threads)
     vars(arrival).update(luggage)
     return arrival
 
@@ -230,7 +215,7 @@ class Reranker:
         self.engine = ClosedEngine(engine.name, engine.precision, engine.isa, engine.threads)
         self.checkpoint = replace(self.checkpoint, weights={})
         with _process_lock():
-            _arrived.pop(self._recipe, None)
+            _arrived.pop(replace(self._recipe, threads=None), None)
 
     def __copy__(self) -> Self:
         """Another one of the same weights, engine and tokenizer."""
@@ -245,10 +230,11 @@ class Reranker:
         luggage = {name: value for name, value in vars(self).items() if name in ("calibration", "cache")}
         if isinstance(self.engine, ClosedEngine):
             raise InputError("expected an open reranker to pickle, got one that was closed")
-        return arrive, (self._pinned(), luggage)
+        return arrive, (self.recipe, luggage)
 
-    def _pinned(self) -> RerankerRecipe:
-        """The recipe, with what makes it mean the same model elsewhere."""
+    @property
+    def recipe(self) -> RerankerRecipe:
+        """What another process needs to open the same reranker; see :func:`arrive`."""
         checkpoint, recipe = self.checkpoint, self._recipe
         if checkpoint.origin in ("hub", "cache"):
             recipe = replace(recipe, revision=checkpoint.revision)

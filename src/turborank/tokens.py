@@ -11,6 +11,7 @@ to pairs of more than ``max_length`` tokens; the :class:`Encoding` counts the to
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -183,6 +184,12 @@ class PairEncoder:
         self.policy = policy
         if max_length < max(MIN_LENGTH, self.template.size + 2):
             raise InputError(f"expected max_length to be at least {MIN_LENGTH}, got {max_length}")
+
+    def with_threads(self, threads: int) -> PairEncoder:
+        """The same encoder with another number of threads."""
+        encoder = copy.copy(self)
+        encoder.threads = 1 if library_parallelism() else threads
+        return encoder
 
     def encode(self, pairs: Sequence[Pair], limits: Limits = NO_LIMITS) -> list[list[Encoding]]:
         """One list for each pair: a single encoding, or the encodings of its windows in reading order.

@@ -123,3 +123,24 @@ class Ranked:
     tokens: int  # tokens read for this document, query and special tokens included
     truncated: int  # tokens dropped by the length policy
     span: tuple[int, int]  # (start, end) in the document's text, in characters, of what the logit was computed from
+
+
+@dataclass(frozen=True)
+class RerankerRecipe:
+    """What another process needs to open the same reranker; a pickle holds this and not the weights.
+
+    ``engine`` and ``precision`` are those that were chosen. ``threads`` is None unless the caller gave a number, so
+    that each machine uses its own cores. ``files`` is the hash of a local folder's files, which must be the same there.
+    """
+
+    model: str | None
+    revision: str | None = None  # commit on the Hub
+    files: str | None = None
+    engine: str = "auto"
+    precision: str = "auto"
+    max_length: int | None = None
+    length: str = "truncate"
+    threads: int | None = None
+    offline: bool | None = None
+    faithful: bool = False
+    relevant_label: str | int | None = None

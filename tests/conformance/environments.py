@@ -94,6 +94,12 @@ FRAMEWORKS = {
     "haystack-adapter": Environment(("haystack-ai==3.4.1", *_OURS), "integrations/test_haystack.py"),
     "dspy-adapter": Environment(("dspy==3.4.1", "bm25s", *_OURS), "integrations/test_dspy.py"),
     "txtai-adapter": Environment(("txtai==9.14.0", _TORCH, *_OURS), "integrations/test_txtai.py"),
+    "ray": Environment(
+        ("ray[data,serve]==2.60.0", "pandas", "pyarrow", "joblib", "msgspec", "uvicorn", "starlette", *_OURS),
+        "integrations/test_ray.py",
+    ),
+    # Java comes from the system: a Debian package openjdk-…-jre-headless
+    "spark": Environment(("pyspark==4.3.0", "pandas", "pyarrow", *_OURS), "integrations/test_spark.py"),
 }
 
 

@@ -8,6 +8,7 @@ An error is one line on standard error, and the exit code is 2.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,33 +49,38 @@ from turborank.cli.train import (
 )
 from turborank.errors import TurborankError
 
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
 SIGPIPE = 13  # a constant, because the signal module lacks it on some systems
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that only writing can cause
 
 
 class Command(NamedTuple):
-    """One subcommand: its function, and examples as (purpose, command line)."""
+    """One subcommand: its function, examples as (purpose, command line), and what Ctrl-C leaves."""
 
     run: Callable[..., Any]
     examples: tuple[tuple[str, str], ...]
+    interrupted: str = ""  # how to go on; empty: there is nothing to go on with
 
+
+AGAIN = "the same command goes on from what is complete"
+UNWRITTEN_YET = "nothing was written; start it again"
 
 COMMANDS: dict[str, Command] = {
     "rank": Command(rank, RANK_EXAMPLES),
-    "score": Command(bulk_score, BULK_EXAMPLES),
+    "score": Command(bulk_score, BULK_EXAMPLES, AGAIN),
     "serve": Command(serve, SERVE_EXAMPLES),
     "keys": Command(keys, KEYS_EXAMPLES),
-    "evaluate": Command(evaluate, EVALUATE_EXAMPLES),
-    "calibrate": Command(calibrate, CALIBRATE_EXAMPLES),
-    "distill lists": Command(lists, LISTS_EXAMPLES),
-    "distill score": Command(score, SCORE_EXAMPLES),
+    "evaluate": Command(evaluate, EVALUATE_EXAMPLES, AGAIN),
+    "calibrate": Command(calibrate, CALIBRATE_EXAMPLES, UNWRITTEN_YET),
+    "distill lists": Command(lists, LISTS_EXAMPLES, AGAIN),
+    "distill score": Command(score, SCORE_EXAMPLES, AGAIN),
     "distill suspects": Command(suspects, SUSPECTS_EXAMPLES),
-    "distill student": Command(student, STUDENT_EXAMPLES),
-    "distill recover": Command(recover, RECOVER_EXAMPLES),
-    "distill train": Command(train, TRAIN_EXAMPLES),
+    "distill student": Command(student, STUDENT_EXAMPLES, UNWRITTEN_YET),
+    "distill recover": Command(recover, RECOVER_EXAMPLES, AGAIN),
+    "distill train": Command(train, TRAIN_EXAMPLES, AGAIN),
     "distill report": Command(report, REPORT_EXAMPLES),
     "distill ship": Command(ship, SHIP_EXAMPLES),
-    "export": Command(export, EXPORT_EXAMPLES),
+    "export": Command(export, EXPORT_EXAMPLES, UNWRITTEN_YET),
     "import": Command(import_model, IMPORT_EXAMPLES),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
@@ -120,9 +126,24 @@ def build() -> typer.Typer:
         if group and group not in groups:
             groups[group] = typer.Typer(help=GROUPS[group], rich_markup_mode="rich")
             app.add_typer(groups[group], name=group)
-        (groups[group] if group else app).command(leaf, epilog=epilog(command.examples))(command.run)
+        (groups[group] if group else app).command(leaf, epilog=epilog(command.examples))(_interruptible(command))
     app.callback()(_global)
     return app
+
+
+def _interruptible(command: Command) -> Callable[..., Any]:
+    """The command's function; Ctrl-C ends it with one line on standard error and INTERRUPTED as its exit code."""
+
+    @functools.wraps(command.run)
+    def _run(*values: Any, **named: Any) -> Any:
+        try:
+            return command.run(*values, **named)
+        except KeyboardInterrupt:
+            how = f"; {command.interrupted}" if command.interrupted else ""
+            print(f"turborank: interrupted{how}", file=sys.stderr)
+            return INTERRUPTED
+
+    return _run
 
 
 def _version(wanted: bool) -> None:
@@ -153,7 +174,7 @@ def run(arguments: Sequence[str]) -> int:
     except TurborankError as error:
         return _fail(str(error))
     except typer.Abort:
-        return 130
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:

@@ -90,11 +90,8 @@ def score(
     report = _Report()
     try:
         summary = bulk.run(reranker, pairs, out, asked, progress=report)
-    except KeyboardInterrupt:
+    finally:
         report.clear()
-        print("turborank: interrupted; the same command goes on from the last complete shard", file=sys.stderr)
-        return 130
-    report.clear()
     print(_told(summary, out, asked.part))
     return 0
 

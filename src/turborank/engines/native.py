@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import os
@@ -91,7 +92,7 @@ _watched: list[bool] = []  # not empty: forks are noticed
 
 def _renew() -> None:
     """In a forked child, whose only thread is the one that forked: threads and locks for every engine, anew."""
-    for engine in list(_engines):
+    for engine in {id(engine._model): engine for engine in _engines}.values():
         engine.renew()
 
 
@@ -110,10 +111,20 @@ class NativeEngine:
         self.kernel: str = model.kernel  # instruction of the matrix product
         self.attention: str = model.attention  # element type of attention: "bf16" or "fp32"
         self.threads = threads
+        self._watch()
+
+    def _watch(self) -> None:
         _engines.add(self)
         if not _watched and hasattr(os, "register_at_fork"):
             _watched.append(True)
             os.register_at_fork(after_in_child=_renew)
+
+    def with_threads(self, threads: int) -> NativeEngine:
+        """The same model computing with another number of threads."""
+        engine = copy.copy(self)
+        engine.threads = threads
+        engine._watch()
+        return engine
 
     def renew(self) -> None:
         """Leave threads, locks and work space to a parent process that has them, and start without."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from turborank.calibration import Calibration
-from turborank.reranker import Reranker
-from turborank.types import Ranked
+import numpy as np
+import numpy.typing as npt
+
+from turborank.calibration import Calibration, sigmoid
+from turborank.errors import InputError
+from turborank.reranker import Reranker, arrive, listed
+from turborank.text import document_text
+from turborank.types import Pair, Ranked, RerankerRecipe
 
 
 class LazyReranker:
@@ -50,3 +56,46 @@ def relevance_notes(ranked: Ranked, text: str, calibration: Calibration | None =
     if ranked.truncated:
         noted["relevance_truncated_tokens"] = ranked.truncated
     return noted
+
+
+def recipe_of(model: str | os.PathLike[str] | Reranker | None, options: Mapping[str, Any] | None) -> RerankerRecipe:
+    """What travels to a worker: of a Reranker, its recipe; else of a model and other arguments of Reranker.
+
+    Raises InputError for options beside a Reranker, and for one that Reranker does not have.
+    """
+    options = dict(options or {})
+    if isinstance(model, Reranker):
+        if options:
+            raise InputError(f"expected no options beside a Reranker, got {', '.join(options)}")
+        return model.recipe
+    try:
+        return RerankerRecipe(None if model is None else os.fspath(model), **options)
+    except TypeError as error:
+        raise InputError(f"expected options of Reranker, got {', '.join(options)}: {error}") from None
+
+
+def open_in_process(recipe: RerankerRecipe, threads: int) -> Reranker:
+    """The reranker of a recipe, opened once a process; with ``threads`` threads where the recipe names no number."""
+    return arrive(replace(recipe, threads=recipe.threads or threads), {})
+
+
+def score_columns(
+    reranker: Reranker, queries: Iterable[str], documents: Iterable[Any]
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Columns for P pairs: logit (P,) float32, score (P,) float64, tokens (P,) int32, truncated (P,) int32.
+
+    Raises InputError for a query that is no string and a document without text.
+    """
+    pairs = []
+    for index, (query, document) in enumerate(
+        zip(listed("queries", queries), listed("documents", documents), strict=True)
+    ):
+        if not isinstance(query, str):
+            raise InputError(f"expected a string, got {type(query).__name__} at row {index} of the queries")
+        try:
+            pairs.append(Pair(query, document_text(document)))
+        except InputError as error:
+            raise InputError(f"{error.message} at row {index} of the documents") from None
+    scores = reranker.score_detailed(pairs)
+    relevance = np.array([sigmoid(logit) for logit in scores.logits.tolist()], dtype=np.float64)
+    return {"logit": scores.logits, "score": relevance, "tokens": scores.tokens, "truncated": scores.truncated}

@@ -114,6 +114,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._close_at: float | None = None
         self.failure: BaseException | None = None
+        self.interrupted = False  # by Ctrl-C
 
     def fail(self, error: BaseException) -> None:
         """Stop the server because the default model cannot be loaded."""
@@ -122,6 +123,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler: start draining; stop at once on the second signal."""
+        self.interrupted |= sig == signal.SIGINT
         if self._close_at is not None:
             self.should_exit = self.force_exit = True
             return
@@ -170,9 +172,11 @@ def make(settings: Settings) -> Server:
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal. Raises the error when the default model cannot be loaded."""
+    """Serve until a signal. Raises the error when the default model cannot be loaded; KeyboardInterrupt on SIGINT."""
     telemetry.set_up(settings.log_level)
     server = make(settings)
     server.run()
     if server.failure is not None:
         raise server.failure
+    if server.interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,95 @@
+"""Ctrl-C: exit code 130, one line that says where to go on, no traceback, nothing half-written."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import write_checkpoint
+
+AGAIN = "turborank: interrupted; the same command goes on from what is complete"
+PATIENCE = 120.0  # seconds, on a machine that is busy
+TEXT = "a bee in the trees of the hive " * 40
+
+
+def interrupted(arguments: list[str], ready: Callable[[], bool], cwd: Path) -> tuple[int, str]:
+    """Start the command, press Ctrl-C once it is ``ready``; exit code and standard error."""
+    command = [sys.executable, "-m", "turborank", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    deadline = time.monotonic() + PATIENCE
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE)
+    return process.returncode, said
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Files of something that was not finished."""
+    return [path for path in folder.rglob(".*") if path.is_file() and path.stat().st_size]
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Path:
+    """A BEIR folder with more to rerank than a test has time for."""
+    folder = tmp_path / "collection"
+    (folder / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{n}", "title": "", "text": f"{n} {TEXT}"} for n in range(400)]
+    queries = [{"_id": f"q{n}", "text": f"which bee {n}"} for n in range(200)]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{n}\td{n}\t1" for n in range(200))]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_evaluate(collection: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="bm25s is not installed in this environment")
+    model, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
+    arguments = ["evaluate", str(collection), "--models", str(model), "--out", str(out), "--depth", "400"]
+    code, said = interrupted(arguments, lambda: any(out.rglob("*.trec")), tmp_path)
+    assert (code, said.splitlines()[-1:]) == (130, [AGAIN])
+    assert "Traceback" not in said
+    assert not leftovers(out)
+    assert not list(out.rglob("report.html"))
+
+
+def test_distill_score(collection: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="bm25s is not installed in this environment")
+    lists = tmp_path / "lists"
+    command = [sys.executable, "-m", "turborank", "distill", "lists", f"mine={collection}", "--out", str(lists)]
+    subprocess.run(command, check=True, capture_output=True)
+    before = {path for path in lists.rglob("*") if path.is_file()}
+    arguments = ["distill", "score", str(lists), "-t", f"slow=checkpoint:{write_checkpoint(tmp_path / 'model')}"]
+
+    def started() -> bool:
+        return any(path.is_file() and path not in before for path in lists.rglob("*"))
+
+    code, said = interrupted(arguments, started, tmp_path)
+    assert (code, said.splitlines()[-1:]) == (130, [AGAIN])
+    assert "Traceback" not in said
+    assert not leftovers(lists)
+
+
+def test_serve(tmp_path: Path) -> None:
+    pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
+    started = time.monotonic()
+    arguments = ["serve", "--model", str(write_checkpoint(tmp_path / "model")), "--port", "18741"]
+    code, said = interrupted(arguments, lambda: reachable(18741) or time.monotonic() > started + PATIENCE, tmp_path)
+    assert (code, said.splitlines()[-1:]) == (130, ["turborank: interrupted"])
+    assert "Traceback" not in said
+
+
+def reachable(port: int) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
