@@ -7,12 +7,14 @@ from collections.abc import Iterable
 # What a test may lack on a machine where `make install` has run: the reasons that tests give, and how they are summed
 # up. Whatever matches none of them is listed as it is.
 LACKING = {
-    "published weights or data": r"needs the .*published",
+    "published weights or data": r"needs the .*published|needs published weights",
     "a GPU": r"no CUDA device",
     "client environments": (
         r"TURBORANK_CONFORMANCE names no folder|not installed in this environment|sentence.transformers"
         r"|playwright is not installed|no Chromium"
     ),
+    "a precision that the forced instruction set lacks": r"^the row \w+ has no ",
+    "an architecture that turborank has": r"of no architecture turborank has",
 }
 
 
