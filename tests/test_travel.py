@@ -213,10 +213,13 @@ def test_a_fork_while_other_threads_compute(folder: Path) -> None:
 
 
 THREADS = """
-import os, sys
+import os, sys, time
 from turborank import Reranker
 reranker = Reranker(sys.argv[1], engine="native", threads=int(sys.argv[2]))
 reranker.score([("which bee", "a bee in the trees " * 40)] * 400)
+deadline = time.monotonic() + 10  # the kernel lists a thread that has ended until it is reaped
+while len(os.listdir("/proc/self/task")) > int(sys.argv[2]) and time.monotonic() < deadline:
+    time.sleep(0.05)
 print(len(os.listdir("/proc/self/task")), os.environ["TOKENIZERS_PARALLELISM"])
 """
 
