@@ -3,14 +3,15 @@
     python bench/scale.py ray --pairs 20000 --repeats 5
     python bench/scale.py spark --pairs 20000 --repeats 5
 
-Prints wall seconds of each run and the ratio of each pair of runs, with its median and range. The cluster is started,
-and a small run made, before the clock starts: what a long job pays is what counts. Each engine has as many workers of
+Prints wall seconds of each run and the ratio of each pair of runs, with its median and range; the machine must have no
+other work. The cluster is started, and a small run made, before the clock starts. Each engine has as many workers of
 one thread as the machine has cores; the library has one process of as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -69,9 +70,10 @@ def spark_scorer(cores: int) -> Scorer:
 
     from turborank.integrations.spark import score as score_frame
 
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     session = (
         SparkSession.builder.master(f"local[{cores}]").config("spark.ui.enabled", "false")
-        .config("spark.driver.host", "127.0.0.1").config("spark.pyspark.python", sys.executable)
+        .config("spark.driver.host", "127.0.0.1")
         .config("spark.sql.execution.arrow.pyspark.enabled", "true").getOrCreate()
     )  # fmt: skip
     session.sparkContext.setLogLevel("OFF")
@@ -109,7 +111,9 @@ def main() -> None:
             seconds.append(time.monotonic() - started)
         ratios.append(seconds[1] / seconds[0])
         same = "same bits" if found[0] == found[1] else "DIFFERENT BITS"
-        print(f"library {seconds[0]:.2f} s, {arguments.engine} {seconds[1]:.2f} s, ratio {ratios[-1]:.3f}, {same}")
+        print(
+            f"library {seconds[0]:.1f} s, {arguments.engine} {seconds[1]:.1f} s, {ratios[-1]:.3f}, {same}", flush=True
+        )
     print(
         f"{reranker!r}: {arguments.engine} takes {statistics.median(ratios):.3f} times as long as the library "
         f"({min(ratios):.3f} to {max(ratios):.3f}; {len(ratios)} pairs of runs, {len(pairs):,} pairs, {cores} cores)"

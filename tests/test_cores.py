@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from turborank.cli import doctor
 from turborank.engines import cores
 from turborank.engines import torch as torch_engine
 
@@ -117,3 +118,16 @@ def test_torch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) 
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_doctor_says_where_each_number_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [cores.CoreLimit(8, "affinity mask"), cores.CoreLimit(1.5, "cgroup v2 quota of /x/y")]
+    monkeypatch.setattr(cores, "limits", lambda: found)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    told = {finding.what: finding.value for finding in doctor.machine() if finding.what}
+    assert told["cores"] == f"2 of {os.cpu_count()} may be used"
+    assert "TOKENIZERS_PARALLELISM=true" in told["tokenizer threads"]
+    assert told["torch threads"] == "3 by OMP_NUM_THREADS"
+    sources = [finding.value for finding in doctor.machine() if not finding.what]
+    assert sources == ["8 by the affinity mask", "1.5 by the cgroup v2 quota of /x/y"]

@@ -278,6 +278,29 @@ def test_memory_stays_flat_over_short_calls(folder: Path) -> None:
     assert threading.active_count() < 20
 
 
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not tell resident memory")
+def test_memory_after_a_burst_is_that_of_one_and_goes_with_close(folder: Path) -> None:
+    """The work space of the largest batch is kept (docs/scale.md); it does not grow, and close gives it back."""
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+    reranker = Reranker(folder, engine="native", threads=2)
+    burst = ["a bee in the trees of the hive " * 20] * 300
+    before = resident()
+    reranker.rank(QUERY, burst)
+    once = resident()
+    for _ in range(5):
+        reranker.rank(QUERY, burst)
+        reranker.rank(QUERY, DOCUMENTS[:2])
+    assert resident() - once < max(8192, (once - before) // 4)  # KiB: what the allocator rounds up
+    reranker.close()
+    gc.collect()
+    assert resident() < once
+
+
 def test_rank_many_has_the_rankings_of_rank(folder: Path) -> None:
     reranker = Reranker(folder, engine="native" if native.available() is None else "reference")
     queries = ["which bee", "trees", "", "which bee"]

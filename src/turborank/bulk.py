@@ -30,10 +30,11 @@ from turborank.types import Pair
 FORMAT = 1
 DOCUMENT, CANDIDATES, DOCUMENT_ID = "document", "candidates", "document_id"
 SCORES: Columns = {"logit": float, "score": float, "tokens": int, "truncated": int}  # columns that are added
-BLOCK_CHARACTERS = 4_000_000  # text scored at a time: memory is bounded by it, and batches are full
+BLOCK_CHARACTERS = 1_000_000  # text scored at a time: memory is bounded by it, and batches are full
 ENDS = 1 << 20  # bytes of the input's beginning and end that tell it from another
 SAMPLE_ROWS, SAMPLE_PAIRS = 2_000, 4_000  # of an estimate
 SAMPLE_SECONDS = 20.0
+_CHARACTERS, _TEMPLATE = 4, 16  # characters of a token, and of the special tokens of a pair, about
 
 
 @dataclass(frozen=True)
@@ -387,9 +388,9 @@ def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None,
     source = PairSource(path, options or BulkOptions())
     rng = np.random.default_rng(seed)
     kept: list[_Row] = []
-    rows = total = 0
+    rows = total = size = 0
     for row in source:  # reservoir sampling, Vitter's algorithm R
-        rows, total = rows + 1, total + len(row.pairs)
+        rows, total, size = rows + 1, total + len(row.pairs), size + _size(row.pairs, reranker)
         place = rows - 1 if rows <= SAMPLE_ROWS else int(rng.integers(rows))
         if place < SAMPLE_ROWS:
             kept[place : place + 1] = [row]
@@ -408,18 +409,24 @@ def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None,
         if time.monotonic() - started > SAMPLE_SECONDS:
             break
     seconds = time.monotonic() - started
-    scale = total / sampled
+    scale = size / _size(sample[:sampled], reranker)  # ratio estimator: tokens and time follow the text that is read
     return Estimate(
         rows, total, round(tokens * scale), truncated / sampled, seconds * scale, tokens / seconds, _peak_memory(),
         sampled,
     )  # fmt: skip
 
 
+def _size(pairs: Sequence[Pair], reranker: Reranker) -> int:
+    """About the characters that are read of some pairs, template included."""
+    most = sys.maxsize if reranker.encoder.policy == "windows" else _CHARACTERS * reranker.max_length
+    return sum(min(len(query) + len(document) + _TEMPLATE, most) for query, document in pairs)
+
+
 def _blocks(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
     start = size = 0
     for index, (_, document) in enumerate(pairs):
         size += len(document)
-        if size >= BLOCK_CHARACTERS // 4:
+        if size >= BLOCK_CHARACTERS:
             yield pairs[start : index + 1]
             start, size = index + 1, 0
     if start < len(pairs):

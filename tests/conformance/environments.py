@@ -79,6 +79,9 @@ PEERS = {
         ("llama-index-core==0.12.52.post1", *_EVAL), "conformance/test_llamaindex_evaluation.py"
     ),
     "ir-datasets": Environment(("ir-datasets==0.6.3", *_EVAL), "conformance/test_ir_datasets.py"),
+    # what holds documents, and what sends a reranker to other processes
+    "columns": Environment(("joblib", "pandas", "polars", "pyarrow==26.0.1", *_OURS), "test_travel.py"),
+    "parquet": Environment(("pyarrow==26.0.1", *_OURS), "test_bulk.py"),
     "sentence-transformers": Environment(("sentence-transformers==6.2.0", _TORCH, *_OURS), "test_compat.py"),
 }
 
@@ -95,7 +98,16 @@ FRAMEWORKS = {
     "dspy-adapter": Environment(("dspy==3.4.1", "bm25s", *_OURS), "integrations/test_dspy.py"),
     "txtai-adapter": Environment(("txtai==9.14.0", _TORCH, *_OURS), "integrations/test_txtai.py"),
     "ray": Environment(
-        ("ray[data,serve]==2.60.0", "pandas", "pyarrow", "joblib", "msgspec", "uvicorn", "starlette", *_OURS),
+        (
+            "ray[data,serve]==2.60.0",
+            "pandas",
+            "pyarrow",
+            "msgspec",
+            "uvicorn",
+            "starlette",
+            "prometheus-client",
+            *_OURS,
+        ),
         "integrations/test_ray.py",
     ),
     # Java comes from the system: a Debian package openjdk-…-jre-headless

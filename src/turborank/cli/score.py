@@ -156,10 +156,10 @@ class _Report:
             return
         self._said = now
         done, first = progress.fraction - self._first.fraction, self._first
-        left = (progress.seconds - first.seconds) * (1 - progress.fraction) / done if done > 0 else 0.0
+        left = (progress.seconds - first.seconds) * (1 - progress.fraction) / done if done > 0 else None
         line = (
             f"shard {progress.shard:,}: {progress.pairs:,} pairs, {progress.tokens / progress.seconds:,.0f} tokens/s, "
-            f"{progress.fraction:.0%} of the input, {duration(left)} left"
+            f"{progress.fraction:.0%} of the input" + ("" if left is None else f", {duration(left)} left")
         )
         if self._terminal:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from turborank.errors import UnknownKeyError
 from turborank.integrations.common import open_in_process, recipe_of, score_columns
 from turborank.reranker import Reranker
 from turborank.serve import app, config
@@ -63,6 +64,9 @@ def deployment(settings: Mapping[str, Any] | None = None, *, name: str = "turbor
     Raises InputError for a setting that does not exist or does not fit.
     """
     given = dict(settings or {})
+    for setting in given:
+        if setting not in config.FIELDS:
+            raise UnknownKeyError("a setting", setting, config.FIELDS)
     config.load(given, environment={})  # raises here, not in a replica
 
     def build() -> Any:
