@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from turborank.evaluate import evaluate
+from turborank.evaluate import EvaluateOptions, evaluate
 
 FAQ = Path(__file__).parent / "texts" / "faq.jsonl"
 QUESTIONS = {  # question -> id of the document that answers it
@@ -40,7 +40,9 @@ def write_beir(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     write_beir(folder / "faq")
-    evaluation = evaluate([str(folder / "faq")], out=folder / "results", measures=["nDCG@10", "Success@1"])
+    evaluation = evaluate(
+        [str(folder / "faq")], options=EvaluateOptions(measures=["nDCG@10", "Success@1"]), out=folder / "results"
+    )
     for result in evaluation.results:
         for system in result.systems:
             print(f"{system.name:24}", *(f"{name} {value:.3f}" for name, value in system.means.items()))

@@ -23,7 +23,7 @@ from families import (
 from random_models import packed
 
 from turborank import Reranker
-from turborank.architectures import ARCHITECTURES, bert, deberta, recognise
+from turborank.architectures import ARCHITECTURES, deberta, encoder, recognise
 from turborank.engines.reference import ReferenceEngine
 from turborank.errors import CheckpointError
 from turborank.ops import reference
@@ -173,7 +173,7 @@ def test_a_small_electra_is_refused_by_name() -> None:
         recognise(their_config("electra", embedding_size=32).to_dict(), {})
 
 
-@pytest.mark.parametrize("table", bert.TABLES[1:])
+@pytest.mark.parametrize("table", encoder.TABLES[1:])
 def test_bert_needs_its_positions_and_segments(table: str) -> None:
     config = family_config("bert")
     weights, batch = family_weights(config), batch_of(LENGTHS)

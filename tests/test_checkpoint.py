@@ -454,7 +454,7 @@ def test_the_published_tokenizer_fits_the_published_config() -> None:
         pytest.skip("needs the published tokenizer and config, which are not on this machine")
     for name in ("turbo", "tiny"):
         raw = verify.json_object(path / f"config_{name}.json")
-        config = verify.config(raw, {"encoder.layer.0.mlp.gated_layers.weight": ()}, path)
+        config = checkpoint.model_config(raw, {"encoder.layer.0.mlp.gated_layers.weight": ()}, path)
         assert config.max_length == 8192
         assert verify.tokenizer(path / "tokenizer.json", config).get_vocab_size() == 60_516
         pinned = catalog.lookup(f"jina-reranker-v1-{name}-en").hashes

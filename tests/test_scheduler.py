@@ -9,10 +9,9 @@ from random_models import model_config, random_weights
 from sample_tokenizers import WORDS, wordpiece_tokenizer
 
 from turborank import engines, scheduler
-from turborank.engines import Engine
 from turborank.errors import EngineError
 from turborank.tokens import PairEncoder
-from turborank.types import Float32, PackedBatch, Pair
+from turborank.types import Engine, Float32, PackedBatch, Pair
 
 CONFIG = model_config(vocab_size=8, hidden_size=64, num_attention_heads=2, intermediate_size=128, slopes=(0.5, 0.01))
 WEIGHTS = random_weights(CONFIG)

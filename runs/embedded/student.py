@@ -14,7 +14,7 @@ from common import IdPair, pack
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from turborank.architectures import bert, encoder
+from turborank.architectures import encoder
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.students import ALIBI, WORDS, Student, gentle_slopes, keep_layers
 from turborank.distill.trainer import tensors
@@ -62,7 +62,7 @@ def match_heads(student: Student, source: BiEncoder, probes: Sequence[IdPair]) -
     wanted = []
     for batch in batches:
         trace: list[Tensor] = []
-        x = bert.embed(source.weights, source.config, batch, training)
+        x = encoder.embed(source.weights, source.config, batch, training)
         encoder.encode(source.weights, source.config, x, batch.cu_seqlens, training, first_only=False, trace=trace)
         wanted.append(trace)
 

@@ -25,13 +25,12 @@ from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
 from turborank.engines import ClosedEngine
-from turborank.engines.native import NativeEngine
 from turborank.errors import CheckpointError, InputError, TooLongError
-from turborank.scheduler import Scores, score
+from turborank.scheduler import score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Float32, Pair, Progress, Ranked, RerankerRecipe
+from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerRecipe, Scores
 
 MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
 MAX_THREADS = 4096  # above the number of cores of any machine
@@ -122,8 +121,7 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
     arrival._recipe = recipe
     if recipe.threads is not None:
         arrival.encoder = arrival.encoder.with_threads(recipe.threads)
-        if isinstance(arrival.engine, NativeEngine):
-            arrival.engine = arrival.engine.with_threads(recipe.threads)
+        arrival.engine = arrival.engine.with_threads(recipe.threads)
     vars(arrival).update(luggage)
     return arrival
 
@@ -183,7 +181,7 @@ class Reranker:
             self.checkpoint.tokenizer, max_length=max_length or config.max_length, policy=length, faithful=faithful,
             threads=threads or engines.allowed_cores(),
         )  # fmt: skip
-        self.engine: engines.Engine = engines.prepare(
+        self.engine: Engine = engines.prepare(
             self.checkpoint.weights, config, name=name, precision=chosen, threads=threads
         )
         self._recipe = RerankerRecipe(

@@ -10,29 +10,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from turborank.engines import Engine
 from turborank.errors import EngineError, TooLongError
 from turborank.tokens import PairEncoder, pack
-from turborank.types import Encoding, Float32, Int32, Pair, Progress
+from turborank.types import Encoding, Engine, Float32, Pair, Progress, Scores
 
 TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of its own
 CHUNK_CHARACTERS = 200_000  # characters tokenised at a time: bounds memory, and lets tokenisation overlap computation
 QUERY_CHARACTERS = 2_000  # maximum characters of a query counted for each pair: it is tokenised once per chunk
 FIRST_CHUNK_CHARACTERS = 20_000  # small, because no computation overlaps the first chunk's tokenisation
-
-
-class Scores(NamedTuple):
-    """Logits and token counts of P pairs, in the caller's order."""
-
-    logits: Float32  # (P,)
-    tokens: Int32  # (P,) tokens read, special tokens included; overlaps of windows count once
-    truncated: Int32  # (P,) tokens dropped by the length policy
-    spans: npt.NDArray[np.int64]  # (P, 2) start and end, in characters, of the text that the logit was computed from
 
 
 def budget(engine: Engine) -> int:

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from turborank.errors import InputError
-from turborank.scheduler import Scores
-from turborank.types import Pair
+from turborank.types import Pair, Scores
 
 _ROW = struct.Struct("<fiiqq")  # logit, tokens, truncated, span
 _AT_ONCE = 500  # SQLite takes 999 parameters everywhere

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +110,34 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+class Scores(NamedTuple):
+    """Logits and token counts of P pairs, in the caller's order."""
+
+    logits: Float32  # (P,)
+    tokens: Int32  # (P,) tokens read, special tokens included; overlaps of windows count once
+    truncated: Int32  # (P,) tokens dropped by the length policy
+    spans: npt.NDArray[np.int64]  # (P, 2) start and end, in characters, of the text that the logit was computed from
+
+
+class Engine(Protocol):
+    """A model prepared for one engine and precision."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+
+    def logits(self, batch: PackedBatch, /) -> Float32:
+        """Logits (P,), float32, of a packed batch."""
+
+    def with_threads(self, threads: int) -> Engine:
+        """The same model with another number of threads; itself where numpy or torch sets the number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from turborank import Reranker
 from turborank.data.trec import Run, Scored
-from turborank.evaluate import evaluate
+from turborank.evaluate import EvaluateOptions, evaluate
 from turborank.evaluate.measures import per_query
 
 pytestmark = pytest.mark.filterwarnings("default")  # llama-index's own
@@ -100,7 +100,9 @@ def test_a_dataset_that_llamaindex_saved_is_reranked_to_its_own_figures(tmp_path
     dataset, path = make_dataset(0), tmp_path / "questions.json"
     legacy.EmbeddingQAFinetuneDataset(**dataset._asdict()).save_json(str(path))
     model = Reranker(write_checkpoint(tmp_path / "model"), engine="reference")
-    found = evaluate([str(path)], [model], out=tmp_path / "out", depth=10, measures=["hit_rate@5", "MRR@5"])
+    found = evaluate(
+        [str(path)], [model], EvaluateOptions(depth=10, measures=["hit_rate@5", "MRR@5"]), out=tmp_path / "out"
+    )
     for system in found.results[0].systems:
         expected = theirs(dataset, system.run, 5)
         assert system.values["hit_rate@5"] == expected["hit_rate"]

@@ -9,7 +9,7 @@ from helpers import write_checkpoint
 pytest.importorskip("bm25s")
 
 from turborank import InputError, Reranker, depth
-from turborank.evaluate import evaluate
+from turborank.evaluate import EvaluateOptions, evaluate
 from turborank.types import Pair
 
 
@@ -27,7 +27,7 @@ def collection(folder: Path) -> Path:
 def test_what_is_read_is_what_the_rule_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depth, "STOP", 0.4)  # so that a list of sixty stops somewhere in its middle
     model = Reranker(write_checkpoint(tmp_path / "tiny"), engine="reference")
-    found = evaluate([str(collection(tmp_path / "bees"))], [model], out=tmp_path / "out", depth="auto")
+    found = evaluate([str(collection(tmp_path / "bees"))], [model], EvaluateOptions(depth="auto"), out=tmp_path / "out")
     first, system = found.results[0].systems
     corpus = found.results[0].dataset.corpus
     candidates = [one.doc_id for one in first.run["q"]]
@@ -41,6 +41,6 @@ def test_what_is_read_is_what_the_rule_says(tmp_path: Path, monkeypatch: pytest.
     scores = [one.score for one in system.run["q"]]
     assert scores == sorted(scores, reverse=True)
     with pytest.raises(InputError, match="adaptive_depth"):  # scores of part of a list are not scores of the list
-        evaluate([str(tmp_path / "bees")], [model], out=tmp_path / "out", depth=100)
+        evaluate([str(tmp_path / "bees")], [model], EvaluateOptions(depth=100), out=tmp_path / "out")
     with pytest.raises(InputError, match="'auto'"):
-        evaluate([str(tmp_path / "bees")], [model], out=tmp_path / "no", depth="deep")
+        evaluate([str(tmp_path / "bees")], [model], EvaluateOptions(depth="deep"), out=tmp_path / "no")

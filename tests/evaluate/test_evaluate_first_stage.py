@@ -12,7 +12,7 @@ from turborank.data.bm25 import BM25, Analyzer, bm25_run
 from turborank.data.corpus import MemoryCorpus
 from turborank.data.datasets import load
 from turborank.data.trec import read_run
-from turborank.evaluate import evaluate
+from turborank.evaluate import EvaluateOptions, evaluate
 from turborank.evaluate.measures import means, per_query
 
 pytest.importorskip("bm25s")
@@ -123,7 +123,7 @@ def test_several_runs_are_fused_by_their_ranks(mini: Path, tmp_path: Path) -> No
     (tmp_path / "a.trec").write_text("q1 Q0 d1 1 9 a\nq1 Q0 d4 2 8 a\nq2 Q0 d2 1 5 a\n")
     (tmp_path / "b.trec").write_text("q1 Q0 d4 1 0.9 b\nq1 Q0 d5 2 0.8 b\n")
     runs = [tmp_path / "a.trec", tmp_path / "b.trec"]
-    found = evaluate([str(mini)], ["bm25"], out=tmp_path / "out", run=runs)
+    found = evaluate([str(mini)], ["bm25"], EvaluateOptions(run=runs), out=tmp_path / "out")
     [first] = found.results[0].systems
     assert first.name == "a.trec + b.trec"
     assert [(one.doc_id, one.score) for one in first.run["q1"]] == [
@@ -134,4 +134,6 @@ def test_several_runs_are_fused_by_their_ranks(mini: Path, tmp_path: Path) -> No
     assert "b.trec: 2 queries are not in the run; they count as zero" in found.results[0].remarks
     (tmp_path / "c.trec").write_text("q1 Q0 nothing 1 9 c\n")
     with pytest.raises(InputError, match=r"'nothing' at .*c.trec:1"):
-        evaluate([str(mini)], ["bm25"], out=tmp_path / "no", run=[tmp_path / "a.trec", tmp_path / "c.trec"])
+        evaluate(
+            [str(mini)], ["bm25"], EvaluateOptions(run=[tmp_path / "a.trec", tmp_path / "c.trec"]), out=tmp_path / "no"
+        )

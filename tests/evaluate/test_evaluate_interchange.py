@@ -11,7 +11,7 @@ from mini import QRELS
 
 from turborank import Reranker
 from turborank.data.trec import read_qrels, read_run
-from turborank.evaluate import evaluate
+from turborank.evaluate import EvaluateOptions, evaluate
 
 pytest.importorskip("bm25s")
 pytrec_eval = pytest.importorskip("pytrec_eval")
@@ -25,7 +25,7 @@ MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "MAP": "AP", "Success@1": "
 def folder(mini: Path, tmp_path: Path) -> Path:
     """Results of a random model, and the judgements in TREC's four columns."""
     model = Reranker(write_checkpoint(tmp_path / "tiny"), engine="reference")
-    evaluate([str(mini)], [model], out=tmp_path / "out", measures=list(MEASURES))
+    evaluate([str(mini)], [model], EvaluateOptions(measures=list(MEASURES)), out=tmp_path / "out")
     (tmp_path / "out" / "qrels.trec").write_text("".join(f"{query} 0 {doc} {grade}\n" for query, doc, grade in QRELS))
     return tmp_path / "out"
 
@@ -59,7 +59,7 @@ def test_trec_eval_reads_our_runs_and_we_read_its(folder: Path, mini: Path, tmp_
 
 def test_our_run_is_a_first_stage_again(folder: Path, mini: Path, tmp_path: Path) -> None:
     path = folder / "mini" / "tiny" / "run.trec"
-    found = evaluate([str(mini)], ["bm25"], out=tmp_path / "again", run=path, measures=list(MEASURES))
+    found = evaluate([str(mini)], ["bm25"], EvaluateOptions(run=path, measures=list(MEASURES)), out=tmp_path / "again")
     with (folder / "mini" / "tiny" / "per_query.csv").open() as file:
         for row in csv.DictReader(file):
             for name, values in found.results[0].systems[0].values.items():

@@ -14,7 +14,7 @@ from mini import QUERIES, append, write_mini
 
 from turborank import InputError, Reranker
 from turborank.data.trec import read_run
-from turborank.evaluate import Evaluation, evaluate
+from turborank.evaluate import EvaluateOptions, Evaluation, evaluate
 
 pytest.importorskip("bm25s")
 
@@ -53,7 +53,7 @@ def test_candidates_are_ordered_by_logit(mini: Path, model: Reranker, tmp_path: 
 
 
 def test_what_is_written(mini: Path, model: Reranker, tmp_path: Path) -> None:
-    found = evaluate([str(mini)], [model], out=tmp_path, measures=["nDCG@10", "Success@1"], depth=2)
+    found = evaluate([str(mini)], [model], EvaluateOptions(measures=["nDCG@10", "Success@1"], depth=2), out=tmp_path)
     manifest = json.loads((tmp_path / "mini" / "tiny" / "manifest.json").read_text())
     pairs = sum(len(documents) for documents in found.results[0].systems[0].run.values())
     assert (manifest["pairs"], manifest["depth"], manifest["queries_evaluated"]) == (pairs, 2, 3)
@@ -118,7 +118,7 @@ def test_the_curve_ends_at_the_result_and_begins_at_the_first_stage(
 
 def test_a_query_without_results_counts_as_zero(mini: Path, model: Reranker, tmp_path: Path) -> None:
     run = run_file(tmp_path / "first.trec", [("q2", "d2", 3.0), ("q2", "d5", 2.0), ("unjudged", "d1", 1.0)])
-    found = evaluate([str(mini)], [model], out=tmp_path / "out", run=run)
+    found = evaluate([str(mini)], [model], EvaluateOptions(run=run), out=tmp_path / "out")
     first, reranked = found.results[0].systems
     assert first.values["nDCG@10"] == {"q1": 0.0, "q2": 1.0, "q3": 0.0}
     assert first.means["nDCG@10"] == pytest.approx(1 / 3)
@@ -135,7 +135,7 @@ def test_empty_queries_retrieve_nothing(mini: Path, model: Reranker, tmp_path: P
     append(mini / "qrels" / "test.tsv", "blank\td1\t1")
     run = run_file(tmp_path / "first.trec", [("blank", "d1", 3.0), ("q2", "d2", 2.0)])
     for given in (None, run):
-        found = evaluate([str(mini)], [model], out=tmp_path / str(given is None), run=given)
+        found = evaluate([str(mini)], [model], EvaluateOptions(run=given), out=tmp_path / str(given is None))
         assert found.results[0].systems[1].values["nDCG@10"]["blank"] == 0
     assert "2 queries are not in the run" in found.results[0].remarks[1]  # q1 and q3: the blank one is in it
 
@@ -152,17 +152,22 @@ def test_a_run_of_another_collection(
     mini: Path, model: Reranker, tmp_path: Path, rows: list[tuple[str, str, float]], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        evaluate([str(mini)], [model], out=tmp_path / "out", run=run_file(tmp_path / "first.trec", rows))
+        evaluate(
+            [str(mini)], [model], EvaluateOptions(run=run_file(tmp_path / "first.trec", rows)), out=tmp_path / "out"
+        )
 
 
 def test_arguments_are_checked_before_anything_is_read(mini: Path, model: Reranker, tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], Evaluation], str]] = [
         (lambda: evaluate([], out=tmp_path), "at least one dataset"),
-        (lambda: evaluate([str(mini)], [model], out=tmp_path, depth=0), "depth"),
-        (lambda: evaluate([str(mini)], [model], out=tmp_path, shard=(3, 2)), "1 ≤ k ≤ n"),
-        (lambda: evaluate([str(mini)], [model], out=tmp_path, sample=0), "sample"),
-        (lambda: evaluate([str(mini)], [model], out=tmp_path, measures=["ndgc"]), "expected a measure"),
-        (lambda: evaluate(["a", "b"], [model], out=tmp_path, run="x"), "one dataset with a run file"),
+        (lambda: evaluate([str(mini)], [model], EvaluateOptions(depth=0), out=tmp_path), "depth"),
+        (lambda: evaluate([str(mini)], [model], EvaluateOptions(shard=(3, 2)), out=tmp_path), "1 ≤ k ≤ n"),
+        (lambda: evaluate([str(mini)], [model], EvaluateOptions(sample=0), out=tmp_path), "sample"),
+        (
+            lambda: evaluate([str(mini)], [model], EvaluateOptions(measures=["ndgc"]), out=tmp_path),
+            "expected a measure",
+        ),
+        (lambda: evaluate(["a", "b"], [model], EvaluateOptions(run="x"), out=tmp_path), "one dataset with a run file"),
         (lambda: evaluate([str(mini)], [model, model], out=tmp_path), "tiny more than once"),
     ]
     for call, message in calls:
@@ -186,11 +191,15 @@ def test_queries_that_no_order_changes_may_be_left_out(
     append(mini / "queries.jsonl", '{"_id": "lost", "text": "sea"}')  # BM25 finds d1 and d4, neither of them judged
     append(mini / "qrels" / "test.tsv", "lost\td2\t1")
     measures = ["nDCG@10", "MRR@10", "MAP", "Success@1", "Judged@1", "R@100"]
-    whole = evaluate([str(mini)], [model], out=tmp_path / "whole", measures=measures).results[0].systems[1]
+    whole = (
+        evaluate([str(mini)], [model], EvaluateOptions(measures=measures), out=tmp_path / "whole").results[0].systems[1]
+    )
     asked: list[str] = []
     score = model.score_detailed
     monkeypatch.setattr(model, "score_detailed", lambda pairs: asked.append(pairs[0].query) or score(pairs))
-    found = evaluate([str(mini)], [model], out=tmp_path / "part", measures=measures, skip_constant=True).results[0]
+    found = evaluate(
+        [str(mini)], [model], EvaluateOptions(measures=measures, skip_constant=True), out=tmp_path / "part"
+    ).results[0]
     part = found.systems[1]
     assert asked == [QUERIES["q1"]]  # q2 has one candidate, q3's two are both relevant
     assert part.values == whole.values
@@ -202,7 +211,10 @@ def test_queries_that_no_order_changes_may_be_left_out(
 
 
 def test_a_sample_is_drawn_by_its_seed_and_said(mini: Path, model: Reranker, tmp_path: Path) -> None:
-    found = [evaluate([str(mini)], [model], out=tmp_path / str(n), sample=2, seed=5).results[0] for n in range(2)]
+    found = [
+        evaluate([str(mini)], [model], EvaluateOptions(sample=2, seed=5), out=tmp_path / str(n)).results[0]
+        for n in range(2)
+    ]
     assert len(found[0].qrels) == 2
     assert found[0].qrels == found[1].qrels
     assert found[0].remarks[0] == "a sample of 2 of 3 queries"
@@ -216,7 +228,7 @@ def files(out: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 from turborank import Reranker
-from turborank.evaluate import evaluate
+from turborank.evaluate import EvaluateOptions, evaluate
 
 def progress(what):
     def step(done, total):
@@ -258,7 +270,7 @@ def test_parts_concatenate_to_the_run_and_join(mini: Path, model: Reranker, tmp_
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     evaluate([str(mini)], [model], out=whole)
     for part in (3, 1, 2, 4):  # more parts than queries: one is empty
-        evaluate([str(mini)], [model], out=parts, shard=(part, 4))
+        evaluate([str(mini)], [model], EvaluateOptions(shard=(part, 4)), out=parts)
     assert not (parts / "report.md").exists()
     runs = sorted((parts / "mini" / "tiny").glob("run.*-of-4.trec"))
     assert b"".join(path.read_bytes() for path in runs) == files(whole)["run.trec"]
@@ -269,11 +281,16 @@ def test_parts_concatenate_to_the_run_and_join(mini: Path, model: Reranker, tmp_
 
 
 def test_scores_of_something_else_are_not_taken(mini: Path, model: Reranker, folder: Path, tmp_path: Path) -> None:
-    evaluate([str(mini)], [model], out=tmp_path / "out", depth=2)
+    evaluate([str(mini)], [model], EvaluateOptions(depth=2), out=tmp_path / "out")
     with pytest.raises(InputError, match=r"scores with (first_stage|depth) .*scores\.jsonl:1; choose another --out"):
-        evaluate([str(mini)], [model], out=tmp_path / "out", depth=3)
+        evaluate([str(mini)], [model], EvaluateOptions(depth=3), out=tmp_path / "out")
     with pytest.raises(InputError, match="scores with max_length 64, got 512"):
-        evaluate([str(mini)], [Reranker(folder, engine="reference", max_length=64)], out=tmp_path / "out", depth=2)
+        evaluate(
+            [str(mini)],
+            [Reranker(folder, engine="reference", max_length=64)],
+            EvaluateOptions(depth=2),
+            out=tmp_path / "out",
+        )
 
 
 def test_only_the_first_stage(mini: Path, tmp_path: Path) -> None:
@@ -330,4 +347,4 @@ def test_results_need_a_folder(mini: Path, tmp_path: Path, below: str) -> None:
 
 def test_the_first_stage_alone_has_no_parts(mini: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a model to evaluate in parts"):
-        evaluate([str(mini)], ["bm25"], out=tmp_path, shard=(1, 2))
+        evaluate([str(mini)], ["bm25"], EvaluateOptions(shard=(1, 2)), out=tmp_path)

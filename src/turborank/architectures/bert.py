@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from turborank.architectures import encoder
-from turborank.architectures.encoder import Shapes, Weights, dense, linear_shapes, norm, norm_shapes
+from turborank.architectures.encoder import Weights, dense, linear_shapes
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig, PackedBatch
-
-TABLES = "embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"
 
 
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
@@ -24,36 +22,18 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
     return encoder.config(raw, "bert", max_length=int(raw["max_position_embeddings"]))
 
 
-def body_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of embeddings and layers, without the head."""
-    rows = config.vocab_size, config.max_length + config.position_offset, config.type_vocab_size
-    for table, count in zip(TABLES, rows, strict=True):
-        yield f"{table}.weight", (count, config.hidden_size)
-    yield from norm_shapes("embeddings.LayerNorm", config.hidden_size)
-    for layer in range(config.num_hidden_layers):
-        yield from encoder.layer_shapes(config, layer)
-
-
 def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint with its shape."""
     c = config.hidden_size
-    return dict([*body_shapes(config), *linear_shapes("pooler.dense", c, c), *linear_shapes("classifier", 1, c)])
-
-
-def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -> Array:
-    """LayerNorm of word + position + segment embeddings: (T, C). Type ids are ignored if there is one segment only."""
-    words, positions, types = (weights[f"{table}.weight"] for table in TABLES)
-    places = ops.positions(batch.cu_seqlens) + config.position_offset  # (T,)
-    segments = ops.take(types, batch.type_ids) if config.type_vocab_size > 1 else types[0]
-    x = ops.take(words, batch.input_ids) + ops.take(positions, places) + segments
-    return norm(weights, "embeddings.LayerNorm", x, config, ops)
+    head = [*linear_shapes("pooler.dense", c, c), *linear_shapes("classifier", 1, c)]
+    return dict([*encoder.body_shapes(config), *head])
 
 
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x = embed(weights, config, batch, ops)  # (T, C)
+    x = encoder.embed(weights, config, batch, ops)  # (T, C)
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
     pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))
     return dense(weights, "classifier", pooled, ops)[:, 0]

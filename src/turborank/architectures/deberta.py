@@ -97,42 +97,38 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, **dict(linear_shapes("pooler.dense", c, c)), **dict(linear_shapes("classifier", 1, c))}
 
 
-def disentangled(
-    relative: Array,
-    weights: Weights,
-    config: ModelConfig,
-    name: str,
-    asked: Array,
-    x: Array,
-    cu_seqlens: Array,
-    ops: Ops,
-    first_only: bool,
-) -> Array:
-    """One layer's attention (an ``encoder.Attend`` once ``relative`` is bound): (T, C) or (P, C) context.
-
-    The relative position table ``relative`` (2·buckets, C) passes through the same projections as the tokens.
-    """
-    query, key, value = (functools.partial(dense, weights, f"{name}.attention.self.{p}", ops=ops) for p in PROJECTIONS)
-    return ops.disentangled_attention(
-        query(asked),
-        key(x),
-        value(x),
-        query(relative),
-        key(relative),
-        relative_rows(config),
-        cu_seqlens,
-        config.num_attention_heads,
-        first_only,
-    )
-
-
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
     x = norm(weights, "embeddings.LayerNorm", ops.take(weights[WORDS], batch.input_ids), config, ops)  # (T, C)
     relative = norm(weights, "encoder.LayerNorm", weights[RELATIVE], config, ops)  # (2·buckets, C)
-    attend = functools.partial(disentangled, relative)
+
+    def attend(
+        weights: Weights,
+        config: ModelConfig,
+        name: str,
+        asked: Array,
+        x: Array,
+        cu_seqlens: Array,
+        ops: Ops,
+        first_only: bool,
+    ) -> Array:
+        """One layer's disentangled attention: ``relative`` passes through the same projections as the tokens."""
+        names = (f"{name}.attention.self.{part}" for part in PROJECTIONS)
+        query, key, value = (functools.partial(dense, weights, one, ops=ops) for one in names)
+        return ops.disentangled_attention(
+            query(asked),
+            key(x),
+            value(x),
+            query(relative),
+            key(relative),
+            relative_rows(config),
+            cu_seqlens,
+            config.num_attention_heads,
+            first_only,
+        )
+
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace, attend=attend)
     pooled = ops.gelu(dense(weights, "pooler.dense", x, ops))  # (P, C)
     return dense(weights, "classifier", pooled, ops)[:, 0]

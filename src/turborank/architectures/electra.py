@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turborank.architectures import bert, encoder, xlm_roberta
-from turborank.architectures.encoder import Weights, dense
+from turborank.architectures import encoder
+from turborank.architectures.encoder import Weights
 from turborank.errors import CheckpointError
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig, PackedBatch
@@ -31,14 +31,13 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
 
 def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint with its shape."""
-    return xlm_roberta.parameters(config)
+    return dict([*encoder.body_shapes(config), *encoder.dense_head_shapes(config)])
 
 
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x = bert.embed(weights, config, batch, ops)  # (T, C)
+    x = encoder.embed(weights, config, batch, ops)  # (T, C)
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
-    hidden = ops.gelu(dense(weights, "classifier.dense", x, ops))
-    return dense(weights, "classifier.out_proj", hidden, ops)[:, 0]
+    return encoder.dense_head(weights, x, ops.gelu, ops)

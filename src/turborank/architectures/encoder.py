@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from turborank.ops import Array, Ops
-from turborank.types import ModelConfig
+from turborank.types import ModelConfig, PackedBatch
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Weights = Mapping[str, Array]
@@ -18,6 +18,7 @@ Weights = Mapping[str, Array]
 # (P, C), key tokens (T, C), cu_seqlens, ops, first_only -> context, of the shape of the query tokens.
 Attend = Callable[[Weights, ModelConfig, str, Array, Array, Array, Ops, bool], Array]
 PROJECTIONS = ("query", "key", "value")
+TABLES = "embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"
 
 
 def config(raw: Mapping[str, Any], architecture: str, *, max_length: int) -> ModelConfig:
@@ -63,6 +64,23 @@ def layer_shapes(config: ModelConfig, layer: int, projections: Sequence[str] = P
         yield from norm_shapes(f"{name}.output.LayerNorm", c)
 
 
+def body_shapes(config: ModelConfig) -> Shapes:
+    """Names and shapes of embeddings and layers with learned positions (BERT, XLM-RoBERTa, ELECTRA), without a head."""
+    rows = config.vocab_size, config.max_length + config.position_offset, config.type_vocab_size
+    for table, count in zip(TABLES, rows, strict=True):
+        yield f"{table}.weight", (count, config.hidden_size)
+    yield from norm_shapes("embeddings.LayerNorm", config.hidden_size)
+    for layer in range(config.num_hidden_layers):
+        yield from layer_shapes(config, layer)
+
+
+def dense_head_shapes(config: ModelConfig) -> Shapes:
+    """Names and shapes of :func:`dense_head`."""
+    c = config.hidden_size
+    yield from linear_shapes("classifier.dense", c, c)
+    yield from linear_shapes("classifier.out_proj", 1, c)
+
+
 def dense(weights: Weights, name: str, x: Array, ops: Ops) -> Array:
     return ops.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
@@ -73,6 +91,21 @@ def norm(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -
 
 def add_norm(weights: Weights, name: str, x: Array, residual: Array, config: ModelConfig, ops: Ops) -> Array:
     return ops.add_norm(x, residual, weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
+
+
+def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -> Array:
+    """LayerNorm of word + position + segment embeddings: (T, C). Type ids are ignored if there is one segment only."""
+    words, positions, types = (weights[f"{table}.weight"] for table in TABLES)
+    indices = ops.positions(batch.cu_seqlens) + config.position_offset  # (T,)
+    segments = ops.take(types, batch.type_ids) if config.type_vocab_size > 1 else types[0]
+    x = ops.take(words, batch.input_ids) + ops.take(positions, indices) + segments
+    return norm(weights, "embeddings.LayerNorm", x, config, ops)
+
+
+def dense_head(weights: Weights, x: Array, activation: Callable[[Array], Array], ops: Ops) -> Array:
+    """Logits (P,) of first tokens (P, C): w·activation(D·x + d) + b, the head of XLM-RoBERTa and ELECTRA."""
+    hidden = activation(dense(weights, "classifier.dense", x, ops))
+    return dense(weights, "classifier.out_proj", hidden, ops)[:, 0]
 
 
 def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:

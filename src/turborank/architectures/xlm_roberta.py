@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from turborank.architectures import bert, encoder
-from turborank.architectures.encoder import Weights, dense, linear_shapes
+from turborank.architectures import encoder
+from turborank.architectures.encoder import Weights
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig, PackedBatch
 
@@ -30,16 +30,13 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
 
 def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint with its shape."""
-    c = config.hidden_size
-    head = [*linear_shapes("classifier.dense", c, c), *linear_shapes("classifier.out_proj", 1, c)]
-    return dict([*bert.body_shapes(config), *head])
+    return dict([*encoder.body_shapes(config), *encoder.dense_head_shapes(config)])
 
 
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x = bert.embed(weights, config, batch, ops)  # (T, C)
+    x = encoder.embed(weights, config, batch, ops)  # (T, C)
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=True, trace=trace)  # (P, C)
-    hidden = ops.tanh(dense(weights, "classifier.dense", x, ops))
-    return dense(weights, "classifier.out_proj", hidden, ops)[:, 0]
+    return encoder.dense_head(weights, x, ops.tanh, ops)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from turborank import catalog
+from turborank.architectures import ARCHITECTURES, recognise, resembles
 from turborank.checkpoint import hub, layouts, verify
 from turborank.checkpoint.tensors import TensorFile
 from turborank.checkpoint.verify import CONFIG, REQUIRED, TOKENIZER, WEIGHTS
@@ -152,12 +153,29 @@ def _read(folder: Path, name: str, origin: str, revision: str | None, relevant: 
     verify.files(folder)
     weights, raw = layouts.read(folder, verify.json_object(folder / CONFIG), relevant)
     shapes = weights.shapes
-    verify.one_logit(shapes, weights.path)
-    config = verify.config(raw, shapes, folder / CONFIG)
-    verify.tensors(weights, config)
+    verify.one_logit(shapes, weights.path, resembles(shapes))
+    config = model_config(raw, shapes, folder / CONFIG)
+    verify.tensors(weights, ARCHITECTURES[config.architecture].parameters(config), config.architecture)
     weights.release()  # the check for NaN and infinity has read every page
     tokenizer = verify.tokenizer(folder / TOKENIZER, config)
     return Checkpoint(name, folder, origin, revision, config, raw, weights, tokenizer, copy.deepcopy(raw))
+
+
+def model_config(raw: Mapping[str, Any], shapes: verify.Shapes, path: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint. Raises CheckpointError naming every invalid value of config.json."""
+    faults = verify.config_faults(raw)
+    sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
+    if any(isinstance(size, int) and size > verify.MAX_LAYERS for size in sizes):
+        raise CheckpointError(verify.listed("a usable config", faults, path))
+    try:
+        known = recognise(raw, shapes)
+    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
+            faults.insert(0, error.message)
+        raise CheckpointError(verify.listed("a usable config", faults or [repr(error)], path)) from error
+    if faults:
+        raise CheckpointError(verify.listed("a usable config", faults, path))
+    return known
 
 
 def save(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turborank.architectures.modernbert import HEAD_BIAS
 from turborank.checkpoint import verify
 from turborank.checkpoint.tensors import TensorFile
 from turborank.checkpoint.verify import CLASSIFIERS, CONFIG, INDEX, WEIGHTS
@@ -168,7 +167,7 @@ def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
     _pooling, first, norm, last = chain[1:]
     tables = {
         first.folder: {"linear.weight": "head.dense.weight"},
-        norm.folder: {"norm.weight": "head.norm.weight", "norm.bias": HEAD_BIAS},
+        norm.folder: {"norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"},
         last.folder: {"linear.weight": "classifier.weight", "linear.bias": "classifier.bias"},
     }
     missing = [str(path / WEIGHTS) for path in tables if not (path / WEIGHTS).is_file()]

@@ -13,7 +13,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from turborank.architectures import ARCHITECTURES, recognise, resembles
 from turborank.checkpoint.tensors import FLOATS, SCALE, TensorFile
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
@@ -44,7 +43,7 @@ _LEAST = {
 _NEEDLESS = {"modernbert": ("type_vocab_size", "layer_norm_eps")}
 # Supported activations. Tensors do not show the activation, so the config is checked.
 _KNOWN = {"hidden_act": ("gelu",), "feed_forward_type": ("geglu", "original")}
-_MOST = 1024  # layers or heads: above any model, and small enough that the tensor table is built quickly
+MAX_LAYERS = 1024  # layers or heads: above any model, and small enough that the tensor table is built quickly
 _INT32, _FLOAT32 = 2**31 - 1, (2 - 2**-23) * 2.0**127  # largest values that engines represent
 
 _FROM_PICKLE = (
@@ -118,8 +117,8 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def one_logit(shapes: Shapes, path: Path) -> None:
-    """Raise CheckpointError unless the tensors include a head with one logit."""
+def one_logit(shapes: Shapes, path: Path, whose: str | None) -> None:
+    """Raise CheckpointError unless the tensors include a head with one logit. ``whose``: what they look like."""
     for name in CLASSIFIERS:
         shape = shapes.get(name, ())
         if len(shape) == 2 and shape[0] != 1:
@@ -128,7 +127,6 @@ def one_logit(shapes: Shapes, path: Path) -> None:
                 f"({name} is {list(shape)}) in {path}"
             )
     if not any(name in shapes for name in (*CLASSIFIERS, COSINE_HEAD)):
-        whose = resembles(shapes)
         alike = f", whose tensors look like {whose}" if whose else ""
         raise CheckpointError(
             f"expected a reranker, with a classifier.weight of one row, got a model without one in {path}{alike}: "
@@ -137,12 +135,13 @@ def one_logit(shapes: Shapes, path: Path) -> None:
         )
 
 
-def _config_faults(raw: Mapping[str, Any]) -> list[str]:
+def config_faults(raw: Mapping[str, Any]) -> list[str]:
+    """Every value of config.json that is missing or out of range, and what was expected."""
     faults, needless = [], _NEEDLESS.get(str(raw.get("model_type")), ())
     for key, least in _LEAST.items():
         if key in needless:
             continue
-        value, most = raw.get(key), _MOST if key in ("num_hidden_layers", "num_attention_heads") else _INT32
+        value, most = raw.get(key), MAX_LAYERS if key in ("num_hidden_layers", "num_attention_heads") else _INT32
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             faults.append(f"{key}: expected an integer, {least} to {most}, got {_shown(raw, key)}")
     eps = raw.get("layer_norm_eps")
@@ -171,27 +170,9 @@ def _shown(raw: Mapping[str, Any], key: str) -> str:
     return f"{raw[key]!r:.80}" if key in raw else "no such key"
 
 
-def config(raw: Mapping[str, Any], shapes: Shapes, path: Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint. Raises CheckpointError naming every invalid value of config.json."""
-    faults = _config_faults(raw)
-    sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
-    if any(isinstance(size, int) and size > _MOST for size in sizes):
-        raise CheckpointError(listed("a usable config", faults, path))
-    try:
-        known = recognise(raw, shapes)
-    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
-            faults.insert(0, error.message)
-        raise CheckpointError(listed("a usable config", faults or [repr(error)], path)) from error
-    if faults:
-        raise CheckpointError(listed("a usable config", faults, path))
-    return known
-
-
-def tensors(weights: TensorFile, model: ModelConfig) -> None:
+def tensors(weights: TensorFile, expected: Mapping[str, tuple[int, ...]], architecture: str) -> None:
     """Raise CheckpointError naming every tensor that is missing, unknown, of a wrong shape or an unsupported type,
-    int8 without scales, or not finite."""
-    expected = ARCHITECTURES[model.architecture].parameters(model)
+    int8 without scales, or not finite. ``expected``: shapes by name, of this architecture."""
     table = weights.table
     faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in table]
     usable = []
@@ -200,7 +181,7 @@ def tensors(weights: TensorFile, model: ModelConfig) -> None:
         scales = base != name and base in table and table[base].dtype == "I8"
         shape = (table[base].shape[0],) if scales else expected.get(name)
         if shape is None:
-            faults.append(f"{name}: unknown to a {model.architecture} model, {entry.dtype} {list(entry.shape)}")
+            faults.append(f"{name}: unknown to a {architecture} model, {entry.dtype} {list(entry.shape)}")
         elif entry.shape != shape:
             faults.append(f"{name}: expected {list(shape)}, got {list(entry.shape)}")
         elif entry.dtype == "I8" and len(shape) == 2 and not scales:
@@ -212,7 +193,7 @@ def tensors(weights: TensorFile, model: ModelConfig) -> None:
             usable.append(name)
     faults += [f"{name}: contains NaN or infinity" for name in usable if not weights.finite(name)]
     if faults:
-        wanted = f"the {len(expected)} tensors of a {model.architecture} model"
+        wanted = f"the {len(expected)} tensors of a {architecture} model"
         raise CheckpointError(listed(wanted, faults, weights.path))
 
 

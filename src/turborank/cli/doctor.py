@@ -13,9 +13,8 @@ from turborank.cli import options
 from turborank.errors import TurborankError
 
 if TYPE_CHECKING:
-    from turborank.engines import Engine
     from turborank.reranker import Reranker
-    from turborank.types import ModelConfig
+    from turborank.types import Engine, ModelConfig
 
 EXAMPLES = (
     ("does everything work, and which engine is used?", "turborank doctor"),

@@ -107,7 +107,7 @@ def evaluate(
         return
     if not datasets:
         raise typer.BadParameter("name a dataset, or --list them", param_hint="DATASETS")
-    from turborank.evaluate.pipeline import FIRST_STAGE, evaluate
+    from turborank.evaluate.pipeline import FIRST_STAGE, EvaluateOptions, evaluate
     from turborank.reranker import Reranker
 
     def load(name: str | None) -> Reranker:
@@ -118,12 +118,13 @@ def evaluate(
 
     names: list[str | None] = [name.strip() for name in (models or "").split(",") if name.strip()]
     wanted: list[str | Reranker] = [load(name) for name in (names or [None]) if name != FIRST_STAGE]
+    how = EvaluateOptions(
+        depth=_depth(depth), run=run, shard=_shard(shard), split=split, data_dir=data_dir, offline=offline,
+        measures=[name.strip() for name in (measures or "").split(",") if name.strip()], sample=sample,
+        skip_constant=skip_constant, keep_unknown=keep_unknown,
+    )  # fmt: skip
     with options.progress() as progress:
-        evaluation = evaluate(
-            datasets, wanted or [FIRST_STAGE], out=out, depth=_depth(depth), run=run, shard=_shard(shard), split=split,
-            data_dir=data_dir, measures=[name.strip() for name in (measures or "").split(",") if name.strip()],
-            offline=offline, sample=sample, skip_constant=skip_constant, keep_unknown=keep_unknown, progress=progress,
-        )  # fmt: skip
+        evaluation = evaluate(datasets, wanted or [FIRST_STAGE], how, out=out, progress=progress)
     _print(evaluation, out, partial=shard is not None)
 
 

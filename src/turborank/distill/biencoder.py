@@ -73,7 +73,7 @@ class BiEncoder:
             raise CheckpointError(f"expected a BERT with learned positions, got {raw.get('model_type')!r} in {path}")
         faults = [
             f"{name}: expected {list(shape)}, got {list(weights[name].shape) if name in weights else 'none'}"
-            for name, shape in bert.body_shapes(config)
+            for name, shape in encoder.body_shapes(config)
             if name not in weights or tuple(weights[name].shape) != shape
         ]
         if faults:
@@ -110,7 +110,7 @@ class BiEncoder:
         chosen = weights or self.weights
         trace: list[Tensor] = []
         with torch.no_grad():
-            x = bert.embed(chosen, self.config, batch, torch_training)
+            x = encoder.embed(chosen, self.config, batch, torch_training)
             encoder.encode(chosen, self.config, x, batch.cu_seqlens, torch_training, first_only=False, trace=trace)
         return trace
 

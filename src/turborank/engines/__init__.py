@@ -9,27 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Self
 
 from turborank.engines import cores, native, reference, torch
 from turborank.errors import EngineUnavailableError, InputError, UnknownKeyError
-from turborank.types import Float32, ModelConfig, PackedBatch
-
-
-class Engine(Protocol):
-    """A model prepared for one engine and precision."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def isa(self) -> str: ...
-    @property
-    def threads(self) -> int: ...
-
-    def logits(self, batch: PackedBatch, /) -> Float32:
-        """Logits (P,), float32, of a packed batch."""
+from turborank.types import Engine, ModelConfig, PackedBatch
 
 
 @dataclass(frozen=True)
@@ -44,6 +28,10 @@ class ClosedEngine:
     def logits(self, batch: PackedBatch, /) -> NoReturn:
         """Raise InputError."""
         raise InputError("expected an open reranker, got one that was closed", hint="make a new one, or close it later")
+
+    def with_threads(self, threads: int) -> Self:
+        """Itself: there is nothing to compute with."""
+        return self
 
 
 class EngineRow(NamedTuple):

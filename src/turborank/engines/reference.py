@@ -7,7 +7,7 @@ pair's logit has the same bits in every batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class ReferenceEngine:
         states: list[Array] = []
         logits = ARCHITECTURES[self.config.architecture].forward(self.weights, self.config, batch, reference, states)
         return logits, states
+
+    def with_threads(self, threads: int) -> Self:
+        """Itself: numpy's BLAS library has one number of threads for the process."""
+        return self
 
     def logits(self, batch: PackedBatch) -> Float32:
         forward = ARCHITECTURES[self.config.architecture].forward

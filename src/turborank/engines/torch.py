@@ -9,7 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -105,6 +105,10 @@ class TorchEngine:
         return cuda_graphs.Replayed(
             lambda batch: forward(self.weights, self.config, batch, triton_ops), self.device, fill=fill
         )
+
+    def with_threads(self, threads: int) -> Self:
+        """Itself: torch has one number of threads for the process."""
+        return self
 
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,), float32."""

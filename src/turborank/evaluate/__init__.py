@@ -7,7 +7,7 @@
 from turborank.data.dataset_table import DATASETS, GROUPS
 from turborank.data.datasets import Dataset, load
 from turborank.evaluate.measures import MEASURES, Comparison, paired_bootstrap
-from turborank.evaluate.pipeline import evaluate
+from turborank.evaluate.pipeline import EvaluateOptions, evaluate
 from turborank.evaluate.record import Evaluation, Result, System
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MEASURES",
     "Comparison",
     "Dataset",
+    "EvaluateOptions",
     "Evaluation",
     "Result",
     "System",

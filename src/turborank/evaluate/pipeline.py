@@ -12,13 +12,14 @@ import io
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
+from turborank import checkpoint as checkpoints
 from turborank import depth as depths
 from turborank.data.bm25 import bm25_run, parameters
 from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
@@ -34,7 +35,6 @@ from turborank.evaluate.record import (
     about_dataset,
     about_scores,
     about_system,
-    score_header,
 )
 from turborank.fusion import K, reciprocal_rank_fusion
 from turborank.reranker import Reranker, order
@@ -47,23 +47,58 @@ FIRST_FOLDER = "first-stage"  # where its results are, beside those of the model
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked, checked before anything is read."""
+class EvaluateOptions:
+    """How :func:`evaluate` reranks and measures.
 
-    depth: int = 100
-    adaptive: bool = False  # stop where turborank.depth says so
-    runs: tuple[Path, ...] = ()  # none: BM25; several: fused by their ranks
-    out: Path = field(default_factory=lambda: Path("evaluation"))
+    Args:
+        depth: number of candidates of each query that are reranked; "auto": of 100, as many as turborank.depth says.
+        run: a TREC run to rerank in place of BM25, or several, which are fused; with one dataset only.
+        shard: (k, n), the k-th of n parts of the queries, k from 1. Run files of the parts concatenate to the run;
+            evaluating once more without ``shard`` joins them and reports.
+        measures: names in the notation of ir-measures; the first is compared. By default MEASURES, of which the one
+            that the dataset's row names is compared.
+        split: split of the judgements; by default the dataset's own, or "test".
+        data_dir: folder of the datasets, and of downloads.
+        offline: download nothing.
+        sample: evaluate this many queries only, sampled with ``seed``; the report says so.
+        seed: random seed of the sample.
+        skip_constant: do not score queries whose candidates all have the same judgement, or none: reranking cannot
+            change their measures. They count in the means.
+        keep_unknown: keep judgements of documents that are not in the corpus; they count as not retrieved.
+
+    """
+
+    depth: int | str = 100
+    run: str | Path | Sequence[str | Path] | None = None
     shard: tuple[int, int] | None = None
-    measures: tuple[str, ...] = ()  # none: MEASURES, comparing the one that the dataset's row names
+    measures: Sequence[str] = ()
+    split: str | None = None
+    data_dir: str | Path | None = None
+    offline: bool = False
     sample: int | None = None
     seed: int = SEED
     skip_constant: bool = False
+    keep_unknown: bool = False
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether turborank.depth decides how many candidates are read."""
+        return self.depth == depths.AUTO
+
+    @property
+    def candidates(self) -> int:
+        """Maximum number of candidates of a query."""
+        return LIST if self.adaptive else int(self.depth)
+
+    @property
+    def runs(self) -> tuple[Path, ...]:
+        """The run files; none: BM25."""
+        return tuple(map(Path, (self.run,) if isinstance(self.run, str | Path) else self.run or ()))
 
     def measured(self, dataset: Dataset) -> tuple[str, ...]:
-        """What to measure; the first is compared."""
+        """The measures to compute; the first is compared."""
         if self.measures:
-            return self.measures
+            return tuple(dict.fromkeys(self.measures))
         compared = dataset.row.measure if dataset.row else MEASURES[0]
         return tuple(dict.fromkeys((compared, *MEASURES)))
 
@@ -71,78 +106,50 @@ class Plan:
 def evaluate(
     datasets: Sequence[str],
     models: Sequence[str | Reranker] = (),
+    options: EvaluateOptions | None = None,
     *,
     out: str | Path,
-    depth: int | str = 100,
-    run: str | Path | Sequence[str | Path] | None = None,
-    shard: tuple[int, int] | None = None,
-    measures: Sequence[str] = (),
-    split: str | None = None,
-    data_dir: str | Path | None = None,
-    offline: bool = False,
-    sample: int | None = None,
-    seed: int = SEED,
-    skip_constant: bool = False,
-    keep_unknown: bool = False,
     progress: StartProgress = no_progress,
 ) -> Evaluation:
-    """Rerank a first stage's best ``depth`` documents with every model, and measure.
+    """Rerank the candidates of a first stage with every model, measure, and write a report.
 
     Args:
         datasets: names of DATASETS or GROUPS, folders in BEIR layout, LlamaIndex JSON files.
         models: names or rerankers; none means the model that ships with turborank, ``"bm25"`` the first stage alone.
-        out: folder of all results; what is there already is continued, not repeated.
-        depth: candidates of each query that are reranked; "auto": of 100, as many as turborank.depth says.
-        run: a TREC run to rerank in place of BM25, or several, which are fused; with one dataset only.
-        shard: (k, n), the k-th of n parts of the queries, k from 1. Run files of the parts concatenate to the run;
-            evaluating once more without ``shard`` joins them and reports.
-        measures: names as ir-measures has them; the first is the one compared.
-        split: of the judgements; by default the dataset's own, or "test".
-        data_dir: where datasets are, and where they are downloaded to.
-        offline: download nothing.
-        seed: of the sample.
-        sample: evaluate this many queries only, drawn with ``seed``; the report says so.
-        skip_constant: leave queries whose candidates are all judged alike, or not at all, in the order of the first
-            stage: no order changes their measures. They still count.
-        keep_unknown: keep judgements of documents that are not in the corpus; they count as not found.
-        progress: called with what is being done, returns where to report (done, in all).
+        options: candidates, measures, sampling and sharding.
+        out: folder of all results; an interrupted evaluation is continued there.
+        progress: starts the progress report of each task.
 
     Raises:
-        InputError: anything malformed, with file and line; UnknownKeyError: a name in none of our tables.
+        InputError: malformed input, with file and line.
+        UnknownKeyError: an unknown dataset, model or measure.
+
     """
-    runs = tuple(map(Path, (run,) if isinstance(run, str | Path) else run or ()))
-    measured = tuple(dict.fromkeys(measures))
-    plan = Plan(*_depth(depth), runs, Path(out), shard, measured, sample, seed, skip_constant)
+    options, folder = options or EvaluateOptions(), Path(out)
     names = expand(datasets)
-    _check(plan, names, models)
-    rerankers = _load_models(models, offline)
+    _check(options, folder, names, models)
+    rerankers = _load_models(models, options.offline)
+    data_dir = Path(options.data_dir) if options.data_dir else default_data_dir()
     results = []
     for name in names:
         dataset = load(
-            name, data_dir=Path(data_dir) if data_dir else default_data_dir(), split=split, offline=offline,
-            keep_unknown=keep_unknown, progress=progress,
+            name, data_dir=data_dir, split=options.split, offline=options.offline, keep_unknown=options.keep_unknown,
+            progress=progress,
         )  # fmt: skip
-        results.append(_evaluate_dataset(dataset, rerankers, plan, progress))
+        results.append(_evaluate_dataset(dataset, rerankers, options, folder / slug(dataset.name), progress))
         evaluation = Evaluation(tuple(results), about_system())
-        if plan.shard is None:
-            report.write(evaluation, plan.out, finished=len(results) == len(names))
+        if options.shard is None:
+            report.write(evaluation, folder, finished=len(results) == len(names))
     return evaluation
 
 
-def _depth(depth: int | str) -> tuple[int, bool]:
-    """(candidates, whether adaptively)."""
-    if isinstance(depth, str):
-        if depth != depths.AUTO:
-            raise InputError(f"expected depth to be a positive integer or 'auto', got {depth!r}")
-        return LIST, True
-    return depth, False
-
-
-def _check(plan: Plan, names: Sequence[str], models: Sequence[str | Reranker]) -> None:
+def _check(plan: EvaluateOptions, out: Path, names: Sequence[str], models: Sequence[str | Reranker]) -> None:
     if not names:
         raise InputError("expected at least one dataset, got none")
-    if plan.depth < 1:
-        raise InputError(f"expected depth to be a positive integer, got {plan.depth}")
+    if isinstance(plan.depth, str) and not plan.adaptive:
+        raise InputError(f"expected depth to be a positive integer or {depths.AUTO!r}, got {plan.depth!r}")
+    if plan.candidates < 1:
+        raise InputError(f"expected depth to be a positive integer, got {plan.candidates}")
     if plan.sample is not None and plan.sample < 1:
         raise InputError(f"expected sample to be a positive number of queries, got {plan.sample}")
     if plan.runs and len(names) != 1:
@@ -153,7 +160,7 @@ def _check(plan: Plan, names: Sequence[str], models: Sequence[str | Reranker]) -
         raise InputError("expected a model to evaluate in parts, got the first stage alone, which is made whole")
     for name in plan.measures:
         parse(name)
-    check_folder(plan.out)
+    check_folder(out)
     _refuse_one_folder_for_two(names)
 
 
@@ -189,15 +196,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
-def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Plan, progress: StartProgress) -> Result:
-    folder = plan.out / slug(dataset.name)
+def _evaluate_dataset(
+    dataset: Dataset, rerankers: Sequence[Reranker], plan: EvaluateOptions, folder: Path, progress: StartProgress
+) -> Result:
     chosen = _chosen(dataset, plan)
     qrels = {query_id: dataset.qrels[query_id] for query_id in chosen}
     first_run, digest, described, notes = _first_stage(dataset, plan, folder, progress)
-    candidates = {query_id: first_run.get(query_id, [])[: plan.depth] for query_id in chosen}
+    candidates = {query_id: first_run.get(query_id, [])[: plan.candidates] for query_id in chosen}
     facts = {**about_system(), "dataset": about_dataset(dataset), "first_stage": {**described, "sha256": digest}}
     facts |= {
-        "depth": plan.depth,
+        "depth": plan.candidates,
         "adaptive_depth": plan.adaptive,
         "queries_evaluated": len(chosen),
         "sample_seed": plan.seed if plan.sample else None,
@@ -221,13 +229,13 @@ def _evaluate_dataset(dataset: Dataset, rerankers: Sequence[Reranker], plan: Pla
         tuple(systems),
         qrels,
         measure,
-        plan.depth,
+        plan.candidates,
         len(chosen) < len(dataset.queries) and plan.shard is None,
         notes,
     )
 
 
-def _chosen(dataset: Dataset, plan: Plan) -> list[str]:
+def _chosen(dataset: Dataset, plan: EvaluateOptions) -> list[str]:
     """The queries to evaluate, in the order of the judgements."""
     queries = list(dataset.queries)
     if plan.sample is not None and plan.sample < len(queries):
@@ -240,14 +248,14 @@ def _chosen(dataset: Dataset, plan: Plan) -> list[str]:
 
 
 def _first_stage(
-    dataset: Dataset, plan: Plan, folder: Path, progress: StartProgress
+    dataset: Dataset, plan: EvaluateOptions, folder: Path, progress: StartProgress
 ) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
     """(run, hash of its file, what it is, what was noticed)."""
     if not plan.runs:
-        cache = folder / f"bm25-{plan.depth}"
-        run, digest = bm25_run(dataset, plan.depth, cache, progress=progress(f"{dataset.name}: BM25 index"))
+        cache = folder / f"bm25-{plan.candidates}"
+        run, digest = bm25_run(dataset, plan.candidates, cache, progress=progress(f"{dataset.name}: BM25 index"))
         return run, digest, parameters(), ()
-    return _given_run(plan.runs, dataset, plan.depth)
+    return _given_run(plan.runs, dataset, plan.candidates)
 
 
 def _given_run(paths: Sequence[Path], dataset: Dataset, depth: int) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
@@ -327,13 +335,13 @@ def _rerank(
     dataset: Dataset,
     candidates: Run,
     earlier: Sequence[System],
-    plan: Plan,
+    plan: EvaluateOptions,
     folder: Path,
     facts: Mapping[str, Any],
     progress: StartProgress,
 ) -> System:
     """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
-    header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.depth)
+    header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.candidates)
     header |= {"adaptive_depth": depths.STOP if plan.adaptive else None}
     known = record.read_all(folder, header)
     part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
@@ -351,21 +359,48 @@ def _rerank(
     run = _reordered(candidates, known)
     measured = plan.measured(dataset)
     values = per_query(run, qrels, measured, dataset.relevant_from)
-    manifest = {**facts, **about_scores(model, header, list(known.values())), "measures": means(values)}
+    manifest = {**facts, **_about_model(model, header), **about_scores(list(known.values())), "measures": means(values)}
     measure, whole = measured[0], not part and bool(qrels)
     system = System(
         model.name, model, run, values, means(values), manifest, {q: one.seconds for q, one in known.items()},
-        _curve(candidates, run, qrels, measure, dataset.relevant_from, earlier[0], plan.depth) if whole else {},
+        _curve(candidates, run, qrels, measure, dataset.relevant_from, earlier[0], plan.candidates) if whole else {},
         {other.name: paired_bootstrap(values[measure], other.values[measure], measure) for other in earlier if whole},
     )  # fmt: skip
     if part:
-        write_run(folder / f"run{part}.trec", run, _tag(model, plan.depth))
+        write_run(folder / f"run{part}.trec", run, _tag(model, plan.candidates))
     else:
         _write_system(system, folder, dataset, earlier[0])
     return system
 
 
-def _to_score(candidates: Run, qrels: Qrels, plan: Plan) -> list[str]:
+def score_header(model: Reranker, dataset: Dataset, first_stage: str, depth: int) -> dict[str, Any]:
+    """Everything that a score depends on; threads and batches are not among it."""
+    return {
+        "format": 1,
+        "dataset": dataset.fingerprint,
+        "first_stage": first_stage,
+        "depth": depth,
+        "model": model.name,
+        "weights": model.weights_hash,
+        "engine": model.engine.name,
+        "precision": model.engine.precision,
+        "isa": model.engine.isa,
+        "max_length": model.max_length,
+        "length": model.encoder.policy,
+    }
+
+
+def _about_model(model: Reranker, header: record.Header) -> dict[str, Any]:
+    checkpoint = model.checkpoint
+    about = {
+        "name": model.name, "origin": checkpoint.origin, "revision": checkpoint.revision,
+        "sha256": checkpoints.hashes(checkpoint), "architecture": checkpoint.config.architecture,
+    }  # fmt: skip
+    same = {key: header[key] for key in ("engine", "precision", "isa", "max_length", "length")}
+    return {"model": about, **same, "threads": model.engine.threads}
+
+
+def _to_score(candidates: Run, qrels: Qrels, plan: EvaluateOptions) -> list[str]:
     """The queries a model is asked about: those with candidates, and if asked for, only where their order matters."""
     grades = {q: {qrels[q].get(scored.doc_id) for scored in documents} for q, documents in candidates.items()}
     enough = 2 if plan.skip_constant else 1  # different judgements, "not judged" being one

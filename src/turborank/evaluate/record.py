@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from turborank import checkpoint as checkpoints
 from turborank.data.datasets import Dataset
 from turborank.data.files import parse_object, read_lines
 from turborank.data.trec import Qrels, Run
 from turborank.errors import InputError
 from turborank.evaluate.measures import Comparison, PerQuery
-from turborank.reranker import Reranker
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class System:
     """A first stage or a model, on one dataset."""
 
     name: str
-    model: Reranker | None  # None: the first stage
+    model: Any  # the Reranker; None: the first stage
     run: Run
     values: PerQuery
     means: Mapping[str, float]
@@ -124,40 +122,14 @@ def about_dataset(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def score_header(model: Reranker, dataset: Dataset, first_stage: str, depth: int) -> dict[str, Any]:
-    """Everything a score depends on; threads and batches are not among it."""
-    return {
-        "format": 1,
-        "dataset": dataset.fingerprint,
-        "first_stage": first_stage,
-        "depth": depth,
-        "model": model.name,
-        "weights": checkpoints.hashes(model.checkpoint)["model.safetensors"],
-        "engine": model.engine.name,
-        "precision": model.engine.precision,
-        "isa": model.engine.isa,
-        "max_length": model.max_length,
-        "length": model.encoder.policy,
-    }
-
-
-def about_scores(model: Reranker, header: Header, scored: Sequence[QueryScores]) -> dict[str, Any]:
-    """The model, how it was run, and what it read in what time."""
+def about_scores(scored: Sequence[QueryScores]) -> dict[str, Any]:
+    """What a model read, and in what time."""
     tokens = np.asarray([count for scores in scored for count in scores.tokens], dtype=np.int64)
     truncated = np.asarray([count for scores in scored for count in scores.truncated], dtype=np.int64)
     seconds = np.asarray([scores.seconds for scores in scored], dtype=np.float64)
     total = float(seconds.sum())
     tied = sum(len(set(scores.logits)) < len(scores.logits) for scores in scored)
     facts: Mapping[str, Any] = {
-        "model": {
-            "name": model.name,
-            "origin": model.checkpoint.origin,
-            "revision": model.checkpoint.revision,
-            "sha256": checkpoints.hashes(model.checkpoint),
-            "architecture": model.checkpoint.config.architecture,
-        },
-        **{key: header[key] for key in ("engine", "precision", "isa", "max_length", "length")},
-        "threads": model.engine.threads,
         "queries_scored": len(scored),
         "pairs": int(tokens.size),
         "tokens": int(tokens.sum()),

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from turborank.engines import Engine
 from turborank.serve.wire import Problem
 from turborank.tokens import pack
-from turborank.types import Encoding, Float32
+from turborank.types import Encoding, Engine, Float32
 
 STRETCH = 4.0
 MEMORY = 0.8  # decay of earlier measurements of the speed, for each new batch

@@ -18,7 +18,7 @@ import numpy as np
 from turborank.calibration import sigmoid
 from turborank.errors import InputError, TooLongError, TurborankError
 from turborank.reranker import Reranker, ranking
-from turborank.scheduler import Scores, chunks, gather
+from turborank.scheduler import chunks, gather
 from turborank.score_cache import Found, ScoreCache
 from turborank.serve import auth, telemetry
 from turborank.serve.auth import Key, KeyRing
@@ -29,7 +29,7 @@ from turborank.serve.telemetry import Metrics, Tracer
 from turborank.serve.wire import Answer, Ask, Problem, Span, SpanOptions, from_error
 from turborank.text import passages
 from turborank.tokens import NO_LIMITS, WINDOW_OVERLAP, Limits, PairEncoder
-from turborank.types import Encoding, Pair
+from turborank.types import Encoding, Pair, Scores
 
 API_KEY = PREFIX + "API_KEY"  # environment variable with a single key, for containers
 CHARACTERS_PER_TOKEN = 4.0  # initial estimate (English), updated from requests
@@ -70,7 +70,7 @@ class Service:
             queue_seconds=settings.queue_seconds,
             observe=lambda computed: self.metrics.batch(computed),
         )
-        self.metrics = Metrics(self.batcher, self.models)
+        self.metrics = Metrics(self.batcher, lambda: self.models.ready)
         self.tracer = Tracer(settings.otlp_endpoint)
         self.cache = _open_cache(settings)
         self.draining = False  # SIGTERM received: /ready answers 503

@@ -13,7 +13,6 @@ import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from turborank.errors import InputError
-from turborank.serve.models import Models
 from turborank.serve.queue import Batcher, Computed
 from turborank.serve.wire import Problem
 
@@ -25,7 +24,7 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 class Metrics:
     """The Prometheus metrics of one server."""
 
-    def __init__(self, batcher: Batcher, models: Models) -> None:
+    def __init__(self, batcher: Batcher, ready: Callable[[], bool]) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "turborank_requests", "Requests by dialect and HTTP status.", ("dialect", "status"), registry=registry
@@ -60,7 +59,7 @@ class Metrics:
             batcher.wait_seconds,
         )
         self._gauge("turborank_tokens_per_second", "Measured speed of recent batches.", lambda: batcher.speed or 0.0)
-        self._gauge("turborank_ready", "Whether the default model is loaded.", lambda: float(models.ready))
+        self._gauge("turborank_ready", "Whether the default model is loaded.", lambda: float(ready()))
         self._budget = batcher.batch_tokens
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:

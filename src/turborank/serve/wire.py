@@ -14,9 +14,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
 from turborank.calibration import Calibration
 from turborank.errors import ModelNotFoundError, TooLongError, TurborankError
-from turborank.scheduler import Scores
 from turborank.tokens import NO_LIMITS, Limits
-from turborank.types import Document, Pair, Ranked
+from turborank.types import Document, Pair, Ranked, Scores
 
 MAX_COUNT = 2**31 - 1
 
