@@ -1,8 +1,10 @@
 """Layouts that users have: shards, module chains, renamed tensors, two labels, ONNX alone, missing keys."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -67,6 +69,9 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     for path in folder.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert checkpoint.hashes(loaded).keys() >= {INDEX, "model-00003-of-00003.safetensors"}
+    shards = sorted(folder.glob("*.safetensors"))
+    listed = json.dumps({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards})
+    assert Reranker(folder, engine="reference").weights_hash == hashlib.sha256(listed.encode()).hexdigest()
 
 
 def test_shards_that_are_not_as_their_index_says(tmp_path: Path) -> None:
@@ -191,18 +196,21 @@ def test_two_labels_that_say_nothing_are_refused_with_the_option_that_decides(tm
     assert "got a classifier with 2 labels" in said
     assert "no word on which means relevant" in said
     assert (
-        """Reranker(…, relevant_label=1), or in config.json "id2label": {"0": "irrelevant", "1": "relevant"}""" in said
+        """checkpoint.load(…, relevant_label=1), or in config.json "id2label": {"0": "irrelevant", "1": "relevant"}"""
+        in said
     )
     for chosen, row in ((1, 1), ("1", 1), (0, 0)):
-        reranker = Reranker(folder, engine="reference", relevant_label=chosen)
+        reranker = Reranker(checkpoint.load(folder, relevant_label=chosen), engine="reference")
         got = float(reranker.score([("ab", "cab")])[0])
         assert got == pytest.approx(two_logits(folder, weights, row, ("ab", "cab")), abs=1e-4)
+        travelled = pickle.loads(pickle.dumps(reranker))
+        assert travelled.score([("ab", "cab")]).tobytes() == reranker.score([("ab", "cab")]).tobytes()
     assert "relevant_label to be 0, 1 or one of" in refusal(folder, relevant_label="other")
 
 
 def test_a_label_can_be_named(tmp_path: Path) -> None:
     folder, weights = write_bert(tmp_path / "m", 2, id2label={"0": "match", "1": "mismatch"})
-    got = float(Reranker(folder, engine="reference", relevant_label="match").score([("ab", "c")])[0])
+    got = float(Reranker(checkpoint.load(folder, relevant_label="match"), engine="reference").score([("ab", "c")])[0])
     assert got == pytest.approx(two_logits(folder, weights, 0, ("ab", "c")), abs=1e-4)
 
 

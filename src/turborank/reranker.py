@@ -24,6 +24,8 @@ from turborank import checkpoint as checkpoints
 from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
+from turborank.checkpoint import Checkpoint
+from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import ClosedEngine
 from turborank.errors import CheckpointError, InputError, TooLongError
 from turborank.scheduler import score
@@ -108,8 +110,13 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
     with _process_lock():
         opened = _arrived.get(key)
         if opened is None:
-            options = {name: value for name, value in vars(key).items() if name not in ("model", "files")}
-            opened = Reranker(recipe.model, **options)
+            loaded = checkpoints.load(
+                recipe.model, offline=recipe.offline, relevant_label=recipe.relevant_label, revision=recipe.revision
+            )
+            opened = Reranker(
+                loaded, engine=recipe.engine, precision=recipe.precision, max_length=recipe.max_length,
+                length=recipe.length, offline=recipe.offline, faithful=recipe.faithful,
+            )  # fmt: skip
             if recipe.files not in (None, opened._files_hash):
                 raise CheckpointError(
                     "expected the model files that the reranker was made with, got others in "
@@ -130,7 +137,8 @@ class Reranker:
     """A cross-encoder model with its tokenizer and engine.
 
     Args:
-        model: a name of the catalog (see ``turborank models``), a folder in a published layout, or a Hugging Face id;
+        model: a name of the catalog (see ``turborank models``), a folder in a published layout, a Hugging Face id, or
+            what :func:`turborank.checkpoint.load` returned, which takes a revision and the label that means relevant;
             by default the model that ships with the package.
         engine: ``auto``, ``native``, ``torch`` or ``reference`` (docs/engines.md).
         precision: ``auto``, or one that the engine supports (``int8``, ``bf16``, ``fp16``, ``fp32``).
@@ -141,9 +149,6 @@ class Reranker:
         offline: True forbids network access; by default HF_HUB_OFFLINE decides.
         faithful: treat special-token strings in texts as special tokens, as the published tokenizers do
             (docs/model.md §4.5).
-        relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
-            only if its config.json does not say.
-        revision: commit of a model on the Hub; by default the catalog's, else the newest.
 
     Threads may share a reranker. It is a context manager, works after a fork, and can be pickled: the recipe travels,
     and the weights are opened where it arrives, once a process (docs/scale.md). Copies share the weights.
@@ -159,7 +164,7 @@ class Reranker:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | None = None,
+        model: str | os.PathLike[str] | Checkpoint | None = None,
         *,
         engine: str = "auto",
         precision: str = "auto",
@@ -168,11 +173,12 @@ class Reranker:
         threads: int | None = None,
         offline: bool | None = None,
         faithful: bool = False,
-        relevant_label: str | int | None = None,
-        revision: str | None = None,
     ) -> None:
         threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
-        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label, revision=revision)
+        if isinstance(model, Checkpoint):
+            self.checkpoint, model = model, None if model.origin == "embedded" else model.name
+        else:
+            self.checkpoint = checkpoints.load(model, offline=offline)
         config = self.checkpoint.config
         if max_length is not None:
             max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
@@ -186,7 +192,7 @@ class Reranker:
         )
         self._recipe = RerankerRecipe(
             None if model is None else os.fspath(model), None, None, name, chosen, max_length, length, threads, offline,
-            faithful, relevant_label,
+            faithful, self.checkpoint.relevant_label,
         )  # fmt: skip
         self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
 
@@ -228,6 +234,11 @@ class Reranker:
         luggage = {name: value for name, value in vars(self).items() if name in ("calibration", "cache")}
         if isinstance(self.engine, ClosedEngine):
             raise InputError("expected an open reranker to pickle, got one that was closed")
+        if not isinstance(self.checkpoint.weights, TensorFile):
+            raise InputError(
+                "expected a reranker of a model's files to pickle, got one of weights in memory",
+                hint="save them first: turborank.checkpoint.save(reranker.checkpoint, FOLDER)",
+            )
         return arrive, (self.recipe, luggage)
 
     @property
@@ -254,8 +265,8 @@ class Reranker:
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of ``model.safetensors``, computed once."""
-        return checkpoints.hashes(self.checkpoint)["model.safetensors"]
+        """The hash of :func:`turborank.checkpoint.weights_hash`, computed once."""
+        return checkpoints.weights_hash(self.checkpoint)
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:
