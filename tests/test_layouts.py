@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +12,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import small_config, stored, stored_name, write_checkpoint, write_safetensors
+from helpers import (
+    cache_copy,
+    reconfigure,
+    refusal,
+    small_config,
+    stored,
+    stored_name,
+    write_checkpoint,
+    write_safetensors,
+)  # fmt: skip
 from random_models import packed, random_weights
 from sample_tokenizers import bpe_tokenizer
 
-from turborank import Reranker, catalog, checkpoint
+from turborank import Reranker, checkpoint
 from turborank.architectures import ARCHITECTURES, recognise
 from turborank.checkpoint import hub, load, save
 from turborank.engines import ENGINES
 from turborank.engines.reference import ReferenceEngine
-from turborank.errors import CheckpointError
 from turborank.types import Float32
 
 CONFIG = small_config()
 INDEX = "model.safetensors.index.json"
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        load(folder, **options)
-    return str(caught.value)
-
-
-def rewrite(folder: Path, **changes: Any) -> Path:
-    """The folder with config.json changed; None removes a key."""
-    raw = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
-    return folder
 
 
 # ---------------------------------------------------------------- shards
@@ -99,8 +93,8 @@ def test_shards_that_are_not_as_their_index_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{"architectures": None}, {"id2label": None}, {"architectures": ["BertModel"]}])
 def test_architectures_and_labels_are_not_needed(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = write_checkpoint(tmp_path / "m", CONFIG)
-    rewrite(folder, id2label={"0": "LABEL_0"})
-    assert load(rewrite(folder, **changes)).config == CONFIG
+    reconfigure(folder, id2label={"0": "LABEL_0"})
+    assert load(reconfigure(folder, **changes)).config == CONFIG
 
 
 BERT: dict[str, Any] = {
@@ -230,7 +224,7 @@ def test_a_folder_with_nothing_but_onnx_says_where_the_original_is(tmp_path: Pat
     said = refusal(folder)
     assert "got no model.safetensors; the weights are there as ONNX only" in said
     assert "a bert model exported from cross-encoder/ms-marco-MiniLM-L-6-v2: load that" in said
-    rewrite(folder, _name_or_path="/home/someone/model")
+    reconfigure(folder, _name_or_path="/home/someone/model")
     assert "load a bert model it was exported from: its card names it" in refusal(folder)
 
 
@@ -402,29 +396,6 @@ def test_missing_module_weights_and_a_bare_trunk(ettin: Path) -> None:
 # ---------------------------------------------------------------- the cache
 
 
-def cache_copy(home: Path, repo: str, revision: str, folder: Path) -> None:
-    """A repository in huggingface_hub's cache, as it lays files out."""
-    root = home / f"models--{repo.replace('/', '--')}"
-    shutil.copytree(folder, root / "snapshots" / revision)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(revision)
-
-
-def test_a_renamed_repository_is_found_under_both_names(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
-    row = catalog.MODELS["ms-marco-MiniLM-L-6-v2"]
-    assert row.repo == "cross-encoder/ms-marco-MiniLM-L-6-v2"
-    for number, cached_as in enumerate((row.repo, "cross-encoder/ms-marco-MiniLM-L6-v2")):
-        home = tmp_path / str(number)
-        cache_copy(home, cached_as, str(row.revision), random_checkpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
-        for asked in (row.name, row.repo, *row.aliases):
-            loaded = load(asked, offline=True)
-            assert (loaded.name, loaded.origin, loaded.config) == (row.name, "cache", CONFIG)
-
-
 def test_a_cached_chain_or_index_is_whole_only_with_its_parts(
     ettin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,31 +413,6 @@ def test_a_cached_chain_or_index_is_whole_only_with_its_parts(
         assert missing == []
         (folder / part).unlink()
         assert hub.cached(repo, None)[1] == [part]
-
-
-# ---------------------------------------------------------------- licences
-
-
-def test_a_licence_against_commerce_is_said_when_loaded(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    row = catalog.MODELS["jina-reranker-v2-base-multilingual"]
-    cache_copy(tmp_path, str(row.repo), row.revision or "b" * 40, random_checkpoint)
-    with caplog.at_level("WARNING", "turborank"):
-        load(row.name, offline=True)
-    assert f"{row.name} is licensed under CC-BY-NC-4.0, which forbids commercial use" in caplog.text
-
-
-@pytest.mark.parametrize(("licence", "said"), [("cc-by-nc-4.0", True), ("apache-2.0", False), ("mit", False)])
-def test_a_folder_s_card_is_read_for_its_licence(
-    random_checkpoint: Path, caplog: pytest.LogCaptureFixture, licence: str, said: bool
-) -> None:
-    (random_checkpoint / "README.md").write_text(f"---\nlanguage: en\nlicense: {licence}\n---\n# A model\n")
-    with caplog.at_level("WARNING", "turborank"):
-        load(random_checkpoint)
-    assert ("forbids commercial use" in caplog.text) == said
 
 
 # ---------------------------------------------------------------- memory

@@ -131,7 +131,7 @@ def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> 
 
     onnx needs torch; if ONNX Runtime is installed, the graph's logits are compared with turborank's.
     """
-    from turborank.export.folder import export as write
+    from turborank.export import export as write
 
     written = write(model, to, out, offline=offline or None)
     print(f"{written.folder}: {', '.join(written.files)}")

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from turborank.data.bm25 import BM25, parameters
 from turborank.data.corpus import Corpus
 from turborank.data.dataset_table import DATASETS, GROUPS, DatasetRow, Download
-from turborank.data.files import file_hash
+from turborank.data.files import file_hash, write_json
 from turborank.data.layouts import LAYOUTS, Parts
-from turborank.data.trec import Qrels
+from turborank.data.trec import Qrels, Run, read_run, write_run
 from turborank.errors import InputError, UnknownKeyError
 from turborank.types import Progress, StartProgress, no_progress
 
@@ -288,3 +289,26 @@ def _assert_counts(row: DatasetRow, parts: Parts) -> None:
         raise InputError(
             f"expected {row.name} with {'; '.join(wrong)}", hint="the files are not the published collection"
         )
+
+
+def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
+    """The BM25 run of a dataset's queries and the hash of its file.
+
+    The run is kept in ``cache`` as ``bm25.trec`` beside ``bm25.json``, which says what it was made from; it is made
+    again when any of that differs.
+    """
+    path, about = cache / "bm25.trec", cache / "bm25.json"
+    made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
+    if path.exists() and about.exists():
+        known = json.loads(about.read_text())
+        if known.get("made_from") == made_from and known.get("sha256") == file_hash(path):
+            return read_run(path), known["sha256"]
+    index = BM25(dataset.corpus, progress=progress)
+    run: Run = {}
+    for query_id, query in dataset.queries.items():
+        without = query_id if dataset.queries_are_documents else None
+        run[query_id] = index.search(query, depth, without)
+    write_run(path, run, "bm25")
+    digest = file_hash(path)
+    write_json(about, {"made_from": made_from, "sha256": digest})
+    return read_run(path), digest
