@@ -32,7 +32,7 @@ from turborank.scheduler import score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerRecipe, Scores
+from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerOptions, RerankerRecipe, Scores
 
 MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
 MAX_THREADS = 4096  # above the number of cores of any machine
@@ -106,17 +106,17 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
     Pickle calls it. ``luggage``: attributes that were assigned where it comes from. Raises what Reranker raises, and
     CheckpointError where a folder of that name holds other files.
     """
-    key = replace(recipe, threads=None)
+    key = recipe.with_threads(None)
     with _process_lock():
         opened = _arrived.get(key)
         if opened is None:
             loaded = checkpoints.load(
-                recipe.model, offline=recipe.offline, relevant_label=recipe.relevant_label, revision=recipe.revision
+                recipe.model,
+                offline=recipe.options.offline,
+                relevant_label=recipe.relevant_label,
+                revision=recipe.revision,
             )
-            opened = Reranker(
-                loaded, engine=recipe.engine, precision=recipe.precision, max_length=recipe.max_length,
-                length=recipe.length, offline=recipe.offline, faithful=recipe.faithful,
-            )  # fmt: skip
+            opened = Reranker(loaded, **vars(key.options))
             if recipe.files not in (None, opened._files_hash):
                 raise CheckpointError(
                     "expected the model files that the reranker was made with, got others in "
@@ -126,9 +126,9 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
             _arrived[key] = opened
     arrival = opened.__copy__()
     arrival._recipe = recipe
-    if recipe.threads is not None:
-        arrival.encoder = arrival.encoder.with_threads(recipe.threads)
-        arrival.engine = arrival.engine.with_threads(recipe.threads)
+    if (threads := recipe.options.threads) is not None:
+        arrival.encoder = arrival.encoder.with_threads(threads)
+        arrival.engine = arrival.engine.with_threads(threads)
     vars(arrival).update(luggage)
     return arrival
 
@@ -191,9 +191,10 @@ class Reranker:
             self.checkpoint.weights, config, name=name, precision=chosen, threads=threads
         )
         self._recipe = RerankerRecipe(
-            None if model is None else os.fspath(model), None, None, name, chosen, max_length, length, threads, offline,
-            faithful, self.checkpoint.relevant_label,
-        )  # fmt: skip
+            None if model is None else os.fspath(model),
+            RerankerOptions(length, max_length, name, chosen, threads, offline, faithful),
+            relevant_label=self.checkpoint.relevant_label,
+        )
         self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
 
     def __repr__(self) -> str:
@@ -219,7 +220,7 @@ class Reranker:
         self.engine = ClosedEngine(engine.name, engine.precision, engine.isa, engine.threads)
         self.checkpoint = replace(self.checkpoint, weights={})
         with _process_lock():
-            _arrived.pop(replace(self._recipe, threads=None), None)
+            _arrived.pop(self._recipe.with_threads(None), None)
 
     def __copy__(self) -> Self:
         """Another one of the same weights, engine and tokenizer."""

@@ -10,6 +10,7 @@ import typer
 
 from turborank.cli import options
 from turborank.errors import InputError
+from turborank.types import RerankerOptions
 
 if TYPE_CHECKING:
     from turborank.evaluate.calibrate import Findings, Share
@@ -78,6 +79,7 @@ KeepUnknown = Annotated[
 Listed = Annotated[bool, typer.Option("--list", help="List the datasets known by name, and exit.")]
 
 
+@options.with_compute
 def evaluate(
     datasets: Datasets = None,
     models: Models = None,
@@ -91,12 +93,7 @@ def evaluate(
     sample: Sample = None,
     skip_constant: SkipConstant = False,
     keep_unknown: KeepUnknown = False,
-    engine: options.Engine = "auto",
-    precision: options.Precision = "auto",
-    length: options.Length = "truncate",
-    max_length: options.MaxLength = None,
-    threads: options.Threads = None,
-    offline: options.Offline = False,
+    compute: RerankerOptions = options.DEFAULT,
     listed: Listed = False,
 ) -> None:
     """Measure models on datasets: rerank the results of a first stage, compare, report.
@@ -113,17 +110,14 @@ def evaluate(
     from turborank.reranker import Reranker
 
     def load(name: str | None) -> Reranker:
-        return Reranker(
-            name, engine=engine, precision=precision, length=length, max_length=max_length, threads=threads,
-            offline=offline or None,
-        )  # fmt: skip
+        return Reranker(name, **vars(compute))
 
     names: list[str | None] = [name.strip() for name in (models or "").split(",") if name.strip()]
     wanted: list[str | Reranker] = [load(name) for name in (names or [None]) if name != FIRST_STAGE]
     how = EvaluateOptions(
-        depth=_depth(depth), run=run, shard=_shard(shard), split=split, data_dir=data_dir, offline=offline,
-        measures=[name.strip() for name in (measures or "").split(",") if name.strip()], sample=sample,
-        skip_constant=skip_constant, keep_unknown=keep_unknown,
+        depth=_depth(depth), run=run, shard=_shard(shard), split=split, data_dir=data_dir,
+        offline=bool(compute.offline), measures=[name.strip() for name in (measures or "").split(",") if name.strip()],
+        sample=sample, skip_constant=skip_constant, keep_unknown=keep_unknown,
     )  # fmt: skip
     with options.progress() as progress:
         evaluation = evaluate(datasets, wanted or [FIRST_STAGE], how, out=out, progress=progress)
@@ -196,6 +190,7 @@ CALIBRATE_EXAMPLES = (
 TARGETS = ("precision=0.8", "precision=0.9", "precision=0.95", "recall=0.8", "recall=0.9", "recall=0.95")
 
 
+@options.with_compute
 def calibrate(
     pairs: Annotated[
         Path,
@@ -214,12 +209,7 @@ def calibrate(
     ] = None,
     relevant_from: Annotated[float, typer.Option(help="Minimum label of a relevant document.")] = 1,
     as_json: options.AsJson = False,
-    length: options.Length = "truncate",
-    max_length: options.MaxLength = None,
-    engine: options.Engine = "auto",
-    precision: options.Precision = "auto",
-    threads: options.Threads = None,
-    offline: options.Offline = False,
+    compute: RerankerOptions = options.DEFAULT,
 ) -> None:
     """Fit probabilities and thresholds to judged pairs, and write them to the model's folder.
 
@@ -237,10 +227,7 @@ def calibrate(
     for text in wanted:
         calibrations.parse_target(text)
     judged = read_judged(pairs, relevant_from)
-    reranker = Reranker(
-        model, engine=engine, precision=precision, length=length, max_length=max_length, threads=threads,
-        offline=offline or None,
-    )  # fmt: skip
+    reranker = Reranker(model, **vars(compute))
     path = _calibration_path(reranker, out)
     findings = fit(reranker, judged, targets=wanted, about={"judged": pairs.name, "relevant_from": relevant_from})
     calibrations.write(findings.calibration, path)

@@ -14,6 +14,7 @@ import typer
 
 from turborank.cli import options
 from turborank.errors import InputError, TooLongError
+from turborank.types import RerankerOptions
 
 if TYPE_CHECKING:
     from turborank.bulk import BulkSummary, Estimate, Progress
@@ -33,6 +34,7 @@ MAX_NOTES = 5  # truncated or empty documents that are named; the rest are count
 PATIENCE = 0.5  # seconds before the progress bar appears
 
 
+@options.with_compute
 def rank(
     query: Annotated[str, typer.Argument(help="The query, such as a question.", show_default=False)],
     files: Annotated[
@@ -58,12 +60,7 @@ def rank(
         list[str] | None, typer.Option(help="Field of a row to read; repeatable.", show_default="title, text")
     ] = None,
     as_json: options.AsJson = False,
-    length: options.Length = "truncate",
-    max_length: options.MaxLength = None,
-    engine: options.Engine = "auto",
-    precision: options.Precision = "auto",
-    threads: options.Threads = None,
-    offline: options.Offline = False,
+    compute: RerankerOptions = options.DEFAULT,
 ) -> None:
     """Rank documents by their relevance to a query.
 
@@ -75,10 +72,7 @@ def rank(
     from turborank.reranker import Reranker
 
     documents = _documents(query, files or [], field, _checked(threshold), top_n)
-    reranker = Reranker(
-        model, engine=engine, precision=precision, max_length=max_length, length=length, threads=threads,
-        offline=offline or None,
-    )  # fmt: skip
+    reranker = Reranker(model, **vars(compute))
     least = _least(reranker, calibration, threshold)
     started = time.perf_counter()
     ranking = _ranking(reranker, query, documents)
@@ -91,7 +85,7 @@ def rank(
     _print_table(query_words(query), documents, kept)
     for line in _notes(documents, ranking, len(kept), f"{seconds:.2f} s · {reranker.name} · {described(reranker)}"):
         print(line)
-    if length != "windows" and any(ranked.span[1] < len(documents[ranked.index].text) for ranked in ranking):
+    if compute.length != "windows" and any(ranked.span[1] < len(documents[ranked.index].text) for ranked in ranking):
         print("--length windows reads long documents to their end")
 
 
@@ -328,6 +322,7 @@ EstimateOnly = Annotated[
 ]
 
 
+@options.with_compute
 def score(
     pairs: Pairs,
     out: Out = Path("scores"),
@@ -339,12 +334,7 @@ def score(
     shard: Shard = None,
     shard_pairs: ShardPairs = 20_000,
     no_texts: NoTexts = False,
-    length: options.Length = "truncate",
-    max_length: options.MaxLength = None,
-    engine: options.Engine = "auto",
-    precision: options.Precision = "auto",
-    threads: options.Threads = None,
-    offline: options.Offline = False,
+    compute: RerankerOptions = options.DEFAULT,
 ) -> int:
     """Score any number of pairs, in bounded memory.
 
@@ -356,10 +346,7 @@ def score(
     from turborank.reranker import Reranker
 
     asked = bulk.BulkOptions(query, tuple(field or ()), corpus, shard_pairs, _part(shard), not no_texts)
-    reranker = Reranker(
-        model, engine=engine, precision=precision, max_length=max_length, length=length, threads=threads,
-        offline=offline or None,
-    )  # fmt: skip
+    reranker = Reranker(model, **vars(compute))
     if estimate:
         print(_estimated(bulk.estimate(reranker, pairs, asked), reranker.engine.threads))
         return 0

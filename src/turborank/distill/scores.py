@@ -8,7 +8,6 @@ processes. The cache of a serving reranker is :mod:`turborank.score_cache`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from turborank import score_cache
 from turborank.data.files import replacing
 from turborank.distill.folder import UNKNOWN, TrainingFolder
 from turborank.errors import EngineError, InputError
@@ -29,13 +29,8 @@ MAX_PARAMETERS = 500  # per statement; every build of SQLite takes 999
 
 
 def key(revision: str, query: str, document: str) -> bytes:
-    """The 16-byte key of a score. Lengths are hashed, too, so that different triples never give equal input."""
-    digest = hashlib.blake2b(digest_size=16)
-    for text in (revision, query, document):
-        raw = text.encode("utf-8", "surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little"))
-        digest.update(raw)
-    return digest.digest()
+    """The 16-byte key of a score of the teacher with this revision."""
+    return score_cache.key(revision, query, document, 16)
 
 
 class TeacherScoreCache:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from turborank.calibration import Calibration, sigmoid
 from turborank.errors import InputError
 from turborank.reranker import Reranker, arrive, listed
 from turborank.text import document_text
-from turborank.types import Pair, Ranked, RerankerRecipe
+from turborank.types import Pair, Ranked, RerankerOptions, RerankerRecipe
 
 
 class LazyReranker:
@@ -72,14 +71,14 @@ def recipe_of(model: str | os.PathLike[str] | Reranker | None, options: Mapping[
             raise InputError(f"expected no options beside a Reranker, got {', '.join(options)}")
         return model.recipe
     try:
-        return RerankerRecipe(None if model is None else os.fspath(model), **options)
+        return RerankerRecipe(None if model is None else os.fspath(model), RerankerOptions(**options))
     except TypeError as error:
         raise InputError(f"expected options of Reranker, got {', '.join(options)}: {error}") from None
 
 
 def open_in_process(recipe: RerankerRecipe, threads: int) -> Reranker:
     """The reranker of a recipe, opened once a process; with ``threads`` threads where the recipe names no number."""
-    return arrive(replace(recipe, threads=recipe.threads or threads), {})
+    return arrive(recipe.with_threads(recipe.options.threads or threads), {})
 
 
 def score_columns(
