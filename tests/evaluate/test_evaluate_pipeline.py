@@ -1,10 +1,12 @@
 """The whole way: rerank, measure, report; killed and resumed, in parts and joined."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from mini import QUERIES, append, write_mini
 
 from turborank import InputError, Reranker
 from turborank.data.trec import read_run
-from turborank.evaluate import EvaluateOptions, Evaluation, evaluate
+from turborank.evaluate import EvaluateOptions, Evaluation, evaluate, report
 
 pytest.importorskip("bm25s")
 
@@ -91,6 +93,45 @@ def test_reports_stand_alone_and_say_what_was_found(mini: Path, model: Reranker,
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in page
+
+
+HOSTILE = """<script>{{6*7}}$\\a$"&amp;'"""
+
+
+def test_every_name_is_escaped(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    """Names of datasets, systems, measures' sources and manifests are text: no HTML, no template, no mathematics."""
+    found = evaluate([str(mini)], [model], out=tmp_path)
+    result = found.results[0]
+    queries = dict.fromkeys(result.dataset.queries, f"query {HOSTILE}")
+    dataset = dataclasses.replace(result.dataset, name=f"set {HOSTILE}", notes=(f"note {HOSTILE}",), queries=queries)
+    first, second = result.systems
+    lower = {query_id: value - 0.5 for query_id, value in first.values[result.measure].items()}
+    systems = (
+        dataclasses.replace(first, name=f"first {HOSTILE}"),
+        dataclasses.replace(
+            second, name=f"second {HOSTILE}", values={result.measure: lower}, manifest={**second.manifest, "": HOSTILE},
+            comparisons={f"other {HOSTILE}": comparison for comparison in second.comparisons.values()},
+        ),
+    )  # fmt: skip
+    hostile = dataclasses.replace(result, dataset=dataset, systems=systems)
+    report.write(Evaluation((hostile,), found.system), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    texts = "".join(Texts(page).texts)
+    for kind in ("set", "note", "query", "first", "second", "other"):
+        assert f"{kind} {HOSTILE}" in texts, kind
+
+
+class Texts(HTMLParser):
+    """The texts of a page, as a browser shows them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
 
 def test_several_datasets_stand_in_one_picture(mini: Path, model: Reranker, tmp_path: Path) -> None:
