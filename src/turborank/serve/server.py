@@ -58,8 +58,8 @@ class _Connection(asyncio.Protocol):
             self._expect_headers()  # the first bytes of another request on a kept connection
         self._http.data_received(data)
 
-    def eof_received(self) -> bool | None:
-        return self._http.eof_received()
+    def eof_received(self) -> None:
+        self._http.eof_received()
 
     def pause_writing(self) -> None:
         self._http.pause_writing()
