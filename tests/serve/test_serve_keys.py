@@ -15,6 +15,7 @@ from turborank.serve import auth, server
 from turborank.serve.config import Settings
 from turborank.serve.service import Service
 from turborank.serve.wire import Problem
+from turborank.types import Pair
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
 
@@ -103,6 +104,31 @@ def test_the_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing
     now[0] += auth.CHECK_EVERY
     assert ring.find(first) is None
     assert ring.required
+
+
+def test_keys_stay_valid_when_their_file_vanishes_and_comes_back_without_them(ring_file):
+    now, complaints = [0.0], []
+    secret = auth.new(ring_file, "first")
+    ring = auth.KeyRing(ring_file, complain=complaints.append, clock=lambda: now[0])
+    ring_file.unlink()
+    now[0] += auth.CHECK_EVERY
+    assert ring.find(secret).name == "first"
+    assert re.fullmatch(r"the keys stay as they were: .*No such file or directory.*", complaints[0])
+    now[0] += auth.CHECK_EVERY
+    assert ring.find(secret).name == "first"
+    assert len(complaints) == 1  # once for each change
+    auth.new(ring_file, "second")
+    now[0] += auth.CHECK_EVERY
+    assert ring.find(secret) is None
+
+
+def test_long_queries_are_refused_by_name():
+    settings = Settings(max_document_characters=10)
+    auth.check_sizes(settings, [Pair("q" * 10, "d" * 10)])
+    with pytest.raises(
+        Problem, match=r"expected at most 10 \(max_document_characters\), got a query of 11 characters at query"
+    ):
+        auth.check_sizes(settings, [Pair("q" * 11, "d")])
 
 
 def test_every_key_is_compared_and_each_in_constant_time(ring_file, monkeypatch):
