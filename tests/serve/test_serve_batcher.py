@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 from serving import CountingEngine, until
 
 from turborank.scheduler import Work
-from turborank.serve.queue import FLOOR_TOKENS, OVERDUE, STRETCH, Batcher
+from turborank.serve.queue import FLOOR_TOKENS, LARGE_TOKENS, OVERDUE, SHRINK_SECONDS, STRETCH, Batcher
 from turborank.serve.wire import Problem
 from turborank.types import Encoding
 
@@ -373,6 +373,30 @@ def test_a_long_request_that_is_due_is_not_starved(run):
         assert steps.engine.batches.count([1000]) == 20
 
     stepping(run, body)
+
+
+def test_a_request_that_would_be_late_is_due_earlier(run):
+    async def body(queue):
+        for seconds, due in ((1, STRETCH), (10, 30 - OVERDUE * 10), (20, 0)):
+            queue.batcher.pace(queue.engine).measure(Work(1000, 1000**2), 1.0)
+            ticket = queue.batcher.admit(queue.engine, Work(1000 * seconds, 1000**2 * seconds))
+            assert ticket.due == pytest.approx(due)
+            queue.batcher.drop(ticket)
+
+    run(body, cost=lambda lengths: 1.0, timeout=60.0, queue_tokens=10**6)
+
+
+def test_an_engine_gives_back_its_work_space_when_no_large_batch_came_for_a_while(run):
+    async def body(queue):
+        shrunk = []
+        queue.engine.shrink = lambda: shrunk.append(len(queue.engine.batches))
+        for length in (LARGE_TOKENS, LARGE_TOKENS + 1, 10, 20, 30):
+            await queue.ask(length).future
+            queue.engine.now += SHRINK_SECONDS / 2
+        until(lambda: len(queue.observed) == 5)
+        assert shrunk == [3], "expected it before the fourth batch, SHRINK_SECONDS after the second one"
+
+    run(body, cost=lambda lengths: 0.0)
 
 
 def test_the_worker_ends():

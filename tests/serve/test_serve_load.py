@@ -196,6 +196,28 @@ def test_several_models_are_loaded_when_asked_for_and_let_go_when_memory_is_shor
         assert up.ask("/v1/rerank", {**BODY, "model": "second"}).status == 200
 
 
+def test_a_model_in_use_is_let_go_when_its_requests_are_done(tmp_path, model):
+    folders = [write_checkpoint(tmp_path / name) for name in ("second", "third")]
+    names = (str(model), *map(str, folders))
+    with running(model, model=names, model_memory=1) as up, ThreadPoolExecutor(2) as clients:
+        ask = lambda name: up.ask("/v1/rerank", {**BODY, "model": name})  # noqa: E731
+        assert ask("second").status == 200
+        for one in up.service.models.all:
+            one.bytes = 1024 * 1024
+        second, third = map(up.service.models.find, ("second", "third"))
+        second.reranker.engine = engine = GatedEngine(second.reranker.engine)
+        engine.gate.clear()
+        busy = clients.submit(ask, "second")
+        until(engine.entered.is_set)
+        waiting = clients.submit(ask, "third")
+        until(lambda: third.reranker is not None)
+        assert second.reranker is not None, "expected a model with a request in progress to stay"
+        engine.gate.set()
+        assert (busy.result().status, waiting.result().status) == (200, 200)
+        until(lambda: second.reranker is None)
+        assert third.reranker is not None
+
+
 def test_names_must_be_different_and_aliases_must_lead_somewhere(model):
     with pytest.raises(InputError, match="its own name"):
         server.make(Settings(model=(str(model), str(model))))

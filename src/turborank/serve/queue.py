@@ -4,7 +4,8 @@ Requests are served by due time: arrival plus STRETCH times the seconds that the
 request overtakes long ones and waits only for the current batch, which is why a batch is bounded by time. A long
 request can be overtaken only by requests that arrive within STRETCH times its own computing time. Once it is due it
 does not keep the engine to itself: each of its batches moves its due time by OVERDUE times the batch's seconds, so that
-requests that arrive from then on have about half of the engine, and are served between its batches.
+requests that arrive from then on have about half of the engine, and are served between its batches. A request that
+would be late for ``timeout`` in this way is due earlier.
 
 A batch takes the windows of the request with the earliest due time, longest first, then those of the next requests for
 the same model. A batch with the last windows of a request is filled with others only as far as efficiency needs, so
@@ -34,6 +35,8 @@ STRETCH = 4.0
 OVERDUE = 2.0
 FLOOR_TOKENS = 256  # a batch may have as many whatever its time: below, per-batch costs would show (docs/serving.md)
 ENOUGH = 0.1  # share of batch_seconds to which a batch that completes a request is filled with others
+LARGE_TOKENS = 4096  # batches of more leave the engine with work space that others do not need (docs/scale.md)
+SHRINK_SECONDS = 30.0  # after the last large batch, when that work space is given back
 UNKNOWN_SPEED = 10_000.0  # tokens per second assumed for due times until the engine's first batch is measured
 
 
@@ -79,7 +82,8 @@ class Batcher:
 
     ``batch_tokens`` and ``batch_seconds`` bound a batch by tokens and by its predicted time; a single longer pair is a
     batch of its own. ``queue_tokens`` and ``queue_seconds`` limit the tokens and the expected seconds of requests with
-    earlier due times. ``observe`` is called in the compute thread after each batch. ``clock`` tells seconds.
+    earlier due times. The caller drops a request ``timeout`` seconds after its arrival. ``observe`` is called in the
+    compute thread after each batch. ``clock`` tells seconds.
     """
 
     def __init__(
@@ -89,16 +93,18 @@ class Batcher:
         queue_tokens: int,
         queue_seconds: float,
         batch_seconds: float = math.inf,
+        timeout: float = math.inf,
         observe: Callable[[Computed], None] = lambda computed: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.batch_tokens, self.batch_seconds = batch_tokens, batch_seconds
         self.queue_tokens, self.queue_seconds = queue_tokens, queue_seconds
-        self.observe = observe
+        self.timeout, self.observe = timeout, observe
         self.waiting_tokens = 0
         self.speed: float | None = None  # tokens per second of the engine that computed last
         self._clock = clock
         self._paces: weakref.WeakKeyDictionary[Engine, Pace] = weakref.WeakKeyDictionary()
+        self._large: weakref.WeakKeyDictionary[Engine, float] = weakref.WeakKeyDictionary()  # when large
         self._tickets: list[Ticket] = []  # sorted by due time
         self._count = 0
         self._closing = False
@@ -135,7 +141,8 @@ class Batcher:
         """
         with self._wake:
             pace, now = self.pace(engine), self._clock()
-            due = now + STRETCH * (pace.seconds(expected) if pace.known else expected.tokens / UNKNOWN_SPEED)
+            alone = pace.seconds(expected) if pace.known else expected.tokens / UNKNOWN_SPEED
+            due = now + min(STRETCH * alone, max(0.0, self.timeout / 2 - OVERDUE * alone))
             ahead = [ticket for ticket in self._tickets if ticket.due <= due]
             tokens, wait = sum(one.owed for one in ahead), sum(self._ahead(one, due, now) for one in ahead)
             full = tokens + expected.tokens > self.queue_tokens or wait > self.queue_seconds
@@ -244,11 +251,20 @@ class Batcher:
             with self._wake:
                 batch = self._pick()
                 while not batch and not self._closing:
-                    self._wake.wait()
+                    self._wake.wait(SHRINK_SECONDS if self._large else None)
+                    self._shrink()
                     batch = self._pick()
                 if self._closing:
                     return
             self._compute(batch)
+
+    def _shrink(self) -> None:
+        """Give back the work space of engines that have computed no large batch for a while."""
+        now = self._clock()
+        for engine, last in list(self._large.items()):
+            if now - last >= SHRINK_SECONDS:
+                del self._large[engine]
+                getattr(engine, "shrink", lambda: None)()
 
     def _postpone(self, ticket: Ticket, now: float, seconds: float) -> None:
         """Let requests that arrive after an unfinished request was due have their turn between its batches."""
@@ -268,6 +284,10 @@ class Batcher:
             error, logits = failure, [0.0] * len(batch)
         now = self._clock()
         seconds, tokens = now - started, dict.fromkeys(tickets, 0)
+        if packed.tokens > LARGE_TOKENS:
+            self._large[tickets[0].engine] = now
+        elif self._large:
+            self._shrink()
         with self._wake:
             if error is None:
                 pace = self.pace(tickets[0].engine)

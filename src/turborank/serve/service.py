@@ -69,6 +69,7 @@ class Service:
             batch_seconds=settings.batch_seconds or math.inf,
             queue_tokens=settings.queue_tokens,
             queue_seconds=settings.queue_seconds,
+            timeout=settings.timeout,
             observe=lambda computed: self.metrics.batch(computed),
         )
         self.metrics = Metrics(self.batcher, lambda: self.models.ready)
