@@ -198,6 +198,9 @@ def report(record: Record, seconds: float) -> list[str]:
         cells = [taken[len(taken) // 2], taken[int(len(taken) * 0.99)], taken[-1], refused[int(len(refused) * 0.99)]]
         row = " | ".join(f"{one:.2f}" for one in cells)
         print(f"| {kind}: {count} x {words} words | {len(mine)} | {sum(o.status == 200 for o in mine)} | {row} |")
+    words = {kind: count * min(words, 6000) for kind, (_, count, words) in MIX.items()}
+    offered, accepted = (sum(words[o.kind] for o in before if o.status in kept) for kept in ((200, 429, 503), (200,)))
+    print(f"\nwords of documents asked for: {offered:,}; answered: {accepted:,} ({accepted / offered:.0%})")
     memory = record.memory
     tenth = [statistics.median(memory[len(memory) * i // 10 : len(memory) * (i + 1) // 10 + 1]) for i in range(10)]
     print("\nmemory, MiB, medians of tenths: " + " ".join(f"{one:.0f}" for one in tenth))
@@ -215,14 +218,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0, help="of load until SIGTERM")
     parser.add_argument("--capacity-seconds", type=float, default=20.0, help="for which the capacity is measured")
+    parser.add_argument("--per-second", type=float, help="requests that arrive, instead of a multiple of the capacity")
     parser.add_argument("--factor", type=float, default=2.0, help="of the capacity")
     given = parser.parse_args()
     names = ",".join(["turborank-embedded-v1", *(f"{name}={EMBEDDED}" for name in MODELS[1:])])
     server = servers.turborank(PORT, names, TURBORANK_MODEL_MEMORY="1")
     try:
         alone = capacity(server, given.capacity_seconds)
-        print(f"capacity {alone:.1f} requests/s; {given.factor * alone:.1f}/s for {given.seconds:.0f} s", flush=True)
-        record = asyncio.run(run(server, given.factor * alone, given.seconds))
+        arriving = given.per_second or given.factor * alone
+        print(f"capacity {alone:.1f} requests/s; {arriving:.1f}/s for {given.seconds:.0f} s", flush=True)
+        record = asyncio.run(run(server, arriving, given.seconds))
     finally:
         server.stop()
     faults = report(record, given.seconds)
