@@ -11,7 +11,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from turborank.errors import InputError
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 
 dispatcher = get_dispatcher(__name__)
 
@@ -20,7 +20,7 @@ class TurborankPostprocessor(BaseNodePostprocessor):
     """Nodes by relevance to the query, best first; ids, metadata and relationships are kept.
 
     Each node returned is a copy. Its metadata also holds the keys of
-    :func:`turborank.integrations.common.relevance_notes`, hidden from LLMs and embeddings, and ``retrieval_score``, the
+    :func:`turborank.integrations.relevance_notes`, hidden from LLMs and embeddings, and ``retrieval_score``, the
     score it came with. Raises InputError without a query. ``apostprocess_nodes`` computes in a thread.
     """
 
