@@ -200,7 +200,7 @@ def test_interruption_says_where_to_go_on(folder: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1:] == ["turborank: interrupted; the same command goes on from what is complete"]
+    assert said.splitlines()[-1:] == ["turborank: interrupted; the same command continues from what is complete"]
     assert "Traceback" not in said
     assert time.monotonic() - started < 30
     assert not list((tmp_path / "out").glob(".*"))

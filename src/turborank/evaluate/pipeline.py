@@ -159,7 +159,7 @@ def _check(plan: EvaluateOptions, out: Path, names: Sequence[str], models: Seque
         raise InputError(f"expected shard k/n with 1 ≤ k ≤ n, got {plan.shard[0]}/{plan.shard[1]}")
     if plan.shard is not None and models and all(model == FIRST_STAGE for model in models):
         raise InputError(
-            "expected a model with shard, got the first stage alone", hint="evaluate the first stage without --shard"
+            "expected at least one model with shard, got only the first stage", hint="evaluate it without --shard"
         )
     for name in plan.measures:
         parse(name)
