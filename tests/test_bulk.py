@@ -19,7 +19,7 @@ from helpers import native_config, write_checkpoint
 from turborank import InputError, Reranker, TooLongError, bulk
 from turborank.bulk import BulkOptions
 from turborank.cli.main import run as command
-from turborank.cli.score import duration
+from turborank.cli.rank import duration
 from turborank.engines import native
 
 QUERIES = ["which bee", "trees", "naïve 🐝", ""]

@@ -1,5 +1,7 @@
 """The command, run in this process through its entry point; and a few times as a process of its own."""
 
+import dataclasses
+import inspect
 import io
 import json
 import math
@@ -15,11 +17,11 @@ from helpers import native_config, small_config, write_checkpoint
 from random_models import random_weights
 
 import turborank
-from turborank import catalog, engines, tokens
+from turborank import Reranker, catalog, engines, tokens
 from turborank.checkpoint import hashes, read
 from turborank.cli import main, rank
 from turborank.engines import native
-from turborank.types import ModelConfig
+from turborank.types import ModelConfig, RerankerOptions
 
 LIMIT = 96
 
@@ -422,3 +424,17 @@ def test_a_reader_that_leaves_gets_no_traceback(model, files):
     command.stderr.close()
     assert command.wait() == 128 + signal.SIGPIPE  # as the shell counts it
     assert error == b""
+
+
+def test_one_description_of_a_reranker_s_options() -> None:
+    """The library, the commands and the server agree on names and defaults; RerankerOptions has the help texts."""
+    Settings = pytest.importorskip("turborank.serve.config").Settings
+    described = {one.name: one.default for one in dataclasses.fields(RerankerOptions)}
+    arguments = inspect.signature(Reranker).parameters
+    assert {name: one.default for name, one in arguments.items() if name != "model"} == described
+    asked = {name: value for name, value in described.items() if name != "faithful"} | {"offline": False}
+    for command in ("rank", "score", "evaluate", "calibrate", "distill score"):
+        given = inspect.signature(main.COMMANDS[command].run).parameters
+        assert {name: given[name].default for name in asked} == asked
+    settings = {one.name: one.default for one in dataclasses.fields(Settings)}
+    assert {name: settings[name] for name in asked} == asked | {"max_length": 0, "threads": 0}  # 0: None in TOML

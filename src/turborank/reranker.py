@@ -24,13 +24,15 @@ from turborank import checkpoint as checkpoints
 from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
+from turborank.checkpoint import Checkpoint
+from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import ClosedEngine
 from turborank.errors import CheckpointError, InputError, TooLongError
 from turborank.scheduler import score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerRecipe, Scores
+from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerOptions, RerankerRecipe, Scores
 
 MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
 MAX_THREADS = 4096  # above the number of cores of any machine
@@ -104,12 +106,17 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
     Pickle calls this function when it loads a Reranker. ``luggage``: the assigned attributes that were pickled with it
     (calibration, cache). Raises what Reranker raises, and CheckpointError if the model folder holds other files here.
     """
-    key = replace(recipe, threads=None)
+    key = recipe.with_threads(None)
     with _process_lock():
         opened = _arrived.get(key)
         if opened is None:
-            options = {name: value for name, value in vars(key).items() if name not in ("model", "files")}
-            opened = Reranker(recipe.model, **options)
+            loaded = checkpoints.load(
+                recipe.model,
+                offline=recipe.options.offline,
+                relevant_label=recipe.relevant_label,
+                revision=recipe.revision,
+            )
+            opened = Reranker(loaded, **vars(key.options))
             if recipe.files not in (None, opened._files_hash):
                 raise CheckpointError(
                     "expected the model files that the reranker was opened with, got other files in "
@@ -119,9 +126,9 @@ def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
             _arrived[key] = opened
     arrival = opened.__copy__()
     arrival._recipe = recipe
-    if recipe.threads is not None:
-        arrival.encoder = arrival.encoder.with_threads(recipe.threads)
-        arrival.engine = arrival.engine.with_threads(recipe.threads)
+    if (threads := recipe.options.threads) is not None:
+        arrival.encoder = arrival.encoder.with_threads(threads)
+        arrival.engine = arrival.engine.with_threads(threads)
     vars(arrival).update(luggage)
     return arrival
 
@@ -130,7 +137,8 @@ class Reranker:
     """A cross-encoder model with its tokenizer and engine.
 
     Args:
-        model: a name of the catalog (see ``turborank models``), a folder in a published layout, or a Hugging Face id;
+        model: a name of the catalog (see ``turborank models``), a folder in a published layout, a Hugging Face id, or
+            the result of :func:`turborank.checkpoint.load`, which takes a revision and the label that means relevant;
             by default the embedded model, which ships with the package.
         engine: ``auto``, ``native``, ``torch`` or ``reference`` (docs/engines.md).
         precision: ``auto``, or one that the engine supports (``int8``, ``bf16``, ``fp16``, ``fp32``).
@@ -141,9 +149,6 @@ class Reranker:
         offline: True forbids network access; by default HF_HUB_OFFLINE decides.
         faithful: treat special-token strings in texts as special tokens, as the published tokenizers do
             (docs/model.md §4.5).
-        relevant_label: for a classifier with two labels, the name or number of the label that means relevant; required
-            only if config.json does not name it.
-        revision: commit of a model on the Hub; by default the catalog's, else the newest.
 
     Threads may share a reranker. It is a context manager and works after a fork. A pickle holds its arguments and a
     hash of the model files, not the weights; each process that loads it opens the model once (docs/scale.md). Copies
@@ -160,7 +165,7 @@ class Reranker:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | None = None,
+        model: str | os.PathLike[str] | Checkpoint | None = None,
         *,
         engine: str = "auto",
         precision: str = "auto",
@@ -169,11 +174,12 @@ class Reranker:
         threads: int | None = None,
         offline: bool | None = None,
         faithful: bool = False,
-        relevant_label: str | int | None = None,
-        revision: str | None = None,
     ) -> None:
         threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
-        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label, revision=revision)
+        if isinstance(model, Checkpoint):
+            self.checkpoint, model = model, None if model.origin == "embedded" else model.name
+        else:
+            self.checkpoint = checkpoints.load(model, offline=offline)
         config = self.checkpoint.config
         if max_length is not None:
             max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
@@ -186,9 +192,10 @@ class Reranker:
             self.checkpoint.weights, config, name=name, precision=chosen, threads=threads
         )
         self._recipe = RerankerRecipe(
-            None if model is None else os.fspath(model), None, None, name, chosen, max_length, length, threads, offline,
-            faithful, relevant_label,
-        )  # fmt: skip
+            None if model is None else os.fspath(model),
+            RerankerOptions(length, max_length, name, chosen, threads, offline, faithful),
+            relevant_label=self.checkpoint.relevant_label,
+        )
         self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
 
     def __repr__(self) -> str:
@@ -214,7 +221,7 @@ class Reranker:
         self.engine = ClosedEngine(engine.name, engine.precision, engine.isa, engine.threads)
         self.checkpoint = replace(self.checkpoint, weights={})
         with _process_lock():
-            _arrived.pop(replace(self._recipe, threads=None), None)
+            _arrived.pop(self._recipe.with_threads(None), None)
 
     def __copy__(self) -> Self:
         """A reranker with the same weights, engine and tokenizer, which are shared."""
@@ -229,6 +236,11 @@ class Reranker:
         luggage = {name: value for name, value in vars(self).items() if name in ("calibration", "cache")}
         if isinstance(self.engine, ClosedEngine):
             raise InputError("expected an open reranker to pickle, got a closed one")
+        if not isinstance(self.checkpoint.weights, TensorFile):
+            raise InputError(
+                "expected a reranker of a model's files to pickle, got one of weights in memory",
+                hint="save them first: turborank.checkpoint.save(reranker.checkpoint, FOLDER)",
+            )
         return arrive, (self.recipe, luggage)
 
     @property
@@ -255,8 +267,8 @@ class Reranker:
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of ``model.safetensors``, computed once."""
-        return checkpoints.hashes(self.checkpoint)["model.safetensors"]
+        """The hash of :func:`turborank.checkpoint.weights_hash`, computed once."""
+        return checkpoints.weights_hash(self.checkpoint)
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:

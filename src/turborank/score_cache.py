@@ -161,9 +161,9 @@ class ScoreCache:
 _COLUMNS = np.dtype([("logit", "f4"), ("tokens", "i4"), ("truncated", "i4"), ("start", "i8"), ("end", "i8")])
 
 
-def key(fingerprint: str, query: str, document: str) -> bytes:
-    """Key (32 bytes) of one score. Lengths are hashed as well, so that different triples never concatenate alike."""
-    digest = hashlib.blake2b(digest_size=32)
+def key(fingerprint: str, query: str, document: str, size: int = 32) -> bytes:
+    """Key of ``size`` bytes for one score. Lengths are hashed too, so that different triples never give equal input."""
+    digest = hashlib.blake2b(digest_size=size)
     for text in (fingerprint, query, document):
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little"))

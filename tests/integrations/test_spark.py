@@ -77,7 +77,7 @@ def test_one_model_a_process_with_the_threads_of_its_task(spark: Any, folder: Pa
         import pandas
 
         from turborank import reranker
-        from turborank.integrations.common import open_in_process, recipe_of
+        from turborank.integrations import open_in_process, recipe_of
         from turborank.integrations.spark import task_cpus
 
         for _batch in batches:

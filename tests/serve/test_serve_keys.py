@@ -11,7 +11,7 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 from serving import running
 
 from turborank.errors import InputError
-from turborank.serve import auth, server
+from turborank.serve import app, auth, server
 from turborank.serve.config import Settings
 from turborank.serve.service import Service
 from turborank.serve.wire import Problem
@@ -156,7 +156,7 @@ def test_a_file_that_no_key_can_be_appended_to_stays_as_it_was(tmp_path, ring_fi
 
 def test_strangers_need_a_key(model):
     with pytest.raises(InputError, match="expected API keys for a server that others can reach"):
-        server.make(Settings(model=(str(model),), host="0.0.0.0"))
+        server.make(Settings(model=(str(model),), host="0.0.0.0"), app.build)
 
 
 # Rates: a bucket holds one minute's worth -------------------------------------------------------------------------

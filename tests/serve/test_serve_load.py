@@ -14,7 +14,7 @@ from helpers import write_checkpoint
 from serving import GatedEngine, head, running, until
 
 from turborank.errors import InputError, ModelNotFoundError
-from turborank.serve import server
+from turborank.serve import app, server
 from turborank.serve.config import Settings
 from turborank.serve.models import Models
 from turborank.serve.service import CHARACTERS_PER_TOKEN, OVERHEAD, expected_tokens
@@ -173,7 +173,7 @@ def test_shutting_down_answers_what_is_in_and_says_not_ready_first(model):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
-    made = server.make(Settings(model=(f"gone={tmp_path / 'gone'}",), port=0))
+    made = server.make(Settings(model=(f"gone={tmp_path / 'gone'}",), port=0), app.build)
     made.run()
     assert made.failure is not None
     assert isinstance(made.failure.__cause__, ModelNotFoundError)
@@ -196,9 +196,9 @@ def test_several_models_are_loaded_when_asked_for_and_let_go_when_memory_is_shor
 
 def test_names_must_be_different_and_aliases_must_lead_somewhere(model):
     with pytest.raises(InputError, match="its own name"):
-        server.make(Settings(model=(str(model), str(model))))
+        server.make(Settings(model=(str(model), str(model))), app.build)
     with pytest.raises(InputError, match="alias 'x'"):
-        server.make(Settings(model=(str(model),), alias=("x=y",)))
+        server.make(Settings(model=(str(model),), alias=("x=y",)), app.build)
 
 
 def test_metrics_count_what_happened(model):

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from turborank import catalog
 from turborank.architectures import ARCHITECTURES, recognise, resembles
-from turborank.checkpoint import hub, layouts, verify
+from turborank.checkpoint import hub, layouts, tensors, verify
 from turborank.checkpoint.tensors import TensorFile
 from turborank.checkpoint.verify import CONFIG, REQUIRED, TOKENIZER, WEIGHTS
 from turborank.errors import CheckpointError, InputError, ModelNotFoundError
@@ -33,6 +33,7 @@ from turborank.types import ModelConfig
 CARD = "README.md"
 FILES = (*REQUIRED, *hub.OPTIONAL, CARD)  # files of the single-file layout
 log = logging.getLogger("turborank")
+SUFFIX = ".safetensors"
 _PATH = re.compile(r"[/\\~]|^\.")  # marks a path or Hub id; names of the catalog have none of these
 _HUB_WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_HUB_WORD}/{_HUB_WORD}")
@@ -53,6 +54,7 @@ class Checkpoint:
     weights: Mapping[str, npt.NDArray[Any]]
     tokenizer: Tokenizer
     loaded_config: Mapping[str, Any] = field(default_factory=dict, repr=False)  # raw_config as read, to detect changes
+    relevant_label: str | int | None = None  # as given to load
 
 
 def load(
@@ -155,10 +157,12 @@ def _read(folder: Path, name: str, origin: str, revision: str | None, relevant: 
     shapes = weights.shapes
     verify.one_logit(shapes, weights.path, resembles(shapes))
     config = model_config(raw, shapes, folder / CONFIG)
-    verify.tensors(weights, ARCHITECTURES[config.architecture].parameters(config), config.architecture)
+    tensors.check(weights, ARCHITECTURES[config.architecture].parameters(config), config.architecture)
     weights.release()  # the check for NaN and infinity has read every page
     tokenizer = verify.tokenizer(folder / TOKENIZER, config)
-    return Checkpoint(name, folder, origin, revision, config, raw, weights, tokenizer, copy.deepcopy(raw))
+    return Checkpoint(
+        name, folder, origin, revision, config, raw, weights, tokenizer, copy.deepcopy(raw), relevant
+    )  # fmt: skip
 
 
 def model_config(raw: Mapping[str, Any], shapes: verify.Shapes, path: Path) -> ModelConfig:
@@ -166,15 +170,15 @@ def model_config(raw: Mapping[str, Any], shapes: verify.Shapes, path: Path) -> M
     faults = verify.config_faults(raw)
     sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
     if any(isinstance(size, int) and size > verify.MAX_LAYERS for size in sizes):
-        raise CheckpointError(verify.listed("a usable config", faults, path))
+        raise CheckpointError.listing("a usable config", faults, path)
     try:
         known = recognise(raw, shapes)
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
             faults.insert(0, error.message)
-        raise CheckpointError(verify.listed("a usable config", faults or [repr(error)], path)) from error
+        raise CheckpointError.listing("a usable config", faults or [repr(error)], path) from error
     if faults:
-        raise CheckpointError(verify.listed("a usable config", faults, path))
+        raise CheckpointError.listing("a usable config", faults, path)
     return known
 
 
@@ -229,6 +233,14 @@ def _write(path: Path, data: bytes | memoryview) -> None:
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """File name -> SHA-256 of each of the checkpoint's files on disk. Reads all of them."""
     return {name: _sha256(checkpoint.folder / name) for name in files(checkpoint.folder)}
+
+
+def weights_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 of ``model.safetensors``; of weights in several files, of the list of their names and hashes."""
+    found = {name: _sha256(checkpoint.folder / name) for name in files(checkpoint.folder) if name.endswith(SUFFIX)}
+    if list(found) == [WEIGHTS]:
+        return found[WEIGHTS]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -122,7 +122,7 @@ def _weights(folder: Path, chain: list[_Module]) -> TensorFile:
     faults = [f"{name}: missing from {file}" for name, file in table.items() if found.get(name) != file]
     faults += [f"{name}: in {file}, but not in the index" for name, file in found.items() if name not in table]
     if faults:
-        raise CheckpointError(verify.listed("shards as their index describes them", faults, index))
+        raise CheckpointError.listing("shards as their index describes them", faults, index)
     return weights
 
 
@@ -159,7 +159,7 @@ def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
     if kinds in ((), ("Transformer",)):
         return {}
     if kinds != _HEAD:
-        embeds = "; that is an embedding model, take the cross-encoder of its family" if "Dense" not in kinds else ""
+        embeds = "; this is an embedding model, use the cross-encoder of its family" if "Dense" not in kinds else ""
         raise CheckpointError(
             f"expected the modules {' → '.join(_HEAD)}, or Transformer alone, got {' → '.join(kinds)} "
             f"in {chain[0].folder / MODULES}{embeds}"
@@ -177,7 +177,7 @@ def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
 
 
 def _renamed(module: str, table: Mapping[str, str], name: str) -> str:
-    return table.get(name, f"{module}.{name}")  # verify.tensors reports an unknown tensor by this name
+    return table.get(name, f"{module}.{name}")  # tensors.check reports an unknown tensor by this name
 
 
 def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) ->
         if norm.get("dimension", width) != width:
             faults.append(f"dimension {width}, got {norm['dimension']!r} in {chain[3].folder.name}")
     if faults:
-        raise CheckpointError(verify.listed("modules like the published rerankers'", faults, folder / MODULES))
+        raise CheckpointError.listing("modules like the published rerankers'", faults, folder / MODULES)
     return stated
 
 
@@ -279,9 +279,9 @@ def _one_of_two(weights: TensorFile, raw: dict[str, Any], relevant: str | int | 
     if row is None:
         raise CheckpointError(
             f"expected a reranker, with one label, got a classifier with 2 labels ({', '.join(map(repr, labels))}; "
-            f"{name} is {list(weights.shapes[name])}) and no word on which means relevant, in {weights.path}",
-            hint="if its card says that it ranks, name that label: Reranker(…, relevant_label=1), or in config.json "
-            '"id2label": {"0": "irrelevant", "1": "relevant"}',
+            f"{name} is {list(weights.shapes[name])}) and no statement which label means relevant, in {weights.path}",
+            hint="if the model is a reranker, name the relevant label: checkpoint.load(…, relevant_label=1), or in "
+            'config.json "id2label": {"0": "irrelevant", "1": "relevant"}',
         )
     for tensor in (name, name.removesuffix("weight") + "bias"):
         if tensor in weights:

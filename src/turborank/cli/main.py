@@ -16,23 +16,16 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from turborank.cli.bench import EXAMPLES as BENCH_EXAMPLES
-from turborank.cli.bench import bench
-from turborank.cli.calibrate import EXAMPLES as CALIBRATE_EXAMPLES
-from turborank.cli.calibrate import calibrate
 from turborank.cli.distill import LISTS_EXAMPLES, SCORE_EXAMPLES, SUSPECTS_EXAMPLES, lists, score, suspects
+from turborank.cli.doctor import BENCH_EXAMPLES, bench, doctor
 from turborank.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
-from turborank.cli.doctor import doctor
+from turborank.cli.evaluate import CALIBRATE_EXAMPLES, calibrate, evaluate
 from turborank.cli.evaluate import EXAMPLES as EVALUATE_EXAMPLES
-from turborank.cli.evaluate import evaluate
-from turborank.cli.export import EXAMPLES as EXPORT_EXAMPLES
-from turborank.cli.export import IMPORT_EXAMPLES, export, import_model
 from turborank.cli.models import EXAMPLES as MODELS_EXAMPLES
-from turborank.cli.models import models
+from turborank.cli.models import EXPORT_EXAMPLES, IMPORT_EXAMPLES, export, import_model, models
+from turborank.cli.rank import BULK_EXAMPLES, rank
 from turborank.cli.rank import EXAMPLES as RANK_EXAMPLES
-from turborank.cli.rank import rank
-from turborank.cli.score import EXAMPLES as BULK_EXAMPLES
-from turborank.cli.score import score as bulk_score
+from turborank.cli.rank import score as bulk_score
 from turborank.cli.serve import EXAMPLES as SERVE_EXAMPLES
 from turborank.cli.serve import KEYS_EXAMPLES, keys, serve
 from turborank.cli.train import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 
-from turborank.integrations.common import LazyReranker
+from turborank.integrations import LazyReranker
 
 
 class TurborankRetriever(dspy.Module):

@@ -9,7 +9,7 @@ from typing import Any
 from haystack import Document, component, default_from_dict, default_to_dict
 
 from turborank.errors import InputError
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 from turborank.types import Pair
 
 
@@ -18,7 +18,7 @@ class TurborankRanker:
     """Ranks documents by relevance to the query, best first; ids, metadata and embeddings are kept.
 
     Each returned document is a copy with the relevance score as its ``score``; its ``meta`` also has the keys of
-    :func:`turborank.integrations.common.relevance_notes` and ``retrieval_score``, the score of the input document.
+    :func:`turborank.integrations.relevance_notes` and ``retrieval_score``, the score of the input document.
 
     Args:
         model: a name, folder or Hub id; None is the embedded model.

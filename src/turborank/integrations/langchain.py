@@ -13,7 +13,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 
 RUN_NAME = "turborank"
 
@@ -22,7 +22,7 @@ class TurborankCompressor(BaseDocumentCompressor):
     """Ranks documents by relevance to the query, best first; ids and metadata are kept.
 
     Each returned document is a copy whose metadata also has the keys of
-    :func:`turborank.integrations.common.relevance_notes`. Callbacks receive one chain run named "turborank". The first
+    :func:`turborank.integrations.relevance_notes`. Callbacks receive one chain run named "turborank". The first
     use loads the model and raises what :class:`~turborank.Reranker` raises; ranking raises InputError.
     """
 

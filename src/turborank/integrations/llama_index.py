@@ -11,7 +11,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from turborank.errors import InputError
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 
 dispatcher = get_dispatcher(__name__)
 
@@ -20,7 +20,7 @@ class TurborankPostprocessor(BaseNodePostprocessor):
     """Ranks nodes by relevance to the query, best first; ids, metadata and relationships are kept.
 
     Each returned node is a copy. Its metadata also has the keys of
-    :func:`turborank.integrations.common.relevance_notes`, hidden from LLMs and embeddings, and ``retrieval_score``, the
+    :func:`turborank.integrations.relevance_notes`, hidden from LLMs and embeddings, and ``retrieval_score``, the
     score of the input node. Raises InputError without a query. ``apostprocess_nodes`` ranks in a thread.
     """
 

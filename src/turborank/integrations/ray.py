@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from turborank.errors import UnknownKeyError
-from turborank.integrations.common import open_in_process, recipe_of, score_columns
+from turborank.integrations import open_in_process, recipe_of, score_columns
 from turborank.reranker import Reranker
 from turborank.serve import app, config
 from turborank.serve.service import Service

@@ -16,7 +16,7 @@ from pyspark.sql.functions import pandas_udf
 from pyspark.sql.types import DoubleType, FloatType, IntegerType, StructType
 
 from turborank.errors import InputError
-from turborank.integrations.common import open_in_process, recipe_of, score_columns
+from turborank.integrations import open_in_process, recipe_of, score_columns
 from turborank.reranker import Reranker
 from turborank.types import RerankerRecipe
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from txtai.pipeline.base import Pipeline
 
-from turborank.integrations.common import LazyReranker
+from turborank.integrations import LazyReranker
 from turborank.types import Ranked
 
 

@@ -18,11 +18,13 @@ from typing import Any, get_type_hints
 
 from turborank.errors import InputError, UnknownKeyError
 from turborank.tokens import LENGTH_POLICIES
+from turborank.types import RerankerOptions
 
 PREFIX = "TURBORANK_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_PORT = 65_535
 _MIB = 1024 * 1024
+HELP = {one.name: one.metadata["help"] for one in dataclasses.fields(RerankerOptions)}
 
 
 def _setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:
@@ -42,8 +44,8 @@ class Settings:
     alias: tuple[str, ...] = _setting(
         (), "Models", "NAME=MODEL: another name for a served model, for example rerank-v3.5=jina-reranker-v1-turbo-en."
     )
-    engine: str = _setting("auto", "Models", "auto, native, torch or reference.")
-    precision: str = _setting("auto", "Models", "auto, int8, bf16 or fp32, as far as the engine has it.")
+    engine: str = _setting("auto", "Models", HELP["engine"])
+    precision: str = _setting("auto", "Models", HELP["precision"])
     length: str = _setting(
         "truncate",
         "Models",

@@ -7,14 +7,16 @@ import math
 import signal
 import ssl
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turborank.errors import InputError
-from turborank.serve import app, telemetry
+from turborank.serve import telemetry
 from turborank.serve.config import Settings
 from turborank.serve.service import Service
 
@@ -138,15 +140,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def make(settings: Settings) -> Server:
-    """A server ready to run. Raises InputError for invalid settings before a model is loaded."""
+def make(settings: Settings, build: Callable[..., ASGIApp]) -> Server:
+    """A server ready to run. ``build`` is :func:`turborank.serve.app.build`.
+
+    Raises InputError for invalid settings before a model is loaded.
+    """
     service = Service(settings)
     try:
         doors = check_open_door(settings, service)
         check_certificate(settings)
         server = Server(uvicorn.Config(lambda scope: None, log_config=None), service)
         server.config = uvicorn.Config(
-            app.build(service, on_failure=server.fail),
+            build(service, on_failure=server.fail),
             host=settings.host,
             port=settings.port,
             http=protocol(settings.header_timeout, settings.answer_timeout),
@@ -171,10 +176,13 @@ def make(settings: Settings) -> Server:
     return server
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal. Raises the error when the default model cannot be loaded; KeyboardInterrupt on SIGINT."""
+def run(settings: Settings, build: Callable[..., ASGIApp]) -> None:
+    """Serve until a signal; see :func:`make`.
+
+    Raises the error when the default model cannot be loaded, and KeyboardInterrupt on SIGINT.
+    """
     telemetry.set_up(settings.log_level)
-    server = make(settings)
+    server = make(settings, build)
     server.run()
     if server.failure is not None:
         raise server.failure
