@@ -188,7 +188,7 @@ def test_standard_input_is_one_document_a_line(turborank_command, model):
         (["rank", "q", "{file}", "--threshold", "nan"], "expected --threshold between 0 and 1, got nan"),
         (["rank", " ", "{file}"], "expected a question, got an empty one"),
         (["rank", "\udce9", "{file}"], "expected the question in UTF-8"),
-        (["rank", "q", "{file}", "missing.txt"], "missing.txt: expected a file, got nothing of that name"),
+        (["rank", "q", "{file}", "missing.txt"], "missing.txt: expected a file, got none of that name"),
         (["rank", "q"], "standard input: expected some text"),
         (["rank", "q", "{file}", "-m", "{model}", "--engine", "warp"], "expected engine to be one of"),
         (["rank", "q", "{file}", "-m", "{model}", "--length", "long"], "expected length to be one of"),
@@ -278,7 +278,7 @@ def test_doctor_says_what_runs_and_what_it_computes(turborank_command, model):
         [("What is the capital of France?", "Paris is the capital and largest city of France.")]
     )
     assert f"logit {answer[0]:+.4f}" in findings["score", "answer"]["value"]
-    assert "all is well" in turborank_command("doctor", "-m", model)[1]
+    assert "all checks passed" in turborank_command("doctor", "-m", model)[1]
 
 
 def test_doctor_finds_a_damaged_model(turborank_command, tmp_path):
@@ -300,7 +300,7 @@ def test_doctor_finds_scores_that_are_no_numbers(turborank_command, tmp_path):
 
 
 def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypatch):
-    assert "it was asked for" in turborank_command("doctor", "-m", model, "--engine", "reference")[1]
+    assert "requested with --engine" in turborank_command("doctor", "-m", model, "--engine", "reference")[1]
     monkeypatch.setenv("TURBORANK_ENGINE", "reference")
     out = turborank_command("doctor", "-m", model)[1]
     assert "TURBORANK_ENGINE=reference" in out

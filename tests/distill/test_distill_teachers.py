@@ -307,7 +307,7 @@ BAD_RUNS = [
     ("q0 Q0 d0 1 nan t", "expected a finite score in column five"),
     ("zz Q0 d0 1 1.0 t", "expected a known query, got 'zz'"),
     ("q0 Q0 zz 1 1.0 t", "expected a known document, got 'zz'"),
-    ("q0 Q0 d1 2 1.0 t", "expected each document once a query, got 'd1' again"),
+    ("q0 Q0 d1 2 1.0 t", "expected each document once per query, got 'd1' again"),
 ]
 
 

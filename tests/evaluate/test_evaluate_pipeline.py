@@ -432,5 +432,5 @@ def test_results_need_a_folder(mini: Path, tmp_path: Path, below: str) -> None:
 
 
 def test_the_first_stage_alone_has_no_parts(mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a model to evaluate in parts"):
+    with pytest.raises(InputError, match="at least one model with shard"):
         evaluate([str(mini)], ["bm25"], EvaluateOptions(shard=(1, 2)), out=tmp_path)

@@ -292,10 +292,10 @@ def _assert_counts(row: DatasetRow, parts: Parts) -> None:
 
 
 def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
-    """The BM25 run of a dataset's queries and the hash of its file.
+    """The BM25 run of a dataset's queries, and the SHA-256 of its file.
 
-    The run is kept in ``cache`` as ``bm25.trec`` beside ``bm25.json``, which says what it was made from; it is made
-    again when any of that differs.
+    The folder ``cache`` keeps the run as ``bm25.trec`` and its parameters, dataset and depth as ``bm25.json``; if any
+    of these differs, the run is computed again.
     """
     path, about = cache / "bm25.trec", cache / "bm25.json"
     made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
