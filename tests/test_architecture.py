@@ -24,15 +24,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A unit (a module or package directly under turborank) imports only from rows above its own.
 LADDER = (
     {"errors", "types"},
-    # strings; the models we know; what a forward is written in; what scores mean; lists into one
-    {"text", "catalog", "ops", "calibration", "fusion"},
-    {"architectures", "depth"},
-    {"checkpoint", "tokens"},
-    {"engines"},
+    # strings; the models we know; what a forward is written in; lists into one
+    {"text", "catalog", "ops", "fusion"},
+    {"architectures", "data"},  # data: files, formats and collections; no model
+    {"checkpoint", "tokens", "calibration"},
+    {"engines", "depth"},
     {"scheduler"},
     {"score_cache"},
     {"reranker"},
-    {"data"},  # file formats and collections
     {"evaluate", "serve", "export", "integrations", "compat", "benchmark", "bulk"},
     {"distill"},
     {"__init__"},

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, models
 from turborank import catalog, checkpoint
 from turborank.checkpoint import load, verify
 from turborank.checkpoint.tensors import TensorFile, quantise
+from turborank.data.files import file_hash
 from turborank.errors import CheckpointError, ModelNotFoundError
 
 CONFIG = small_config()
@@ -352,6 +353,6 @@ def test_the_published_tokenizer_fits_the_published_config() -> None:
         assert config.max_length == 8192
         assert verify.tokenizer(path / "tokenizer.json", config).get_vocab_size() == 60_516
         pinned = catalog.lookup(f"jina-reranker-v1-{name}-en").hashes
-        assert checkpoint._sha256(path / f"config_{name}.json") == pinned["config.json"]
+        assert file_hash(path / f"config_{name}.json") == pinned["config.json"]
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            assert checkpoint._sha256(path / file) == pinned[file]
+            assert file_hash(path / file) == pinned[file]

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from turborank.data.files import write_text
 from turborank.errors import CheckpointError, InputError
 
 FILE = "calibration.json"
@@ -85,9 +86,7 @@ def parse_target(text: str) -> tuple[str, float]:
 def write(calibration: Calibration, path: Path) -> None:
     """Write the calibration as JSON to ``path``, atomically."""
     text = json.dumps({"format": FORMAT, **asdict(calibration)}, indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(re.sub(r"\[\s+([-\d.e]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n", "utf-8")
-    partial.replace(path)
+    write_text(path, re.sub(r"\[\s+([-\d.e]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n")
 
 
 def read(path: Path, weights: str) -> Calibration:

@@ -27,6 +27,7 @@ from turborank.architectures import ARCHITECTURES, recognise, resembles
 from turborank.checkpoint import hub, layouts, tensors, verify
 from turborank.checkpoint.tensors import TensorFile
 from turborank.checkpoint.verify import CONFIG, REQUIRED, TOKENIZER, WEIGHTS
+from turborank.data.files import file_hash, replacing
 from turborank.errors import CheckpointError, InputError, ModelNotFoundError
 from turborank.types import ModelConfig
 
@@ -224,34 +225,27 @@ def _serialised(weights: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    path.parent.mkdir(exist_ok=True)  # the folder of a module
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)  # the old file may be memory-mapped; renaming over it keeps that mapping valid
+    with replacing(path) as file:  # the old file may be memory-mapped; renaming over it keeps that mapping valid
+        file.write(data)
 
 
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """File name -> SHA-256 of each of the checkpoint's files on disk. Reads all of them."""
-    return {name: _sha256(checkpoint.folder / name) for name in files(checkpoint.folder)}
+    return {name: file_hash(checkpoint.folder / name) for name in files(checkpoint.folder)}
 
 
 def weights_hash(checkpoint: Checkpoint) -> str:
     """SHA-256 of ``model.safetensors``; of weights in several files, of the list of their names and hashes."""
-    found = {name: _sha256(checkpoint.folder / name) for name in files(checkpoint.folder) if name.endswith(SUFFIX)}
+    found = {name: file_hash(checkpoint.folder / name) for name in files(checkpoint.folder) if name.endswith(SUFFIX)}
     if list(found) == [WEIGHTS]:
         return found[WEIGHTS]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_hashes(folder: Path, pinned: Mapping[str, str]) -> None:
     """Raise CheckpointError for a file whose SHA-256 is not the one pinned in the catalog."""
     for name, expected in pinned.items():
-        if (folder / name).is_file() and (got := _sha256(folder / name)) != expected:
+        if (folder / name).is_file() and (got := file_hash(folder / name)) != expected:
             raise CheckpointError(
                 f"expected sha256 {expected}, got {got} at {folder / name}",
                 hint="delete it from the Hugging Face cache and load the model again",

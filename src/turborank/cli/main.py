@@ -87,9 +87,9 @@ GROUPS: dict[str, str] = {
 
 # Module of an optional library -> the extra that installs it.
 EXTRAS = {
-    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
+    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib", "jinja2"), "eval"),
     "pyarrow": "parquet",
-    **dict.fromkeys(("torch", "accelerate", "scipy"), "train"),
+    **dict.fromkeys(("torch", "accelerate", "scipy", "httpx", "tenacity"), "train"),
 }
 
 

@@ -54,7 +54,7 @@ def with_compute(command: Callable[..., Any]) -> Callable[..., Any]:
     types = get_type_hints(RerankerOptions)
 
     @functools.wraps(command)
-    def run(**given: Any) -> Any:
+    def _run(**given: Any) -> Any:
         chosen = {one.name: given.pop(one.name, one.default) for one in COMPUTE}
         chosen["offline"] = chosen["offline"] or None  # without --offline, HF_HUB_OFFLINE decides
         return command(**given, compute=RerankerOptions(**chosen))
@@ -70,9 +70,9 @@ def with_compute(command: Callable[..., Any]) -> Callable[..., Any]:
             option = typer.Option(*flags, help=one.metadata["help"], show_default=shown)
             kind, default = (bool, False) if one.name == "offline" else (types[one.name], one.default)
             parameters.append(parameter.replace(name=one.name, annotation=Annotated[kind, option], default=default))
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    _run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    _run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return _run
 
 
 def width() -> int:

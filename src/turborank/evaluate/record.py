@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from turborank.data.dataset_table import PUBLISHED
 from turborank.data.datasets import Dataset
 from turborank.data.files import parse_object, read_lines
 from turborank.data.trec import Qrels, Run
@@ -62,6 +63,18 @@ class TableLine(NamedTuple):
     system: str
     values: tuple[float | None, ...]
     source: str = ""  # source of published figures; empty for figures of this evaluation
+
+
+def published_lines(result: Result, measures: Sequence[str]) -> list[TableLine]:
+    """What others have printed for this dataset under these measures; systems without any of them are left out."""
+    figures = PUBLISHED.get(result.dataset.name, ())
+    lines = []
+    for system in dict.fromkeys(figure.system for figure in figures):
+        own = {figure.measure: figure for figure in figures if figure.system == system}
+        if own.keys() & set(measures):
+            values = tuple(own[measure].value if measure in own else None for measure in measures)
+            lines.append(TableLine(system, values, next(iter(own.values())).source))
+    return lines
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from turborank.data.dataset_table import FORUMS, PUBLISHED, PUBLISHED_MEANS, Pub
 from turborank.data.files import write_json, write_text
 from turborank.evaluate.html import page
 from turborank.evaluate.measures import RESAMPLES, SEED, Comparison
-from turborank.evaluate.record import Evaluation, Result, TableLine
+from turborank.evaluate.record import Evaluation, Result, TableLine, published_lines
 
 
 def write(evaluation: Evaluation, out: Path, *, finished: bool = True) -> None:
@@ -184,10 +184,4 @@ def _dataset_markdown(result: Result) -> list[str]:
 
 def published_rows(result: Result, names: Sequence[str]) -> list[list[str]]:
     """Table rows of the figures that others have published for this dataset and the measures ``names``."""
-    figures = PUBLISHED.get(result.dataset.name, ())
-    rows = []
-    for system in dict.fromkeys(figure.system for figure in figures):
-        values = {figure.measure: figure.value for figure in figures if figure.system == system}
-        if values.keys() & set(names):
-            rows.append([f"{system} (published)", *(_cell(values.get(name)) for name in names)])
-    return rows
+    return [[f"{line.system} (published)", *map(_cell, line.values)] for line in published_lines(result, names)]

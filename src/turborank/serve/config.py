@@ -129,6 +129,12 @@ class Settings:
     batch_tokens: int = _setting(
         4096, "Queue", "Maximum tokens of a batch, which may join several requests.", minimum=16
     )
+    batch_seconds: float = _setting(
+        0.25,
+        "Queue",
+        "Maximum predicted seconds of a batch, for which a short request may have to wait; 0 means no limit.",
+        minimum=0,
+    )
     queue_tokens: int = _setting(
         1_000_000, "Queue", "Maximum tokens in the queue; more are answered with 429.", minimum=1
     )
