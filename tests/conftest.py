@@ -18,7 +18,7 @@ def random_checkpoint(tmp_path: Path) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped for want of what, above pytest's closing line."""
+    """Print the skipped tests by reason, above pytest's last line."""
     reports = terminalreporter.stats.get("skipped", ())
     reasons = [report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)]
     if reasons:

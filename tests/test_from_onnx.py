@@ -1,4 +1,4 @@
-"""Weights out of ONNX files: graphs built here, as exporters build them, in float and quantised by ONNX Runtime."""
+"""Weights from ONNX files: graphs built as exporters build them, in float and quantised by ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files to a training folder: what is merged, drawn, held out; the same again, byte for byte."""
+"""From files to a training folder: merging, sampling, held-out queries, reproducible bytes."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
     assert labels == ["q0\td0\t3", "q0\td1\t1", "q1\td0\t1"]  # the higher of two grades
 
 
-def test_pools_hold_the_labelled_some_of_bm25s_best_and_strangers(tmp_path, source):
+def test_pools_hold_labelled_bm25_and_random_documents(tmp_path, source):
     build(recipe(source), tmp_path / "out", PLAN)
     folder = TrainingFolder.load(tmp_path / "out")
     assert len(folder) == len(pairs())

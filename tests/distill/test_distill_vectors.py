@@ -1,4 +1,4 @@
-"""The bi-encoder as teacher, against transformers; and its vectors, kept in blocks."""
+"""The bi-encoder as teacher, against transformers; and its cached vectors."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_pools_hold_the_bi_encoder_s_best(tmp_path, model):
 
 
 class Counting:
-    """Vectors by lengths; counts what it embeds; may be stopped."""
+    """A bi-encoder stand-in: vectors by text lengths, counts the embedded texts, can be made to fail."""
 
     revision, max_tokens = "r", 8
 
