@@ -1,7 +1,7 @@
 """Sources merged into one collection, and candidate pools mined from it.
 
-Equal texts are kept once, labels are merged, and samples are chosen by hash, so that they are stable. A query's pool has
-its labelled documents, samples of BM25's and a bi-encoder's best, and random documents.
+Equal texts are kept once, labels are merged, and samples are chosen by hash, so that they are stable. The pool of a
+query has its labelled documents, samples of BM25's and a bi-encoder's best, and random documents.
 """
 
 from __future__ import annotations
