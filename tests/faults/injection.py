@@ -51,7 +51,7 @@ def library() -> str:
 
 def run(program: str, *arguments: str, timeout: float = 3000, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python program of this folder with the library preloaded. Fails with its output unless it ends well."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])
+    path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "evaluate"), *sys.path])
     environment = {"LD_PRELOAD": library(), VARIABLE: library(), "PYTHONPATH": path, **environment}
     done = subprocess.run(
         [sys.executable, str(HERE / program), *arguments], capture_output=True, text=True, timeout=timeout,

@@ -1,4 +1,4 @@
-"""Memory that is not there: each allocation of the native engine fails in turn, and a limit that a large batch exceeds."""
+"""Memory that is not there: each allocation of the native engine fails in turn; a batch is larger than a limit."""
 
 import json
 import subprocess

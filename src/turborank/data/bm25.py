@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from turborank.data.corpus import Corpus
 from turborank.data.datasets import Dataset
-from turborank.data.files import file_hash, write_json
+from turborank.data.files import NOT_JSON, file_hash, write_json
 from turborank.data.trec import Run, Scored, read_run, write_run
 from turborank.types import Float32, Progress
 
@@ -105,6 +105,15 @@ def parameters() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _read_about(path: Path) -> dict[str, Any]:
+    """What a run was made from; nothing where the file is damaged, so that the run is made again."""
+    try:
+        known = json.loads(path.read_bytes())
+    except NOT_JSON:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
     """The BM25 run of a dataset's queries and the hash of its file.
 
@@ -114,7 +123,7 @@ def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | 
     path, about = cache / "bm25.trec", cache / "bm25.json"
     made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
     if path.exists() and about.exists():
-        known = json.loads(about.read_text())
+        known = _read_about(about)
         if known.get("made_from") == made_from and known.get("sha256") == file_hash(path):
             return read_run(path), known["sha256"]
     index = BM25(dataset.corpus, progress=progress)
