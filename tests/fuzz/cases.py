@@ -3,6 +3,9 @@
 DIGITS, DEEP = b"9" * 5000, b"[" * 100_000  # more than json.loads takes: ValueError, RecursionError
 
 CASES: tuple[tuple[str, bytes], ...] = (
+    ("config", b'{"model_type": "modernbert", "num_hidden_layers": 2, "num_attention_heads": 0, "hidden_size": 48}'),
+    ("config", b'{"model_type": "modernbert", "num_hidden_layers": 1e12, "num_attention_heads": 4, "hidden_size": 48}'),
+    ("config", b'{"model_type": "modernbert", "num_hidden_layers": "99999999999", "num_attention_heads": 4}'),
     ("settings", b'[{"path": "", "type": "x.Transformer"}]\n---\n{"prompts": {}, "default_prompt_name": {}}'),
     ("settings", b'[{"path": "", "type": "x.Transformer"}]\n---\n{"prompts": {}, "default_prompt_name": []}'),
     ("safetensors", b"RAW\xff\xff\xff" + b"\0" * 5 + DEEP),
