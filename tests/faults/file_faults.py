@@ -280,12 +280,13 @@ def main() -> None:
         os.environ["HF_HOME"] = str(Path(root).resolve() / "work" / "hub")
         sweep = Sweep(name, Path(root).resolve())
         found: dict[str, Counter[str]] = {}
+        calls = {}
         for kind in (injection.KILL, injection.FULL, injection.READ_ONLY):
-            total = sweep.calls(kind)
+            total = calls[injection.NAMES[kind]] = sweep.calls(kind)
             for first in injection.some(total, few, every=not few):
                 outcome = sweep.check(kind, first, injection.EVER)
                 found.setdefault(injection.NAMES[kind], Counter())[outcome] += 1
-    print(json.dumps(found))
+    print(json.dumps({"outcomes": found, "calls": calls}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def test_files_are_old_or_new_and_the_same_command_completes_them(case: str) -> 
         pytest.importorskip("bm25s", reason="bm25s is not installed in this environment")
     done = injection.run("file_faults.py", case, "0" if fault_counts.EVERY else "3")
     found = json.loads(done.stdout)
-    assert set(found) == {"kill -9", "full disk", "read-only disk"}
-    for kind, outcomes in found.items():
+    assert set(found["outcomes"]) == {"kill -9", "full disk", "read-only disk"}
+    for kind, outcomes in found["outcomes"].items():
         assert outcomes.get("told", 0) + outcomes.get("killed", 0) > 0
         fault_counts.count(f"{case}: {kind}", sum(outcomes.values()))
