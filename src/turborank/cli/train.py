@@ -263,7 +263,7 @@ def train(
     the same bits.
     """
     from turborank.distill import train
-    from turborank.distill.folder import BatchOptions
+    from turborank.distill.batches import BatchOptions
 
     plan = _schedule(steps, stop, learning_rate, warmup, average, save_every, evaluate_every, patience)
     batches = BatchOptions(
