@@ -1,13 +1,18 @@
-"""Two stages of training: the teacher's hidden states and logits, pair by pair; then lists, scored by both teachers.
+"""Training: the teacher's hidden states and logits, pair by pair; lists, scored by several teachers.
 
     python runs/embedded/train.py recover WORK --out WORK/recover
     python runs/embedded/train.py lists WORK --student WORK/recover/final --out WORK/lists
+    python runs/embedded/train.py fused WORK --student EMBEDDED --out WORK/fused --lr 1.8e-4 --average 0.995
 
 ``recover``: of each pair, mean over layers of MSE / variance between the student's states and the teacher's
 (FitNets, arXiv 1412.6550; student layer i learns teacher layer 2i, the last one its first token only), plus the
 squared error of the logit / 25. ``lists``: the same states, and KL (T = 2), MarginMSE and squared error against the
 list's scores: L-12's logit + 25·(bge's cosine - .7). The teacher reads each batch beside the student, so nothing is
 stored.
+
+``fused`` needs no hidden states and starts from the model that ships: KL and MarginMSE against (L-12's logit +
+a·(bge's cosine - .7) + b·the starting model's logit) / 3, with a and b by the question's source (WEIGHTS), because
+L-12 is the best of the three on web questions and the starting model on scientific ones.
 
 Documents longer than the teacher reads are made by hiding a passage among others: the teacher reads them in
 windows, each with the question; the student's states of a window's tokens learn that window's, its question's those
@@ -16,7 +21,7 @@ of the best one. Runs stop and go on by themselves: the same command continues f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +32,7 @@ from dev import DevSets
 from student import TARGETS, make
 from torch import Tensor
 
-from turborank import checkpoint
+from turborank import checkpoint, engines
 from turborank.distill.losses import Targets, mix
 from turborank.distill.students import Student
 from turborank.distill.trainer import Loss, Run, Schedule, StudentModel, tensors
@@ -41,6 +46,20 @@ COSINE_WEIGHT, COSINE_CENTRE = (
 LOGIT_SCALE = 25.0  # squared errors of logits are divided by it: their standard deviation in a list is 3.4
 LISTS_LOSS, LEVEL = "kl@2:0.25,margin_mse:0.04", 0.2
 K = 8  # documents of a list
+
+# ``fused``: weights of bge's cosine and of the starting model's logit; read on DL 2021 (web) and SciFact's train split.
+WEIGHTS = {"web": (22.0, 0.5), "science": (60.0, 2.0)}
+SCIENCE = (
+    "acl",
+    "pubmedqa",
+    "medquad",
+    "openstax",
+    "covid",
+    "made",
+    "stackexchange",
+    "reuters",
+)  # first words of sources
+FUSED_LOSS, FUSED_SCALE = "kl:1,margin_mse:0.05", 3.0
 
 Teacher = CrossEncoder | TorchCrossEncoder
 
@@ -235,9 +254,70 @@ class Lists:
         return Loss(loss, parts, batch.tokens)
 
 
+class FusedLists:
+    """The loss of ``fused``, for :meth:`Run.train`."""
+
+    long_every, window = 32, 350
+    cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
+
+    def __init__(self, work: Path, corpus: Corpus, teacher: Teacher, start: Student, budget: int, seed: int) -> None:
+        self.corpus, self.teacher, self.budget, self.seed, self.mix = corpus, teacher, budget, seed, mix(FUSED_LOSS)
+        shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
+        self.query, self.places, self.cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
+        trained = self.query < corpus.trained
+        self.query, self.places, self.cosines = self.query[trained], self.places[trained], self.cosines[trained]
+        sources = [row["source"] for row in lines(work / "queries.jsonl")]
+        kinds = ["science" if sources[q].startswith(SCIENCE) else "web" for q in self.query]
+        self.weights = np.array([WEIGHTS[kind] for kind in kinds], np.float32)  # (lists, 2)
+        weights = {name: w.detach().numpy() for name, w in start.weights.items()}
+        self.start = engines.prepare(weights, start.config, name="native", precision="int8", threads=1)
+
+    def __call__(self, model: StudentModel, step: int) -> Loss:
+        rows, members, pairs, is_long = self._draw(np.random.default_rng((self.seed, step, 13)), step)
+        batch = pack(pairs)
+        if is_long:
+            _, logits, _, spans = read_windows(self.teacher, pairs, self.window)
+            logits = torch.stack([logits[first : first + count].max() for first, count in spans])
+        else:
+            logits = self.teacher(batch)[1]
+        cosines = np.stack([self.cosines[row][chosen] for row, chosen in zip(rows, members, strict=True)])
+        own = self.start.logits(batch).reshape(cosines.shape)
+        of_cosine, of_own = self.weights[rows].T[:, :, None]
+        fused = logits.reshape(cosines.shape).float() + torch.from_numpy(
+            of_cosine * (cosines - COSINE_CENTRE) + of_own * own
+        )
+        wanted = fused.float() / FUSED_SCALE
+        real = torch.ones_like(wanted, dtype=torch.bool)
+        have = model(moved(batch, model)).view(wanted.shape)
+        loss, parts = self.mix(have, Targets(wanted, None, real, real))
+        return Loss(loss, parts, batch.tokens)
+
+    def _draw(self, rng: np.random.Generator, step: int) -> tuple[list[int], list[np.ndarray], list[IdPair], bool]:
+        """Lists of one step: row and members of each, all pairs, and whether the documents are long."""
+        is_long = step % self.long_every == self.long_every - 1
+        cut, size = int(rng.choice(self.cuts)), int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
+        count = int(np.clip(self.budget // size, 3, K)) if is_long else K
+        hard = 2 if is_long else 5
+        rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
+        while used < self.budget * (0.7 if is_long else 1):
+            row = int(rng.integers(len(self.query)))
+            order = np.argsort(-self.cosines[row])
+            chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
+            asked, places = self.corpus.query(int(self.query[row])), self.places[row][chosen]
+            documents = [
+                self.corpus.among_strangers(int(p), size, rng) if is_long else self.corpus.document(int(p), cut)
+                for p in places
+            ]
+            used += sum(len(asked) + len(document) + 3 for document in documents)
+            rows.append(row)
+            members.append(chosen)
+            pairs += [(asked, document) for document in documents]
+        return rows, members, pairs, is_long
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("recover", "lists"))
+    parser.add_argument("stage", choices=("recover", "lists", "fused"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--student", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -266,14 +346,17 @@ def main() -> None:
         save_every=200,
         evaluate_every=args.every,
     )
-    run = Run(Student.load(student), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
+    start = Student.load(student)
+    run = Run(start, args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
     reader = CrossEncoder(teacher)
-    loss = (
-        Recovery(corpus, reader, args.budget, args.seed)
-        if args.stage == "recover"
-        else Lists(args.work, corpus, reader, args.budget, args.seed, args.hidden)
-    )
+    loss: Callable[[StudentModel, int], Loss]
+    if args.stage == "recover":
+        loss = Recovery(corpus, reader, args.budget, args.seed)
+    elif args.stage == "lists":
+        loss = Lists(args.work, corpus, reader, args.budget, args.seed, args.hidden)
+    else:
+        loss = FusedLists(args.work, corpus, reader, start, args.budget, args.seed)
     run.train(
         loss,
         DevSets(args.data / "eval", args.work),
