@@ -1,4 +1,4 @@
-"""``turborank score``: the library's bits in every format, and nothing lost or repeated however a run ends."""
+"""``turborank score``: the library's bits in every format; interrupted runs lose and repeat no pair."""
 
 import csv
 import gzip
@@ -130,7 +130,7 @@ def test_candidates_of_a_corpus(reranker: Reranker, tmp_path: Path) -> None:
 
 
 def test_parts_of_a_job_array_make_the_whole(reranker: Reranker, tmp_path: Path) -> None:
-    """In any order; the manifest of the whole is there when the last part ends."""
+    """Parts may run in any order; manifest.json is written when the last one ends."""
     write_jsonl(tmp_path / "pairs.jsonl", ROWS)
     bulk.run(reranker, tmp_path / "pairs.jsonl", tmp_path / "whole", BulkOptions(shard_pairs=20))
     for part in (3, 1, 2):
@@ -161,8 +161,8 @@ bulk.run(reranker, Path(sys.argv[2]), Path(sys.argv[3]), bulk.BulkOptions(shard_
 """
 
 
-def test_killed_again_and_again(reranker: Reranker, folder: Path, tmp_path: Path) -> None:
-    """At most the shard that is being written is computed again; no pair is lost, none is there twice."""
+def test_a_run_killed_repeatedly_loses_no_pair(reranker: Reranker, folder: Path, tmp_path: Path) -> None:
+    """At most the shard that is being written is computed again; no pair is lost or repeated."""
     write_jsonl(tmp_path / "pairs.jsonl", ROWS)
     out = tmp_path / "out"
     for kept in (1, 4):
@@ -186,7 +186,7 @@ def test_killed_again_and_again(reranker: Reranker, folder: Path, tmp_path: Path
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_interruption_says_where_to_go_on(folder: Path, tmp_path: Path) -> None:
+def test_interruption_prints_how_to_continue(folder: Path, tmp_path: Path) -> None:
     """As Ctrl-C does: exit code 130, one line, no traceback, nothing half-written; the same command goes on."""
     rows = [{**row, "document": "a bee in the trees " * 80, "id": str(n)} for n in range(120) for row in ROWS[:1]]
     write_jsonl(tmp_path / "pairs.jsonl", rows * 40)
@@ -200,7 +200,7 @@ def test_interruption_says_where_to_go_on(folder: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1:] == ["turborank: interrupted; the same command goes on from what is complete"]
+    assert said.splitlines()[-1:] == ["turborank: interrupted; the same command continues from what is complete"]
     assert "Traceback" not in said
     assert time.monotonic() - started < 30
     assert not list((tmp_path / "out").glob(".*"))
@@ -219,16 +219,16 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert command(line) == 0
     told = capsys.readouterr()
     assert told.out.startswith("250 pairs in 1 shards, ")
-    assert "longer than what is read" in told.out
+    assert "pairs were truncated" in told.out
     assert told.err == ""
     rows = read(tmp_path / "out" / "part-000000.csv")
     assert list(rows[0]) == ["document", "logit", "score", "tokens", "truncated"]
     expected = Reranker(folder, max_length=40).score([(q, f"bee {d}") for q, d in PAIRS])
     assert np.array([row["logit"] for row in rows], dtype=np.float32).tobytes() == expected.tobytes()
     assert command(line) == 0
-    assert "1 shards were there already" in capsys.readouterr().out
+    assert "1 shards existed already" in capsys.readouterr().out
     assert command([*line, "--shard-pairs", "30"]) == 2
-    assert "made of the same input, model and options, got another options" in capsys.readouterr().err
+    assert "made from the same input, model and options, got another options" in capsys.readouterr().err
     assert command([*line, "--shard", "3/2"]) == 2
     assert "1 ≤ K ≤ N, got 3/2" in capsys.readouterr().err
     assert command([*line, "--shard", "3"]) == 2
@@ -245,14 +245,14 @@ FAULTS = {
     ),
     "a list": ('{"query": "a", "document": ["b"]}\n', r"expected text in the fields document, got list at .*:1"),
     "not JSON": ('{"query": "a", "document": "b"}\n{"query\n', r"expected one JSON object on the line, got .* at .*:2"),
-    "a score": ('{"query": "a", "document": "b", "score": 1}\n', r"the output does not add, got score at .*:1"),
+    "a score": ('{"query": "a", "document": "b", "score": 1}\n', r"no column that the output adds, got score at .*:1"),
     "a csv": ("query,document\na,b\nc\n", r"expected 2 columns, got 1 at .*:3"),
     "a csv with one column twice": ("query,query\na,b\n", r"expected each column once, got query, query at .*:1"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_have_a_place(fault: str, reranker: Reranker, tmp_path: Path) -> None:
+def test_an_unusable_row_is_reported_with_file_and_line(fault: str, reranker: Reranker, tmp_path: Path) -> None:
     text, message = FAULTS[fault]
     path = tmp_path / ("pairs.csv" if "csv" in fault else "pairs.jsonl")
     path.write_text(text)
@@ -261,7 +261,9 @@ def test_faults_have_a_place(fault: str, reranker: Reranker, tmp_path: Path) -> 
     assert not shards(tmp_path / "out") if (tmp_path / "out").exists() else True
 
 
-def test_what_is_too_long_or_unknown_has_a_place(folder: Path, reranker: Reranker, tmp_path: Path) -> None:
+def test_long_pairs_and_unknown_documents_are_reported_with_file_and_line(
+    folder: Path, reranker: Reranker, tmp_path: Path
+) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "bee"}, {"_id": "d2", "text": "bee " * 200}])
     write_jsonl(
         tmp_path / "lists.jsonl",
@@ -275,7 +277,7 @@ def test_what_is_too_long_or_unknown_has_a_place(folder: Path, reranker: Reranke
     strict = Reranker(folder, engine="reference", max_length=64, length="error")
     with pytest.raises(TooLongError, match=r"lists.jsonl:2: expected a pair of at most 64 tokens"):
         bulk.run(strict, tmp_path / "lists.jsonl", tmp_path / "strict", options)
-    with pytest.raises(InputError, match=r"expected a document of the corpus, got the id 'd3' at .*lists.jsonl:3"):
+    with pytest.raises(InputError, match=r"expected the id of a document in the corpus, got 'd3' at .*lists.jsonl:3"):
         bulk.run(reranker, tmp_path / "lists.jsonl", tmp_path / "out", options)
     with pytest.raises(InputError, match=r"expected a file that ends in \.jsonl"):
         bulk.run(reranker, tmp_path / "pairs.txt", tmp_path / "out")
@@ -298,7 +300,7 @@ def test_an_estimate_of_tokens_is_within_15_percent(reranker: Reranker, tmp_path
     assert os.listdir(tmp_path) == ["pairs.jsonl"]
 
 
-def test_nothing_in_nothing_out(reranker: Reranker, tmp_path: Path) -> None:
+def test_an_empty_input_gives_an_empty_output(reranker: Reranker, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("")
     summary = bulk.run(reranker, tmp_path / "pairs.jsonl", tmp_path / "out")
     assert (summary.pairs, summary.shards) == (0, 0)

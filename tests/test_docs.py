@@ -1,8 +1,9 @@
-"""The documentation is true: generated pages are current, cited sections exist, and the code of every page runs."""
+"""The documentation: generated pages are current, cited sections exist, and the code of every page runs."""
 
 import functools
 import glob
 import gzip
+import importlib.metadata
 import json
 import re
 import runpy
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +49,7 @@ def sections(page: Path) -> set[str]:
 
 
 def faults(text: str) -> list[str]:
-    """What a text cites and docs/ does not have."""
+    """Citations in a text that docs/ does not have."""
     missing = [f"no page docs/{page}" for page in PAGE.findall(text) if not (DOCS / page).is_file()]
     for page, cited in CITATION.findall(text):
         known = sections(DOCS / page) if (DOCS / page).is_file() else set()
@@ -319,6 +321,18 @@ def test_make_has_the_verbs_that_the_pages_name():
         assert set(named) <= targets, page.name
 
 
+def test_packages_and_charts_take_the_version_from_the_code():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    source = project["tool"]["scikit-build"]["metadata"]["version"]
+    assert source == {"provider": "scikit_build_core.metadata.regex", "input": "src/turborank/__init__.py"}
+    assert f'\n__version__ = "{__version__}"\n' in (ROOT / source["input"]).read_text(encoding="utf-8")
+    assert importlib.metadata.version("turborank") == __version__  # what is installed was built from this code
+    chart = (ROOT / "deploy" / "helm" / "turborank" / "Chart.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"^(?:version|appVersion): \"?([^\s\"]+)", chart, flags=re.M) == [__version__, __version__]
+
+
 def test_the_citation_names_the_version_and_forms_are_yaml():
     yaml = pytest.importorskip("yaml", reason="needs pyyaml, which transformers brings")
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__
@@ -371,7 +385,7 @@ PROVOKED = {
 
 @pytest.fixture(scope="module")
 def broken_things(tmp_path_factory):
-    """What users have when they meet the errors."""
+    """Inputs that provoke the errors."""
     folder = tmp_path_factory.mktemp("broken-things")
     for name in ("tiny", "pickle", "embedding"):
         tiny_model(folder / name)

@@ -188,7 +188,7 @@ def test_two_labels_that_say_nothing_are_refused_with_the_option_that_decides(tm
     folder, weights = write_bert(tmp_path / "m", 2, id2label=labels)
     said = refusal(folder)
     assert "got a classifier with 2 labels" in said
-    assert "no word on which means relevant" in said
+    assert "no statement which label means relevant" in said
     assert (
         """checkpoint.load(…, relevant_label=1), or in config.json "id2label": {"0": "irrelevant", "1": "relevant"}"""
         in said
@@ -319,7 +319,7 @@ def test_a_chain_of_the_encoder_alone_is_the_plain_layout(random_checkpoint: Pat
 def test_other_chains_are_refused_by_name(random_checkpoint: Path) -> None:
     said = refusal(write_chain(random_checkpoint, ["Transformer", "Pooling", "Normalize"]))
     assert "got Transformer → Pooling → Normalize" in said
-    assert "that is an embedding model" in said
+    assert "this is an embedding model" in said
     assert "got Transformer → Dense" in refusal(write_chain(random_checkpoint, ["Transformer", "Dense"]))
 
 

@@ -159,15 +159,15 @@ def _option(default: Any, help_text: str, shown: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class RerankerOptions:
-    """How a reranker computes: the keyword arguments of :class:`turborank.Reranker`, with their defaults.
+    """Compute options of a reranker: the keyword arguments of :class:`turborank.Reranker`, with their defaults.
 
     Commands and the server take their options from here; ``help`` and ``shown`` (the default in words) are metadata.
     """
 
-    length: str = _option("truncate", "What to do with long documents: truncate, windows (read all of it) or error.")
-    max_length: int | None = _option(None, "Maximum tokens of a query with a document.", "the model's")
+    length: str = _option("truncate", "Policy for long documents: truncate, windows (read all of the text) or error.")
+    max_length: int | None = _option(None, "Maximum tokens of a query with one document.", "the model's")
     engine: str = _option("auto", "auto, native, torch or reference.")
-    precision: str = _option("auto", "auto, int8, bf16 or fp32, as far as the engine has it.")
+    precision: str = _option("auto", "auto, int8, bf16 or fp32, if the engine supports it.")
     threads: int | None = _option(None, "Number of compute threads.", "all cores")
     offline: bool | None = _option(None, "Do not use the network.")
     faithful: bool = _option(False, "Read special tokens in texts as special tokens.")
@@ -175,11 +175,11 @@ class RerankerOptions:
 
 @dataclass(frozen=True)
 class RerankerRecipe:
-    """What another process needs to open the same reranker; a pickle holds this and not the weights.
+    """The arguments with which another process opens the same reranker; a pickle holds them and not the weights.
 
-    The options' ``engine`` and ``precision`` are those that were chosen; ``threads`` is None unless the caller gave a
-    number, so that each machine uses its own cores. ``files`` is the hash of a local folder's files, which must be the
-    same there.
+    ``engine`` and ``precision`` of the options are those in use, never "auto"; ``threads`` is None unless the caller
+    gave a number, so that each machine uses its own cores. ``files`` is the hash of a local model folder; the folder on
+    the other machine must have the same one.
     """
 
     model: str | None

@@ -1,4 +1,4 @@
-"""Collections as they come: good ones read right, bad ones named with file and line."""
+"""Collections: valid ones are read correctly, malformed ones reported with file and line."""
 
 import gzip
 import json
@@ -224,7 +224,7 @@ BAD_RUNS = [
     ("q1 Q0 d1 1 nan tag", r"finite score in column five, got 'nan' at .*run\.trec:2"),
     ("q1 Q0 d1 1 high tag", r"got 'high' at .*run\.trec:2"),
     (b"q1 Q0 \xe9 2 1.5 tag", r"expected UTF-8, got byte 0xe9 at .*run\.trec:2"),
-    ("q1 Q0 d2 2 1.5 tag", r"each document once a query, got 'd2' again at .*run\.trec:2"),
+    ("q1 Q0 d2 2 1.5 tag", r"each document once per query, got 'd2' again at .*run\.trec:2"),
 ]
 
 
@@ -270,7 +270,7 @@ def test_where_queries_are_documents_a_query_does_not_find_itself(mini: Path, tm
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, packed: bytes) -> None:
     path = tmp_path / "run.trec.gz"
     path.write_bytes(packed)
-    with pytest.raises(InputError, match=r"expected a whole gzip file, got .* at .*run\.trec\.gz"):
+    with pytest.raises(InputError, match=r"expected a complete gzip file, got .* at .*run\.trec\.gz"):
         read_run(path)
 
 

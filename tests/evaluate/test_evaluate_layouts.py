@@ -1,4 +1,4 @@
-"""Every layout in which a collection comes, on small files of its shape; and the real ones where they are at hand."""
+"""Each layout of collections, on small files; and on the real collections where they are available."""
 
 import io
 import json
@@ -85,7 +85,7 @@ def test_a_quote_without_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.group in ("rag", "collections")])
-def test_collections_at_hand_are_what_the_table_says(shared: Path, name: str) -> None:
+def test_available_collections_match_the_table(shared: Path, name: str) -> None:
     if not (shared / name).is_dir():
         pytest.skip(f"needs the published collection {name}, which is not at {shared}")
     dataset = load(name, data_dir=shared)  # the counts of the row are asserted
@@ -98,6 +98,6 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     path, header = tmp_path / "scores.jsonl", {"format": 1}
     with appending(path, header) as add:
         add(QueryScores("q", [1.0], [5], [0], 0.1))
-        with pytest.raises(InputError, match="another process"), appending(path, header):
+        with pytest.raises(InputError, match="no other process"), appending(path, header):
             pass
     assert read(path, header) == {"q": QueryScores("q", [1.0], [5], [0], 0.1)}

@@ -121,7 +121,7 @@ def test_columns_are_checked_before_anything_runs(spark: Any, folder: Path) -> N
     pairs = frame(spark, make_pairs(10))
     with pytest.raises(InputError, match="expected the columns q and document, got id, query, document"):
         score(pairs, folder, query="q")
-    with pytest.raises(InputError, match="expected columns that are not added, got score"):
+    with pytest.raises(InputError, match="expected no column that is added, got score"):
         score(pairs.withColumn("score", f.lit(1.0)), folder)
     with pytest.raises(Exception, match=r"expected a string, got \w+ at row 0 of the queries"):
         score(pairs.withColumn("query", f.lit(None).cast("string")), folder).collect()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from turborank.types import Engine, ModelConfig
 
 EXAMPLES = (
-    ("does everything work, and which engine is used?", "turborank doctor"),
+    ("check the installation, and show which engine is used", "turborank doctor"),
     ("check your own model with the reference engine", "turborank doctor --model ./my-model --engine reference"),
 )
 
@@ -32,7 +32,7 @@ def doctor(
 ) -> int:
     """Check this installation: versions, CPU, engines, model files, and the scores of two documents.
 
-    The exit code is 1 when a check fails. Include the output when you report a problem.
+    The exit code is 1 if a check fails. Include the output in problem reports.
     """
     findings = list(examine(model, engine=engine, precision=precision))
     broken = [finding for finding in findings if not finding.well]
@@ -47,7 +47,9 @@ def doctor(
             topic = finding.topic
             print(f"{topic}")
         print(f"  {'ok    ' if finding.well else 'BROKEN'}  {finding.what:<24} {finding.value}")
-    print(f"\n{len(broken)} broken: {', '.join(finding.what for finding in broken)}" if broken else "\nall is well")
+    print(
+        f"\n{len(broken)} broken: {', '.join(finding.what for finding in broken)}" if broken else "\nall checks passed"
+    )
     return 1 if broken else 0
 
 
@@ -107,17 +109,17 @@ def machine() -> Iterator[Finding]:
 
 
 def threads() -> Iterator[Finding]:
-    """Threads of the libraries beside ours, each with the variable that sets them."""
+    """Threads of the libraries (tokenizers, numpy, torch), each with the variable that sets them."""
     from turborank.engines import cores
     from turborank.tokens import PARALLELISM, library_parallelism
 
     ours = "threads of the engine, started for each large list"
-    others = f"the library's own, one for each core ({PARALLELISM}={os.environ.get(PARALLELISM)})"
+    others = f"the library's own, one per core ({PARALLELISM}={os.environ.get(PARALLELISM)})"
     yield Finding("machine", "tokenizer threads", others if library_parallelism() else ours)
     for what, variable in (("numpy threads", "OPENBLAS_NUM_THREADS"), ("torch threads", "OMP_NUM_THREADS")):
-        told = os.environ.get(variable)
-        default = f"at most {cores.allowed()}" if what.startswith("torch") else "one for each core of the affinity mask"
-        yield Finding("machine", what, f"{told} by {variable}" if told else f"{default}; {variable} is not set")
+        value = os.environ.get(variable)
+        default = f"at most {cores.allowed()}" if what.startswith("torch") else "one per core of the affinity mask"
+        yield Finding("machine", what, f"{value} by {variable}" if value else f"{default}; {variable} is not set")
 
 
 def _cpu() -> tuple[str, set[str]]:
@@ -165,7 +167,7 @@ def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]
 
 
 def _instruction_set(engine: Engine) -> Iterator[Finding]:
-    """The native engine's instruction set, and the faster ones of this build with the reason why they are not used."""
+    """The native engine's instruction set, and the faster ones with the reason why they are not used."""
     from turborank.engines import native
 
     if not isinstance(engine, native.NativeEngine):
@@ -180,7 +182,7 @@ def _why(asked: str, got: str, config: ModelConfig) -> str:
     from turborank import engines
 
     if asked != "auto":
-        return "it was asked for"
+        return "requested with --engine"
     if override := os.environ.get("TURBORANK_ENGINE"):
         return f"TURBORANK_ENGINE={override}"
     better = engines.AUTOMATIC[: engines.AUTOMATIC.index(got)]

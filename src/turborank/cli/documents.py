@@ -2,7 +2,7 @@
 
     a text file               one document, named by its path
     .jsonl, .ndjson           one document per line, a JSON object (or a string)
-    .csv, .tsv                one document per row; the first row has the column names; double quotes quote in both
+    .csv, .tsv                one document per row; the first row has the column names; fields may be in double quotes
     "-", or no file at all    standard input, one document per line
 
 A row's name is its ``id`` (``_id``, ``doc_id``) if it has one, else ``file:line``. Blank lines of line-wise input are
@@ -76,27 +76,30 @@ def _bytes(path: str, stdin: BinaryIO) -> bytes:
             with Path(path).open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise FaultError("expected a file, got nothing of that name") from None
+        raise FaultError("expected a file, got none of that name") from None
     except (OSError, ValueError) as error:
         raise FaultError(f"expected a readable file, got {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
-        raise FaultError(f"expected at most {MAX_BYTES >> 20} MiB, got more; search it first and rank what was found")
+        raise FaultError(
+            f"expected at most {MAX_BYTES >> 20} MiB, got more; retrieve candidates with a search engine first"
+        )
     return data
 
 
 def _text(data: bytes) -> str:
     if data.startswith(b"%PDF-"):
-        raise FaultError("expected text, got a PDF; convert it first, for instance with pdftotext")
-    if (place := data.find(b"\0")) >= 0:
+        raise FaultError("expected text, got a PDF; convert it first, for example with pdftotext")
+    if (offset := data.find(b"\0")) >= 0:
         raise FaultError(
-            f"expected text, got binary data (a zero byte at offset {place}); convert it to UTF-8 text first"
+            f"expected text, got binary data (a zero byte at offset {offset}); convert it to UTF-8 text first"
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise FaultError(
-            f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} in line {line}; convert it, say with iconv"
+            f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} in line {line}; "
+            "convert it, for example with iconv"
         ) from None
 
 
@@ -105,7 +108,7 @@ def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: lis
     name, text = shown(path), _text(data)
     if not text.strip():
         raise FaultError(
-            "expected some text, got nothing but white space" if text else "expected some text, got an empty file"
+            "expected some text, got only white space" if text else "expected some text, got an empty file"
         )
     rows = None if path == "-" else ROWS.get(Path(path).suffix.lower())
     if path == "-":
@@ -157,9 +160,9 @@ def _jsonl(text: str) -> Iterator[Row]:
             if not isinstance(row, dict | str):
                 row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
         except json.JSONDecodeError as error:
-            row = FaultError(f"expected a JSON object, got broken JSON ({error.msg}, column {error.colno})")
+            row = FaultError(f"expected a JSON object, got malformed JSON ({error.msg}, column {error.colno})")
         except ValueError:  # more digits than Python converts to an integer
-            row = FaultError("expected a JSON object, got a number of too many digits")
+            row = FaultError("expected a JSON object, got a number with too many digits")
         except RecursionError:
             row = FaultError("expected a JSON object, got one nested too deeply")
         yield number, row
@@ -178,10 +181,10 @@ def _delimited(delimiter: str) -> Callable[[str], Iterator[Row]]:
                     fault = FaultError(f"expected {len(names)} columns, got {len(cells)}")
                     yield line, dict(zip(names, cells, strict=True)) if fits else fault
                 elif twice := [name for name in dict.fromkeys(cells) if name and cells.count(name) > 1]:
-                    yield line, FaultError(f"expected each column once, got {', '.join(twice)} more often")
+                    yield line, FaultError(f"expected each column once, got {', '.join(twice)} more than once")
                     return
                 names = names or cells
-                line = reader.line_num + 1  # a row may have several lines
+                line = reader.line_num + 1  # a row may span several lines
         except csv.Error as error:
             yield line, FaultError(f"expected well-formed columns, got {error}")
 

@@ -22,7 +22,7 @@ EXAMPLES = (
     ("your own data: a folder in BEIR layout, or a LlamaIndex JSON file", "turborank evaluate my-data/ --out results/"),
     ("compare two models", "turborank evaluate nfcorpus --models jina-reranker-v1-tiny-en,path/to/mine"),
     ("another first stage", "turborank evaluate trec-covid --run dense.trec --depth 50"),
-    ("two first stages, fused by reciprocal ranks", "turborank evaluate trec-covid --run dense.trec --run bm25.trec"),
+    ("two first stages, fused by reciprocal rank", "turborank evaluate trec-covid --run dense.trec --run bm25.trec"),
     ("one third of the queries, on one of three machines", "turborank evaluate hotpotqa --shard 1/3"),
 )
 
@@ -42,19 +42,19 @@ Models = Annotated[
         show_default="the embedded model",
     ),
 ]
-Depth = Annotated[str, typer.Option(help="Candidates of each query to rerank; auto: chosen for each query, up to 100.")]
+Depth = Annotated[str, typer.Option(help="Candidates of each query to rerank; auto: early stopping, at most 100.")]
 Run = Annotated[
     list[Path] | None,
-    typer.Option(help="TREC run to rerank; repeatable, several are fused by reciprocal ranks.", show_default="BM25"),
+    typer.Option(help="TREC run to rerank; repeat to fuse several by reciprocal rank.", show_default="BM25"),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the results; an evaluation found there is continued.")]
+Out = Annotated[Path, typer.Option(help="Folder of the results; continues an interrupted evaluation in it.")]
 Shard = Annotated[
     str | None, typer.Option(help="k/n: evaluate the k-th of n parts of the queries.", show_default=False)
 ]
 Measures = Annotated[
     str | None,
     typer.Option(
-        help="Measures, separated by commas; systems are compared by the first.",
+        help="Measures, separated by commas; the first one is used to compare systems.",
         show_default="nDCG@10, R@100, MRR@10, …",
     ),
 ]
@@ -98,14 +98,14 @@ def evaluate(
 ) -> None:
     """Measure models on datasets: rerank the results of a first stage, compare, report.
 
-    Writes runs (TREC), per-query scores, manifests, report.md and report.html to --out. An interrupted evaluation
-    continues where it stopped.
+    Writes TREC runs, per-query scores, manifests, report.md and report.html to --out. The same command continues an
+    interrupted evaluation.
     """
     if listed:
         _list()
         return
     if not datasets:
-        raise typer.BadParameter("name a dataset, or --list them", param_hint="DATASETS")
+        raise typer.BadParameter("give a dataset; --list shows the names", param_hint="DATASETS")
     from turborank.evaluate.pipeline import FIRST_STAGE, EvaluateOptions, evaluate
     from turborank.reranker import Reranker
 
@@ -133,7 +133,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found:
-        raise typer.BadParameter(f"expected k/n, say 3/16, got {text!r}", param_hint="--shard")
+        raise typer.BadParameter(f"expected k/n, for example 3/16, got {text!r}", param_hint="--shard")
     return int(found[1]), int(found[2])
 
 
@@ -144,7 +144,7 @@ def _print(evaluation: Evaluation, out: Path, *, partial: bool) -> None:
     from turborank.evaluate.report import columns, summary
 
     if partial:
-        print(f"{out}: run files of this part are written; evaluate without --shard to join the parts and report")
+        print(f"{out}: wrote the run files of this part; run without --shard to join the parts and report")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("system", overflow="fold")
@@ -247,8 +247,8 @@ def _calibration_path(reranker: Reranker, out: Path | None) -> Path:
         return out
     if reranker.checkpoint.origin != "local":
         raise InputError(
-            f"expected --out, got none: {reranker.name} is not a folder of yours",
-            hint="name a file, and give it to rank and serve as --calibration",
+            f"expected --out, got none: {reranker.name} is not a local folder",
+            hint="give a file, and pass it to rank and serve with --calibration",
         )
     return reranker.checkpoint.folder / FILE
 
@@ -277,5 +277,5 @@ def _print_findings(findings: Findings, path: Path) -> None:
         score = "not reached" if one.logit is None else f"{sigmoid(one.logit):.4f}"
         table.add_row(one.target, score, _share(one.precision), _share(one.recall))
     Console(width=options.width(), highlight=False, markup=False).print(table)
-    print("precision and recall are measured on queries that the threshold was not chosen on")
+    print("precision and recall are measured out of fold, on queries that the threshold was not chosen on")
     print(f"{path}, {path.with_suffix('.svg').name}")

@@ -48,15 +48,15 @@ UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that only writin
 
 
 class Command(NamedTuple):
-    """One subcommand: its function, examples as (purpose, command line), and what Ctrl-C leaves."""
+    """One subcommand: its function, examples as (purpose, command line), and how to continue after Ctrl-C."""
 
     run: Callable[..., Any]
     examples: tuple[tuple[str, str], ...]
-    interrupted: str = ""  # how to go on; empty: there is nothing to go on with
+    interrupted: str = ""  # printed after Ctrl-C; empty if there is nothing to continue
 
 
-AGAIN = "the same command goes on from what is complete"
-UNWRITTEN_YET = "nothing was written; start it again"
+AGAIN = "the same command continues from what is complete"
+UNWRITTEN_YET = "nothing was written; run it again"
 
 COMMANDS: dict[str, Command] = {
     "rank": Command(rank, RANK_EXAMPLES),
@@ -87,9 +87,9 @@ GROUPS: dict[str, str] = {
 
 # Module of an optional library -> the extra that installs it.
 EXTRAS = {
-    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
+    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib", "jinja2"), "eval"),
     "pyarrow": "parquet",
-    **dict.fromkeys(("torch", "accelerate", "scipy"), "train"),
+    **dict.fromkeys(("torch", "accelerate", "scipy", "httpx", "tenacity"), "train"),
 }
 
 

@@ -20,8 +20,8 @@ EXAMPLES = (
 def models(as_json: options.AsJson = False) -> None:
     """List the models known by name: size, speed, length, languages, licence, published quality, location.
 
-    A folder in the published layout or a Hugging Face id can be used in place of a name. docs/models.md has the sources
-    of the quality figures.
+    A model folder or a Hugging Face id can be used instead of a name. docs/models.md has the sources of the quality
+    figures.
     """
     from turborank import catalog
 
@@ -78,9 +78,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ]
         table.add_row(*cells)
     Console(width=options.width(), highlight=False, markup=False).print(table)
-    print("\n* the default. A folder or a Hugging Face id can be used in place of a name.")
+    print("\n* the default. A folder or a Hugging Face id can be used instead of a name.")
     print("† no commercial use.")
-    print("speed: by operations per token; fast: about MiniLM-L6. MTEB: nDCG@10, English, as published.\n")
+    print("speed: by operations per token; fast: like MiniLM-L6. MTEB: published nDCG@10, English.\n")
     print("Where to begin:")
     for need, name in catalog.PICKS:
         print(f"  {need}: {name}")
@@ -165,7 +165,7 @@ def import_model(graph: Graph, out: Out, config: Config = None, tokenizer: Token
     Needs the package onnx. Quantised weights keep their int8 values, so the folder ranks like the ONNX graph and not
     like the model before quantisation.
     """
-    from turborank.checkpoint.from_onnx import import_onnx
+    from turborank.export import import_onnx
 
     made = import_onnx(graph, out, config=config, tokenizer=tokenizer)
     count = sum(value.size for value in made.weights.values())

@@ -82,7 +82,7 @@ def width() -> int:
 
 @contextmanager
 def progress() -> Iterator[types.StartProgress]:
-    """A function that starts a progress bar on standard error; without a terminal, a line every LOG_EVERY seconds."""
+    """A function that starts a progress bar on standard error; without a terminal, prints a line every LOG_EVERY s."""
     if not sys.stderr.isatty():
         yield _logged
         return
@@ -106,15 +106,15 @@ def progress() -> Iterator[types.StartProgress]:
 
 
 def _logged(what: str) -> types.Progress:
-    """Progress as lines: the first after LOG_EVERY seconds, and, if there was one, a last one at the end."""
-    started = said = time.monotonic()
-    spoken = False
+    """Progress as lines, one every LOG_EVERY seconds; a task that printed any prints another one at its end."""
+    started = last = time.monotonic()
+    printed = False
 
     def step(done: int, total: int) -> None:
-        nonlocal said, spoken
+        nonlocal last, printed
         now = time.monotonic()
-        if now - said >= LOG_EVERY or (spoken and done >= total):
-            said, spoken = now, True
+        if now - last >= LOG_EVERY or (printed and done >= total):
+            last, printed = now, True
             print(f"turborank: {what}: {done:,} of {total:,} in {now - started:,.0f} s", file=sys.stderr, flush=True)
 
     return step

@@ -1,8 +1,9 @@
-"""Reading text line by line, with the place of every fault; writing so that a kill leaves the old file or the new."""
+"""Read text line by line, reporting errors with file and line; write files atomically; hashes and manifests."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import json
@@ -20,9 +21,9 @@ from turborank.text import plain
 
 @contextlib.contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked when its name ends in ``.gz``.
+    """Open a file for reading bytes; a name that ends in ``.gz`` is decompressed.
 
-    Raises InputError when there is none, and, while it is read, when what is packed is damaged or cut off.
+    Raises InputError if the file cannot be opened and, during reading, if the gzip data is damaged or incomplete.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -33,18 +34,21 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         with file:
             yield file
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise InputError(f"expected a whole gzip file, got {error} at {path}") from error
+        raise InputError(f"expected a complete gzip file, got {error} at {path}") from error
 
 
 def decode(raw: bytes, path: Path, number: int) -> str:
-    """One line as text, without its line end (and without a byte-order mark on the first line)."""
+    """One line as text, without its line end and, on line 1, without a byte-order mark.
+
+    Raises InputError, with file and line, for bytes that are not UTF-8.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise InputError(
             f"expected UTF-8, got byte 0x{byte:02x} at {path}:{number}",
-            hint="convert the file to UTF-8, with iconv say",
+            hint="convert the file to UTF-8, for example with iconv",
         ) from error
     return text.removeprefix("\ufeff").rstrip("\r\n") if number == 1 else text.rstrip("\r\n")
 
@@ -58,19 +62,29 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
+NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: a syntax error, numbers of 4,300 digits, deep nesting
+
+
+def json_fault(error: Exception) -> str:
+    """What is wrong with JSON that json.loads refused with one of NOT_JSON."""
+    if isinstance(error, RecursionError):
+        return "one nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0].partition(";")[0]
+
+
 def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
-    """A line of JSON that must be an object."""
+    """Parse a line that must be a JSON object. Raises InputError, with file and line, otherwise."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected one JSON object on the line, got {error.msg} at {path}:{number}") from error
+    except NOT_JSON as error:
+        raise InputError(f"expected one JSON object on the line, got {json_fault(error)} at {path}:{number}") from error
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, got {type(value).__name__} at {path}:{number}")
     return value
 
 
 def string_field(record: dict[str, Any], field: str, path: Path, number: int, *, default: str | None = None) -> str:
-    """A text field of a record; ``default`` stands for a missing or null one."""
+    """A string field of a record; ``default`` replaces a missing or null value. Raises InputError for another type."""
     value = record.get(field, default)
     value = default if value is None else value
     if not isinstance(value, str):
@@ -80,21 +94,21 @@ def string_field(record: dict[str, Any], field: str, path: Path, number: int, *,
 
 
 def checked_id(name: str, at: object) -> str:
-    """An id as it is. Raises InputError for one with a lone surrogate, which no run could hold."""
+    """The id, unchanged. Raises InputError for a lone surrogate, which UTF-8 and so a TREC run cannot represent."""
     if plain(name) != name:
         raise InputError(f"expected an id without lone surrogates, got {name!r} at {at}")
     return name
 
 
 def check_folder(path: Path) -> None:
-    """Raises InputError where no folder can be made at ``path``, because there, or above, is a file."""
+    """Raise InputError if ``path`` or one of its parents is a file, so that no folder can be created there."""
     there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     if not there.is_dir():
         raise InputError(f"expected a folder to write to, got a file at {there}")
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
-    """The file's checksum, in hexadecimal."""
+    """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -124,41 +138,53 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path`` that replaces it on success; on failure the old folder stays."""
+    """A new folder beside ``path`` that replaces it on success; on failure, or a kill, the old folder stays."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except BaseException:
+        if not path.exists():
+            temporary.rename(path)
+        elif not _exchanged(temporary, path):
+            shutil.rmtree(path)
+            temporary.rename(path)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system cannot (renameat2 of Linux can)."""
+    exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # no such function; Windows has no library without a name
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` at ``path``, whole or not at all; a lone surrogate is written as U+FFFD."""
+    """Write ``text`` to ``path`` atomically, as UTF-8; a lone surrogate becomes U+FFFD."""
     with replacing(path) as file:
         file.write(plain(text).encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """``value`` as readable JSON at ``path``, whole or not at all."""
+    """Write ``value`` to ``path`` atomically, as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of an output that was made from ``inputs`` (values as JSON stores them); None where there is none.
+    """The manifest at ``path`` if it records the same ``inputs`` (values as JSON stores them); None if there is none.
 
-    Raises InputError, naming the inputs that differ, for the manifest of an output that was made from others.
+    Raises InputError, naming the inputs that differ, if the output was made from others.
     """
     if not path.is_file():
         return None
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"expected JSON, got {error} at {path}") from error
+    except NOT_JSON as error:
+        raise InputError(f"expected JSON, got {json_fault(error)} at {path}") from error
     if not isinstance(manifest, dict):
         raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
     differing = [name for name in inputs if manifest.get(name) != inputs[name]]
@@ -170,11 +196,11 @@ def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | Non
     return manifest
 
 
-# Records of JSON lines, each with its place, so that every fault can say where it is.
+# Records of JSON lines, each with file and line for error messages.
 
 
 class Place(NamedTuple):
-    """Where a record stands."""
+    """File and line of a record."""
 
     path: Path
     number: int
@@ -184,13 +210,13 @@ class Place(NamedTuple):
 
 
 def read_records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Every record of a file of JSON lines (``.gz`` too)."""
+    """(place, record) for each line of a JSON-lines file, plain or ``.gz``."""
     for number, line in read_lines(path):
         yield Place(path, number), parse_object(line, path, number)
 
 
 def identity(value: Any, field: str, at: object) -> str:
-    """An id, which may be a number. Raises InputError for what a TREC run could not hold."""
+    """An id, a string or an integer, as a string. Raises InputError if it is empty or has white space (TREC runs)."""
     name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not name or name.split() != [name]:
         raise InputError(f"expected an id without white space in the field {field!r}, got {value!r} at {at}")

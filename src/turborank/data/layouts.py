@@ -1,4 +1,4 @@
-"""LAYOUTS: the shapes in which collections come, each read into queries, documents and judgements."""
+"""LAYOUTS: file layouts of collections, each read into queries, documents and judgements."""
 
 from __future__ import annotations
 
@@ -11,29 +11,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from turborank.data.corpus import Corpus, JsonlCorpus, MemoryCorpus, beir_text
-from turborank.data.files import checked_id, decode, open_binary, parse_object, read_lines, string_field
+from turborank.data.files import (
+    NOT_JSON,
+    checked_id,
+    decode,
+    json_fault,
+    open_binary,
+    parse_object,
+    read_lines,
+    string_field,
+)
 from turborank.data.trec import Qrels, read_qrels
 from turborank.errors import InputError
 from turborank.types import Progress
 
-MAX_FIELD = 1 << 24  # characters of a CSV field: references may quote pages
-CHUNK_WORDS = 200  # words of a chunk, where a collection is whole texts
+MAX_FIELD = 1 << 24  # maximum characters of a CSV field: references may quote pages
+CHUNK_WORDS = 200  # words of a chunk, for collections of whole texts
 
 
 class Parts(NamedTuple):
-    """A collection as read, before it is checked."""
+    """A collection as read, before validation."""
 
     queries: dict[str, str]
     corpus: Corpus
     qrels: Qrels
-    repeated: int = 0  # judgements that only repeat one
+    repeated: int = 0  # number of judgements that repeat one
 
 
 Layout = Callable[[Path, str, Progress | None], Parts]  # (folder or file, split, progress)
 
 
 def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dict[str, str]:
-    """(id, text, line) as a mapping; a repeated id is an error."""
+    """Convert (id, text, line) to a mapping. Raises InputError, with file and line, for a repeated id."""
     known: dict[str, str] = {}
     for name, text, number in pairs:
         if name in known:
@@ -59,8 +68,11 @@ def _json_file(path: Path) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected JSON, got {error.msg} at {path}:{error.lineno}") from error
+    except InputError:  # a ValueError, too
+        raise
+    except NOT_JSON as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"expected JSON, got {json_fault(error)} at {path}{line}") from error
 
 
 def beir(folder: Path, split: str, progress: Progress | None) -> Parts:
@@ -108,7 +120,7 @@ def llamaindex(path: Path, split: str, progress: Progress | None) -> Parts:
 
 
 def scrolls(folder: Path, split: str, progress: Progress | None) -> Parts:
-    """A SCROLLS task as LoCoV0 reads it: row by row, the output is the query and the input its one document."""
+    """A SCROLLS task as LoCoV0 reads it: in each row, the output is the query and the input its only document."""
     path = folder / f"{split}.jsonl"
     queries, documents = {}, {}
     for number, line in read_lines(path):
@@ -120,7 +132,7 @@ def scrolls(folder: Path, split: str, progress: Progress | None) -> Parts:
 
 
 def qasper(folder: Path, field: str) -> Parts:
-    """QASPER's test papers as LoCoV0 reads them: ``field`` is the query, the sections the document."""
+    """QASPER's test papers as LoCoV0 reads them: ``field`` is the query, the sections are the document."""
     archive = folder / "qasper-test.tgz"
     with tarfile.open(archive) as tar:
         member = next((name for name in tar.getnames() if name.endswith("qasper-test-v0.3.json")), None)
@@ -138,7 +150,7 @@ def qasper(folder: Path, field: str) -> Parts:
 
 
 def anthropic_docs(folder: Path, split: str, progress: Progress | None) -> Parts:
-    """Anthropic's RAG cookbook: documentation chunks, and questions with their correct chunks."""
+    """The dataset of Anthropic's RAG cookbook: documentation chunks, and questions with their correct chunks."""
     if (folder / "corpus.jsonl").exists():
         return beir(folder, split, progress)
     chunks, questions = _json_file(folder / "anthropic_docs.json"), _json_file(folder / "docs_evaluation_dataset.json")
@@ -149,19 +161,19 @@ def anthropic_docs(folder: Path, split: str, progress: Progress | None) -> Parts
 
 
 def cut(text: str, words: int = CHUNK_WORDS) -> list[tuple[int, int]]:
-    """(start, end) of consecutive chunks of ``words`` words, every character in exactly one chunk."""
+    """Character offsets (start, end) of consecutive chunks of ``words`` words; each character is in one chunk."""
     starts, count, inside = [0], 0, False
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if not character.isspace() and not inside:
             if count and count % words == 0:
-                starts.append(place)
+                starts.append(index)
             count += 1
         inside = not character.isspace()
     return list(zip(starts, [*starts[1:], len(text)], strict=True))
 
 
 def holder(chunks: list[tuple[int, int]], start: int, end: int) -> int:
-    """The chunk that holds most characters of ``start`` … ``end``; the first of equals."""
+    """Index of the chunk with the most characters of start … end; the first one of several."""
     return max(range(len(chunks)), key=lambda i: (min(end, chunks[i][1]) - max(start, chunks[i][0]), -i))
 
 
@@ -175,7 +187,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def chunks(folder: Path, split: str, progress: Progress | None) -> Parts:
-    """chunking_evaluation: ``questions_df.csv`` with the spans that answer, over ``corpora/*.md``."""
+    """chunking_evaluation: ``questions_df.csv`` with the answers' spans in ``corpora/*.md``."""
     texts = {path.stem: _whole_text(path) for path in sorted((folder / "corpora").glob("*.md"))}
     spans = {name: cut(text) for name, text in texts.items()}
     documents = {f"{name}:{a}-{b}": texts[name][a:b].strip() for name, places in spans.items() for a, b in places}
@@ -184,20 +196,22 @@ def chunks(folder: Path, split: str, progress: Progress | None) -> Parts:
     qrels: Qrels = {}
     for number, row in enumerate(_rows(path), 1):
         try:
-            name, references = row["corpus_id"], json.loads(row["references"])
+            name, question, references = row["corpus_id"], row["question"], json.loads(row["references"])
+            if not isinstance(question, str):
+                raise TypeError("question")
             places = [holder(spans[name], int(ref["start_index"]), int(ref["end_index"])) for ref in references]
             for ref in references:
                 if texts[name][ref["start_index"] : ref["end_index"]] != ref["content"]:
                     raise InputError(
                         f"expected every reference at its offsets, got another text for question {number} of {path}"
                     )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, OverflowError, *NOT_JSON) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 f"expected question, references and corpus_id, got {error!r} in question {number} of {path}"
             ) from error
-        queries[f"q{number}"] = row["question"]
+        queries[f"q{number}"] = question
         qrels[f"q{number}"] = {f"{name}:{a}-{b}": 1 for a, b in (spans[name][place] for place in places)}
     return Parts(queries, MemoryCorpus(documents), qrels)
 

@@ -1,6 +1,6 @@
-"""Adapters: turborank inside retrieval frameworks, in the caller's process, without a server.
+"""Adapters to retrieval frameworks and cluster engines. They rerank in the caller's process, without a server.
 
-Each module imports its framework itself; ``import turborank`` imports none of them. docs/integrations has a page each.
+Each module imports its framework; ``import turborank`` imports none of them. docs/integrations has a page for each.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from turborank.types import Pair, Ranked, RerankerOptions, RerankerRecipe
 
 
 class LazyReranker:
-    """A reranker that is loaded on first use, once, whichever thread asks first.
+    """A reranker that is loaded once, on first use; threads may share it.
 
-    ``model`` is what :class:`~turborank.Reranker` takes, or a Reranker; ``options`` are its other arguments.
+    ``model``: a Reranker, or the first argument of :class:`~turborank.Reranker`; ``options``: its other arguments.
     """
 
     def __init__(self, model: str | os.PathLike[str] | Reranker | None, options: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ class LazyReranker:
         self._lock = threading.Lock()
 
     def get(self) -> Reranker:
-        """The reranker. Raises what loading it raises."""
+        """The reranker; the first call loads it and raises what :class:`~turborank.Reranker` raises."""
         with self._lock:
             if self._reranker is None:
                 self._reranker = Reranker(self._model, **self._options)
@@ -41,13 +41,13 @@ class LazyReranker:
 
 
 def relevance_notes(ranked: Ranked, text: str, calibration: Calibration | None = None) -> dict[str, Any]:
-    """What is noted on a ranked document, as metadata that JSON can hold.
+    """Metadata of a ranked document, as JSON values.
 
     ``relevance_score``             0 to 1
-    ``relevance_probability``       of a calibrated model
-    ``relevance_span``              [start, end), characters of the text behind the score
-    ``relevance_passage``           these characters, where they are not the whole text (``length="windows"``)
-    ``relevance_truncated_tokens``  tokens that were not read, where there are any
+    ``relevance_probability``       0 to 1, if the model is calibrated
+    ``relevance_span``              [start, end): character offsets of the text that the score is based on
+    ``relevance_passage``           that text, if it is not the whole document (``length="windows"``)
+    ``relevance_truncated_tokens``  number of tokens that were not read, if any
     """
     start, end = ranked.span
     noted: dict[str, Any] = {"relevance_score": ranked.score, "relevance_span": [start, end]}
@@ -61,9 +61,9 @@ def relevance_notes(ranked: Ranked, text: str, calibration: Calibration | None =
 
 
 def recipe_of(model: str | os.PathLike[str] | Reranker | None, options: Mapping[str, Any] | None) -> RerankerRecipe:
-    """What travels to a worker: of a Reranker, its recipe; else of a model and other arguments of Reranker.
+    """The recipe to send to a worker: a Reranker's own, or one made of a model and other arguments of Reranker.
 
-    Raises InputError for options beside a Reranker, and for one that Reranker does not have.
+    Raises InputError for options beside a Reranker, and for an option that Reranker does not have.
     """
     options = dict(options or {})
     if isinstance(model, Reranker):
@@ -77,7 +77,7 @@ def recipe_of(model: str | os.PathLike[str] | Reranker | None, options: Mapping[
 
 
 def open_in_process(recipe: RerankerRecipe, threads: int) -> Reranker:
-    """The reranker of a recipe, opened once a process; with ``threads`` threads where the recipe names no number."""
+    """Open the reranker of a recipe, once per process, with ``threads`` threads unless the recipe gives a number."""
     return arrive(recipe.with_threads(recipe.options.threads or threads), {})
 
 
@@ -86,7 +86,7 @@ def score_columns(
 ) -> dict[str, npt.NDArray[np.generic]]:
     """Columns for P pairs: logit (P,) float32, score (P,) float64, tokens (P,) int32, truncated (P,) int32.
 
-    Raises InputError for a query that is no string and a document without text.
+    Raises InputError, with the row, for a query that is not a string and for a document without text.
     """
     pairs = []
     for index, (query, document) in enumerate(
