@@ -386,6 +386,18 @@ def test_a_request_that_would_be_late_is_due_earlier(run):
     run(body, cost=lambda lengths: 1.0, timeout=60.0, queue_tokens=10**6)
 
 
+def test_a_busy_server_refuses_what_it_cannot_answer_in_time(run):
+    async def body(queue):
+        queue.told(1000.0)
+        queue.engine.gate.clear()
+        queue.ask(100)
+        with pytest.raises(Problem, match="timeout"):
+            queue.ask(*[100] * 250)  # 25 s by itself, 75 s beside others
+        queue.engine.gate.set()
+
+    run(body, cost=lambda lengths: sum(lengths) / 1000, timeout=60.0, queue_tokens=10**6)
+
+
 def test_an_engine_gives_back_its_work_space_when_no_large_batch_came_for_a_while(run):
     async def body(queue):
         shrunk = []

@@ -216,7 +216,8 @@ def test_a_model_in_use_is_let_go_when_its_requests_are_done(tmp_path, model):
         engine.gate.set()
         assert (busy.result().status, waiting.result().status) == (200, 200)
         until(lambda: second.reranker is None)
-        assert third.reranker is not None
+        assert ask(model.name).status == 200
+        assert third.reranker is not None, "expected the newest model to stay, although the default one was used later"
 
 
 def test_names_must_differ_and_aliases_must_name_a_served_model(model):

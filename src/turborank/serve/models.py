@@ -67,6 +67,7 @@ class Models:
         self._pool = pool
         self._report = report
         self._models = {model.name: model for model in served(settings)}
+        self._newest: ServedModel | None = None  # loaded last
         self._names = {alias: name for name in self._models for alias in _aliases(name)}
         self._names |= {name: name for name in self._models}
         for alias in settings.alias:
@@ -133,7 +134,8 @@ class Models:
         model.reranker = reranker
         model.used = time.monotonic()
         self._report("model_loaded", {"model": model.name, "seconds": round(time.monotonic() - started, 3)})
-        self._make_room(model)
+        self._newest = model
+        self._make_room()
         return reranker
 
     @contextmanager
@@ -145,7 +147,7 @@ class Models:
         finally:
             model.users -= 1
             model.used = time.monotonic()
-            self._make_room(model)  # for a model that was in use when this one was loaded
+            self._make_room()  # a model that was in use when the newest was loaded may go now
 
     def _open(self, model: ServedModel) -> Reranker:
         settings = self._settings
@@ -166,12 +168,12 @@ class Models:
         reranker.score([_WARM_UP])  # the first forward pass allocates buffers that later ones reuse
         return reranker
 
-    def _make_room(self, newest: ServedModel) -> None:
+    def _make_room(self) -> None:
         bound = self._settings.model_memory * _MIB
         loaded = sorted((model for model in self.all if model.reranker is not None), key=lambda model: model.used)
         total = sum(model.bytes for model in loaded)
         for model in loaded:
-            if total > bound and model is not newest and model is not self.default and not model.users:
+            if total > bound and model is not self._newest and model is not self.default and not model.users:
                 model.reranker = None
                 total -= model.bytes
                 self._report("model_unloaded", {"model": model.name})

@@ -33,6 +33,7 @@ from turborank.types import Encoding, Engine, Float32
 
 STRETCH = 4.0
 OVERDUE = 2.0
+BESIDE_OTHERS = 3.0  # times as long as by itself a request may take that shares a busy server (its share: 1/2 to 1/3)
 FLOOR_TOKENS = 256  # a batch may have as many whatever its time: below, per-batch costs would show (docs/serving.md)
 ENOUGH = 0.1  # share of batch_seconds to which a batch that completes a request is filled with others
 LARGE_TOKENS = 4096  # batches of more leave the engine with work space that others do not need (docs/scale.md)
@@ -145,9 +146,10 @@ class Batcher:
             due = now + min(STRETCH * alone, max(0.0, self.timeout / 2 - OVERDUE * alone))
             ahead = [ticket for ticket in self._tickets if ticket.due <= due]
             tokens, wait = sum(one.owed for one in ahead), sum(self._ahead(one, due, now) for one in ahead)
-            full = tokens + expected.tokens > self.queue_tokens or wait > self.queue_seconds
-            if full and tokens and not always:
-                setting = "queue_seconds" if wait > self.queue_seconds else "queue_tokens"
+            late = pace.known and wait + BESIDE_OTHERS * alone > self.timeout
+            full = tokens + expected.tokens > self.queue_tokens or wait > self.queue_seconds or late
+            if full and (tokens or (late and self._tickets)) and not always:
+                setting = "queue_seconds" if wait > self.queue_seconds else "timeout" if late else "queue_tokens"
                 raise Problem(
                     429,
                     "overloaded",
