@@ -18,7 +18,7 @@ if native.available() is not None:
 def test_every_allocation_of_the_native_engine_fails_in_turn() -> None:
     """Alone and together with all that follow. MemoryError (for a thread, EngineError) or the right bits; then the same
     engine gives the right bits. Vectors that grow may do without: "survived"."""
-    done = injection.run("native_memory.py", "0" if fault_counts.EVERY else "3")
+    done = injection.run("native_memory.py", "0" if fault_counts.EVERY else "2")
     found = json.loads(done.stdout)
     for case, outcomes in found["outcomes"].items():
         assert outcomes["MemoryError"] > outcomes.get("EngineError", 0) + outcomes.get("survived", 0), case

@@ -8,6 +8,9 @@ CASES: tuple[tuple[str, bytes], ...] = (
     ("config", b'{"model_type": "modernbert", "num_hidden_layers": "99999999999", "num_attention_heads": 4}'),
     ("settings", b'[{"path": "", "type": "x.Transformer"}]\n---\n{"prompts": {}, "default_prompt_name": {}}'),
     ("settings", b'[{"path": "", "type": "x.Transformer"}]\n---\n{"prompts": {}, "default_prompt_name": []}'),
+    ("settings", b'[{"path": "", "type": "x.Transformer"}, {"path": "elsewhere", "type": "x.Pooling"}, '
+                 b'{"path": "2_Dense", "type": "x.Dense"}, {"path": "3_LayerNorm", "type": "x.LayerNorm"}, '
+                 b'{"path": "4_Dense", "type": "x.Dense"}]'),
     ("safetensors", b"RAW\xff\xff\xff" + b"\0" * 5 + DEEP),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DIGITS),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DEEP),

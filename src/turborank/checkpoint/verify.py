@@ -104,6 +104,8 @@ def json_value(path: Path) -> Any:
     """The JSON value in a file. Raises CheckpointError for anything else."""
     try:
         return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"expected a readable file, got {error.strerror or error} at {path}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
         raise CheckpointError(f"expected JSON, got something else at {path} ({error})") from error
 
