@@ -18,7 +18,7 @@ from little import pairs, tree, write_lines
 
 import turborank
 from turborank.cli import main
-from turborank.distill import http_teacher, pools
+from turborank.distill import http_teacher, sources
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.http_teacher import CLIENTS, HttpOptions, HttpTeacher, Pacer, retry_after
 from turborank.distill.lists import build
@@ -35,7 +35,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
-    plan = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+    plan = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
     build(ListOptions((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")
 

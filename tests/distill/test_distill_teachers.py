@@ -21,7 +21,7 @@ from little import pairs, read_lines, shuffled, tree, write_lines
 import turborank
 from turborank.cli import main
 from turborank.data.trec import read_run
-from turborank.distill import pools, teachers
+from turborank.distill import sources, teachers
 from turborank.distill.folder import TrainingFolder, read_pairs
 from turborank.distill.lists import build
 from turborank.distill.scores import Question, key, open_cache, score_pairs
@@ -29,7 +29,7 @@ from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import EngineError, InputError
 from turborank.types import Float32, no_progress
 
-PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+PLAN = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,10 @@ def gate(up, seconds: float = 0.0) -> GatedEngine:
     return reranker.engine
 
 
-def test_concurrent_requests_get_the_librarys_scores_whatever_shares_their_batch(model, library):
+@pytest.mark.parametrize("batch_seconds", [0.0, 0.001])
+def test_concurrent_requests_get_the_librarys_scores_whatever_shares_their_batch(model, library, batch_seconds):
     requests = [(f"bees {i}", [f"scouts {i} {j}" * (1 + (i * j) % 7) for j in range(12)]) for i in range(24)]
-    with running(model, batch_tokens=256) as up, ThreadPoolExecutor(12) as clients:
+    with running(model, batch_tokens=2048, batch_seconds=batch_seconds) as up, ThreadPoolExecutor(12) as clients:
         replies = list(clients.map(lambda one: up.ask("/v1/rerank", {"query": one[0], "documents": one[1]}), requests))
     for reply, (query, documents) in zip(replies, requests, strict=True):
         got = [(one["index"], one["relevance_score"]) for one in reply.json["results"]]
