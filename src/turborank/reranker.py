@@ -276,10 +276,7 @@ class Reranker:
         return calibrations.read(path, self.weights_hash) if path.is_file() else None
 
     def calibrate(self, path: str | os.PathLike[str]) -> None:
-        """Load a calibration file written by ``turborank calibrate``.
-
-        Raises CheckpointError for a file that is not a calibration, and InputError for a calibration of other weights.
-        """
+        """Load a file written by ``turborank calibrate``. Raises as :func:`turborank.calibration.read`."""
         self.calibration = calibrations.read(Path(path), self.weights_hash)
 
     def fingerprint(self, limits: Limits = NO_LIMITS) -> str:
