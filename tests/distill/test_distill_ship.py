@@ -1,12 +1,17 @@
-"""Platt scaling: with two distinct logits the regression is saturated, so its solution is known in closed form."""
+"""From students to a shipped model: means, int8, and Platt scaling, solved in closed form for two distinct logits."""
 
 import numpy as np
 import pytest
+from helpers import native_config, random_weights, small_config, write_checkpoint
+from safetensors.numpy import load_file
 
 pytest.importorskip("torch", reason="distillation needs pip install 'turborank[train]'")
 
-from turborank.distill.ship import RIDGE, platt
+from turborank import Reranker
+from turborank.distill.ship import RIDGE, average, platt, scale_logits, write_int8
 from turborank.errors import InputError
+
+PAIRS = [("which bee", "a bee of the trees"), ("which bee", "rents rose in the city")]
 
 
 def test_platt_reproduces_the_balanced_class_shares_of_two_logits():
@@ -43,3 +48,43 @@ def test_platt_stays_finite_on_separable_data_and_refuses_what_cannot_be_calibra
         platt(logits, np.zeros(100, dtype=np.bool_))
     with pytest.raises(InputError, match="the model ranks backwards"):
         platt(-logits, labels)
+
+
+def test_the_average_is_the_mean_of_every_weight_and_needs_one_shape(tmp_path):
+    config = small_config()
+    one = random_weights(config)
+    other = {name: 3 * weight for name, weight in one.items()}
+    folders = [
+        write_checkpoint(tmp_path / name, config, weights=weights, dtype="F32")
+        for name, weights in (("one", one), ("other", other))
+    ]
+    student = average(folders)
+    assert student.weights.keys() == one.keys()
+    for name, weight in one.items():
+        np.testing.assert_allclose(student.weights[name].numpy(), 2 * weight, rtol=1e-6, err_msg=name)
+    with pytest.raises(InputError, match="expected at least one model to ship, got none"):
+        average([])
+    larger = write_checkpoint(tmp_path / "larger", native_config())
+    with pytest.raises(InputError, match=rf"expected models of one shape to average, got another at {larger}"):
+        average([folders[0], larger])
+
+
+def test_a_scaled_head_scales_every_logit_and_int8_keeps_them_near(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", dtype="F32")
+    before = Reranker(folder, engine="reference").score(PAIRS)
+    student = average([folder])
+    scale_logits(student, 2.5, -0.75)
+    student.save(tmp_path / "scaled")
+    after = Reranker(tmp_path / "scaled", engine="reference").score(PAIRS)
+    np.testing.assert_allclose(after, 2.5 * before - 0.75, rtol=1e-5, atol=1e-5)
+    write_int8(student, tmp_path / "int8")
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    matrices = [name for name, weight in student.weights.items() if weight.ndim == 2]
+    assert matrices
+    for name in matrices:
+        weight, integers = student.weights[name].numpy(), stored[name]
+        assert integers.dtype == np.int8
+        half_step = np.abs(weight).max(axis=1, keepdims=True) / 127 / 2  # one scale a row
+        scale = stored[next(key for key in stored if key.startswith(name) and key != name)].reshape(-1, 1)
+        assert (np.abs(integers * scale - weight) <= half_step * 1.001 + 1e-9).all(), name
+    np.testing.assert_allclose(Reranker(tmp_path / "int8", engine="reference").score(PAIRS), after, atol=0.1)

@@ -380,3 +380,21 @@ def test_wherever_it_stops_and_however_much_is_asked_at_once_the_bytes_are_the_s
             asked += counting.asked
         assert len(asked) == len(set(asked)) == len(folder.doc_index)
     assert values.tobytes() == whole.tobytes()
+
+
+def test_scores_are_normalised_within_pools():
+    scores = np.asarray([1, 3, 5, 10, 10, 10], dtype=np.float32)
+    bounds = np.asarray([0, 3, 3, 6])  # the second pool is empty
+    wide = np.sqrt(8 / 3)  # of 1, 3, 5
+    expected = {"raw": scores, "minmax": [0, 0.5, 1, 0, 0, 0], "z": [-2 / wide, 0, 2 / wide, 0, 0, 0]}
+    for norm, values in expected.items():
+        np.testing.assert_allclose(teachers.normalise(scores, bounds, norm), values, rtol=1e-6)
+    assert teachers.normalise(scores[:0], np.asarray([0, 0]), "z").tolist() == []
+    weighted = [teachers.parse_weighted("a:2:minmax"), teachers.parse_weighted("b")]
+    fused = teachers.fuse(weighted, {"a": scores, "b": -scores}, bounds)
+    np.testing.assert_allclose(fused, [0 - 1, 1 - 3, 2 - 5, -10, -10, -10], rtol=1e-6)
+    with pytest.raises(InputError, match="expected at least one teacher"):
+        teachers.fuse([], {}, bounds)
+    for text, said in (("a:x", "NAME"), (":1", "NAME"), ("a:1:z:2", "NAME"), ("a:inf", "NAME"), ("a:1:rank", "norm")):
+        with pytest.raises(InputError, match=said):
+            teachers.parse_weighted(text)
