@@ -44,7 +44,8 @@ def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> s
         raise InputError(f"expected a string or a mapping, got {type(document).__name__}")
     values = [document[field] for field in fields if document.get(field) is not None]
     if not values:
-        found = ", ".join(map(str, document)) or "no fields"
+        found = ", ".join(str(field)[:60] for field in itertools.islice(document, 10)) or "no fields"
+        found += f" and {len(document) - 10} more" if len(document) > 10 else ""
         raise InputError(f"expected at least one of the fields {', '.join(fields)}, got {found}")
     wrong = [type(value).__name__ for value in values if not isinstance(value, str | int | float)]
     if wrong:
