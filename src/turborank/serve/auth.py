@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -129,6 +130,31 @@ def _key(entry: Any, where: str) -> Key:
     return Key(name, sha256, tuple(models), *rates)
 
 
+def exposed(path: Path) -> str:
+    """How others can read a file of secrets, for a warning; empty if they cannot.
+
+    Reading by a group counts unless the file is another user's, as a Secret of Kubernetes is.
+    """
+    if os.name == "nt":
+        return ""
+    status = path.stat()
+    owned = status.st_uid == os.geteuid()
+    readers = stat.S_IROTH | (stat.S_IRGRP if owned else 0)
+    if not status.st_mode & readers:
+        return ""
+    return f"{path} has mode {stat.S_IMODE(status.st_mode):04o}: others can read it; chmod 600 it"
+
+
+def _check_writable(path: Path) -> None:
+    """Raise InputError if others can write the key file: whoever can write it can add a key."""
+    mode = path.stat().st_mode if os.name != "nt" and path.exists() else 0
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"expected a key file that only its owner can write, got mode {stat.S_IMODE(mode):04o} at {path}",
+            hint=f"chmod 600 {path}",
+        )
+
+
 class KeyRing:
     """The currently valid keys: those of the key file, and the one of the environment variable.
 
@@ -150,7 +176,10 @@ class KeyRing:
         self._clock = clock
         self._seen = self._stamp()
         self._checked = clock()
-        self._keys = (*self._fixed, *(read(path) if path else ()))
+        self._keys = self._fixed
+        if path is not None:
+            _check_writable(path)
+            self._keys = (*self._fixed, *read(path))
 
     @property
     def required(self) -> bool:
@@ -185,6 +214,7 @@ class KeyRing:
             return
         self._seen = stamp
         try:
+            _check_writable(self._path)
             self._keys = (*self._fixed, *read(self._path))
         except InputError as error:
             self._complain(f"the keys stay as they were: {error}")
