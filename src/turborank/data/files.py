@@ -6,9 +6,10 @@ import contextlib
 import gzip
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from turborank.errors import InputError
 from turborank.text import plain
+
+MARK = "\ufeff".encode()  # a byte-order mark; it is skipped at the beginning of every file
+_DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError)
 
 
 @contextlib.contextmanager
@@ -32,8 +36,18 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except _DAMAGED as error:
         raise InputError(f"expected a whole gzip file, got {error} at {path}") from error
+
+
+def numbered(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, the line with its end) of a file of open_binary. Raises InputError where it is damaged."""
+    number = 0
+    try:
+        for number, raw in enumerate(file, 1):
+            yield number, raw
+    except _DAMAGED as error:
+        raise InputError(f"expected a whole gzip file, got {error} at {path}:{number + 1}") from error
 
 
 def decode(raw: bytes, path: Path, number: int) -> str:
@@ -52,18 +66,28 @@ def decode(raw: bytes, path: Path, number: int) -> str:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of every line that is not blank."""
     with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in numbered(file, path):
             text = decode(raw, path, number)
             if text.strip():
                 yield number, text
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _no_constant(digits)
+
+
 def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
-    """A line of JSON that must be an object."""
+    """A line of JSON that must be an object, of finite numbers and nested as deeply as Python can read."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected one JSON object on the line, got {error.msg} at {path}:{number}") from error
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        got = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"expected one JSON object on the line, got {got} at {path}:{number}") from error
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, got {type(value).__name__} at {path}:{number}")
     return value
@@ -103,10 +127,10 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 def replacing_path(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces it on success, for libraries that write to a path themselves."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:  # the name is known before the file is there: Ctrl-C may come anywhere
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        yield name
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -127,8 +151,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """A new folder beside ``path`` that replaces it on success; on failure the old folder stays."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from turborank.data.corpus import Corpus, JsonlCorpus, MemoryCorpus, beir_text
-from turborank.data.files import checked_id, decode, open_binary, parse_object, read_lines, string_field
+from turborank.data.files import checked_id, decode, numbered, open_binary, parse_object, read_lines, string_field
 from turborank.data.trec import Qrels, read_qrels
 from turborank.errors import InputError
 from turborank.types import Progress
@@ -27,6 +27,7 @@ class Parts(NamedTuple):
     corpus: Corpus
     qrels: Qrels
     repeated: int = 0  # judgements that only repeat one
+    judged_in: Path | None = None  # where the judgements have lines
 
 
 Layout = Callable[[Path, str, Progress | None], Parts]  # (folder or file, split, progress)
@@ -44,7 +45,7 @@ def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dic
 
 def _whole_text(path: Path) -> str:
     with open_binary(path) as file:
-        return "".join(decode(raw, path, number) + "\n" for number, raw in enumerate(file, 1))
+        return "".join(decode(raw, path, number) + "\n" for number, raw in numbered(file, path))
 
 
 def _json_file(path: Path) -> Any:
@@ -61,6 +62,8 @@ def _json_file(path: Path) -> Any:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise InputError(f"expected JSON, got {error.msg} at {path}:{error.lineno}") from error
+    except RecursionError as error:
+        raise InputError(f"expected JSON, got it nested too deeply at {path}") from error
 
 
 def beir(folder: Path, split: str, progress: Progress | None) -> Parts:
@@ -83,7 +86,7 @@ def beir(folder: Path, split: str, progress: Progress | None) -> Parts:
         "query",
         queries_path,
     )
-    return Parts(queries, JsonlCorpus(folder / "corpus.jsonl", progress=progress), qrels, repeated)
+    return Parts(queries, JsonlCorpus(folder / "corpus.jsonl", progress=progress), qrels, repeated, qrels_path)
 
 
 def _text_mapping(value: object, field: str, path: Path) -> dict[str, str]:

@@ -75,7 +75,7 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
     text = "\n".join(lines) + "\n"
     try:
         tomllib.loads(
-            (path.read_text("utf-8") if path.exists() else "") + text
+            (path.read_text("utf-8-sig") if path.exists() else "") + text
         )  # make sure that the result can be read
     except tomllib.TOMLDecodeError as error:
         raise InputError(
@@ -94,8 +94,7 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
 def read(path: Path) -> tuple[Key, ...]:
     """The keys of a file. Raises InputError naming the entry at fault."""
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"expected a TOML file of keys at {path}, got: {error}", hint="make one with: turborank keys new NAME"

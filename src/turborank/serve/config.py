@@ -217,8 +217,7 @@ def load(
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"expected a TOML file of settings at {path}, got: {error}") from None
     for name in table:
