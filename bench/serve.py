@@ -4,6 +4,7 @@
     python bench/serve.py throughput --model MODEL --infinity ENV/bin/python --minimal ENV/bin/python
     python bench/serve.py lone       --model MODEL --infinity ENV/bin/python --minimal ENV/bin/python
     python bench/serve.py overload --seconds 60            the embedded model at twice the capacity
+    python bench/serve.py wait --rounds 10                 a short request beside long ones, batch_seconds 0 and 0.25
 
 Each peer has a virtual environment of its own, outside the repository (bench/results/serve.md names their versions).
 Servers, clients and library share one machine, unlike in production, and are measured alternately in each round;
@@ -14,6 +15,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import math
+import os
 import random
 import statistics
 import time
@@ -23,13 +27,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import servers
 from servers import QUERY, Served
 
 from turborank.reranker import Reranker
 from turborank.types import Pair
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "texts"
 CLIENTS, DOCUMENTS = 8, 100
 PORT = 8191
 LOOK_EVERY = 0.02  # seconds between polls of a server that recovers
@@ -170,10 +175,84 @@ def overload(server: Served, seconds: float, per_second: float | None) -> None:
     )
 
 
+def long_body(documents: int, tokens: int, seed: int) -> bytes:
+    """A request of documents that are cut to ``tokens`` tokens with the query."""
+    content = {"query": QUERY, "documents": texts(documents, min(tokens, 9000), seed), "truncate_prompt_tokens": tokens}
+    return json.dumps(content).encode()
+
+
+def beside(server: Served, long: bytes, short: bytes, gap: float) -> list[float]:
+    """Seconds of short requests that arrive one after another while a long request is computed."""
+    taken: list[float] = []
+    draw = random.Random(len(long))
+    with ThreadPoolExecutor(1) as other:
+        answer = other.submit(server.request, "POST", "/vllm/rerank", long)
+        time.sleep(gap)
+        while not answer.done():
+            taken.append(timed(lambda: server.rank(short)))
+            if answer.done():  # part of it had the engine to itself
+                taken.pop()
+            time.sleep(draw.uniform(0, gap))
+        assert answer.result()[0] == 200, answer.result()
+    return taken
+
+
+def ratio(before: list[float], after: list[float]) -> str:
+    """Geometric mean of after / before by pairs, with its standard error."""
+    logs = np.log(np.array(after) / np.array(before))
+    error = logs.std(ddof=1) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    return f"{math.exp(logs.mean()):.3f} ± {error * math.exp(logs.mean()):.3f}"
+
+
+def quantile(taken: list[float], share: float) -> str:
+    """A quantile in ms and the half width of its 68 % interval (bootstrap)."""
+    draws = np.random.default_rng(0).choice(taken, (2000, len(taken)))
+    low, high = np.quantile(np.quantile(draws, share, axis=1), (0.16, 0.84))
+    return f"{np.quantile(taken, share) * 1e3:.0f} ± {(high - low) / 2e-3:.0f}"
+
+
+def cpu(server: Served) -> float:
+    """CPU seconds of the server so far."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait(served: dict[str, Served], rounds: int, sizes: list[tuple[int, int]], gap: float) -> None:
+    """The wait of one-document requests beside long ones, and throughput: both servers in turn within each round."""
+    (first, old), (second, new) = served.items()
+    short = old.content(texts(1, 20))
+    print(f"\none document of 20 words beside a long request, {rounds} rounds; p50 and p99 in ms\n")
+    print(f"| long request | {first}: n, p50, p99 | {second}: n, p50, p99 | p50, after / before |\n|---|---|---|---|")
+    for documents, tokens in sizes:
+        taken: tuple[list[float], list[float]] = ([], [])
+        middle: tuple[list[float], list[float]] = ([], [])
+        for number in range(rounds):
+            body = long_body(documents, tokens, number)
+            for place, server in enumerate((old, new)):
+                found = beside(server, body, short, gap)
+                taken[place].extend(found)
+                middle[place].append(statistics.median(found))
+        cells = [f"{len(one)}, {quantile(one, 0.5)}, {quantile(one, 0.99)}" for one in taken]
+        print(f"| {documents} × {tokens} tokens | {cells[0]} | {cells[1]} | {ratio(*middle)} |", flush=True)
+    alone = [timed(lambda: new.rank(short)) for _ in range(20)]
+    print(f"| none | | {len(alone)}, {quantile(alone, 0.5)}, {quantile(alone, 0.99)} | |")
+    lists = [old.content(texts(DOCUMENTS, 60, seed)) for seed in range(CLIENTS)]
+    walls: tuple[list[float], list[float]] = ([], [])
+    spent: tuple[list[float], list[float]] = ([], [])
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for _ in range(rounds):
+            for place, server in enumerate((old, new)):
+                before = cpu(server)
+                walls[place].append(timed(lambda one=server: list(pool.map(one.rank, lists))))
+                spent[place].append(cpu(server) - before)
+    print(f"\n{CLIENTS} clients x {DOCUMENTS} documents of 60 words, {rounds} pairs of runs, after / before: ", end="")
+    print(f"{ratio(*walls)} of the seconds, {ratio(*spent)} of the server's CPU seconds")
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measure", choices=["throughput", "lone", "overload"])
+    parser.add_argument("measure", choices=["throughput", "lone", "overload", "wait"])
     parser.add_argument("--model", help="catalog name or folder; by default the embedded model")
     parser.add_argument("--precisions", nargs="+", default=["int8"], help="of turborank: int8, bf16, fp32")
     parser.add_argument("--rounds", type=int, default=5)
@@ -181,6 +260,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
     parser.add_argument("--per-second", type=float, help="arrivals in overload; by default twice the capacity")
     parser.add_argument("--queue-seconds", default="0.75", help="the server's setting in overload")
+    parser.add_argument("--batch-seconds", default="0.25", help="the server's setting in wait, compared with 0")
+    parser.add_argument("--long", nargs="+", default=["100x512", "8x8192"], help="long requests in wait")
+    parser.add_argument("--gap", type=float, default=0.1, help="seconds between short requests in wait, at most")
     parser.add_argument("--infinity", help="python of an environment with infinity_emb[server,torch]")
     parser.add_argument("--minimal", help="python of an environment with sentence-transformers, fastapi and uvicorn")
     given = parser.parse_args()
@@ -191,6 +273,15 @@ def main() -> None:
                 PORT, given.model, TURBORANK_QUEUE_SECONDS=given.queue_seconds
             )
             overload(served["turborank serve"], given.seconds, given.per_second)
+            return
+        if given.measure == "wait":
+            for number, seconds in enumerate(("0", given.batch_seconds)):
+                served[f"batch_seconds {seconds}"] = servers.turborank(
+                    PORT + number, given.model, TURBORANK_BATCH_SECONDS=seconds, TURBORANK_QUEUE_SECONDS="600",
+                    TURBORANK_TIMEOUT="600",
+                )  # fmt: skip
+            sizes = [(int(count), int(tokens)) for count, tokens in (one.split("x") for one in given.long)]
+            wait(served, given.rounds, sizes, given.gap)
             return
         library = {f"library {p}": Reranker(given.model, precision=p) for p in given.precisions}
         for number, precision in enumerate(given.precisions):

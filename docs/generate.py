@@ -120,7 +120,7 @@ LAYOUTS = """## Layouts that load
   (`rope_parameters`, `layer_types`).
 - jina-reranker-v2's own tensor names. Its code is never run.
 - A classifier with two labels, if its `id2label` calls one `relevant` and the other `irrelevant` or `not_relevant`, or
-  if `Reranker(…, relevant_label=1)` says so: the logit is then the difference of the two. Otherwise it is refused.
+  if `checkpoint.load(…, relevant_label=1)` says so: the logit is then the difference of the two. Otherwise it is refused.
 - Renamed repositories (`cross-encoder/ms-marco-MiniLM-L6-v2` and `-L-6-v2`) are found in the cache under either name.
 
 Refused, with what to do instead: pickles, folders with ONNX files alone, embedding models, decoders.""".splitlines()

@@ -1,19 +1,24 @@
 """Model folders for tests: small, random, in the published layout."""
 
 import json
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from random_models import model_config, random_weights
 from sample_tokenizers import bpe_tokenizer
 from tokenizers import Tokenizer
 
+from turborank.checkpoint import load
+from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
 
+Tensors = dict[str, tuple[str, Any]]
 NAMES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -101,3 +106,39 @@ def write_checkpoint(
     (tokenizer or bpe_tokenizer()).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 512}\n', encoding="utf-8")
     return folder
+
+
+def tensors(dtype: str = "F32") -> Tensors:
+    """The random model of :func:`small_config`, as a safetensors file stores it."""
+    return {stored_name(name): stored(value, dtype) for name, value in random_weights(small_config()).items()}
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> Path:
+    """The folder with its weights file changed."""
+    table = tensors()
+    change(table)
+    write_safetensors(folder / "model.safetensors", table)
+    return folder
+
+
+def reconfigure(folder: Path, **changes: Any) -> Path:
+    """The folder with config.json changed; None removes a key."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in raw.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return folder
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    """What the CheckpointError says."""
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, **options)
+    return str(caught.value)
+
+
+def cache_copy(home: Path, repo: str, revision: str, folder: Path) -> None:
+    """A repository in huggingface_hub's cache, as it lays files out."""
+    root = home / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(folder, root / "snapshots" / revision)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)

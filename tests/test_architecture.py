@@ -24,15 +24,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A unit (a module or package directly under turborank) imports only from rows above its own.
 LADDER = (
     {"errors", "types"},
-    # strings; the models we know; what a forward is written in; what scores mean; lists into one
-    {"text", "catalog", "ops", "calibration", "fusion"},
-    {"architectures", "depth"},
-    {"checkpoint", "tokens"},
-    {"engines"},
+    # strings; the models we know; what a forward is written in; lists into one
+    {"text", "catalog", "ops", "fusion"},
+    {"architectures", "data"},  # data: files, formats and collections; no model
+    {"checkpoint", "tokens", "calibration"},
+    {"engines", "depth"},
     {"scheduler"},
     {"score_cache"},
     {"reranker"},
-    {"data"},  # file formats and collections
     {"evaluate", "serve", "export", "integrations", "compat", "benchmark", "bulk"},
     {"distill"},
     {"__init__"},
@@ -81,9 +80,44 @@ OWNERS = {
     "rich": ("cli",),
 }
 
-MAX_FILE, MAX_FUNCTION = 500, 60
+# The same inside packages, lowest first: a module imports only from rows above its own. "" is the package's __init__.
+INSIDE: dict[str, tuple[set[str], ...]] = {
+    "ops": ({"", "reference", "torch_flex", "triton_kernels"}, {"torch"}, {"torch_padded", "torch_training", "triton"}),
+    "architectures": ({"encoder"}, {"bert", "deberta", "jinabert", "modernbert"}, {""}),
+    "checkpoint": ({"tensors", "verify"}, {"layouts"}, {"hub"}, {""}, {"from_onnx"}),
+    "engines": ({"cores", "cuda_graphs", "native_weights"}, {"native", "reference", "torch"}, {""}),
+    "data": ({"", "dataset_table", "files"}, {"corpus", "rows", "trec"}, {"bm25", "layouts"}, {"datasets"}),
+    "evaluate": ({"calibrate", "measures"}, {"record"}, {"html"}, {"report"}, {"pipeline"}, {""}),
+    "serve": (
+        {"", "config", "wire"},
+        {"auth", "dialects", "models", "queue"},
+        {"openapi", "telemetry"},
+        {"http", "service"},
+        {"app", "server"},
+    ),
+    "export": ({"onnx"}, {""}),
+    "integrations": ({""}, {"dspy", "haystack", "langchain", "llama_index", "ray", "spark", "txtai"}),
+    "distill": (
+        {"", "biencoder", "folder", "formats", "losses", "pools", "report"},
+        {"batches", "scores", "sources", "students"},
+        {"http_teacher", "lists", "trainer"},
+        {"recover", "teachers"},
+        {"train"},
+        {"ship"},
+    ),
+    "cli": (
+        {"", "documents", "options"},
+        {"distill", "doctor", "evaluate", "models", "rank", "serve", "train"},
+        {"main"},
+    ),
+}
+
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 500, 60, 8
+MAX_MODULES, MAX_IN_A_PACKAGE, MAX_CHAIN = 111, 20, 13
 # "file.py" or "file.py:function" -> why it may be longer.
 LONGER: dict[str, str] = {}
+# module -> why its functions may take more parameters; "cli" and "ops" are free.
+MORE_PARAMETERS = {"compat": "the signatures are those of sentence-transformers and mteb"}
 NATIVE_SHARED, NATIVE_SET = 2_000, 200  # lines of C++: shared by all instruction sets, and of each one's file
 
 
@@ -141,6 +175,57 @@ def test_imports_go_down(module):
             assert LAYER[here] > LAYER["__init__"], f"{module} imports from the package __init__; name the submodule"
         elif here != there and (here, there) not in UPWARD:
             assert LAYER[there] < LAYER[here], f"{module} (row {LAYER[here]}) imports {target} (row {LAYER[there]})"
+
+
+def test_every_module_of_a_package_has_its_place_on_its_ladder():
+    documented = {package: set().union(*rows) for package, rows in INSIDE.items()}
+    found: dict[str, set[str]] = {}
+    for module in MODULES:
+        package, _, name = module.partition(".")
+        if package and (name or MODULES[module].name == "__init__.py"):
+            found.setdefault(package, set()).add(name)
+    assert found == documented
+    assert max(map(len, found.values())) <= MAX_IN_A_PACKAGE
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if unit(module) in INSIDE])
+def test_imports_inside_a_package_go_down(module):
+    package, _, here = module.partition(".")
+    row = {name: number for number, names in enumerate(INSIDE[package]) for name in names}
+    for target in GRAPH[module]:
+        whose, _, there = target.partition(".")
+        if whose == package and target != module:
+            assert row[there] < row[here], f"{module} (row {row[here]}) imports {target} (row {row[there]})"
+
+
+def test_the_package_stays_small_and_shallow():
+    assert len(MODULES) <= MAX_MODULES
+    longest: dict[str, tuple[str, ...]] = {}
+
+    def chain(module: str) -> tuple[str, ...]:
+        if module not in longest:
+            below = [chain(target) for target in GRAPH[module] if target != module]
+            longest[module] = (module, *max(below, key=len, default=()))
+        return longest[module]
+
+    worst = max(map(chain, MODULES), key=len)
+    assert len(worst) <= MAX_CHAIN, " > ".join(worst)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if unit(module) not in ("cli", "ops")])
+def test_functions_take_few_parameters(module):
+    many = {
+        node.name: count
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (count := _parameters(node.args)) > MAX_PARAMETERS
+    }
+    assert bool(many) == (module in MORE_PARAMETERS), f"{module}: {many}; options travel as frozen dataclasses"
+
+
+def _parameters(arguments: ast.arguments) -> int:
+    names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
 
 
 def test_no_import_cycles():
@@ -246,19 +331,13 @@ def test_exemptions_are_still_needed():
     }
 
 
-# Public class names that two modules define -> why.
-TWICE = {
-    "Model": "a row of the catalog, and a student in training",
-}
-
-
 def test_no_public_class_name_is_defined_twice():
     found: dict[str, list[str]] = {}
     for module, tree in TREES.items():
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found.setdefault(node.name, []).append(module)
-    assert {name: modules for name, modules in found.items() if len(modules) > 1 and name not in TWICE} == {}
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
 
 
 def test_no_module_imports_another_ones_private_name():

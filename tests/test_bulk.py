@@ -19,7 +19,7 @@ from helpers import native_config, write_checkpoint
 from turborank import InputError, Reranker, TooLongError, bulk
 from turborank.bulk import BulkOptions
 from turborank.cli.main import run as command
-from turborank.cli.score import duration
+from turborank.cli.rank import duration
 from turborank.engines import native
 
 QUERIES = ["which bee", "trees", "naïve 🐝", ""]
@@ -200,7 +200,7 @@ def test_interruption_says_where_to_go_on(folder: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1:] == ["turborank: interrupted; the same command goes on from what is complete"]
+    assert said.splitlines()[-1:] == ["turborank: interrupted; the same command continues from what is complete"]
     assert "Traceback" not in said
     assert time.monotonic() - started < 30
     assert not list((tmp_path / "out").glob(".*"))
@@ -230,7 +230,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert command(line) == 0
     assert "1 shards were there already" in capsys.readouterr().out
     assert command([*line, "--shard-pairs", "30"]) == 2
-    assert "made of the same input, model and options, got another options" in capsys.readouterr().err
+    assert "made from the same input, model and options, got another options" in capsys.readouterr().err
     assert command([*line, "--shard", "3/2"]) == 2
     assert "1 ≤ K ≤ N, got 3/2" in capsys.readouterr().err
     assert command([*line, "--shard", "3"]) == 2
@@ -247,14 +247,14 @@ FAULTS = {
     ),
     "a list": ('{"query": "a", "document": ["b"]}\n', r"expected text in the fields document, got list at .*:1"),
     "not JSON": ('{"query": "a", "document": "b"}\n{"query\n', r"expected one JSON object on the line, got .* at .*:2"),
-    "a score": ('{"query": "a", "document": "b", "score": 1}\n', r"the output does not add, got score at .*:1"),
+    "a score": ('{"query": "a", "document": "b", "score": 1}\n', r"no column that the output adds, got score at .*:1"),
     "a csv": ("query,document\na,b\nc\n", r"expected 2 columns, got 1 at .*:3"),
     "a csv with one column twice": ("query,query\na,b\n", r"expected each column once, got query, query at .*:1"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_have_a_place(fault: str, reranker: Reranker, tmp_path: Path) -> None:
+def test_an_unusable_row_is_reported_with_file_and_line(fault: str, reranker: Reranker, tmp_path: Path) -> None:
     text, message = FAULTS[fault]
     path = tmp_path / ("pairs.csv" if "csv" in fault else "pairs.jsonl")
     path.write_text(text)
@@ -263,7 +263,9 @@ def test_faults_have_a_place(fault: str, reranker: Reranker, tmp_path: Path) -> 
     assert not shards(tmp_path / "out") if (tmp_path / "out").exists() else True
 
 
-def test_what_is_too_long_or_unknown_has_a_place(folder: Path, reranker: Reranker, tmp_path: Path) -> None:
+def test_long_pairs_and_unknown_documents_are_reported_with_file_and_line(
+    folder: Path, reranker: Reranker, tmp_path: Path
+) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "bee"}, {"_id": "d2", "text": "bee " * 200}])
     write_jsonl(
         tmp_path / "lists.jsonl",
@@ -277,7 +279,7 @@ def test_what_is_too_long_or_unknown_has_a_place(folder: Path, reranker: Reranke
     strict = Reranker(folder, engine="reference", max_length=64, length="error")
     with pytest.raises(TooLongError, match=r"lists.jsonl:2: expected a pair of at most 64 tokens"):
         bulk.run(strict, tmp_path / "lists.jsonl", tmp_path / "strict", options)
-    with pytest.raises(InputError, match=r"expected a document of the corpus, got the id 'd3' at .*lists.jsonl:3"):
+    with pytest.raises(InputError, match=r"expected the id of a document in the corpus, got 'd3' at .*lists.jsonl:3"):
         bulk.run(reranker, tmp_path / "lists.jsonl", tmp_path / "out", options)
     with pytest.raises(InputError, match=r"expected a file that ends in \.jsonl"):
         bulk.run(reranker, tmp_path / "pairs.txt", tmp_path / "out")

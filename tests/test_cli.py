@@ -1,5 +1,7 @@
 """The command, run in this process through its entry point; and a few times as a process of its own."""
 
+import dataclasses
+import inspect
 import io
 import json
 import math
@@ -15,11 +17,11 @@ from helpers import native_config, small_config, write_checkpoint
 from random_models import random_weights
 
 import turborank
-from turborank import catalog, engines, tokens
+from turborank import Reranker, catalog, engines, tokens
 from turborank.checkpoint import hashes, read
 from turborank.cli import main, rank
 from turborank.engines import native
-from turborank.types import ModelConfig
+from turborank.types import ModelConfig, RerankerOptions
 
 LIMIT = 96
 
@@ -186,7 +188,7 @@ def test_standard_input_is_one_document_a_line(turborank_command, model):
         (["rank", "q", "{file}", "--threshold", "nan"], "expected --threshold between 0 and 1, got nan"),
         (["rank", " ", "{file}"], "expected a question, got an empty one"),
         (["rank", "\udce9", "{file}"], "expected the question in UTF-8"),
-        (["rank", "q", "{file}", "missing.txt"], "missing.txt: expected a file, got nothing of that name"),
+        (["rank", "q", "{file}", "missing.txt"], "missing.txt: expected a file, got none of that name"),
         (["rank", "q"], "standard input: expected some text"),
         (["rank", "q", "{file}", "-m", "{model}", "--engine", "warp"], "expected engine to be one of"),
         (["rank", "q", "{file}", "-m", "{model}", "--length", "long"], "expected length to be one of"),
@@ -276,7 +278,7 @@ def test_doctor_says_what_runs_and_what_it_computes(turborank_command, model):
         [("What is the capital of France?", "Paris is the capital and largest city of France.")]
     )
     assert f"logit {answer[0]:+.4f}" in findings["score", "answer"]["value"]
-    assert "all is well" in turborank_command("doctor", "-m", model)[1]
+    assert "all checks passed" in turborank_command("doctor", "-m", model)[1]
 
 
 def test_doctor_finds_a_damaged_model(turborank_command, tmp_path):
@@ -298,7 +300,7 @@ def test_doctor_finds_scores_that_are_no_numbers(turborank_command, tmp_path):
 
 
 def test_doctor_says_why_an_engine_was_chosen(turborank_command, model, monkeypatch):
-    assert "it was asked for" in turborank_command("doctor", "-m", model, "--engine", "reference")[1]
+    assert "requested with --engine" in turborank_command("doctor", "-m", model, "--engine", "reference")[1]
     monkeypatch.setenv("TURBORANK_ENGINE", "reference")
     out = turborank_command("doctor", "-m", model)[1]
     assert "TURBORANK_ENGINE=reference" in out
@@ -422,3 +424,17 @@ def test_a_reader_that_leaves_gets_no_traceback(model, files):
     command.stderr.close()
     assert command.wait() == 128 + signal.SIGPIPE  # as the shell counts it
     assert error == b""
+
+
+def test_one_description_of_a_reranker_s_options() -> None:
+    """The library, the commands and the server agree on names and defaults; RerankerOptions has the help texts."""
+    Settings = pytest.importorskip("turborank.serve.config").Settings
+    described = {one.name: one.default for one in dataclasses.fields(RerankerOptions)}
+    arguments = inspect.signature(Reranker).parameters
+    assert {name: one.default for name, one in arguments.items() if name != "model"} == described
+    asked = {name: value for name, value in described.items() if name != "faithful"} | {"offline": False}
+    for command in ("rank", "score", "evaluate", "calibrate", "distill score"):
+        given = inspect.signature(main.COMMANDS[command].run).parameters
+        assert {name: given[name].default for name in asked} == asked
+    settings = {one.name: one.default for one in dataclasses.fields(Settings)}
+    assert {name: settings[name] for name in asked} == asked | {"max_length": 0, "threads": 0}  # 0: None in TOML

@@ -203,7 +203,7 @@ def test_a_bar_appears_only_when_asked_for(ours: CrossEncoder, capfd: pytest.Cap
         (lambda m: m.predict("query"), "a list of .query, document. pairs, got str"),
         (lambda m: m.predict([("a", "b"), ("a", 3)]), r"pairs\[1\]: expected .query, document., two strings"),
         (lambda m: m.predict(PAIRS, activation_fn="softplus"), "activation_fn to be a function or one of"),
-        (lambda m: m.predict(PAIRS, activation_fn=lambda x: x.sum()), "one number a pair from activation_fn"),
+        (lambda m: m.predict(PAIRS, activation_fn=lambda x: x.sum()), "one number per pair from activation_fn"),
         (lambda m: CrossEncoder(m.reranker.checkpoint.folder, num_labels=3), "num_labels to be 1, got 3"),
         (lambda m: CrossEncoder(m.reranker.checkpoint.folder, device="tpu"), "'cpu', 'cuda' or None, got 'tpu'"),
     ],

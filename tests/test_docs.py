@@ -3,6 +3,7 @@
 import functools
 import glob
 import gzip
+import importlib.metadata
 import json
 import re
 import runpy
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -317,6 +319,18 @@ def test_make_has_the_verbs_that_the_pages_name():
         text = page.read_text(encoding="utf-8")
         named = re.findall(r"(?:^\$ |`|run: )make ([a-z-]+)", text, flags=re.M)
         assert set(named) <= targets, page.name
+
+
+def test_packages_and_charts_take_the_version_from_the_code():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    source = project["tool"]["scikit-build"]["metadata"]["version"]
+    assert source == {"provider": "scikit_build_core.metadata.regex", "input": "src/turborank/__init__.py"}
+    assert f'\n__version__ = "{__version__}"\n' in (ROOT / source["input"]).read_text(encoding="utf-8")
+    assert importlib.metadata.version("turborank") == __version__  # what is installed was built from this code
+    chart = (ROOT / "deploy" / "helm" / "turborank" / "Chart.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"^(?:version|appVersion): \"?([^\s\"]+)", chart, flags=re.M) == [__version__, __version__]
 
 
 def test_the_citation_names_the_version_and_forms_are_yaml():

@@ -71,28 +71,28 @@ def test_a_pipe_can_be_read_like_a_file(tmp_path):
     ("name", "data", "expected"),
     [
         ("a.txt", b"", "a.txt: expected some text, got an empty file"),
-        ("a.txt", b" \n\t\n", "a.txt: expected some text, got nothing but white space"),
+        ("a.txt", b" \n\t\n", "a.txt: expected some text, got only white space"),
         ("a.txt", b"line one\ncaf\xe9", "a.txt: expected UTF-8 text, got the byte 0xe9 in line 2"),
         ("a.txt", b"GIF\0", "a.txt: expected text, got binary data (a zero byte at offset 3)"),
         ("a.pdf", b"%PDF-1.7 ...", "a.pdf: expected text, got a PDF"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": }', "a.jsonl:3: expected a JSON object, got broken JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": }', "a.jsonl:3: expected a JSON object, got malformed JSON"),
         ("a.jsonl", b"[1, 2]", "a.jsonl:1: expected a JSON object, got [1, 2]"),
         ("a.jsonl", b"null", "a.jsonl:1: expected a JSON object, got null"),
         ("a.jsonl", b'{"x":' * 200_000, "a.jsonl:1: expected a JSON object, got one nested too deeply"),
         ("a.jsonl", b'{"body": "x"}', "a.jsonl:1: expected at least one of the fields title, text, got body"),
         ("a.jsonl", b'{"text": ["x"]}', "a.jsonl:1: expected text in the fields title, text, got list"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: expected a JSON object, got a number of too many"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: expected a JSON object, got a number with too many"),
         ("a.jsonl", b"[" * 200_000, "a.jsonl:1: expected a JSON object, got one nested too deeply"),
         ("a.csv", b"title,text\na\n", "a.csv:2: expected 2 columns, got 1"),
         ("a.tsv", b'title\ttext\n"a\nb"\tc\n"d\ne"\n', "a.tsv:4: expected 2 columns, got 1"),
-        ("a.csv", b"text,id,text,\na,b,c,d\n", "a.csv:1: expected each column once, got text more often"),
+        ("a.csv", b"text,id,text,\na,b,c,d\n", "a.csv:1: expected each column once, got text more than once"),
         ("a.csv", b"title,text\n", "a.csv: expected some rows, got none"),
         ("a.csv", b"title,text\na,b\nc,d,e\n", "a.csv:3: expected 2 columns, got 3"),
         ("a.csv", b'title,text\na,"b', "a.csv:2: expected well-formed columns"),
         ("a.csv", b"name\nx\n", "a.csv:2: expected at least one of the fields title, text, got name"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, data, expected):
+def test_a_malformed_file_is_reported_with_its_fault(tmp_path, name, data, expected):
     assert expected in faults([file(tmp_path, name, data)])
 
 
@@ -101,7 +101,7 @@ def test_all_faults_are_collected(tmp_path):
     rows = file(tmp_path, "rows.jsonl", 'oops\n{"text": "fine"}\n{"other": 1}\n')
     message = faults([good, str(tmp_path / "missing"), rows, str(tmp_path)])
     assert "good.txt" not in message
-    assert "missing: expected a file, got nothing of that name" in message
+    assert "missing: expected a file, got none of that name" in message
     assert "rows.jsonl:1:" in message
     assert "rows.jsonl:3:" in message
     assert f"{tmp_path}: expected a file, got a directory" in message
@@ -109,7 +109,7 @@ def test_all_faults_are_collected(tmp_path):
 
 def test_many_faults_are_counted(tmp_path):
     message = faults([str(tmp_path / str(i)) for i in range(documents.MAX_FAULTS + 7)])
-    assert message.count("got nothing of that name") == documents.MAX_FAULTS
+    assert message.count("got none of that name") == documents.MAX_FAULTS
     assert message.endswith("; and 7 more")
 
 

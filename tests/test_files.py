@@ -131,7 +131,7 @@ def test_a_packed_file_that_is_cut_short_is_refused_with_its_place(tmp_path, nam
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * kept)])
     text = refused(reader, path)
-    assert "expected a whole gzip file" in text
+    assert "expected a complete gzip file" in text
     assert re.search(rf"{re.escape(str(path))}:(\d+| .* in line \d+)$", text)
     path.write_bytes(whole[:12] + b"\xff" * 20 + whole[32:])
     assert str(path) in refused(reader, path)
@@ -302,7 +302,7 @@ def test_a_score_of_a_run_is_a_finite_number(tmp_path, score):
 
 def test_a_document_is_listed_once_a_query(tmp_path):
     path = write(tmp_path, "run.trec", b"q Q0 a 1 2.5 tag\nr Q0 a 1 2.5 tag\nq Q0 a 2 1.5 tag\n")
-    with pytest.raises(InputError, match=r"each document once a query, got 'a' again at .*run\.trec:3"):
+    with pytest.raises(InputError, match=r"each document once per query, got 'a' again at .*run\.trec:3"):
         trec.read_run(path)
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import cache_copy, small_config
 
 from turborank import catalog
+from turborank.checkpoint import load
 
 MAIN = "1234567890abcdef1234567890abcdef12345678"  # what the stand-in's default branch points to
 MINILM = catalog.MODELS["ms-marco-MiniLM-L-6-v2"]
@@ -251,3 +253,43 @@ def test_onnx_alone_on_the_hub_says_where_the_original_is(hub: Hub, random_check
     got = load_elsewhere(hub, tmp_path / "home", "Xenova/converted")
     assert got["error"] == "CheckpointError"
     assert "the weights are there as ONNX only; it is a bert model exported from someone/original" in got["message"]
+
+
+# ---------------------------------------------------------------- renamed repositories, licences: this process's cache
+
+
+def test_a_renamed_repository_is_found_under_both_names(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    row = catalog.MODELS["ms-marco-MiniLM-L-6-v2"]
+    assert row.repo == "cross-encoder/ms-marco-MiniLM-L-6-v2"
+    for number, cached_as in enumerate((row.repo, "cross-encoder/ms-marco-MiniLM-L6-v2")):
+        home = tmp_path / str(number)
+        cache_copy(home, cached_as, str(row.revision), random_checkpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+        for asked in (row.name, row.repo, *row.aliases):
+            loaded = load(asked, offline=True)
+            assert (loaded.name, loaded.origin, loaded.config) == (row.name, "cache", small_config())
+
+
+def test_a_licence_against_commerce_is_said_when_loaded(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    row = catalog.MODELS["jina-reranker-v2-base-multilingual"]
+    cache_copy(tmp_path, str(row.repo), row.revision or "b" * 40, random_checkpoint)
+    with caplog.at_level("WARNING", "turborank"):
+        load(row.name, offline=True)
+    assert f"{row.name} is licensed under CC-BY-NC-4.0, which forbids commercial use" in caplog.text
+
+
+@pytest.mark.parametrize(("licence", "said"), [("cc-by-nc-4.0", True), ("apache-2.0", False), ("mit", False)])
+def test_a_folder_s_card_is_read_for_its_licence(
+    random_checkpoint: Path, caplog: pytest.LogCaptureFixture, licence: str, said: bool
+) -> None:
+    (random_checkpoint / "README.md").write_text(f"---\nlanguage: en\nlicense: {licence}\n---\n# A model\n")
+    with caplog.at_level("WARNING", "turborank"):
+        load(random_checkpoint)
+    assert ("forbids commercial use" in caplog.text) == said

@@ -15,7 +15,7 @@ from helpers import write_checkpoint
 
 from turborank.data import files
 
-AGAIN = "turborank: interrupted; the same command goes on from what is complete"
+AGAIN = "turborank: interrupted; the same command continues from what is complete"
 PATIENCE = 120.0  # seconds, on a machine that is busy
 TEXT = "a bee in the trees of the hive " * 40
 

@@ -55,6 +55,47 @@ def test_order_and_budget_do_not_change_a_bit(engine: Engine, pairs: list[Pair],
     assert together.tobytes() == alone[shuffle].tobytes()
 
 
+def square(lengths: list[int]) -> scheduler.Work:
+    return scheduler.Work(sum(lengths), sum(n * n for n in lengths))
+
+
+@given(
+    st.lists(st.lists(st.integers(10, 2000), min_size=1, max_size=20), min_size=8, max_size=20),
+    st.floats(1e-6, 1e-2),
+    st.floats(0, 1e-2),
+)
+def test_pace_finds_both_terms_of_an_engine(batches: list[list[int]], each: float, ratio: float) -> None:
+    """An engine of each x tokens + each x ratio x squares; batches of 32, 512 and 2,048 tokens tell the terms apart."""
+    pace = scheduler.Pace()
+    assert (pace.known, pace.speed, pace.seconds(square([100]))) == (False, None, 0.0)
+    for batch in [*batches, *[[32] * 8, [512] * 4, [2048]] * 20]:
+        work = square(batch)
+        pace.measure(work, each * (work.tokens + ratio * work.squares))
+    for batch in ([32] * 8, [512] * 4, [2048]):
+        work = square(batch)
+        assert pace.seconds(work) == pytest.approx(each * (work.tokens + ratio * work.squares), rel=0.2)
+
+
+def test_pace_of_one_length_predicts_that_length_and_more_for_longer_pairs() -> None:
+    pace = scheduler.Pace()
+    for _ in range(5):
+        pace.measure(square([100] * 10), 1.0)
+    assert pace.speed == pytest.approx(1000)
+    assert pace.seconds(square([100] * 20)) == pytest.approx(2.0)
+    assert pace.seconds(square([2000])) > 2 * 1.5
+
+
+def test_pace_forgets_and_does_not_take_a_pause_for_slowness() -> None:
+    pace = scheduler.Pace()
+    for _ in range(50):
+        pace.measure(square([100] * 10), 0.1)
+    pace.measure(square([100] * 10), 100.0)  # the machine was asleep
+    assert pace.seconds(square([100] * 10)) < 0.2
+    for _ in range(50):
+        pace.measure(square([100] * 10), 1.0)  # it became ten times slower
+    assert pace.seconds(square([100] * 10)) == pytest.approx(1.0, rel=0.1)
+
+
 @pytest.mark.parametrize(("name", "precision"), PREPARED)
 def test_threads_do_not_change_a_bit(name: str, precision: str) -> None:
     rng = np.random.default_rng(0)

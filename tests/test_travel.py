@@ -71,7 +71,7 @@ def test_other_files_of_the_same_name_are_refused(folder: Path, tmp_path: Path) 
     changed = bytearray(weights.read_bytes())
     changed[-2:] = b"\x00\x3f"  # 0.5 in bfloat16
     weights.write_bytes(changed)
-    with pytest.raises(CheckpointError, match="expected the model files that the reranker was made with"):
+    with pytest.raises(CheckpointError, match="expected the model files that the reranker was opened with"):
         pickle.loads(sent)
 
 

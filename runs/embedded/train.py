@@ -30,7 +30,7 @@ from torch import Tensor
 from turborank import checkpoint
 from turborank.distill.losses import Targets, mix
 from turborank.distill.students import Student
-from turborank.distill.trainer import Loss, Model, Run, Schedule, tensors
+from turborank.distill.trainer import Loss, Run, Schedule, StudentModel, tensors
 from turborank.types import PackedBatch
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300
@@ -92,7 +92,7 @@ def hidden_loss(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     )
 
 
-def moved(batch: PackedBatch, model: Model) -> PackedBatch:
+def moved(batch: PackedBatch, model: StudentModel) -> PackedBatch:
     """The batch as torch tensors where the model is."""
     return tensors(batch, next(model.parameters()).device)
 
@@ -105,7 +105,7 @@ class Recovery:
     def __init__(self, corpus: Corpus, teacher: Teacher, budget: int, seed: int) -> None:
         self.corpus, self.teacher, self.budget, self.seed = corpus, teacher, budget, seed
 
-    def __call__(self, model: Model, step: int) -> Loss:
+    def __call__(self, model: StudentModel, step: int) -> Loss:
         rng = np.random.default_rng((self.seed, step))
         if step % self.long_every == self.long_every - 1:
             return self._long(model, rng)
@@ -130,7 +130,7 @@ class Recovery:
             used += sum(map(len, out[-1])) + 3
         return out
 
-    def _loss(self, model: Model, batch: PackedBatch, targets: Sequence[Tensor], logits: Tensor) -> Loss:
+    def _loss(self, model: StudentModel, batch: PackedBatch, targets: Sequence[Tensor], logits: Tensor) -> Loss:
         trace: list[Tensor] = []
         have = model(moved(batch, model), trace)
         hidden = hidden_loss(trace[1:], targets)
@@ -138,7 +138,7 @@ class Recovery:
         parts = {"hidden": hidden.mean().item(), "first_token": hidden[-1].item(), "logit": logit.item()}
         return Loss(hidden.mean() + logit, parts, batch.tokens)
 
-    def _long(self, model: Model, rng: np.random.Generator) -> Loss:
+    def _long(self, model: StudentModel, rng: np.random.Generator) -> Loss:
         corpus, query = self.corpus, int(rng.integers(self.corpus.trained))
         size, first = int(rng.choice(self.long_tokens)), int(corpus.bounds[query])
         best = min(8, int(corpus.bounds[query + 1]) - first)
@@ -187,7 +187,7 @@ class Lists:
         shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
         self.query, self.places, self.cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
 
-    def __call__(self, model: Model, step: int) -> Loss:
+    def __call__(self, model: StudentModel, step: int) -> Loss:
         rng = np.random.default_rng((self.seed, step, 7))
         if step % self.long_every == self.long_every - 1:
             return self._long(model, rng)
@@ -219,7 +219,7 @@ class Lists:
         level = F.mse_loss(have, wanted) / LOGIT_SCALE  # so that scores stay comparable from question to question
         return loss + LEVEL * level, parts | {"level": level.item()}
 
-    def _long(self, model: Model, rng: np.random.Generator) -> Loss:
+    def _long(self, model: StudentModel, rng: np.random.Generator) -> Loss:
         size, row = int(rng.choice(self.long_tokens)), int(rng.integers(len(self.query)))
         order = np.argsort(-self.cosines[row])
         count = max(4, min(K, 2 * self.budget // size)) if size < 2000 else 4

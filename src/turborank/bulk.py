@@ -1,8 +1,8 @@
-"""Score any number of pairs from a file into a folder of shards: bounded memory, restartable, for job arrays.
+"""Score the pairs of a file into a folder of shards, with bounded memory; restartable, and usable from job arrays.
 
-Shards are consecutive rows of about ``shard_pairs`` pairs, so where they begin depends on the input alone. Each is
-written whole or not at all and then listed in the manifest of its part, ``manifest.K-of-N.json``; a run that was killed
-computes what no manifest lists. ``manifest.json`` appears when every shard of the input is there (docs/scale.md).
+A shard is a run of consecutive rows with about ``shard_pairs`` pairs, so shard boundaries depend on the input alone.
+Each shard is written atomically and then listed in the manifest of its part, ``manifest.K-of-N.json``. A restarted run
+computes only the shards that no manifest lists. ``manifest.json`` is written when all shards exist (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -29,86 +29,89 @@ from turborank.types import Pair
 
 FORMAT = 1
 DOCUMENT, CANDIDATES, DOCUMENT_ID = "document", "candidates", "document_id"
-SCORES: Columns = {"logit": float, "score": float, "tokens": int, "truncated": int}  # columns that are added
-BLOCK_CHARACTERS = 1_000_000  # text scored at a time: memory is bounded by it, and batches are full
-ENDS = 1 << 20  # bytes of the input's beginning and end that tell it from another
-SAMPLE_ROWS, SAMPLE_PAIRS = 2_000, 4_000  # of an estimate
+SCORES: Columns = {"logit": float, "score": float, "tokens": int, "truncated": int}  # columns that the output adds
+BLOCK_CHARACTERS = 1_000_000  # document characters scored at a time: bounds memory, and still fills batches
+ENDS = 1 << 20  # bytes at the beginning and at the end of the input that its hash covers
+SAMPLE_ROWS, SAMPLE_PAIRS = 2_000, 4_000  # maximum sample of an estimate
 SAMPLE_SECONDS = 20.0
-_CHARACTERS, _TEMPLATE = 4, 16  # characters of a token, and of the special tokens of a pair, about
+_CHARACTERS, _TEMPLATE = 4, 16  # approximate characters of a token, and of the special tokens of a pair
 
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """What to read of each row, and how to cut the output."""
+    """Columns to read of each row, and how the output is divided into shards."""
 
-    query: str = "query"  # column of the query's text
-    fields: Sequence[str] = ()  # columns of the document's text; none: "document", else title and text
-    corpus: Path | None = None  # corpus.jsonl, where rows name candidates by id
-    shard_pairs: int = 20_000
-    part: tuple[int, int] = (1, 1)  # (K, N): shards K-1, K-1+N, K-1+2N, …
-    texts: bool = True  # whether texts are copied to the output
+    query: str = "query"  # column of the query text
+    fields: Sequence[str] = ()  # columns of the document text; by default "document", else title and text
+    corpus: Path | None = None  # corpus.jsonl, if the rows list candidates by id
+    shard_pairs: int = 20_000  # pairs of a shard, approximately: a row is never split
+    part: tuple[int, int] = (1, 1)  # (K, N): compute the shards K-1, K-1+N, K-1+2N, …
+    texts: bool = True  # copy the texts to the output
 
 
 class Written(NamedTuple):
-    """One shard that is complete."""
+    """A complete shard, as the manifest lists it."""
 
     number: int
     file: str
     rows: int
     pairs: int
     tokens: int
-    truncated: int  # pairs of which not all was read
+    truncated: int  # pairs that were cut
     bytes: int
     sha256: str
     isa: str
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """State of a run, passed to the ``progress`` callback."""
 
     shard: int
     pairs: int  # scored by this run
     tokens: int  # read by this run
-    fraction: float  # of the input that was read
-    seconds: float
+    fraction: float  # share of the input file that was read, 0 to 1
+    seconds: float  # since the start of the run
 
 
 class BulkSummary(NamedTuple):
-    """What a run did. ``complete``: every shard of the input is in the folder."""
+    """Totals of a run."""
 
-    shards: int
-    found: int  # shards of this part that were there already
+    shards: int  # written by this run
+    found: int  # shards of this part that existed already
     pairs: int
     tokens: int
-    truncated: int
+    truncated: int  # pairs that were cut
     seconds: float
-    complete: bool
+    complete: bool  # all shards of the input exist, those of other parts included
 
 
 class Estimate(NamedTuple):
-    """What a run will take, from a sample."""
+    """Expected cost of scoring the whole input on this machine, extrapolated from a sample."""
 
     rows: int
     pairs: int
     tokens: int
-    truncated: float  # share of pairs of which not all will be read
+    truncated: float  # share of pairs that will be cut
     seconds: float
     tokens_per_second: float
-    memory: int  # bytes, the process's peak
+    memory: int  # bytes: peak resident size of the process
     sampled: int  # pairs
 
 
 class _Row(NamedTuple):
-    """One row of the input, and the pairs it stands for."""
+    """One row of the input with its pairs."""
 
-    at: str
+    at: str  # file and line, for error messages
     record: Record
     pairs: list[Pair]
-    ids: list[str]  # of the candidates; [] where the row is a pair itself
+    ids: list[str]  # ids of the candidates; [] if the row is a pair itself
 
 
 class PairSource:
-    """The input's rows as pairs. Raises InputError, with the place, for a row without query or document."""
+    """Iterate over the rows of the input as pairs.
+
+    Raises InputError, with file and line, for a row without query or document.
+    """
 
     def __init__(self, path: Path, options: BulkOptions) -> None:
         self.reader = RowReader(path)
@@ -121,12 +124,12 @@ class PairSource:
 
     def _row(self, at: str, record: Record) -> _Row:
         if taken := [name for name in (*SCORES, *([DOCUMENT_ID] if self.corpus else [])) if name in record]:
-            raise InputError(f"expected columns that the output does not add, got {', '.join(taken)} at {at}")
+            raise InputError(f"expected no column that the output adds, got {', '.join(taken)} at {at}")
         query = record.get(self.options.query)
         if not isinstance(query, str):
             raise InputError(
-                f"expected a text in the column {self.options.query!r}, got {type(query).__name__} at {at}",
-                hint="choose another with --query",
+                f"expected a string in the column {self.options.query!r}, got {type(query).__name__} at {at}",
+                hint="choose another column with --query",
             )
         if self.corpus is None:
             return _Row(at, record, [Pair(query, self._text(at, record))], [])
@@ -157,10 +160,10 @@ class PairSource:
         try:
             return self.corpus.text(doc_id)
         except KeyError:
-            raise InputError(f"expected a document of the corpus, got the id {doc_id!r} at {at}") from None
+            raise InputError(f"expected the id of a document in the corpus, got {doc_id!r} at {at}") from None
 
     def made_of(self) -> dict[str, Any]:
-        """What tells this input from another, without reading all of it."""
+        """Identity of the input: name, size, hash of its first and last ENDS bytes, fingerprint of the corpus."""
         path = self.reader.path
         digest = hashlib.sha256()
         if not path.is_file():
@@ -173,7 +176,7 @@ class PairSource:
         return {"name": path.name, "bytes": self.reader.size, "ends": digest.hexdigest(), "corpus": corpus}
 
     def columns(self, record: Record) -> list[str]:
-        """Columns of the input that the output has, too."""
+        """Columns of the input that the output keeps."""
         left = {CANDIDATES} if self.corpus else set()
         if not self.options.texts:
             left |= {self.options.query, *(self.options.fields or (DOCUMENT, *DEFAULT_FIELDS))}
@@ -193,8 +196,8 @@ class _Shard:
     pairs: int = 0
     tokens: int = 0
     truncated: int = 0
-    waiting: list[_Row] = field(default_factory=list)
-    characters: int = 0
+    waiting: list[_Row] = field(default_factory=list)  # rows read and not scored yet
+    characters: int = 0  # of the documents in ``waiting``
 
 
 def run(
@@ -207,8 +210,9 @@ def run(
 ) -> BulkSummary:
     """Score the shards of ``options.part`` that no manifest in ``out`` lists.
 
-    ``progress`` is called after every block of text. Raises InputError for an unusable row (shards that are complete
-    stay) and for a folder that was made of other inputs.
+    ``progress`` is called after each block of text. Raises InputError for an unusable row (complete shards stay), for
+    an option out of range, and for an ``out`` whose manifest names another input, model or options; TooLongError, with
+    file and line, under the length policy ``error``.
     """
     return _Run(reranker, PairSource(path, options or BulkOptions()), out, progress).all()
 
@@ -257,10 +261,10 @@ class _Run:
         return next(rows, None)
 
     def _write(self, shard: _Shard, first: _Row, rows: Iterator[_Row]) -> _Row | None:
-        """Score a shard that begins with ``first``; the first row of the next one."""
+        """Write the shard that begins with ``first``; return the first row of the next shard."""
         path = self.out / f"part-{shard.number:06d}.{self.kind}"
         for rest in self.out.glob(f".{path.name}.*"):
-            rest.unlink(missing_ok=True)  # of a run that was killed
+            rest.unlink(missing_ok=True)  # temporary file of a run that was killed
         with replacing(path) as file:
             keep = self.source.columns(first.record)
             output = writer(self.kind, file, self.source.reader.path, keep, self.source.added())
@@ -278,7 +282,7 @@ class _Run:
         return next(rows, None)
 
     def _score(self, shard: _Shard, output: RowWriter) -> None:
-        """Score the rows that wait, and write them."""
+        """Score the waiting rows and write them."""
         waiting, shard.waiting, shard.characters = shard.waiting, [], 0
         pairs = [pair for row in waiting for pair in row.pairs]
         try:
@@ -314,7 +318,7 @@ class _Run:
         _save(self.manifest, self.made_of, self.mine)
 
     def _finish(self, shards: int) -> bool:
-        """Write manifest.json if all shards are there."""
+        """Write manifest.json if all shards exist; return whether they do."""
         there = _listed(self.out, self.made_of)
         complete = len(there) == shards
         if complete and shards:
@@ -323,7 +327,7 @@ class _Run:
 
 
 def _made_of(reranker: Reranker, source: PairSource) -> dict[str, Any]:
-    """Everything that the output depends on, without the instruction set: the nodes of a cluster may differ in it."""
+    """Everything the output depends on, except the instruction set: nodes of a cluster may differ in it."""
     files, engine, precision, _, *encoding = json.loads(reranker.fingerprint())
     options = source.options
     return {
@@ -345,7 +349,7 @@ def _made_of(reranker: Reranker, source: PairSource) -> dict[str, Any]:
 
 
 def _listed(out: Path, made_of: Mapping[str, Any]) -> dict[int, Written]:
-    """Shards that a manifest lists and whose files are there."""
+    """Shards that a manifest lists and whose files exist with the listed size."""
     found: dict[int, Written] = {}
     for path in sorted(out.glob("manifest*.json")):
         found |= _read(path, made_of)
@@ -368,8 +372,8 @@ def _read(path: Path, made_of: Mapping[str, Any]) -> dict[int, Written]:
     if made != made_of:
         other = ", ".join(name for name in made_of if made.get(name) != made_of[name])
         raise InputError(
-            f"expected a folder made of the same input, model and options, got another {other} at {path}",
-            hint="give another folder",
+            f"expected a folder made from the same input, model and options, got another {other} at {path}",
+            hint="choose another folder with --out",
         )
     return shards
 
@@ -381,9 +385,10 @@ def _save(path: Path, made_of: Mapping[str, Any], shards: Mapping[int, Written])
 
 
 def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None, *, seed: int = 0) -> Estimate:
-    """Read the whole input, score a random sample of it, and say what scoring all of it will take on this machine.
+    """Read the whole input, score a random sample of it, and extrapolate to the whole on this machine.
 
-    The sample is at most SAMPLE_ROWS rows, SAMPLE_PAIRS pairs and about SAMPLE_SECONDS. Raises as :func:`run`.
+    The sample has at most SAMPLE_ROWS rows and SAMPLE_PAIRS pairs and takes about SAMPLE_SECONDS. Nothing is written.
+    Raises InputError for an unusable row.
     """
     source = PairSource(path, options or BulkOptions())
     rng = np.random.default_rng(seed)
@@ -398,7 +403,7 @@ def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None,
     sample = [pairs[place] for place in rng.permutation(len(pairs))[:SAMPLE_PAIRS]]
     if not sample:
         return Estimate(rows, total, 0, 0.0, 0.0, 0.0, _peak_memory(), 0)
-    reranker.score_detailed(sample[:32])  # starts threads, touches the weights
+    reranker.score_detailed(sample[:32])  # warm-up: starts threads, reads the weights
     tokens = truncated = sampled = 0
     started = time.monotonic()
     for block in _blocks(sample):
@@ -409,7 +414,7 @@ def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None,
         if time.monotonic() - started > SAMPLE_SECONDS:
             break
     seconds = time.monotonic() - started
-    scale = size / _size(sample[:sampled], reranker)  # ratio estimator: tokens and time follow the text that is read
+    scale = size / _size(sample[:sampled], reranker)  # ratio estimator: tokens and time are proportional to text read
     return Estimate(
         rows, total, round(tokens * scale), truncated / sampled, seconds * scale, tokens / seconds, _peak_memory(),
         sampled,
@@ -417,9 +422,9 @@ def estimate(reranker: Reranker, path: Path, options: BulkOptions | None = None,
 
 
 def _size(pairs: Sequence[Pair], reranker: Reranker) -> int:
-    """About the characters that are read of some pairs, template included."""
-    most = sys.maxsize if reranker.encoder.policy == "windows" else _CHARACTERS * reranker.max_length
-    return sum(min(len(query) + len(document) + _TEMPLATE, most) for query, document in pairs)
+    """Approximate number of characters that the model reads of the pairs, special tokens included."""
+    maximum = sys.maxsize if reranker.encoder.policy == "windows" else _CHARACTERS * reranker.max_length
+    return sum(min(len(query) + len(document) + _TEMPLATE, maximum) for query, document in pairs)
 
 
 def _blocks(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
@@ -434,7 +439,7 @@ def _blocks(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
 
 
 def _peak_memory() -> int:
-    """Bytes of the process's largest resident size so far; 0 where the system does not say."""
+    """Peak resident size of this process in bytes; 0 on systems that do not report it."""
     try:
         import resource
     except ImportError:

@@ -1,8 +1,8 @@
-"""What a model's scores mean on a user's data: a probability scale, and thresholds for a wanted precision or recall.
+"""Calibration: convert logits to probabilities, and choose thresholds for a precision or a recall.
 
-``turborank calibrate`` makes a calibration of judged pairs (turborank.evaluate.calibrate) and keeps it as
-``calibration.json`` beside the model. A reranker finds it there; ``rank(…, threshold="precision=0.9")`` uses it.
-docs/calibration.md says how it is fitted and what the figures are worth.
+``turborank calibrate`` fits a calibration on judged pairs (turborank.evaluate.calibrate) and writes it as
+``calibration.json`` to the model's folder. A reranker loads it from there; ``rank(…, threshold="precision=0.9")`` uses
+it. docs/calibration.md describes the fit and how its figures are validated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from turborank.data.files import write_text
 from turborank.errors import CheckpointError, InputError
 
 FILE = "calibration.json"
@@ -30,25 +31,25 @@ def sigmoid(logit: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """P(relevant) = sigmoid(slope · logit + intercept), and how many judged pairs are kept at each threshold."""
+    """P(relevant) = sigmoid(slope · logit + intercept), and the number of judged pairs at or above each threshold."""
 
     slope: float  # above 0
     intercept: float
-    weights: str  # sha256 of the model.safetensors it is for
-    pairs: int
-    relevant: int
-    curve: tuple[tuple[float, int, int], ...]  # (logit, pairs of at least it, relevant ones), by falling logit
-    about: Mapping[str, Any]  # engine, precision, length policy, file of the pairs: for people
+    weights: str  # SHA-256 of the model.safetensors that the calibration belongs to
+    pairs: int  # judged pairs
+    relevant: int  # relevant ones among them
+    curve: tuple[tuple[float, int, int], ...]  # (logit, pairs at or above it, relevant ones), descending logits
+    about: Mapping[str, Any]  # engine, precision, length policy, file of the pairs; for information only
 
     def probability(self, logit: float) -> float:
-        """The probability that a document with this logit is relevant, on data like that judged."""
+        """Probability that a document with this logit is relevant, on data like the judged pairs."""
         return sigmoid(self.slope * logit + self.intercept)
 
     def threshold(self, target: str) -> float:
-        """The smallest logit that reaches a target: ``precision=0.9``, ``recall=0.95`` or ``probability=0.5``.
+        """The threshold, as a logit, for ``precision=0.9``, ``recall=0.95`` or ``probability=0.5``.
 
-        For precision the lowest such logit (most recall), for recall the highest (most precision), among the logits
-        of the judged pairs. Raises InputError for another spelling and for a precision that no logit reaches.
+        Among the logits of ``curve``: the lowest that reaches the precision (so that recall is highest), or the highest
+        that reaches the recall. Raises InputError for any other target and for a precision that no logit reaches.
         """
         name, value = parse_target(target)
         if name == "probability":
@@ -62,13 +63,13 @@ class Calibration:
             best = max(found / kept for _, kept, found in self.curve)
             raise InputError(
                 f"expected a precision that the judged pairs reach, got {value:g}; the highest is {best:.3f}",
-                hint="ask for less, or judge more pairs and calibrate again",
+                hint="ask for a lower precision, or judge more pairs and calibrate again",
             )
         return reached[-1]
 
 
 def parse_target(text: str) -> tuple[str, float]:
-    """("precision", 0.9) of "precision=0.9". Raises InputError for anything else."""
+    """Parse a target: "precision=0.9" gives ("precision", 0.9). Raises InputError for anything else."""
     found = _TARGET.fullmatch(text.strip())
     try:
         value = float(found[2]) if found else math.nan
@@ -83,17 +84,15 @@ def parse_target(text: str) -> tuple[str, float]:
 
 
 def write(calibration: Calibration, path: Path) -> None:
-    """The calibration as JSON at ``path``, whole or not at all."""
+    """Write the calibration as JSON to ``path``, atomically."""
     text = json.dumps({"format": FORMAT, **asdict(calibration)}, indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(re.sub(r"\[\s+([-\d.e]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n", "utf-8")
-    partial.replace(path)
+    write_text(path, re.sub(r"\[\s+([-\d.e]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n")
 
 
 def read(path: Path, weights: str) -> Calibration:
-    """The calibration at ``path``, of the model whose weights have this sha256.
+    """Read the calibration at ``path`` for the model whose weights have this SHA-256.
 
-    Raises CheckpointError for a file that is none, and InputError for a calibration of other weights.
+    Raises CheckpointError for a file that is not a calibration, and InputError for a calibration of other weights.
     """
     try:
         record = json.loads(path.read_bytes())  # as bytes, it may begin with a byte-order mark

@@ -59,7 +59,9 @@ def activate(logits: Float32, activation: str | Activation) -> Float32:
 
         scores: Float32 = np.asarray(activation(torch.from_numpy(logits[:, None])), dtype=np.float32)
         if scores.size != logits.size:
-            raise InputError(f"expected one number a pair from activation_fn, got {scores.shape} for {logits.size}")
+            raise InputError(
+                f"expected one number per pair from activation_fn, got shape {scores.shape} for {logits.size} pairs"
+            )
         return scores.reshape(-1)
     if activation not in _ACTIVATIONS:
         raise InputError(f"expected activation_fn to be a function or one of {_ACTIVATIONS}, got {activation!r}")
@@ -270,7 +272,9 @@ class CrossEncoder:
 def _refuse_prompts(*prompts: str | None) -> None:
     given = [prompt for prompt in prompts if prompt]
     if given:
-        raise InputError(f"expected no prompt, got {given[0]!r}: put it before the query yourself if you mean it")
+        raise InputError(
+            f"expected no prompt, got {given[0]!r}", hint="these rerankers have no prompts; prepend it to the query"
+        )
 
 
 def _with_bar(reranker: Reranker, pairs: Iterable[tuple[str, str]], shown: bool) -> Float32:

@@ -18,6 +18,8 @@ may have a ``hint`` (what to do next), which follows the message.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
 
 
 class TurborankError(Exception):
@@ -74,6 +76,12 @@ class CheckpointError(TurborankError):
     """A model folder is incomplete, damaged or of an unknown architecture."""
 
     code = "bad_checkpoint"
+
+    @classmethod
+    def listing(cls, expected: str, faults: list[str], path: Path) -> Self:
+        """An error whose message lists all faults of a file."""
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        return cls("\n  ".join([f"expected {expected}, got {count} in {path}:", *faults]))
 
 
 class ModelNotFoundError(CheckpointError):

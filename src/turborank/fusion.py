@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion: one list from the lists of several first stages."""
+"""Reciprocal rank fusion of the lists of several first stages."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from typing import TypeVar
 
 from turborank.errors import InputError
 
-K = 60  # of the paper; larger values flatten the difference between ranks
+K = 60  # the paper's value; a larger one reduces the difference between ranks
 Key = TypeVar("Key", bound=Hashable)
 
 
 def reciprocal_rank_fusion(
     rankings: Sequence[Sequence[Key]], *, k: float = K, weights: Sequence[float] | None = None
 ) -> list[tuple[Key, float]]:
-    """(document, score) of every document of ``rankings``, best first: the sum over rankings of weight / (k + rank).
+    """Fuse rankings: (document, score) of every document, best first; score = Σ over rankings of weight / (k + rank).
 
-    Ranks count from 1; ``weights`` (1 each, unless given) say how much a ranking counts. Equal scores keep the order
-    of first appearance, the first ranking first. Scores of the first stages are not needed, so that lists whose scores
-    have different scales can be joined. Cormack, Clarke and Büttcher, SIGIR 2009.
+    Ranks start at 1. ``weights`` has one weight for each ranking, by default 1. Equal scores keep the order of first
+    appearance. The scores of the first stages are not used, so their scales may differ.
+    Cormack, Clarke and Büttcher, SIGIR 2009.
 
-    Raises InputError for a document twice in one ranking, a k below 0, and weights that do not fit.
+    Raises InputError for a document that occurs twice in one ranking, a negative k, and a wrong number of weights or
+    a negative one.
     """
     if isinstance(rankings, str) or any(isinstance(ranking, str) for ranking in rankings):
-        raise InputError("expected lists of documents' ids, got a string")
+        raise InputError("expected lists of document ids, got a string")
     shares = [1.0] * len(rankings) if weights is None else list(weights)
     if len(shares) != len(rankings) or any(not share >= 0 for share in shares):
         raise InputError(f"expected {len(rankings)} weights of at least 0, got {shares!r:.80}")

@@ -24,20 +24,22 @@ from turborank import checkpoint as checkpoints
 from turborank import depth as depths
 from turborank import engines
 from turborank.calibration import Calibration, sigmoid
+from turborank.checkpoint import Checkpoint
+from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import ClosedEngine
 from turborank.errors import CheckpointError, InputError, TooLongError
 from turborank.scheduler import score
 from turborank.score_cache import ScoreCache
 from turborank.text import DEFAULT_FIELDS, document_text
 from turborank.tokens import MIN_LENGTH, NO_LIMITS, Limits, PairEncoder
-from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerRecipe, Scores
+from turborank.types import Document, Engine, Float32, Pair, Progress, Ranked, RerankerOptions, RerankerRecipe, Scores
 
 MAX_FAULTS = 10  # faults listed in one error; further ones are only counted
 MAX_THREADS = 4096  # above the number of cores of any machine
 
 
 def order(logits: Float32) -> npt.NDArray[np.intp]:
-    """The ranking rule: indices (P,) by descending logit; ties keep the given order."""
+    """Indices (P,) that sort the logits in descending order; ties keep the given order."""
     return np.argsort(-logits, kind="stable")
 
 
@@ -68,7 +70,7 @@ def listed(name: str, given: Any) -> list[Any]:
         )
     if not isinstance(given, Iterable):
         raise InputError(f"expected a list of {name}, got {type(given).__name__}")
-    for method in ("to_pylist", "tolist"):  # Arrow's, and the others': plain Python values in place of their scalars
+    for method in ("to_pylist", "tolist"):  # Arrow's; numpy's, pandas' and polars'. Both convert to plain Python values
         if callable(convert := getattr(given, method, None)):
             return list(convert())
     return list(given)
@@ -90,8 +92,8 @@ def ranking(
     return ranked
 
 
-_arrived: dict[RerankerRecipe, Reranker] = {}  # by what was unpickled in this process: each model is opened once
-_arriving: dict[int, threading.Lock] = {}  # by process: after a fork, the parent's may be held by a thread left behind
+_arrived: dict[RerankerRecipe, Reranker] = {}  # rerankers opened by unpickling in this process, each once
+_arriving: dict[int, threading.Lock] = {}  # process id -> lock; after a fork, the parent's lock may stay held forever
 
 
 def _process_lock() -> threading.Lock:
@@ -99,29 +101,34 @@ def _process_lock() -> threading.Lock:
 
 
 def arrive(recipe: RerankerRecipe, luggage: Mapping[str, Any]) -> Reranker:
-    """The reranker of a recipe, opened once a process, whatever its threads, and kept until it is closed.
+    """Open the reranker of a recipe, once per process; recipes that differ only in threads share it until it is closed.
 
-    Pickle calls it. ``luggage``: attributes that were assigned where it comes from. Raises what Reranker raises, and
-    CheckpointError where a folder of that name holds other files.
+    Pickle calls this function when it loads a Reranker. ``luggage``: the assigned attributes that were pickled with it
+    (calibration, cache). Raises what Reranker raises, and CheckpointError if the model folder holds other files here.
     """
-    key = replace(recipe, threads=None)
+    key = recipe.with_threads(None)
     with _process_lock():
         opened = _arrived.get(key)
         if opened is None:
-            options = {name: value for name, value in vars(key).items() if name not in ("model", "files")}
-            opened = Reranker(recipe.model, **options)
+            loaded = checkpoints.load(
+                recipe.model,
+                offline=recipe.options.offline,
+                relevant_label=recipe.relevant_label,
+                revision=recipe.revision,
+            )
+            opened = Reranker(loaded, **vars(key.options))
             if recipe.files not in (None, opened._files_hash):
                 raise CheckpointError(
-                    "expected the model files that the reranker was made with, got others in "
+                    "expected the model files that the reranker was opened with, got other files in "
                     f"{opened.checkpoint.folder}",
                     hint="put the same files at this path on every machine",
                 )
             _arrived[key] = opened
     arrival = opened.__copy__()
     arrival._recipe = recipe
-    if recipe.threads is not None:
-        arrival.encoder = arrival.encoder.with_threads(recipe.threads)
-        arrival.engine = arrival.engine.with_threads(recipe.threads)
+    if (threads := recipe.options.threads) is not None:
+        arrival.encoder = arrival.encoder.with_threads(threads)
+        arrival.engine = arrival.engine.with_threads(threads)
     vars(arrival).update(luggage)
     return arrival
 
@@ -130,36 +137,35 @@ class Reranker:
     """A cross-encoder model with its tokenizer and engine.
 
     Args:
-        model: a name of the catalog (see ``turborank models``), a folder in a published layout, or a Hugging Face id;
-            by default the model that ships with the package.
+        model: a name of the catalog (see ``turborank models``), a folder in a published layout, a Hugging Face id, or
+            the result of :func:`turborank.checkpoint.load`, which takes a revision and the label that means relevant;
+            by default the embedded model, which ships with the package.
         engine: ``auto``, ``native``, ``torch`` or ``reference`` (docs/engines.md).
         precision: ``auto``, or one that the engine supports (``int8``, ``bf16``, ``fp16``, ``fp32``).
-        max_length: limit of tokens of a pair, template included; by default the model's maximum.
-        length: what to do with longer pairs: ``truncate``, ``windows`` or ``error`` (see turborank.tokens).
+        max_length: maximum tokens of a pair, special tokens included; by default the model's maximum.
+        length: policy for longer pairs: ``truncate``, ``windows`` or ``error`` (see turborank.tokens).
         threads: threads of the native engine; by default the cores this process may use. The other engines use the
             settings of numpy and torch (``torch.set_num_threads``).
         offline: True forbids network access; by default HF_HUB_OFFLINE decides.
         faithful: treat special-token strings in texts as special tokens, as the published tokenizers do
             (docs/model.md §4.5).
-        relevant_label: for a classifier with two labels, the name or number of the label that means relevant; needed
-            only if its config.json does not say.
-        revision: commit of a model on the Hub; by default the catalog's, else the newest.
 
-    Threads may share a reranker. It is a context manager, works after a fork, and can be pickled: the recipe travels,
-    and the weights are opened where it arrives, once a process (docs/scale.md). Copies share the weights.
+    Threads may share a reranker. It is a context manager and works after a fork. A pickle holds its arguments and a
+    hash of the model files, not the weights; each process that loads it opens the model once (docs/scale.md). Copies
+    share the weights.
 
     Raises:
         ModelNotFoundError: the model does not exist or cannot be fetched.
         CheckpointError: the model is incomplete, damaged or unsupported.
         UnknownKeyError: no such catalog name, engine, precision or length policy.
-        EngineUnavailableError: the engine cannot run on this machine, or not this model.
+        EngineUnavailableError: the engine does not run on this machine, or does not run this model.
         InputError: an option has a wrong type or value.
 
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | None = None,
+        model: str | os.PathLike[str] | Checkpoint | None = None,
         *,
         engine: str = "auto",
         precision: str = "auto",
@@ -168,11 +174,12 @@ class Reranker:
         threads: int | None = None,
         offline: bool | None = None,
         faithful: bool = False,
-        relevant_label: str | int | None = None,
-        revision: str | None = None,
     ) -> None:
         threads = None if threads is None else whole("threads", threads, most=MAX_THREADS)
-        self.checkpoint = checkpoints.load(model, offline=offline, relevant_label=relevant_label, revision=revision)
+        if isinstance(model, Checkpoint):
+            self.checkpoint, model = model, None if model.origin == "embedded" else model.name
+        else:
+            self.checkpoint = checkpoints.load(model, offline=offline)
         config = self.checkpoint.config
         if max_length is not None:
             max_length = whole("max_length", max_length, MIN_LENGTH, config.max_length)
@@ -185,9 +192,10 @@ class Reranker:
             self.checkpoint.weights, config, name=name, precision=chosen, threads=threads
         )
         self._recipe = RerankerRecipe(
-            None if model is None else os.fspath(model), None, None, name, chosen, max_length, length, threads, offline,
-            faithful, relevant_label,
-        )  # fmt: skip
+            None if model is None else os.fspath(model),
+            RerankerOptions(length, max_length, name, chosen, threads, offline, faithful),
+            relevant_label=self.checkpoint.relevant_label,
+        )
         self.cache: ScoreCache | None = None  # assign one to store scores and reuse them (docs/caching.md)
 
     def __repr__(self) -> str:
@@ -205,18 +213,18 @@ class Reranker:
         self.close()
 
     def close(self) -> None:
-        """Give back the model's memory, once running calls have ended; ranking raises InputError from here on.
+        """Release the model's memory once running calls have ended. Later calls that rank raise InputError.
 
-        A copy keeps what it shares. Closing twice is no fault.
+        Copies keep the weights they share. Closing twice has no effect.
         """
         engine = self.engine
         self.engine = ClosedEngine(engine.name, engine.precision, engine.isa, engine.threads)
         self.checkpoint = replace(self.checkpoint, weights={})
         with _process_lock():
-            _arrived.pop(replace(self._recipe, threads=None), None)
+            _arrived.pop(self._recipe.with_threads(None), None)
 
     def __copy__(self) -> Self:
-        """Another one of the same weights, engine and tokenizer."""
+        """A reranker with the same weights, engine and tokenizer, which are shared."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         return copied
@@ -227,12 +235,17 @@ class Reranker:
     def __reduce__(self) -> tuple[Any, ...]:
         luggage = {name: value for name, value in vars(self).items() if name in ("calibration", "cache")}
         if isinstance(self.engine, ClosedEngine):
-            raise InputError("expected an open reranker to pickle, got one that was closed")
+            raise InputError("expected an open reranker to pickle, got a closed one")
+        if not isinstance(self.checkpoint.weights, TensorFile):
+            raise InputError(
+                "expected a reranker of a model's files to pickle, got one of weights in memory",
+                hint="save them first: turborank.checkpoint.save(reranker.checkpoint, FOLDER)",
+            )
         return arrive, (self.recipe, luggage)
 
     @property
     def recipe(self) -> RerankerRecipe:
-        """What another process needs to open the same reranker; see :func:`arrive`."""
+        """The arguments with which another process opens the same reranker; see :func:`arrive`."""
         checkpoint, recipe = self.checkpoint, self._recipe
         if checkpoint.origin in ("hub", "cache"):
             recipe = replace(recipe, revision=checkpoint.revision)
@@ -249,13 +262,13 @@ class Reranker:
 
     @property
     def max_length(self) -> int:
-        """Limit of tokens of a pair, template included."""
+        """Maximum tokens of a pair, special tokens included."""
         return self.encoder.max_length
 
     @functools.cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of ``model.safetensors``, computed once."""
-        return checkpoints.hashes(self.checkpoint)["model.safetensors"]
+        """The hash of :func:`turborank.checkpoint.weights_hash`, computed once."""
+        return checkpoints.weights_hash(self.checkpoint)
 
     @functools.cached_property
     def calibration(self) -> Calibration | None:
@@ -264,11 +277,14 @@ class Reranker:
         return calibrations.read(path, self.weights_hash) if path.is_file() else None
 
     def calibrate(self, path: str | os.PathLike[str]) -> None:
-        """Use a calibration file written by ``turborank calibrate``. Raises as :func:`turborank.calibration.read`."""
+        """Load a calibration file written by ``turborank calibrate``.
+
+        Raises CheckpointError for a file that is not a calibration, and InputError for a calibration of other weights.
+        """
         self.calibration = calibrations.read(Path(path), self.weights_hash)
 
     def fingerprint(self, limits: Limits = NO_LIMITS) -> str:
-        """All that a score depends on besides the texts, as the key of a :class:`~turborank.score_cache.ScoreCache`."""
+        """Everything a score depends on besides the texts, as JSON: a part of the score cache's keys."""
         encoder, engine = self.encoder, self.engine
         asked = limits._replace(
             policy=limits.policy or encoder.policy,
@@ -350,15 +366,15 @@ class Reranker:
         progress: Progress | None = None,
         depth: int | str | None = None,
     ) -> list[list[Ranked]]:
-        """Rank each query's own candidates; each ranking is what :meth:`rank` returns, to the bit.
+        """Rank the candidates of each query; one ranking per query, with the same bits as :meth:`rank` returns.
 
-        All pairs are computed in one packed stream, so that short lists fill whole batches; with ``depth="auto"`` one
-        list follows another. Options and errors are those of :meth:`rank`; InputError also if there are not as many
-        lists of candidates as queries.
+        All pairs are scored in one packed stream, so that short lists fill whole batches; with ``depth="auto"`` the
+        lists are scored one after another. Options and errors are those of :meth:`rank`; InputError also if the numbers
+        of queries and of lists of candidates differ.
         """
         asked, lists = listed("queries", queries), listed("candidates", candidates)
         if len(asked) != len(lists):
-            raise InputError(f"expected a list of candidates for each of {len(asked)} queries, got {len(lists)}")
+            raise InputError(f"expected a list of candidates for each of {len(asked)} queries, got {len(lists)} lists")
         top_n, least, depth = self._asked(top_n, threshold, depth)
         faults = [
             f"queries[{index}]: expected a string, got {type(query).__name__}"
@@ -375,14 +391,14 @@ class Reranker:
     def _asked(
         self, top_n: int | None, threshold: float | str | None, depth: int | str | None
     ) -> tuple[int | None, float | None, int | str | None]:
-        """The options of a ranking, checked; the threshold as a relevance score."""
+        """Validate the options of a ranking; return (top_n, threshold as a relevance score, depth)."""
         top_n = None if top_n is None else whole("top_n", top_n)
         return top_n, self.least_score(threshold), depths.checked(depth, top_n)
 
     def _scores(
         self, pairs: Sequence[Pair], top_n: int | None, depth: int | str | None, progress: Progress | None
     ) -> Scores:
-        """Scores of one query's pairs, as far down as ``depth`` says."""
+        """Scores of one query's first pairs, as many as ``depth`` selects."""
         if depth == depths.AUTO and top_n is not None:
             return self.score_adaptively(pairs, top_n, progress=progress)
         return self.score_detailed(pairs if depth is None else pairs[: int(depth)], progress=progress)
@@ -393,7 +409,7 @@ class Reranker:
         if depth is not None and depth != depths.AUTO:
             lists = [one[: int(depth)] for one in lists]
         bounds = list(itertools.accumulate((len(one) for one in lists), initial=0))
-        first, done = 0, 0  # of the list that is read, where lists are read one by one
+        first, done = 0, 0  # with depth="auto": the list that is being scored, and the pairs before it
 
         def step(now: int, _: int) -> None:
             if progress is not None:
@@ -429,7 +445,10 @@ class Reranker:
         return self.score_detailed([Pair(*pair) for pair in given], progress=progress).logits
 
     def score_detailed(self, pairs: Sequence[Pair], *, progress: Progress | None = None) -> Scores:
-        """Logits (P,) and, for each pair, the tokens read, the tokens truncated and the span of characters read."""
+        """Logits (P,) and, for each pair, the tokens read, the tokens truncated and the span of characters read.
+
+        Scores that ``cache`` holds are not computed again. Raises as :meth:`rank`.
+        """
         if self.cache is None:
             return score(pairs, self.encoder, self.engine, progress=progress)
         found = self.cache.find(self.fingerprint(), pairs)
@@ -464,7 +483,7 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def _texts(given: Sequence[Any], fields: Sequence[str], where: str, faults: list[str]) -> list[str]:
-    """The documents' texts; what is unusable is added to ``faults``."""
+    """The texts of the documents. For each unusable document, a message is appended to ``faults``."""
     if isinstance(fields, str):
         raise InputError("expected fields to be a list of names, got one str", hint="wrap it in a tuple")
     texts: list[str] = []

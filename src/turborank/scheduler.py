@@ -3,13 +3,17 @@
 A background thread tokenises one chunk of pairs while the engine computes the previous one. Each chunk is
 sorted by length and cut into batches of at most ``token_budget`` tokens; the logits return to the caller's
 order. A pair's logit does not depend on the other pairs of its batch (docs/architecture.md).
+
+:class:`Pace` predicts the seconds of a batch from those of earlier ones; the server bounds its batches by it.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +25,69 @@ TOKEN_BUDGET = 16_384  # tokens in one batch; a single longer pair is a batch of
 CHUNK_CHARACTERS = 200_000  # characters tokenised at a time: bounds memory, and lets tokenisation overlap computation
 QUERY_CHARACTERS = 2_000  # maximum characters of a query counted for each pair: it is tokenised once per chunk
 FIRST_CHUNK_CHARACTERS = 20_000  # small, because no computation overlaps the first chunk's tokenisation
+
+# The fit of Pace:
+PACE_MEMORY = 2.0  # seconds of computing after which an earlier batch counts 1/e
+PACE_KEPT = 0.7  # minimum share that an earlier batch keeps after the next one, however long that takes
+PACE_OUTLIER = 4.0  # maximum ratio of measured to predicted seconds that counts of one batch: a pause is not a speed
+PACE_RATIO = 1 / 2000  # per_square / per_token where the lengths do not tell: int8, embedded model (docs/serving.md)
+PACE_SPREAD = 64.0  # standard deviation of the lengths, in tokens, at which measurements and PACE_RATIO count equally
+
+
+class Work(NamedTuple):
+    """What a batch or a request costs: tokens, and the sum of its pairs' squared lengths, for attention."""
+
+    tokens: float
+    squares: float
+
+    def plus(self, length: float) -> Work:
+        """With one more pair."""
+        return Work(self.tokens + length, self.squares + length * length)
+
+
+class Pace:
+    """Seconds that an engine takes for a batch: ``per_token`` x tokens + ``per_square`` x squares.
+
+    The two terms are fitted to the engine's recent batches: a line through (squares / tokens, seconds / tokens),
+    weighted by tokens, in which older batches count less. Batches of one length cannot tell the terms apart; then their
+    ratio is drawn to PACE_RATIO. A prediction chooses the size of a batch and never changes a score.
+    """
+
+    def __init__(self) -> None:
+        # Decayed sums over batches, x = squares / tokens: of tokens, squares, squares * x, seconds, seconds * x
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self.per_token = self.per_square = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether a batch has been measured."""
+        return self._sums[0] > 0
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second of recent batches; None before the first."""
+        return self._sums[0] / self._sums[3] if self.known else None
+
+    def seconds(self, work: Work) -> float:
+        """Predicted seconds; 0 before the first batch was measured."""
+        return self.per_token * work.tokens + self.per_square * work.squares
+
+    def measure(self, work: Work, seconds: float) -> None:
+        """Take a computed batch into account."""
+        seconds = max(seconds, 1e-9)
+        if self.known:
+            seconds = min(seconds, PACE_OUTLIER * self.seconds(work))
+        x = work.squares / work.tokens
+        new = (work.tokens, work.squares, work.squares * x, seconds, seconds * x)
+        decay = max(math.exp(-seconds / PACE_MEMORY), PACE_KEPT)
+        self._sums = tokens, squares, squares_x, total, total_x = tuple(  # type: ignore[assignment]
+            decay * before + one for before, one in zip(self._sums, new, strict=True)
+        )
+        mean_x, mean_y, spread = squares / tokens, total / tokens, PACE_SPREAD**2
+        prior = PACE_RATIO * mean_y / (1 + PACE_RATIO * mean_x)
+        slope = (total_x / tokens - mean_x * mean_y + spread * prior) / (squares_x / tokens - mean_x**2 + spread)
+        self.per_square = min(max(slope, 0.0), mean_y / mean_x)
+        self.per_token = mean_y - self.per_square * mean_x
 
 
 def budget(engine: Engine) -> int:

@@ -1,9 +1,9 @@
-"""Scores kept by content, so that a pair that was read once is not read again.
+"""Bounded cache of scores, keyed by the content of the pair (docs/caching.md).
 
-A key is the SHA-256-strength hash of everything a score depends on: the model's files, engine, precision, instruction
-set, length policy and limits (:attr:`turborank.Reranker.fingerprint`), the query and the document. The store is one
-SQLite table, in memory or in a file that several processes may share, bounded by entries; what was unused longest goes
-first. In the native and the reference engine a score from the cache has the bits of one computed anew.
+A key is a 256-bit BLAKE2b hash of everything a score depends on: model files, engine, precision, instruction set,
+length policy and limits (:meth:`turborank.Reranker.fingerprint`), query and document. The store is one SQLite table, in
+memory or in a file that several processes may share. It is bounded by entries and evicts the least recently used. With
+the native and the reference engine, a cached score has the same bits as a computed one.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from turborank.errors import InputError
 from turborank.types import Pair, Scores
 
 _ROW = struct.Struct("<fiiqq")  # logit, tokens, truncated, span
-_AT_ONCE = 500  # SQLite takes 999 parameters everywhere
-_WAIT = 5.0  # seconds for another process that writes
-_FOREIGN: list[sqlite3.Connection] = []  # of parent processes
+_AT_ONCE = 500  # parameters of one statement; every SQLite version accepts 999
+_WAIT = 5.0  # seconds to wait for a lock of another process
+_FOREIGN: list[sqlite3.Connection] = []  # connections of parent processes, kept open and unused
 _TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, row BLOB NOT NULL, used INTEGER NOT NULL)"
 
 
 class Found(NamedTuple):
-    """What the cache knows of some pairs."""
+    """Result of a look-up: for each pair its key and its stored row."""
 
     keys: list[bytes]
-    rows: list[bytes | None]  # None: not there
+    rows: list[bytes | None]  # None: a miss
 
     @property
     def missing(self) -> list[int]:
-        """Places of the pairs that have to be computed."""
-        return [place for place, row in enumerate(self.rows) if row is None]
+        """Indices of the pairs that have to be computed."""
+        return [index for index, row in enumerate(self.rows) if row is None]
 
 
 class ScoreCache:
-    """A bounded cache of scores. Safe to share between threads and rerankers.
+    """A bounded cache of scores. Threads and rerankers may share it.
 
     Args:
-        entries: how many scores are kept at most, about 150 bytes each.
-        path: an SQLite file, made if there is none; None keeps them in memory.
+        entries: maximum number of scores, about 150 bytes each.
+        path: an SQLite file, created if it does not exist; None keeps the scores in memory.
 
-    Raises InputError where the file cannot be opened. Later faults of the file (a full disk, a lock held too long) are
-    counted in ``faults`` and cost a computation, never an answer.
+    Raises InputError for other ``entries`` than a positive int and for a file that cannot be opened. Later errors of
+    the file (disk full, lock timeout) are counted in ``faults``; the scores are then computed.
     """
 
     def __init__(self, entries: int = 100_000, path: str | os.PathLike[str] | None = None) -> None:
@@ -60,7 +60,7 @@ class ScoreCache:
         self._open()
 
     def _open(self) -> None:
-        """A connection of this process's own: one that was opened before a fork may not be used after it."""
+        """Open a connection for this process; SQLite does not allow using one that was opened before a fork."""
         self._process, self._lock = os.getpid(), threading.Lock()
         try:
             self._database = sqlite3.connect(self.path or ":memory:", timeout=_WAIT, check_same_thread=False)
@@ -79,11 +79,11 @@ class ScoreCache:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What travels to another process: the file's name, or an empty cache in memory of the same size."""
+        """Pickle the path and the bound. A cache in memory arrives empty."""
         return ScoreCache, (self.entries, self.path)
 
     def _reopen(self) -> None:
-        """After a fork, open a connection of the child's own. The parent's stays unused: closing it drops its locks."""
+        """After a fork, open a new connection in the child. Closing the parent's here would release its locks."""
         if self._process != os.getpid():
             _FOREIGN.append(self._database)
             self._open()
@@ -92,12 +92,12 @@ class ScoreCache:
         return int(self._size)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the database."""
         with self._lock:
             self._database.close()
 
     def find(self, fingerprint: str, pairs: Sequence[Pair]) -> Found:
-        """What is known of ``pairs`` under a fingerprint."""
+        """Look up ``pairs`` under a fingerprint and mark the hits as used."""
         keys = [key(fingerprint, query, document) for query, document in pairs]
         known: dict[bytes, bytes] = {}
         self._reopen()
@@ -107,7 +107,7 @@ class ScoreCache:
                 with self._database:
                     for start in range(0, len(keys), _AT_ONCE):
                         part = keys[start : start + _AT_ONCE]
-                        marks = ",".join("?" * len(part))  # question marks, and nothing else
+                        marks = ",".join("?" * len(part))  # only question marks: no text enters the statement
                         known.update(
                             self._database.execute(f"SELECT key, row FROM scores WHERE key IN ({marks})", part)
                         )
@@ -122,14 +122,14 @@ class ScoreCache:
         return Found(keys, rows)
 
     def complete(self, found: Found, computed: Scores) -> Scores:
-        """The scores of all pairs, from what was found and what was ``computed`` of the missing ones, which is kept."""
+        """Merge the found rows with the scores ``computed`` for the missing pairs, and store the latter."""
         rows, missing = list(found.rows), found.missing
-        for place, *values in zip(
+        for index, *values in zip(
             missing, computed.logits, computed.tokens, computed.truncated, computed.spans, strict=True
         ):
             logit, tokens, truncated, (start, end) = values
-            rows[place] = _ROW.pack(logit, tokens, truncated, start, end)
-        self._keep([(found.keys[place], rows[place]) for place in missing])
+            rows[index] = _ROW.pack(logit, tokens, truncated, start, end)
+        self._keep([(found.keys[index], rows[index]) for index in missing])
         columns = np.array([_ROW.unpack(row) for row in rows if row is not None], dtype=_COLUMNS)
         return Scores(
             columns["logit"].copy(), columns["tokens"].copy(), columns["truncated"].copy(),
@@ -161,9 +161,9 @@ class ScoreCache:
 _COLUMNS = np.dtype([("logit", "f4"), ("tokens", "i4"), ("truncated", "i4"), ("start", "i8"), ("end", "i8")])
 
 
-def key(fingerprint: str, query: str, document: str) -> bytes:
-    """32 bytes for one score. Lengths are hashed, too, so that no two triples run together."""
-    digest = hashlib.blake2b(digest_size=32)
+def key(fingerprint: str, query: str, document: str, size: int = 32) -> bytes:
+    """Key of ``size`` bytes for one score. Lengths are hashed too, so that different triples never give equal input."""
+    digest = hashlib.blake2b(digest_size=size)
     for text in (fingerprint, query, document):
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little"))

@@ -135,7 +135,7 @@ def _pieces(text: str) -> Iterator[list[str]]:
 # Passages of a document by character offsets: sentences, joined when short and split when long.
 
 SHORTEST, LONGEST = 40, 600  # characters of a passage
-MOST = 64  # maximum passages of a document; longer documents get longer passages
+MOST = 64  # maximum number of passages of a document; longer documents get longer passages
 _END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n\s*\n")
 _SPACE = re.compile(r"\s+")
 

@@ -30,7 +30,7 @@ LENGTH_POLICIES = ("truncate", "windows", "error")
 WINDOW_OVERLAP = 0.25  # share of a window's document tokens that the next window repeats
 CHARACTERS_PER_TOKEN = 12  # a text of more than max_length times as many characters is expected to be cut
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # the library's variable: whether it starts threads of its own
-THREAD_CHARACTERS = 10_000  # text of a list for each thread, which costs about 50 µs to start
+THREAD_CHARACTERS = 10_000  # minimum text per thread; starting a thread costs about 50 µs
 MIN_LENGTH = 16  # minimum max_length: the special tokens and a few tokens of query and document
 
 
@@ -123,16 +123,16 @@ class _Text:
 
 
 def library_parallelism() -> bool:
-    """Whether the tokenizers library uses threads of its own, because PARALLELISM says so.
+    """Whether the tokenizers library uses its own threads, as the variable PARALLELISM decides.
 
-    Where it says nothing, it is set to false: the library's pool has a thread for each core of the machine whatever
-    this process may use, is never given back, and does not survive a fork. Our own threads do the work.
+    If the variable is not set, it is set to false: the library's pool has one thread per core of the machine, ignores
+    affinity and CPU quotas, is never released, and does not survive a fork. turborank's threads are used instead.
     """
     return os.environ.setdefault(PARALLELISM, "false").lower() not in ("", "0", "off", "false", "f", "no", "n")
 
 
 def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
-    """Consecutive slices of about equally much text, one a thread; fewer where there is little."""
+    """Consecutive slices with about the same amount of text, one for each thread; fewer if there is little text."""
     ends = list(itertools.accumulate(len(text) for text in texts))
     count = max(1, min(threads, len(texts), ends[-1] // THREAD_CHARACTERS)) if ends else 1
     cuts = [0]
@@ -143,9 +143,9 @@ def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
 
 
 def _characters(offsets: tokenizers.Encoding, token: int) -> tuple[int, int]:
-    """(start, end) of a token in the text, in characters."""
+    """Character offsets (start, end) of a token in its text."""
     span = offsets.token_to_chars(token)
-    assert span is not None  # only special tokens have no characters, and the text was encoded without them
+    assert span is not None  # only special tokens have no offsets, and the text was encoded without them
     return span
 
 
@@ -156,7 +156,7 @@ class PairEncoder:
     ``faithful`` reproduces the published tokenizers, which turn strings such as ``</s>`` in a text into special
     tokens. By default these strings are plain text, so that a document cannot inject a separator.
 
-    ``threads`` threads tokenise a long list; they are started for it and end with it.
+    ``threads`` is the maximum number of threads that tokenise a list; they are started for the list and end with it.
 
     Raises UnknownKeyError for another policy, InputError for a max_length below MIN_LENGTH, and CheckpointError for a
     tokenizer without a pair template.
@@ -218,8 +218,8 @@ class PairEncoder:
 
         Tokenising without offsets is faster; a shorter text that is cut after all is tokenised again.
         """
-        edge = CHARACTERS_PER_TOKEN * self.max_length
-        long, short = ([text for text in texts if (len(text.text) > edge) is is_long] for is_long in (True, False))
+        limit = CHARACTERS_PER_TOKEN * self.max_length
+        long, short = ([text for text in texts if (len(text.text) > limit) is is_long] for is_long in (True, False))
         for group, encode in ((long, self.tokenizer.encode_batch), (short, self.tokenizer.encode_batch_fast)):
             encodings = self._each_slice(encode, [text.text for text in group]) if group else []
             for text, encoding in zip(group, encodings, strict=True):
@@ -229,7 +229,7 @@ class PairEncoder:
     def _each_slice(
         self, encode: Callable[..., list[tokenizers.Encoding]], texts: Sequence[str]
     ) -> list[tokenizers.Encoding]:
-        """``encode`` of all texts, by as many threads as they are worth; the library leaves the GIL meanwhile."""
+        """``encode`` of all texts, in as many threads as the amount of text justifies; it runs outside the GIL."""
         first, *others = _slices(texts, self.threads)
         if not others:
             return encode(first, add_special_tokens=False)

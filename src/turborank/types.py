@@ -12,7 +12,7 @@ Dimension letters in docstrings and shape comments:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -153,22 +153,41 @@ class Ranked:
     span: tuple[int, int]  # (start, end) in the document's text, in characters, of what the logit was computed from
 
 
+def _option(default: Any, help_text: str, shown: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "shown": shown})
+
+
+@dataclass(frozen=True)
+class RerankerOptions:
+    """Compute options of a reranker: the keyword arguments of :class:`turborank.Reranker`, with their defaults.
+
+    Commands and the server take their options from here; ``help`` and ``shown`` (the default in words) are metadata.
+    """
+
+    length: str = _option("truncate", "Policy for long documents: truncate, windows (read all of the text) or error.")
+    max_length: int | None = _option(None, "Maximum tokens of a query with one document.", "the model's")
+    engine: str = _option("auto", "auto, native, torch or reference.")
+    precision: str = _option("auto", "auto, int8, bf16 or fp32, if the engine supports it.")
+    threads: int | None = _option(None, "Number of compute threads.", "all cores")
+    offline: bool | None = _option(None, "Do not use the network.")
+    faithful: bool = _option(False, "Read special tokens in texts as special tokens.")
+
+
 @dataclass(frozen=True)
 class RerankerRecipe:
-    """What another process needs to open the same reranker; a pickle holds this and not the weights.
+    """The arguments with which another process opens the same reranker; a pickle holds them and not the weights.
 
-    ``engine`` and ``precision`` are those that were chosen. ``threads`` is None unless the caller gave a number, so
-    that each machine uses its own cores. ``files`` is the hash of a local folder's files, which must be the same there.
+    ``engine`` and ``precision`` of the options are those in use, never "auto"; ``threads`` is None unless the caller
+    gave a number, so that each machine uses its own cores. ``files`` is the hash of a local model folder; the folder on
+    the other machine must have the same one.
     """
 
     model: str | None
+    options: RerankerOptions = RerankerOptions()
     revision: str | None = None  # commit on the Hub
     files: str | None = None
-    engine: str = "auto"
-    precision: str = "auto"
-    max_length: int | None = None
-    length: str = "truncate"
-    threads: int | None = None
-    offline: bool | None = None
-    faithful: bool = False
     relevant_label: str | int | None = None
+
+    def with_threads(self, threads: int | None) -> RerankerRecipe:
+        """The same with another number of threads."""
+        return replace(self, options=replace(self.options, threads=threads))

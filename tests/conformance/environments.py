@@ -67,7 +67,7 @@ TOOLS = {
 
 # What turborank itself needs there. Its sources come from this checkout; the engine is the reference, in numpy.
 _OURS = ("numpy>=2", "tokenizers", "safetensors", "huggingface-hub", "typer", "rich", "tqdm", "pytest>=8.3")
-_EVAL = (*_OURS, "ir-measures", "bm25s", "PyStemmer", "matplotlib")
+_EVAL = (*_OURS, "ir-measures", "bm25s", "PyStemmer", "matplotlib", "jinja2")
 _TORCH = "torch==2.13.0"  # the Makefile's: another version may be a build of several gigabytes
 
 PEERS = {

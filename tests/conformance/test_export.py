@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 
 from turborank import Reranker, checkpoint
-from turborank.export.folder import export
+from turborank.export import export
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 

@@ -20,13 +20,13 @@ from sample_tokenizers import bpe_tokenizer, wordpiece_tokenizer
 from tokenizers import Tokenizer
 
 from turborank import Reranker, catalog, checkpoint
+from turborank import export as exporting
 from turborank.architectures import ARCHITECTURES
 from turborank.checkpoint.tensors import dense
 from turborank.cli import main
 from turborank.errors import CheckpointError, EngineError, InputError, UnknownKeyError
-from turborank.export import folder as exporting
+from turborank.export import EXPORTS, export
 from turborank.export import onnx as onnx_export
-from turborank.export.folder import EXPORTS, export
 from turborank.ops import reference
 
 pytestmark = pytest.mark.slow

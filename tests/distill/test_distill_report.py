@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,19 @@ def test_the_page_stands_alone_and_its_names_are_escaped(run):
     assert not re.search(r'(src|href)="(?!#)', html.replace('xlink:href="#', 'href="#'))
     assert "<script" not in html
     assert "@import" not in html
+
+
+def test_hostile_names_of_runs_losses_and_manifests_are_texts(tmp_path):
+    hostile = "<script>alert('1')</script> $\\frac$ {{ 1 }}"
+    rows = [row(1, **{hostile: 1.0}), row(2, **{hostile: 2.0, f"ndcg {hostile}": 0.5})]
+    folder = write(tmp_path / "<script>", rows, {"remark": hostile, "baselines": {hostile: {f"ndcg {hostile}": 0.4}}})
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "Training of &lt;script&gt;" in page
+    pictures = [ET.fromstring(picture) for picture in re.findall(r"<svg.*?</svg>", page, re.S)]
+    assert hostile in "".join(pictures[0].itertext())  # the baseline
+    assert hostile in "".join(pictures[1].itertext())  # the loss
+    assert unescape(page).count(f"ndcg {hostile}") >= 3  # two tables, one legend
 
 
 def test_every_picture_is_well_formed_and_says_what_it_is(run):

@@ -12,7 +12,7 @@ from turborank.distill import students, train
 from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.recover import ReadingOptions, RecoveryLoss, Texts, check, joint_batch
-from turborank.distill.trainer import Model, Run, Schedule, tensors
+from turborank.distill.trainer import Run, Schedule, StudentModel, tensors
 from turborank.errors import CheckpointError, InputError
 from turborank.ops import reference, torch_training
 from turborank.ops import torch as torch_ops
@@ -87,7 +87,7 @@ def test_heads_move_with_everything_that_belongs_to_them(bert_folder):
     batch = tensors_of(plain, TEXTS[0], TEXTS[1])
     for student in (plain, matched):
         student.raw_config["alibi_slopes"] = [0.01] * 4
-    torch.testing.assert_close(Model(plain)(batch), Model(matched)(batch), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(StudentModel(plain)(batch), StudentModel(matched)(batch), atol=1e-4, rtol=1e-4)
 
 
 def tensors_of(student, query, document):
@@ -167,7 +167,7 @@ def test_losses_of_recovery_are_shares_of_what_there_is_to_learn(bert_folder):
     student = students.from_bert(folder, slopes="gentle")
     texts = Texts(source, TEXTS, TEXTS, [], ReadingOptions(budget=100, query_tokens=8, document_tokens=20), 0)
     recovery = RecoveryLoss(source, texts, layers=range(4), dtype=torch.float32)
-    model = Model(student)
+    model = StudentModel(student)
     with torch.no_grad():
         loss = recovery(model, 0)
     assert 0 < loss.parts["hidden"] < 2  # MSE / variance: 0 is itself, 1 knows the mean, 2 is a stranger
@@ -218,7 +218,7 @@ def test_inner_terms_are_zero_for_the_teacher_itself_and_fall(bert_folder, word_
     batch = tensors_of(teacher, TEXTS[0], TEXTS[1])
     trace: list[torch.Tensor] = []
     record: list[tuple[torch.Tensor, ...]] = []
-    Model(teacher)(batch, trace, record)
+    StudentModel(teacher)(batch, trace, record)
     assert term(batch, trace, record).item() == pytest.approx(0.0, abs=1e-6)
     student = students.from_layers(tmp_path / "teacher", layers=2)
     for weight in student.weights.values():  # a random BERT's layers change little: make the two differ

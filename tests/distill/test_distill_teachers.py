@@ -22,10 +22,9 @@ import turborank
 from turborank.cli import main
 from turborank.data.trec import read_run
 from turborank.distill import pools, teachers
-from turborank.distill import score_cache as caches
 from turborank.distill.folder import TrainingFolder, read_pairs
 from turborank.distill.lists import build
-from turborank.distill.scores import Question, score_pairs
+from turborank.distill.scores import Question, key, open_cache, score_pairs
 from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import EngineError, InputError
 from turborank.types import Float32, no_progress
@@ -150,7 +149,7 @@ def test_equal_texts_under_other_ids_are_asked_about_once(tmp_path):
 
 
 def test_another_teacher_shares_no_answer(folder, model):
-    keys = {caches.key(revision, q, d) for revision in ("a", "ab") for q in ("b", "bc") for d in ("c", "d", "bc")}
+    keys = {key(revision, q, d) for revision in ("a", "ab") for q in ("b", "bc") for d in ("c", "d", "bc")}
     assert len(keys) == 12
     score_pairs(Counting(), folder, folder.path / "cache", no_progress)
     other = Counting()
@@ -194,13 +193,13 @@ def test_an_answer_that_is_no_score_ends_the_run(folder):
 SLOWLY = """
 import sys, time
 from turborank.cli import main
-from turborank.distill import score_cache
-put = score_cache.TeacherScoreCache.put
+from turborank.distill import scores
+put = scores.TeacherScoreCache.put
 def slowly(self, keys, scores):  # time for the test to kill us between two answers
     put(self, keys, scores)
     print("kept", len(keys), flush=True)
     time.sleep(0.05)
-score_cache.TeacherScoreCache.put = slowly
+scores.TeacherScoreCache.put = slowly
 sys.exit(main.run(sys.argv[1:]))
 """
 
@@ -246,9 +245,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, caps
 
 
 def test_a_full_disk_is_said(folder):
-    with caches.open_cache(folder.path / "cache") as kept:
+    with open_cache(folder.path / "cache") as kept:
         kept._connection.execute("PRAGMA max_page_count = 2")
-        keys = [caches.key("", "", str(n)) for n in range(10_000)]
+        keys = [key("", "", str(n)) for n in range(10_000)]
         with pytest.raises(InputError, match=r"expected to keep scores at .*sqlite3, got database or disk is full"):
             kept.put(keys, np.zeros(len(keys), np.float32))
         assert np.isnan(kept.get(keys)).all()  # all or nothing
@@ -258,11 +257,11 @@ def test_a_cache_that_is_none_is_said(folder, tmp_path):
     (tmp_path / "scores.sqlite3").write_text("not a database, but long enough to be taken for one" * 99)
     with (
         pytest.raises(InputError, match=r"expected to keep scores at .*, got file is not a database"),
-        caches.open_cache(tmp_path),
+        open_cache(tmp_path),
     ):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="expected a folder for the cache"), caches.open_cache(tmp_path / "file"):
+    with pytest.raises(InputError, match="expected a folder for the cache"), open_cache(tmp_path / "file"):
         pass
 
 
@@ -308,7 +307,7 @@ BAD_RUNS = [
     ("q0 Q0 d0 1 nan t", "expected a finite score in column five"),
     ("zz Q0 d0 1 1.0 t", "expected a known query, got 'zz'"),
     ("q0 Q0 zz 1 1.0 t", "expected a known document, got 'zz'"),
-    ("q0 Q0 d1 2 1.0 t", "expected each document once a query, got 'd1' again"),
+    ("q0 Q0 d1 2 1.0 t", "expected each document once per query, got 'd1' again"),
 ]
 
 

@@ -198,9 +198,9 @@ def test_recomputing_changes_no_gradient(word_folder, student):
     sampler = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=64), folder.scores("t"), LISTS)
     gradients = []
     for recompute in (False, True):
-        from turborank.distill.trainer import Model, tensors
+        from turborank.distill.trainer import StudentModel, tensors
 
-        model = Model(start)
+        model = StudentModel(start)
         model.recompute = recompute
         model(tensors(sampler.draw(0).batch)).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -209,17 +209,17 @@ def test_recomputing_changes_no_gradient(word_folder, student):
 
 
 def test_the_scale_is_part_of_the_saved_head(word_folder, student):
-    from turborank.distill.trainer import Model, tensors
+    from turborank.distill.trainer import StudentModel, tensors
 
     start = students.Student.load(student)
     folder = TrainingFolder.load(word_folder)
     batch = BatchSampler(folder, PairEncoder(start.tokenizer, max_length=64), None, LISTS).draw(0).batch
-    model = Model(start)
+    model = StudentModel(start)
     plain = model(tensors(batch))
     with torch.no_grad():
         model.log_scale.fill_(np.log(3.0))
     saved = students.Student(model.weights(start.weights), start.raw_config, start.tokenizer)
-    torch.testing.assert_close(Model(saved)(tensors(batch)), 3.0 * plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(StudentModel(saved)(tensors(batch)), 3.0 * plain, rtol=1e-5, atol=1e-6)
 
 
 def test_lists_hold_what_they_should(word_folder, student):

@@ -41,7 +41,7 @@ def test_the_datasets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a dataset"),
+        ([], "give a dataset"),
         (["scifakt", "--models", "bm25"], "did you mean 'scifact'"),
         (["robust04", "--models", "bm25", "--offline"], "no public download"),
         (["scifact", "--models", "bm25", "--offline"], "thakur/BEIR/datasets/scifact.zip"),

@@ -11,10 +11,9 @@ import pytest
 from mini import DOCUMENTS, append
 
 from turborank import InputError, UnknownKeyError
-from turborank.data.bm25 import bm25_run
 from turborank.data.corpus import JsonlCorpus, MemoryCorpus
 from turborank.data.dataset_table import PUBLISHED
-from turborank.data.datasets import expand, load
+from turborank.data.datasets import bm25_run, expand, load
 from turborank.data.layouts import cut, holder
 from turborank.data.trec import Scored, read_qrels, read_run, write_run
 from turborank.evaluate import DATASETS, GROUPS
@@ -225,7 +224,7 @@ BAD_RUNS = [
     ("q1 Q0 d1 1 nan tag", r"finite score in column five, got 'nan' at .*run\.trec:2"),
     ("q1 Q0 d1 1 high tag", r"got 'high' at .*run\.trec:2"),
     (b"q1 Q0 \xe9 2 1.5 tag", r"expected UTF-8, got byte 0xe9 at .*run\.trec:2"),
-    ("q1 Q0 d2 2 1.5 tag", r"each document once a query, got 'd2' again at .*run\.trec:2"),
+    ("q1 Q0 d2 2 1.5 tag", r"each document once per query, got 'd2' again at .*run\.trec:2"),
 ]
 
 
@@ -271,7 +270,7 @@ def test_where_queries_are_documents_a_query_does_not_find_itself(mini: Path, tm
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, packed: bytes) -> None:
     path = tmp_path / "run.trec.gz"
     path.write_bytes(packed)
-    with pytest.raises(InputError, match=r"expected a whole gzip file, got .* at .*run\.trec\.gz"):
+    with pytest.raises(InputError, match=r"expected a complete gzip file, got .* at .*run\.trec\.gz"):
         read_run(path)
 
 

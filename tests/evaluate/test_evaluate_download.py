@@ -17,7 +17,7 @@ from mini import write_mini
 from turborank import InputError
 from turborank.data import datasets
 from turborank.data.dataset_table import DatasetRow, Download
-from turborank.data.download import fetch, obtain
+from turborank.data.datasets import fetch, obtain
 from turborank.data.layouts import LAYOUTS
 from turborank.evaluate import DATASETS
 

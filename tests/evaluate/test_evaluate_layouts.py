@@ -98,6 +98,6 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     path, header = tmp_path / "scores.jsonl", {"format": 1}
     with appending(path, header) as add:
         add(QueryScores("q", [1.0], [5], [0], 0.1))
-        with pytest.raises(InputError, match="another process"), appending(path, header):
+        with pytest.raises(InputError, match="no other process"), appending(path, header):
             pass
     assert read(path, header) == {"q": QueryScores("q", [1.0], [5], [0], 0.1)}

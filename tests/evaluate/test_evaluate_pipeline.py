@@ -1,10 +1,13 @@
 """The whole way: rerank, measure, report; killed and resumed, in parts and joined."""
 
 import csv
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ from helpers import native_config, small_config, write_checkpoint
 from mini import QUERIES, append, write_mini
 
 from turborank import InputError, Reranker
+from turborank.data.dataset_table import DATASETS
 from turborank.data.trec import read_run
-from turborank.evaluate import EvaluateOptions, Evaluation, evaluate
+from turborank.evaluate import EvaluateOptions, Evaluation, evaluate, report
 
 pytest.importorskip("bm25s")
 
@@ -91,6 +95,88 @@ def test_reports_stand_alone_and_say_what_was_found(mini: Path, model: Reranker,
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in page
+
+
+HOSTILE = """<script>{{6*7}}$\\a$"&amp;'"""
+
+
+def test_every_name_is_escaped(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    """Names of datasets, systems, measures' sources and manifests are text: no HTML, no template, no mathematics."""
+    found = evaluate([str(mini)], [model], out=tmp_path)
+    result = found.results[0]
+    queries = dict.fromkeys(result.dataset.queries, f"query {HOSTILE}")
+    dataset = dataclasses.replace(result.dataset, name=f"set {HOSTILE}", notes=(f"note {HOSTILE}",), queries=queries)
+    first, second = result.systems
+    lower = {query_id: value - 0.5 for query_id, value in first.values[result.measure].items()}
+    systems = (
+        dataclasses.replace(first, name=f"first {HOSTILE}"),
+        dataclasses.replace(
+            second, name=f"second {HOSTILE}", values={result.measure: lower}, manifest={**second.manifest, "": HOSTILE},
+            comparisons={f"other {HOSTILE}": comparison for comparison in second.comparisons.values()},
+        ),
+    )  # fmt: skip
+    hostile = dataclasses.replace(result, dataset=dataset, systems=systems)
+    report.write(Evaluation((hostile,), found.system), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    texts = "".join(Texts(page).texts)
+    for kind in ("set", "note", "query", "first", "second", "other"):
+        assert f"{kind} {HOSTILE}" in texts, kind
+
+
+class Texts(HTMLParser):
+    """The texts of a page, as a browser shows them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_published_figures_stand_beside_ours_and_forums_count_once(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    found = evaluate([str(mini)], [model], out=tmp_path)
+    names = ("scifact", "nq", "cqadupstack-android", "cqadupstack-english")
+    results = [
+        dataclasses.replace(
+            found.results[0], dataset=dataclasses.replace(found.results[0].dataset, name=name, row=DATASETS[name])
+        )
+        for name in names
+    ]
+    evaluation = Evaluation(tuple(results), found.system)
+    report.write(evaluation, tmp_path)
+    rows = {line.system: line for line in report.summary(evaluation)}
+    bm25 = (0.6789, 0.3055, 0.3801, 0.3453)  # as Pyserini's regressions print them
+    mean = (0.6789 + 0.3055 + (0.3801 + 0.3453) / 2) / 3
+    assert rows["BM25 (Anserini, flat)"].values == pytest.approx((*bm25, mean))
+    turbo = rows["jina-reranker-v1-turbo-en over BM25 top-100"]
+    assert turbo.values == (0.739, 0.533, None, None, None)  # no figure for the forums, so no mean
+    assert rows["tiny"].source == ""
+    assert rows["tiny"].values[-1] == pytest.approx(found.results[0].systems[1].means["nDCG@10"])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| BM25 (Anserini, flat) (published) | 0.6789 | 0.3055 | 0.3801 | 0.3453 | 0.4490 |" in text
+    assert "| jina-reranker-v1-turbo-en over BM25 top-100 (published) | 0.7390 | 0.5330 | – | – | – |" in text
+    assert "| jina-reranker-v1-base-en | beir nDCG@10 | 0.5245 |" in text  # the group's average
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    own = re.findall(
+        r'<tr class="published"><td>BM25 \(Anserini, flat\)<span[^>]*>published</span></td>(.*)</tr>', page
+    )
+    cells = [re.findall("<td[^>]*>(.*?)</td>", row) for row in own]
+    assert cells[0] == ["0.6789", "0.3055", "0.3801", "0.3453", "0.4490"]
+    assert cells[1][0] == "0.6789"
+    assert cells[1][-1] == "–"  # nobody printed its tokens a second
+    assert '<td>jina-reranker-v1-base-en</td><td class="left">beir nDCG@10</td><td>0.5245</td>' in page
+
+
+def test_scores_files_that_are_something_else_are_refused(mini: Path, model: Reranker, tmp_path: Path) -> None:
+    evaluate([str(mini)], [model], out=tmp_path)
+    [path] = tmp_path.rglob("scores*.jsonl")
+    header, row, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([header, row, '{"query": "q1"}', *rest]) + "\n")
+    with pytest.raises(InputError, match=rf"expected the scores of a query, got query at .*{path.name}:3"):
+        evaluate([str(mini)], [model], out=tmp_path)
 
 
 def test_several_datasets_stand_in_one_picture(mini: Path, model: Reranker, tmp_path: Path) -> None:
@@ -346,5 +432,5 @@ def test_results_need_a_folder(mini: Path, tmp_path: Path, below: str) -> None:
 
 
 def test_the_first_stage_alone_has_no_parts(mini: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a model to evaluate in parts"):
+    with pytest.raises(InputError, match="at least one model with shard"):
         evaluate([str(mini)], ["bm25"], EvaluateOptions(shard=(1, 2)), out=tmp_path)

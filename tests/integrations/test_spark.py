@@ -77,7 +77,7 @@ def test_one_model_a_process_with_the_threads_of_its_task(spark: Any, folder: Pa
         import pandas
 
         from turborank import reranker
-        from turborank.integrations.common import open_in_process, recipe_of
+        from turborank.integrations import open_in_process, recipe_of
         from turborank.integrations.spark import task_cpus
 
         for _batch in batches:
@@ -121,7 +121,7 @@ def test_columns_are_checked_before_anything_runs(spark: Any, folder: Path) -> N
     pairs = frame(spark, make_pairs(10))
     with pytest.raises(InputError, match="expected the columns q and document, got id, query, document"):
         score(pairs, folder, query="q")
-    with pytest.raises(InputError, match="expected columns that are not added, got score"):
+    with pytest.raises(InputError, match="expected no column that is added, got score"):
         score(pairs.withColumn("score", f.lit(1.0)), folder)
     with pytest.raises(Exception, match=r"expected a string, got \w+ at row 0 of the queries"):
         score(pairs.withColumn("query", f.lit(None).cast("string")), folder).collect()

@@ -68,6 +68,17 @@ def test_callers_of_one_engine_take_turns():
             assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_work_space_may_be_given_back_between_calls_and_during_them():
+    tokens = [shapes.batch([n, 2 * n, 50], seed=n) for n in (5, 60, 130, 200)]
+    shared = engine(ROWS[0], 2).with_threads(2)  # a copy: the engines of this module are shared
+    expected = [shared.logits(t) for t in tokens]
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        for _ in range(20):
+            got = callers.map(shared.logits, tokens)
+            shared.shrink()
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_all_rows_quantise_to_the_same_integers():
     """int8 arithmetic is exact on every row, so rows differ only by the rounding of what lies between products."""
     tokens = shapes.batch([20, 90])

@@ -53,12 +53,15 @@ import shapes
 from turborank.engines import native
 family = {"deberta": shapes.deberta, "modernbert": shapes.modernbert}[sys.argv[1]]
 model = family(hidden=64, heads=1, layers=2, max_length=8192)
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10
+read = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 2**10
 engine = native.prepare(shapes.weights(model), model, precision=sys.argv[2], threads=2)
 engine.logits(shapes.batch([4]))
-before = peak()
+peak, resident = read("VmHWM"), read("VmRSS")
 assert np.isfinite(engine.logits(shapes.batch([8192]))).all()
-print(peak() - before)
+peak = read("VmHWM") - peak
+engine.shrink()
+engine.logits(shapes.batch([4]))
+print(peak, read("VmRSS") - resident)
 """
 
 
@@ -66,10 +69,15 @@ print(peak() - before)
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
 @pytest.mark.parametrize("family", ["deberta", "modernbert"])
 def test_8192_tokens_need_no_matrix_of_scores(family, precision):
-    """One head's scores of 8,192 tokens would be 256 MiB of float32; two threads work on one pair here."""
+    """One head's scores of 8,192 tokens would be 256 MiB of float32; two threads work on one pair here.
+
+    The work space can be given back; the allocator may keep some of it.
+    """
     if native.available() is not None:
         pytest.skip(str(native.available()))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", GROWTH, family, precision]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600, env=environment)
-    assert float(run.stdout) <= 100
+    peak, left = map(float, run.stdout.split())
+    assert 5 < peak <= 100
+    assert left < peak / 2

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from turborank.serve import server
+from turborank.serve import app, server
 from turborank.serve.config import Settings
 from turborank.types import PackedBatch
 
@@ -64,7 +64,7 @@ class Running:
 @contextmanager
 def running(model: Path, /, *, wait: bool = True, **settings: Any) -> Iterator[Running]:
     """A server for ``model``, ready when ``wait``."""
-    made = server.make(Settings(**{"model": (str(model),), "engine": "reference", "port": 0, **settings}))
+    made = server.make(Settings(**{"model": (str(model),), "engine": "reference", "port": 0, **settings}), app.build)
     thread = threading.Thread(target=made.run)
     thread.start()
     try:

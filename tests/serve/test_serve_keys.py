@@ -11,12 +11,17 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 from serving import running
 
 from turborank.errors import InputError
-from turborank.serve import auth, server
+from turborank.serve import app, auth, server
 from turborank.serve.config import Settings
 from turborank.serve.service import Service
 from turborank.serve.wire import Problem
+from turborank.types import Pair
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
+
+
+HASH = f"[[keys]]\nsha256 = '{'0' * 64}'\n"
+TEAM = f"{HASH}name = 'a'\n"
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -46,18 +51,34 @@ def test_a_new_key_is_shown_once_and_kept_as_a_hash(ring_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense", "TOML"),
-        ("[[key]]\n", "only"),
-        ("[[keys]]\nname = 'a'\n", "64 hexadecimal"),
-        (f"[[keys]]\nname = 'a b'\nsha256 = '{'0' * 64}'\n", "name of letters"),
-        (f"[[keys]]\nname = 'a'\nsha256 = '{'0' * 64}'\nrequests_per_minute = -1\n", "rates of 0 or more"),
-        (f"[[keys]]\nname = 'a'\nsha256 = '{'0' * 64}'\nmodel = 'x'\n", "the fields"),
-        (f"[[keys]]\nname = 'a'\nsha256 = '{'0' * 64}'\n" * 2, "each name once"),
+        ("nonsense\n", "at line 1, column 9"),
+        ("[[keys]]\nname = a\n", "at line 2, column 8"),
+        ("[[key]]\n", "unknown field `key`"),
+        ("keys = 1\n", r"Expected `array`, got `int` - at `\$.keys`"),
+        ("keys = [1]\n", r"Expected `object`, got `int` - at `\$.keys\[0\]`"),
+        ("[[keys]]\nname = 'a'\n", r"required field `sha256` - at `\$.keys\[0\]`"),
+        (HASH + "name = 'a b'\n", r"\$.keys\[0\].name`"),
+        (HASH + 'name = "a\\n"\n', r"\$.keys\[0\].name`"),
+        (HASH + "name = 1\n", r"Expected `str`, got `int` - at `\$.keys\[0\].name`"),
+        (f"{TEAM}\n[[keys]]\nname = 'b'\nsha256 = '{'0' * 63}'\n", r"\$.keys\[1\].sha256`"),
+        (TEAM + "requests_per_minute = -1\n", r"`int` >= 0 - at `\$.keys\[0\].requests_per_minute`"),
+        (TEAM + "tokens_per_minute = true\n", r"`int`, got `bool` - at `\$.keys\[0\].tokens_per_minute`"),
+        (TEAM + "models = 'x'\n", r"`array`, got `str` - at `\$.keys\[0\].models`"),
+        (TEAM + "models = [1]\n", r"`str`, got `int` - at `\$.keys\[0\].models\[0\]`"),
+        (TEAM + "model = 'x'\n", r"unknown field `model` - at `\$.keys\[0\]`"),
+        (TEAM * 2, "each name once in .*, got a more than once"),
     ],
 )
 def test_a_broken_key_file_is_refused_with_the_place(ring_file, text, message):
     ring_file.write_text(text)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
+        auth.read(ring_file)
+    assert str(ring_file) in str(caught.value)
+
+
+def test_a_key_file_that_is_not_utf_8_is_refused(ring_file):
+    ring_file.write_bytes(b"# \xff\n")
+    with pytest.raises(InputError, match=r"expected a TOML file of .*utf-8"):
         auth.read(ring_file)
 
 
@@ -83,6 +104,31 @@ def test_the_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing
     now[0] += auth.CHECK_EVERY
     assert ring.find(first) is None
     assert ring.required
+
+
+def test_keys_stay_valid_when_their_file_vanishes_and_comes_back_without_them(ring_file):
+    now, complaints = [0.0], []
+    secret = auth.new(ring_file, "first")
+    ring = auth.KeyRing(ring_file, complain=complaints.append, clock=lambda: now[0])
+    ring_file.unlink()
+    now[0] += auth.CHECK_EVERY
+    assert ring.find(secret).name == "first"
+    assert re.fullmatch(r"the keys stay as they were: .*No such file or directory.*", complaints[0])
+    now[0] += auth.CHECK_EVERY
+    assert ring.find(secret).name == "first"
+    assert len(complaints) == 1  # once for each change
+    auth.new(ring_file, "second")
+    now[0] += auth.CHECK_EVERY
+    assert ring.find(secret) is None
+
+
+def test_long_queries_are_refused_by_name():
+    settings = Settings(max_document_characters=10)
+    auth.check_sizes(settings, [Pair("q" * 10, "d" * 10)])
+    with pytest.raises(
+        Problem, match=r"expected at most 10 \(max_document_characters\), got a query of 11 characters at query"
+    ):
+        auth.check_sizes(settings, [Pair("q" * 11, "d")])
 
 
 class Compared(str):
@@ -236,7 +282,7 @@ def test_a_file_that_no_key_can_be_appended_to_stays_as_it_was(tmp_path, ring_fi
 
 def test_strangers_need_a_key(model):
     with pytest.raises(InputError, match="expected API keys for a server that others can reach"):
-        server.make(Settings(model=(str(model),), host="0.0.0.0"))
+        server.make(Settings(model=(str(model),), host="0.0.0.0"), app.build)
 
 
 # Rates: a bucket holds one minute's worth -------------------------------------------------------------------------

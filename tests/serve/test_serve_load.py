@@ -14,10 +14,10 @@ from helpers import write_checkpoint
 from serving import GatedEngine, head, running, until
 
 from turborank.errors import InputError, ModelNotFoundError
-from turborank.serve import server
+from turborank.serve import app, server
 from turborank.serve.config import Settings
 from turborank.serve.models import Models
-from turborank.serve.service import CHARACTERS_PER_TOKEN, OVERHEAD, expected_tokens
+from turborank.serve.service import CHARACTERS_PER_TOKEN, OVERHEAD, expected_work
 from turborank.tokens import Limits
 from turborank.types import Pair
 
@@ -86,12 +86,14 @@ def test_empty_texts_do_not_change_what_a_token_is_thought_to_be(model):
 
 def test_what_is_expected_of_a_pair_is_no_more_than_the_model_reads(library):
     pairs = [Pair("q" * 100_000, "d")] * 3  # 25,000 tokens each at four characters; the model reads 512
-    expect = partial(expected_tokens, pairs, library.encoder, characters_per_token=4.0)
-    assert expect(Limits()) == 3 * 512
-    assert expect(Limits(max_length=100)) == 3 * 100
-    assert expect(Limits(policy="windows")) == 3 * 512 * 66  # 25,008 tokens in steps of 384
-    assert expect(Limits(policy="windows", max_windows=2)) == 3 * 512 * 2
-    assert expected_tokens([Pair("q" * 40, "d" * 360)], library.encoder, Limits(), 4.0) == 100 + OVERHEAD
+    expect = partial(expected_work, pairs, library.encoder, characters_per_token=4.0)
+    assert expect(Limits()) == (3 * 512, 3 * 512**2)
+    assert expect(Limits(max_length=100)) == (3 * 100, 3 * 100**2)
+    windows = 66  # 25,008 tokens in steps of 384
+    assert expect(Limits(policy="windows")) == (3 * windows * 512, 3 * windows * 512**2)
+    assert expect(Limits(policy="windows", max_windows=2)) == (3 * 2 * 512, 3 * 2 * 512**2)
+    [alone] = [Pair("q" * 40, "d" * 360)]
+    assert expected_work([alone], library.encoder, Limits(), 4.0) == (100 + OVERHEAD, (100 + OVERHEAD) ** 2)
 
 
 def test_a_model_goes_on_loading_when_those_who_asked_have_left(tmp_path, model, monkeypatch):
@@ -173,7 +175,7 @@ def test_shutting_down_answers_what_is_in_and_says_not_ready_first(model):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
-    made = server.make(Settings(model=(f"gone={tmp_path / 'gone'}",), port=0))
+    made = server.make(Settings(model=(f"gone={tmp_path / 'gone'}",), port=0), app.build)
     made.run()
     assert made.failure is not None
     assert isinstance(made.failure.__cause__, ModelNotFoundError)
@@ -194,15 +196,37 @@ def test_several_models_are_loaded_when_asked_for_and_let_go_when_memory_is_shor
         assert up.ask("/v1/rerank", {**BODY, "model": "second"}).status == 200
 
 
+def test_a_model_in_use_is_let_go_when_its_requests_are_done(tmp_path, model):
+    folders = [write_checkpoint(tmp_path / name) for name in ("second", "third")]
+    names = (str(model), *map(str, folders))
+    with running(model, model=names, model_memory=1) as up, ThreadPoolExecutor(2) as clients:
+        ask = lambda name: up.ask("/v1/rerank", {**BODY, "model": name})  # noqa: E731
+        assert ask("second").status == 200
+        for one in up.service.models.all:
+            one.bytes = 1024 * 1024
+        second, third = map(up.service.models.find, ("second", "third"))
+        second.reranker.engine = engine = GatedEngine(second.reranker.engine)
+        engine.gate.clear()
+        busy = clients.submit(ask, "second")
+        until(engine.entered.is_set)
+        waiting = clients.submit(ask, "third")
+        until(lambda: third.reranker is not None)
+        assert second.reranker is not None, "expected a model with a request in progress to stay"
+        engine.gate.set()
+        assert (busy.result().status, waiting.result().status) == (200, 200)
+        until(lambda: second.reranker is None)
+        assert third.reranker is not None
+
+
 def test_names_must_be_different_and_aliases_must_lead_somewhere(model):
     with pytest.raises(InputError, match="its own name"):
-        server.make(Settings(model=(str(model), str(model))))
+        server.make(Settings(model=(str(model), str(model))), app.build)
     with pytest.raises(InputError, match="alias 'x'"):
-        server.make(Settings(model=(str(model),), alias=("x=y",)))
+        server.make(Settings(model=(str(model),), alias=("x=y",)), app.build)
 
 
 def test_metrics_count_what_happened(model):
-    with running(model) as up:
+    with running(model, batch_seconds=0.0) as up:  # one batch for both
         reply = up.ask("/v1/rerank", {"query": "abc", "documents": ["abc", "a" * 600]})
         assert reply.status == 200
         page = up.ask("/metrics").content.decode()
@@ -217,5 +241,6 @@ def test_metrics_count_what_happened(model):
         "turborank_queue_tokens 0.0",
         "turborank_ready 1.0",
         'turborank_stage_seconds_count{stage="compute"} 1.0',
+        "turborank_batch_seconds_count 1.0",
     ):
         assert line in page.splitlines()

@@ -229,6 +229,7 @@ def test_clients_that_do_not_read_are_hung_up_on_and_slow_readers_are_not(model)
                 silent.sendall(head(f"Content-Length: {len(content)}", header) + content)
                 until(lambda: connections)
                 until(lambda: not connections)
+                until(lambda: not up.server.config.app.connections)  # and forgotten
         with socket.socket() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
             slow.connect(("127.0.0.1", up.port))

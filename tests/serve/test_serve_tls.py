@@ -13,7 +13,7 @@ pytest.importorskip("starlette", reason="the service needs pip install 'turboran
 from serving import JSON, running
 
 from turborank.errors import InputError
-from turborank.serve import server
+from turborank.serve import app, server
 from turborank.serve.config import Settings
 
 BODY = {"query": "bees", "documents": ["scouts", "tides"]}
@@ -70,4 +70,4 @@ def test_a_certificate_that_cannot_be_used_is_refused_before_anything_is_loaded(
     empty, gone = str(tmp_path / "empty.pem"), str(tmp_path / "gone.pem")
     for wrong in ((cert, gone), (empty, key), (cert, cert), (cert, locked)):
         with pytest.raises(InputError, match="expected a PEM certificate at"):
-            server.make(Settings(model=(str(model),), tls_certificate=wrong[0], tls_key=wrong[1]))
+            server.make(Settings(model=(str(model),), tls_certificate=wrong[0], tls_key=wrong[1]), app.build)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from turborank.architectures import bert, deberta, electra, jinabert, modernbert, xlm_roberta
+from turborank.architectures import bert, deberta, jinabert, modernbert
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
 
@@ -26,10 +26,10 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[str, Architecture] = {
     "jinabert": Architecture(jinabert.recognise, jinabert.parameters, jinabert.forward),
     "bert": Architecture(bert.recognise, bert.parameters, bert.forward),
-    "xlm_roberta": Architecture(xlm_roberta.recognise, xlm_roberta.parameters, xlm_roberta.forward),
+    "xlm_roberta": Architecture(bert.recognise_roberta, bert.parameters, bert.forward),
     "deberta": Architecture(deberta.recognise, deberta.parameters, deberta.forward),
     "modernbert": Architecture(modernbert.recognise, modernbert.parameters, modernbert.forward),
-    "electra": Architecture(electra.recognise, electra.parameters, electra.forward),
+    "electra": Architecture(bert.recognise_electra, bert.parameters, bert.forward),
 }
 
 # Word embedding tables. Engines leave them in the file: they are the largest tensors, and a batch needs few rows.

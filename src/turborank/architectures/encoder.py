@@ -74,13 +74,6 @@ def body_shapes(config: ModelConfig) -> Shapes:
         yield from layer_shapes(config, layer)
 
 
-def dense_head_shapes(config: ModelConfig) -> Shapes:
-    """Names and shapes of :func:`dense_head`."""
-    c = config.hidden_size
-    yield from linear_shapes("classifier.dense", c, c)
-    yield from linear_shapes("classifier.out_proj", 1, c)
-
-
 def dense(weights: Weights, name: str, x: Array, ops: Ops) -> Array:
     return ops.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
@@ -100,12 +93,6 @@ def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -
     segments = ops.take(types, batch.type_ids) if config.type_vocab_size > 1 else types[0]
     x = ops.take(words, batch.input_ids) + ops.take(positions, indices) + segments
     return norm(weights, "embeddings.LayerNorm", x, config, ops)
-
-
-def dense_head(weights: Weights, x: Array, activation: Callable[[Array], Array], ops: Ops) -> Array:
-    """Logits (P,) of first tokens (P, C): w·activation(D·x + d) + b, the head of XLM-RoBERTa and ELECTRA."""
-    hidden = activation(dense(weights, "classifier.dense", x, ops))
-    return dense(weights, "classifier.out_proj", hidden, ops)[:, 0]
 
 
 def feed_forward(weights: Weights, name: str, x: Array, config: ModelConfig, ops: Ops) -> Array:

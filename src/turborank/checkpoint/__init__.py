@@ -24,15 +24,17 @@ from tokenizers import Tokenizer
 
 from turborank import catalog
 from turborank.architectures import ARCHITECTURES, recognise, resembles
-from turborank.checkpoint import hub, layouts, verify
+from turborank.checkpoint import hub, layouts, tensors, verify
 from turborank.checkpoint.tensors import TensorFile
 from turborank.checkpoint.verify import CONFIG, REQUIRED, TOKENIZER, WEIGHTS
+from turborank.data.files import file_hash, replacing
 from turborank.errors import CheckpointError, InputError, ModelNotFoundError
 from turborank.types import ModelConfig
 
 CARD = "README.md"
 FILES = (*REQUIRED, *hub.OPTIONAL, CARD)  # files of the single-file layout
 log = logging.getLogger("turborank")
+SUFFIX = ".safetensors"
 _PATH = re.compile(r"[/\\~]|^\.")  # marks a path or Hub id; names of the catalog have none of these
 _HUB_WORD = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_HUB_WORD}/{_HUB_WORD}")
@@ -53,6 +55,7 @@ class Checkpoint:
     weights: Mapping[str, npt.NDArray[Any]]
     tokenizer: Tokenizer
     loaded_config: Mapping[str, Any] = field(default_factory=dict, repr=False)  # raw_config as read, to detect changes
+    relevant_label: str | int | None = None  # as given to load
 
 
 def load(
@@ -155,10 +158,12 @@ def _read(folder: Path, name: str, origin: str, revision: str | None, relevant: 
     shapes = weights.shapes
     verify.one_logit(shapes, weights.path, resembles(shapes))
     config = model_config(raw, shapes, folder / CONFIG)
-    verify.tensors(weights, ARCHITECTURES[config.architecture].parameters(config), config.architecture)
+    tensors.check(weights, ARCHITECTURES[config.architecture].parameters(config), config.architecture)
     weights.release()  # the check for NaN and infinity has read every page
     tokenizer = verify.tokenizer(folder / TOKENIZER, config)
-    return Checkpoint(name, folder, origin, revision, config, raw, weights, tokenizer, copy.deepcopy(raw))
+    return Checkpoint(
+        name, folder, origin, revision, config, raw, weights, tokenizer, copy.deepcopy(raw), relevant
+    )  # fmt: skip
 
 
 def model_config(raw: Mapping[str, Any], shapes: verify.Shapes, path: Path) -> ModelConfig:
@@ -166,15 +171,15 @@ def model_config(raw: Mapping[str, Any], shapes: verify.Shapes, path: Path) -> M
     faults = verify.config_faults(raw)
     sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
     if any(isinstance(size, int) and size > verify.MAX_LAYERS for size in sizes):
-        raise CheckpointError(verify.listed("a usable config", faults, path))
+        raise CheckpointError.listing("a usable config", faults, path)
     try:
         known = recognise(raw, shapes)
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
             faults.insert(0, error.message)
-        raise CheckpointError(verify.listed("a usable config", faults or [repr(error)], path)) from error
+        raise CheckpointError.listing("a usable config", faults or [repr(error)], path) from error
     if faults:
-        raise CheckpointError(verify.listed("a usable config", faults, path))
+        raise CheckpointError.listing("a usable config", faults, path)
     return known
 
 
@@ -220,26 +225,27 @@ def _serialised(weights: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    path.parent.mkdir(exist_ok=True)  # the folder of a module
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)  # the old file may be memory-mapped; renaming over it keeps that mapping valid
+    with replacing(path) as file:  # the old file may be memory-mapped; renaming over it keeps that mapping valid
+        file.write(data)
 
 
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """File name -> SHA-256 of each of the checkpoint's files on disk. Reads all of them."""
-    return {name: _sha256(checkpoint.folder / name) for name in files(checkpoint.folder)}
+    return {name: file_hash(checkpoint.folder / name) for name in files(checkpoint.folder)}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weights_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 of ``model.safetensors``; of weights in several files, of the list of their names and hashes."""
+    found = {name: file_hash(checkpoint.folder / name) for name in files(checkpoint.folder) if name.endswith(SUFFIX)}
+    if list(found) == [WEIGHTS]:
+        return found[WEIGHTS]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _check_hashes(folder: Path, pinned: Mapping[str, str]) -> None:
     """Raise CheckpointError for a file whose SHA-256 is not the one pinned in the catalog."""
     for name, expected in pinned.items():
-        if (folder / name).is_file() and (got := _sha256(folder / name)) != expected:
+        if (folder / name).is_file() and (got := file_hash(folder / name)) != expected:
             raise CheckpointError(
                 f"expected sha256 {expected}, got {got} at {folder / name}",
                 hint="delete it from the Hugging Face cache and load the model again",

@@ -36,8 +36,8 @@ def import_onnx(
     ``config`` and ``tokenizer`` default to ``config.json`` and ``tokenizer.json`` in the folder of the ONNX file.
     Returns the checkpoint, read back from ``out`` and verified.
 
-    Raises InputError if a file is missing or ``out`` is not empty, CheckpointError if the graph's tensors are not those
-    of the model that ``config.json`` describes; ``out`` is then left empty.
+    Raises InputError if a file is missing or ``out`` is not empty, and CheckpointError if the graph's tensors are not
+    those of the model that ``config.json`` describes. After an error, ``out`` is empty.
     """
     source, folder = Path(model).expanduser(), Path(out).expanduser()
     found = {
@@ -46,7 +46,7 @@ def import_onnx(
     }
     for name, path in {"model.onnx": source, **found}.items():
         if not path.is_file():
-            raise InputError(f"expected {name}, got no file at {path}", hint="name it with --config or --tokenizer")
+            raise InputError(f"expected {name}, got no file at {path}", hint="give it with --config or --tokenizer")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"expected a new or empty folder, got one with files at {folder}", hint="choose another --out")
     tensors = read_onnx(source)
@@ -63,10 +63,10 @@ def import_onnx(
 
 
 def read_onnx(path: str | Path) -> dict[str, Float32]:
-    """Tensors of ``model.onnx`` by their names in PyTorch, linear weights (out, in), all float32.
+    """Tensors of ``model.onnx`` by their PyTorch names, all float32; weights of linear layers have the shape (out, in).
 
-    Raises InputError where the ``onnx`` package is missing or the file is no ONNX model, CheckpointError where a
-    product's weight cannot be named.
+    Raises InputError if the ``onnx`` package is missing or the file is not an ONNX model, and CheckpointError if the
+    name of a product's weight cannot be recovered.
     """
     try:
         import onnx
@@ -78,12 +78,12 @@ def read_onnx(path: str | Path) -> dict[str, Float32]:
     try:
         graph = onnx.load(str(path)).graph
     except (DecodeError, OSError) as error:
-        raise InputError(f"expected an ONNX model, got {error or 'something else'} at {path}") from None
+        raise InputError(f"expected an ONNX model, got {error or 'another file'} at {path}") from None
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     tensors: dict[str, Float32] = {}
     for name, value in stored.items():
         if name.startswith("onnx::"):
-            continue  # anonymous: named below
+            continue  # a constant without a name; _linear_weights recovers it
         if name.endswith(_QUANTISED):
             whole = name.removesuffix(_QUANTISED)
             tensors[whole] = _float(stored, whole)
@@ -95,7 +95,7 @@ def read_onnx(path: str | Path) -> dict[str, Float32]:
 
 
 def _float(stored: Mapping[str, Any], name: str) -> Float32:
-    """A tensor as float32; quantised ones are computed as (q - zero point)·scale."""
+    """A tensor as float32; a quantised one is dequantised as (q - zero point)·scale."""
     if name in stored:
         plain: Float32 = stored[name].astype(np.float32)
         return plain
@@ -106,7 +106,7 @@ def _float(stored: Mapping[str, Any], name: str) -> Float32:
 
 
 def _linear_weights(graph: Any, stored: Mapping[str, Any], path: str | Path) -> Iterator[tuple[str, Float32]]:
-    """(name, weight (in, out) as stored) of every product with a constant."""
+    """(name, weight) of every product with a constant; weights have the stored shape (in, out)."""
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:

@@ -1,9 +1,9 @@
-"""The layouts in which rerankers are published, each read into one mapping of canonical tensor names.
+"""Layouts of published rerankers, each read into one mapping of canonical tensor names.
 
 ``single``   ``model.safetensors``
 ``shards``   ``model.safetensors.index.json`` and the files it names
-``modules``  sentence-transformers' chain (the Ettin rerankers, docs/model.md §5.6): ``modules.json`` lists the encoder,
-             then Pooling, Dense, LayerNorm and Dense, each in a folder of its own
+``modules``  a chain of sentence-transformers modules (the Ettin rerankers, docs/model.md §5.6): ``modules.json`` lists
+             the encoder, then Pooling, Dense, LayerNorm and Dense, each in its own folder
 ``fused``    XLM-RoBERTa with the tensor names of jina-reranker-v2 (docs/model.md §5.7); query, key and value are one
              tensor
 
@@ -30,7 +30,7 @@ SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")  #
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 _GELU, _IDENTITY = "GELU", "Identity"
 
-# Names by which the relevant one of two labels is known, and those of the other; lower case, "_" and "-" as spaces.
+# Recognised names of the relevant and of the irrelevant label; compared in lower case, with "_" and "-" as spaces.
 _RELEVANT = ("relevant", "is relevant")
 _IRRELEVANT = ("irrelevant", "not relevant", "non relevant", "nonrelevant")
 
@@ -48,7 +48,7 @@ class _Module(NamedTuple):
 
 
 def read(folder: Path, raw: Mapping[str, Any], relevant: str | int | None = None) -> FolderLayout:
-    """Read a model folder in whichever layout it has.
+    """Read a model folder; the layout is recognised by its files.
 
     Args:
         folder: the model folder.
@@ -116,13 +116,13 @@ def _weights(folder: Path, chain: list[_Module]) -> TensorFile:
         raise CheckpointError(f"expected {WEIGHTS} beside {MODULES}, got shards in {folder}")
     missing = [name for name in dict.fromkeys(table.values()) if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"expected the shards that {index} names, got no {' and no '.join(missing)}")
+        raise CheckpointError(f"expected the shards named in {index}, got no {' and no '.join(missing)}")
     weights = TensorFile(index, {folder / name: verify.canonical for name in dict.fromkeys(table.values())})
     found = {entry.name: entry.file.name for entry in weights.table.values() if entry.file is not None}
     faults = [f"{name}: missing from {file}" for name, file in table.items() if found.get(name) != file]
     faults += [f"{name}: in {file}, but not in the index" for name, file in found.items() if name not in table]
     if faults:
-        raise CheckpointError(verify.listed("shards as their index describes them", faults, index))
+        raise CheckpointError.listing("shards as their index describes them", faults, index)
     return weights
 
 
@@ -159,7 +159,7 @@ def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
     if kinds in ((), ("Transformer",)):
         return {}
     if kinds != _HEAD:
-        embeds = "; that is an embedding model, take the cross-encoder of its family" if "Dense" not in kinds else ""
+        embeds = "; this is an embedding model, use the cross-encoder of its family" if "Dense" not in kinds else ""
         raise CheckpointError(
             f"expected the modules {' → '.join(_HEAD)}, or Transformer alone, got {' → '.join(kinds)} "
             f"in {chain[0].folder / MODULES}{embeds}"
@@ -177,13 +177,13 @@ def _chain_names(chain: list[_Module]) -> dict[Path, Callable[[str], str]]:
 
 
 def _renamed(module: str, table: Mapping[str, str], name: str) -> str:
-    return table.get(name, f"{module}.{name}")  # verify.tensors reports an unknown tensor by this name
+    return table.get(name, f"{module}.{name}")  # tensors.check reports an unknown tensor by this name
 
 
 def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The modules' settings under the keys of config.json. Raises CheckpointError for unsupported settings."""
     faults: list[str] = []
-    said: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     settings, sizes = (verify.json_object(folder / n) if (folder / n).is_file() else {} for n in SETTINGS)
     prompts = settings.get("prompts")
     prompt = prompts.get(settings.get("default_prompt_name")) if isinstance(prompts, dict) else None
@@ -191,20 +191,20 @@ def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) ->
         faults.append(f"no default prompt, got {prompt!r:.80} in {SETTINGS[0]}")
     longest, positions = sizes.get("max_seq_length"), raw.get("max_position_embeddings")
     if isinstance(longest, int) and isinstance(positions, int) and 0 < longest < positions and len(chain) > 1:
-        said["max_position_embeddings"] = longest
+        stated["max_position_embeddings"] = longest
     if len(chain) > 1:
         if raw.get("model_type") != "modernbert":
             faults.append(f"model_type 'modernbert' before this chain, got {raw.get('model_type')!r} in {CONFIG}")
         pooling, first, norm, last = (verify.json_object(module.folder / CONFIG) for module in chain[1:])
-        said["classifier_pooling"] = _pooling(pooling, faults)
+        stated["classifier_pooling"] = _pooling(pooling, faults)
         width = raw.get("hidden_size")
         _dense(first, {"in_features": width, "out_features": width, "bias": False}, _GELU, chain[2], faults)
         _dense(last, {"in_features": width, "out_features": 1, "bias": True}, _IDENTITY, chain[4], faults)
         if norm.get("dimension", width) != width:
             faults.append(f"dimension {width}, got {norm['dimension']!r} in {chain[3].folder.name}")
     if faults:
-        raise CheckpointError(verify.listed("modules like the published rerankers'", faults, folder / MODULES))
-    return said
+        raise CheckpointError.listing("modules like the published rerankers'", faults, folder / MODULES)
+    return stated
 
 
 def _pooling(config: Mapping[str, Any], faults: list[str]) -> str:
@@ -251,7 +251,7 @@ def _is_fused(raw: Mapping[str, Any], weights: TensorFile) -> bool:
 
 
 def _unfuse(weights: TensorFile) -> None:
-    """Rename to canonical names and split Wqkv, whose rows are query, key and value in this order."""
+    """Rename the tensors to canonical names and split Wqkv; its rows are query, key and value, in this order."""
     for name in list(weights.table):
         found = _FUSED.fullmatch(name)
         if name.startswith("emb_ln."):
@@ -267,9 +267,9 @@ def _unfuse(weights: TensorFile) -> None:
 
 
 def _one_of_two(weights: TensorFile, raw: dict[str, Any], relevant: str | int | None) -> None:
-    """Replace a classifier with two labels by one with one logit: the relevant row minus the other.
+    """Replace a classifier with two labels by one logit: the relevant label's row minus the other row.
 
-    Raises CheckpointError if neither the config nor the caller says which label is the relevant one.
+    Raises CheckpointError if neither the config nor ``relevant`` names the relevant label.
     """
     name = next((name for name in CLASSIFIERS if len(weights.shapes.get(name, ())) == 2), None)
     if name is None or weights.shapes[name][0] != 2:
@@ -279,9 +279,9 @@ def _one_of_two(weights: TensorFile, raw: dict[str, Any], relevant: str | int | 
     if row is None:
         raise CheckpointError(
             f"expected a reranker, with one label, got a classifier with 2 labels ({', '.join(map(repr, labels))}; "
-            f"{name} is {list(weights.shapes[name])}) and no word on which means relevant, in {weights.path}",
-            hint="if its card says that it ranks, name that label: Reranker(…, relevant_label=1), or in config.json "
-            '"id2label": {"0": "irrelevant", "1": "relevant"}',
+            f"{name} is {list(weights.shapes[name])}) and no statement which label means relevant, in {weights.path}",
+            hint="if the model is a reranker, name the relevant label: checkpoint.load(…, relevant_label=1), or in "
+            'config.json "id2label": {"0": "irrelevant", "1": "relevant"}',
         )
     for tensor in (name, name.removesuffix("weight") + "bias"):
         if tensor in weights:

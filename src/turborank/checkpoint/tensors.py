@@ -234,3 +234,30 @@ def dense(weights: Mapping[str, Any], without: Container[str] = ()) -> dict[str,
             value = value.astype(np.float32) * weights[name + SCALE][:, None]
         out[name] = np.asarray(value, dtype=np.float32)
     return out
+
+
+def check(weights: TensorFile, expected: Mapping[str, tuple[int, ...]], architecture: str) -> None:
+    """Raise CheckpointError naming every tensor that is missing, unknown, of a wrong shape or an unsupported type,
+    int8 without scales, or not finite. ``expected``: shapes by name, of this architecture."""
+    table = weights.table
+    faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in table]
+    usable = []
+    for name, entry in table.items():
+        base = name.removesuffix(SCALE)
+        scales = base != name and base in table and table[base].dtype == "I8"
+        shape = (table[base].shape[0],) if scales else expected.get(name)
+        if shape is None:
+            faults.append(f"{name}: unknown to a {architecture} model, {entry.dtype} {list(entry.shape)}")
+        elif entry.shape != shape:
+            faults.append(f"{name}: expected {list(shape)}, got {list(entry.shape)}")
+        elif entry.dtype == "I8" and len(shape) == 2 and not scales:
+            if name + SCALE not in table:
+                faults.append(f"{name}: int8 without its scales, expected {name}{SCALE} [{shape[0]}]")
+        elif entry.dtype not in FLOATS:
+            faults.append(f"{name}: expected one of {', '.join(FLOATS)} or a matrix of I8, got {entry.dtype}")
+        else:
+            usable.append(name)
+    faults += [f"{name}: contains NaN or infinity" for name in usable if not weights.finite(name)]
+    if faults:
+        wanted = f"the {len(expected)} tensors of a {architecture} model"
+        raise CheckpointError.listing(wanted, faults, weights.path)

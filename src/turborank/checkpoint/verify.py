@@ -13,7 +13,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from turborank.checkpoint.tensors import FLOATS, SCALE, TensorFile
 from turborank.errors import CheckpointError
 from turborank.types import ModelConfig
 
@@ -170,33 +169,6 @@ def _shown(raw: Mapping[str, Any], key: str) -> str:
     return f"{raw[key]!r:.80}" if key in raw else "no such key"
 
 
-def tensors(weights: TensorFile, expected: Mapping[str, tuple[int, ...]], architecture: str) -> None:
-    """Raise CheckpointError naming every tensor that is missing, unknown, of a wrong shape or an unsupported type,
-    int8 without scales, or not finite. ``expected``: shapes by name, of this architecture."""
-    table = weights.table
-    faults = [f"{name}: missing, expected {list(shape)}" for name, shape in expected.items() if name not in table]
-    usable = []
-    for name, entry in table.items():
-        base = name.removesuffix(SCALE)
-        scales = base != name and base in table and table[base].dtype == "I8"
-        shape = (table[base].shape[0],) if scales else expected.get(name)
-        if shape is None:
-            faults.append(f"{name}: unknown to a {architecture} model, {entry.dtype} {list(entry.shape)}")
-        elif entry.shape != shape:
-            faults.append(f"{name}: expected {list(shape)}, got {list(entry.shape)}")
-        elif entry.dtype == "I8" and len(shape) == 2 and not scales:
-            if name + SCALE not in table:
-                faults.append(f"{name}: int8 without its scales, expected {name}{SCALE} [{shape[0]}]")
-        elif entry.dtype not in FLOATS:
-            faults.append(f"{name}: expected one of {', '.join(FLOATS)} or a matrix of I8, got {entry.dtype}")
-        else:
-            usable.append(name)
-    faults += [f"{name}: contains NaN or infinity" for name in usable if not weights.finite(name)]
-    if faults:
-        wanted = f"the {len(expected)} tensors of a {architecture} model"
-        raise CheckpointError(listed(wanted, faults, weights.path))
-
-
 def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
     """A checkpoint's tokenizer, with truncation and padding off.
 
@@ -237,9 +209,3 @@ def _last_id(loaded: Tokenizer) -> int:
     if None not in map(loaded.id_to_token, range(size)):  # ids without gaps: no need to build the whole vocabulary
         return size - 1
     return max(loaded.get_vocab().values())
-
-
-def listed(expected: str, faults: list[str], path: Path) -> str:
-    """An error message that lists all faults of a file."""
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return "\n  ".join([f"expected {expected}, got {count} in {path}:", *faults])

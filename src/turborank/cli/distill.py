@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from turborank.cli import options
+from turborank.types import RerankerOptions
 
 LISTS_EXAMPLES = (
     ("queries with their passages, one JSON object per line", "turborank distill lists faq=pairs.jsonl.gz --out lists"),
@@ -186,16 +187,12 @@ def lists(
         print(f"  left out: {count:,} {what}")
 
 
+@options.with_compute
 def score(
     folder: Folder,
     teacher: Teachers,
     cache: Cache = None,
-    engine: options.Engine = "auto",
-    precision: options.Precision = "auto",
-    length: options.Length = "truncate",
-    max_length: options.MaxLength = None,
-    threads: options.Threads = None,
-    offline: options.Offline = False,
+    compute: RerankerOptions = options.DEFAULT,
     http_model: HttpModel = None,
     key_env: KeyEnv = "TURBORANK_TEACHER_KEY",
     scale: Scale = "auto",
@@ -214,15 +211,12 @@ def score(
     from turborank.distill.folder import TrainingFolder
 
     specs = [teachers.parse(text) for text in teacher]
-    reranker = {
-        "engine": engine, "precision": precision, "length": length, "max_length": max_length, "threads": threads,
-        "offline": offline or None,
-    }  # fmt: skip
     http = http_teacher.HttpOptions(http_model, key_env, scale, documents, parallel, rate, timeout, attempts)
+    how = teachers.TeacherOptions(vars(compute), http)
     with options.progress() as progress:
         lists = TrainingFolder.load(folder)
         for spec in specs:
-            print(teachers.score(lists, spec, teachers.TeacherOptions(reranker, http), cache=cache, progress=progress))
+            print(teachers.score(lists, spec, how, cache=cache, progress=progress))
 
 
 def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table = None) -> None:

@@ -1,4 +1,4 @@
-"""``turborank doctor``: check the installation, the choice of engine, and the scores."""
+"""``turborank doctor`` and ``turborank bench``: check the installation and the scores; measure speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from turborank.cli import options
 from turborank.errors import TurborankError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from turborank.types import Engine, ModelConfig
 
 EXAMPLES = (
-    ("does everything work, and which engine is used?", "turborank doctor"),
+    ("check the installation, and show which engine is used", "turborank doctor"),
     ("check your own model with the reference engine", "turborank doctor --model ./my-model --engine reference"),
 )
 
@@ -30,7 +32,7 @@ def doctor(
 ) -> int:
     """Check this installation: versions, CPU, engines, model files, and the scores of two documents.
 
-    The exit code is 1 when a check fails. Include the output when you report a problem.
+    The exit code is 1 if a check fails. Include the output in problem reports.
     """
     findings = list(examine(model, engine=engine, precision=precision))
     broken = [finding for finding in findings if not finding.well]
@@ -45,7 +47,9 @@ def doctor(
             topic = finding.topic
             print(f"{topic}")
         print(f"  {'ok    ' if finding.well else 'BROKEN'}  {finding.what:<24} {finding.value}")
-    print(f"\n{len(broken)} broken: {', '.join(finding.what for finding in broken)}" if broken else "\nall is well")
+    print(
+        f"\n{len(broken)} broken: {', '.join(finding.what for finding in broken)}" if broken else "\nall checks passed"
+    )
     return 1 if broken else 0
 
 
@@ -105,17 +109,17 @@ def machine() -> Iterator[Finding]:
 
 
 def threads() -> Iterator[Finding]:
-    """Threads of the libraries beside ours, each with the variable that sets them."""
+    """Threads of the libraries (tokenizers, numpy, torch), each with the variable that sets them."""
     from turborank.engines import cores
     from turborank.tokens import PARALLELISM, library_parallelism
 
     ours = "threads of the engine, started for each large list"
-    others = f"the library's own, one for each core ({PARALLELISM}={os.environ.get(PARALLELISM)})"
+    others = f"the library's own, one per core ({PARALLELISM}={os.environ.get(PARALLELISM)})"
     yield Finding("machine", "tokenizer threads", others if library_parallelism() else ours)
     for what, variable in (("numpy threads", "OPENBLAS_NUM_THREADS"), ("torch threads", "OMP_NUM_THREADS")):
-        told = os.environ.get(variable)
-        default = f"at most {cores.allowed()}" if what.startswith("torch") else "one for each core of the affinity mask"
-        yield Finding("machine", what, f"{told} by {variable}" if told else f"{default}; {variable} is not set")
+        value = os.environ.get(variable)
+        default = f"at most {cores.allowed()}" if what.startswith("torch") else "one per core of the affinity mask"
+        yield Finding("machine", what, f"{value} by {variable}" if value else f"{default}; {variable} is not set")
 
 
 def _cpu() -> tuple[str, set[str]]:
@@ -163,7 +167,7 @@ def ranking(model: str | None, engine: str, precision: str) -> Iterator[Finding]
 
 
 def _instruction_set(engine: Engine) -> Iterator[Finding]:
-    """The native engine's instruction set, and the faster ones of this build with the reason why they are not used."""
+    """The native engine's instruction set, and the faster ones with the reason why they are not used."""
     from turborank.engines import native
 
     if not isinstance(engine, native.NativeEngine):
@@ -178,7 +182,7 @@ def _why(asked: str, got: str, config: ModelConfig) -> str:
     from turborank import engines
 
     if asked != "auto":
-        return "it was asked for"
+        return "requested with --engine"
     if override := os.environ.get("TURBORANK_ENGINE"):
         return f"TURBORANK_ENGINE={override}"
     better = engines.AUTOMATIC[: engines.AUTOMATIC.index(got)]
@@ -205,3 +209,77 @@ def _scores(reranker: Reranker) -> Iterator[Finding]:
     yield Finding("score", "answer", f"logit {logits[0]:+.4f} for {DOCUMENTS[0]!r}")
     yield Finding("score", "other", f"logit {logits[1]:+.4f} for {DOCUMENTS[1]!r}")
     yield Finding("score", "error", f"{difference:.4f} from the reference engine", well=difference <= MAX_DIFFERENCE)
+
+
+BENCH_EXAMPLES = (
+    ("compare the engines, precisions and instruction sets of this machine", "turborank bench"),
+    ("compare with other libraries, from a checkout of turborank", "turborank bench --peers bench/peers.py"),
+    ("JSON output", "turborank bench --workload 32x128 --json"),
+)
+
+Workloads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--workload",
+        "-w",
+        help="Pairs × tokens: 32x128, 8x512, 2x2048, 1x64, 1x8192, or ragged (mixed lengths); repeatable.",
+        show_default="ragged, 32x128, 8x512 and 1x64",
+    ),
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds of measurement on each workload.")]
+Peers = Annotated[
+    Path | None,
+    typer.Option(help="Python file with a table PEERS of other libraries; those not installed are skipped."),
+]
+Fast = Annotated[
+    bool, typer.Option("--no-error", help="Do not measure the error, which needs the slow reference engine.")
+]
+
+
+def bench(
+    workload: Workloads = None,
+    rounds: Rounds = 3,
+    threads: options.Threads = None,
+    peers: Peers = None,
+    no_error: Fast = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure speed in tokens per second, and the error against the reference engine.
+
+    The model has the shape of jina-reranker-v1-turbo-en and random weights. Each engine runs in its own process; they
+    are measured in turns. Padding is not counted as tokens.
+    """
+    from turborank import benchmark
+
+    found = benchmark.compare(
+        workloads=workload or ["ragged", "32x128", "8x512", "1x64"], rounds=rounds, threads=threads,
+        peers=peers, errors=not no_error,
+    )  # fmt: skip
+    if as_json:
+        import json
+
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=options.width(), highlight=False, markup=False)
+    for name, rows in found["workloads"].items():
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column(benchmark.title(name), overflow="fold")
+        for column in ("tokens/s", "min ms", "median ms", "max error", "rms, of std"):
+            table.add_column(column, justify="right")
+        for row in sorted(rows, key=lambda row: float(row["min_s"])):
+            table.add_row(*_cells(row))
+        console.print(table)
+        console.print()
+    for name, reason in found["left_out"].items():
+        console.print(f"left out {name}: {reason}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    share = row.get("rms_share")
+    return [
+        str(row["label"]), f"{row['tokens_s']:,.0f}", f"{1e3 * row['min_s']:,.2f}", f"{1e3 * row['median_s']:,.2f}",
+        f"{row['max']:.1e}" if "max" in row else "–", "–" if share is None else f"{share:.2%}",
+    ]  # fmt: skip

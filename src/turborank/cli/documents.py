@@ -2,7 +2,7 @@
 
     a text file               one document, named by its path
     .jsonl, .ndjson           one document per line, a JSON object (or a string)
-    .csv, .tsv                one document per row; the first row has the column names; double quotes quote in both
+    .csv, .tsv                one document per row; the first row has the column names; fields may be in double quotes
     "-", or no file at all    standard input, one document per line
 
 A row's name is its ``id`` (``_id``, ``doc_id``) if it has one, else ``file:line``. Blank lines of line-wise input are
@@ -79,11 +79,13 @@ def _bytes(path: str, stdin: BinaryIO) -> bytes:
         else:
             data = _unpacked(path) if path.endswith(".gz") else _opened(path)
     except FileNotFoundError:
-        raise FaultError("expected a file, got nothing of that name") from None
+        raise FaultError("expected a file, got none of that name") from None
     except (OSError, ValueError) as error:
         raise FaultError(f"expected a readable file, got {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
-        raise FaultError(f"expected at most {MAX_BYTES >> 20} MiB, got more; search it first and rank what was found")
+        raise FaultError(
+            f"expected at most {MAX_BYTES >> 20} MiB, got more; retrieve candidates with a search engine first"
+        )
     return data
 
 
@@ -99,23 +101,24 @@ def _unpacked(path: str) -> bytes:
             while len(data) <= MAX_BYTES and (part := file.read(1 << 20)):
                 data += part
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise FaultError(f"expected a whole gzip file, got {error} in line {data.count(NEWLINE) + 1}") from None
+        raise FaultError(f"expected a complete gzip file, got {error} in line {data.count(NEWLINE) + 1}") from None
     return bytes(data)
 
 
 def _text(data: bytes) -> str:
     if data.startswith(b"%PDF-"):
-        raise FaultError("expected text, got a PDF; convert it first, for instance with pdftotext")
-    if (place := data.find(b"\0")) >= 0:
+        raise FaultError("expected text, got a PDF; convert it first, for example with pdftotext")
+    if (offset := data.find(b"\0")) >= 0:
         raise FaultError(
-            f"expected text, got binary data (a zero byte at offset {place}); convert it to UTF-8 text first"
+            f"expected text, got binary data (a zero byte at offset {offset}); convert it to UTF-8 text first"
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise FaultError(
-            f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} in line {line}; convert it, say with iconv"
+            f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} in line {line}; "
+            "convert it, for example with iconv"
         ) from None
 
 
@@ -124,7 +127,7 @@ def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: lis
     name, text = shown(path), _text(data)
     if not text.strip():
         raise FaultError(
-            "expected some text, got nothing but white space" if text else "expected some text, got an empty file"
+            "expected some text, got only white space" if text else "expected some text, got an empty file"
         )
     rows = None if path == "-" else ROWS.get(Path(path.removesuffix(".gz")).suffix.lower())
     if path == "-":
@@ -185,11 +188,11 @@ def _jsonl(text: str) -> Iterator[Row]:
             if not isinstance(row, dict | str):
                 row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
         except json.JSONDecodeError as error:
-            row = FaultError(f"expected a JSON object, got broken JSON ({error.msg}, column {error.colno})")
+            row = FaultError(f"expected a JSON object, got malformed JSON ({error.msg}, column {error.colno})")
         except FaultError as fault:
             row = fault
         except ValueError:  # more digits than Python converts to an integer
-            row = FaultError("expected a JSON object, got a number of too many digits")
+            row = FaultError("expected a JSON object, got a number with too many digits")
         except RecursionError:
             row = FaultError("expected a JSON object, got one nested too deeply")
         yield number, row
@@ -208,10 +211,10 @@ def _delimited(delimiter: str) -> Callable[[str], Iterator[Row]]:
                     fault = FaultError(f"expected {len(names)} columns, got {len(cells)}")
                     yield line, dict(zip(names, cells, strict=True)) if fits else fault
                 elif twice := [name for name in dict.fromkeys(cells) if name and cells.count(name) > 1]:
-                    yield line, FaultError(f"expected each column once, got {', '.join(twice)} more often")
+                    yield line, FaultError(f"expected each column once, got {', '.join(twice)} more than once")
                     return
                 names = names or cells
-                line = reader.line_num + 1  # a row may have several lines
+                line = reader.line_num + 1  # a row may span several lines
         except csv.Error as error:
             yield line, FaultError(f"expected well-formed columns, got {error}")
 

@@ -16,23 +16,16 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from turborank.cli.bench import EXAMPLES as BENCH_EXAMPLES
-from turborank.cli.bench import bench
-from turborank.cli.calibrate import EXAMPLES as CALIBRATE_EXAMPLES
-from turborank.cli.calibrate import calibrate
 from turborank.cli.distill import LISTS_EXAMPLES, SCORE_EXAMPLES, SUSPECTS_EXAMPLES, lists, score, suspects
+from turborank.cli.doctor import BENCH_EXAMPLES, bench, doctor
 from turborank.cli.doctor import EXAMPLES as DOCTOR_EXAMPLES
-from turborank.cli.doctor import doctor
+from turborank.cli.evaluate import CALIBRATE_EXAMPLES, calibrate, evaluate
 from turborank.cli.evaluate import EXAMPLES as EVALUATE_EXAMPLES
-from turborank.cli.evaluate import evaluate
-from turborank.cli.export import EXAMPLES as EXPORT_EXAMPLES
-from turborank.cli.export import IMPORT_EXAMPLES, export, import_model
 from turborank.cli.models import EXAMPLES as MODELS_EXAMPLES
-from turborank.cli.models import models
+from turborank.cli.models import EXPORT_EXAMPLES, IMPORT_EXAMPLES, export, import_model, models
+from turborank.cli.rank import BULK_EXAMPLES, rank
 from turborank.cli.rank import EXAMPLES as RANK_EXAMPLES
-from turborank.cli.rank import rank
-from turborank.cli.score import EXAMPLES as BULK_EXAMPLES
-from turborank.cli.score import score as bulk_score
+from turborank.cli.rank import score as bulk_score
 from turborank.cli.serve import EXAMPLES as SERVE_EXAMPLES
 from turborank.cli.serve import KEYS_EXAMPLES, keys, serve
 from turborank.cli.train import (
@@ -55,15 +48,15 @@ UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that only writin
 
 
 class Command(NamedTuple):
-    """One subcommand: its function, examples as (purpose, command line), and what Ctrl-C leaves."""
+    """One subcommand: its function, examples as (purpose, command line), and how to continue after Ctrl-C."""
 
     run: Callable[..., Any]
     examples: tuple[tuple[str, str], ...]
-    interrupted: str = ""  # how to go on; empty: there is nothing to go on with
+    interrupted: str = ""  # printed after Ctrl-C; empty if there is nothing to continue
 
 
-AGAIN = "the same command goes on from what is complete"
-UNWRITTEN_YET = "nothing was written; start it again"
+AGAIN = "the same command continues from what is complete"
+UNWRITTEN_YET = "nothing was written; run it again"
 
 COMMANDS: dict[str, Command] = {
     "rank": Command(rank, RANK_EXAMPLES),
@@ -94,9 +87,9 @@ GROUPS: dict[str, str] = {
 
 # Module of an optional library -> the extra that installs it.
 EXTRAS = {
-    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib"), "eval"),
+    **dict.fromkeys(("bm25s", "Stemmer", "ir_measures", "matplotlib", "jinja2"), "eval"),
     "pyarrow": "parquet",
-    **dict.fromkeys(("torch", "accelerate", "scipy"), "train"),
+    **dict.fromkeys(("torch", "accelerate", "scipy", "httpx", "tenacity"), "train"),
 }
 
 

@@ -1,8 +1,11 @@
-"""``turborank models``: the catalog, and where each model is stored."""
+"""``turborank models``, ``export`` and ``import``: the catalog, and models in the formats of other programs."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
 
 from turborank.cli import options
 
@@ -17,8 +20,8 @@ EXAMPLES = (
 def models(as_json: options.AsJson = False) -> None:
     """List the models known by name: size, speed, length, languages, licence, published quality, location.
 
-    A folder in the published layout or a Hugging Face id can be used in place of a name. docs/models.md has the sources
-    of the quality figures.
+    A model folder or a Hugging Face id can be used instead of a name. docs/models.md has the sources of the quality
+    figures.
     """
     from turborank import catalog
 
@@ -75,9 +78,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ]
         table.add_row(*cells)
     Console(width=options.width(), highlight=False, markup=False).print(table)
-    print("\n* the default. A folder or a Hugging Face id can be used in place of a name.")
+    print("\n* the default. A folder or a Hugging Face id can be used instead of a name.")
     print("† no commercial use.")
-    print("speed: by operations per token; fast: about MiniLM-L6. MTEB: nDCG@10, English, as published.\n")
+    print("speed: by operations per token; fast: like MiniLM-L6. MTEB: published nDCG@10, English.\n")
     print("Where to begin:")
     for need, name in catalog.PICKS:
         print(f"  {need}: {name}")
@@ -103,3 +106,67 @@ def where(row: object) -> str:
         return "not public"
     folder, missing = hub.cached(row.repo, row.revision, [alias for alias in row.aliases if "/" in alias])
     return "cache" if folder is not None and not missing else "hub"
+
+
+EXPORT_EXAMPLES = (
+    (
+        "an ONNX graph, whose logits are compared with turborank's",
+        "turborank export my-model --to onnx --out my-model-onnx",
+    ),
+    (
+        "a folder for sentence-transformers' CrossEncoder",
+        "turborank export my-bert-student --to sentence-transformers --out for-python",
+    ),
+)
+
+Model = Annotated[str, typer.Argument(help="Name from `turborank models`, folder, or Hugging Face id.")]
+To = Annotated[
+    str, typer.Option(help="Format: onnx (any model) or sentence-transformers (BERT, XLM-RoBERTa, DeBERTa).")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write; must be new.")]
+
+
+def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> None:
+    """Convert a model to the format of another program.
+
+    onnx needs torch; if ONNX Runtime is installed, the graph's logits are compared with turborank's.
+    """
+    from turborank.export import export as write
+
+    written = write(model, to, out, offline=offline or None)
+    print(f"{written.folder}: {', '.join(written.files)}")
+    print(written.remark)
+
+
+IMPORT_EXAMPLES = (
+    (
+        "a cross-encoder quantised to int8, with config.json and tokenizer.json in the same folder",
+        "turborank import models/model.onnx --out my-reranker",
+    ),
+    (
+        "config and tokenizer from another folder",
+        "turborank import model.onnx --config bert/config.json --tokenizer bert/tokenizer.json --out my-reranker",
+    ),
+)
+
+Graph = Annotated[Path, typer.Argument(help="ONNX file, in floating point or dynamically quantised to int8.")]
+Config = Annotated[
+    Path | None, typer.Option(help="config.json of the model.", show_default="in the folder of the ONNX file")
+]
+Tokens = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="tokenizer.json of the model.", show_default="in the folder of the ONNX file"),
+]
+
+
+def import_model(graph: Graph, out: Out, config: Config = None, tokenizer: Tokens = None) -> None:
+    """Write the weights of an ONNX file as a model folder.
+
+    Needs the package onnx. Quantised weights keep their int8 values, so the folder ranks like the ONNX graph and not
+    like the model before quantisation.
+    """
+    from turborank.checkpoint.from_onnx import import_onnx
+
+    made = import_onnx(graph, out, config=config, tokenizer=tokenizer)
+    count = sum(value.size for value in made.weights.values())
+    print(f"{out}: {made.config.architecture}, {count:,} parameters in {len(made.weights)} tensors")

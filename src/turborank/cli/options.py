@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from turborank.types import RerankerOptions
 
 if TYPE_CHECKING:
     from turborank import types
 
 WIDTH = 100  # columns of tables when standard output is not a terminal
 LOG_EVERY = 30.0  # seconds between progress lines when standard error is not a terminal
-
+HELP = {one.name: one.metadata["help"] for one in dataclasses.fields(RerankerOptions)}
 
 Model = Annotated[
     str | None,
@@ -28,21 +33,46 @@ Model = Annotated[
         show_default="the embedded model",
     ),
 ]
-Engine = Annotated[str, typer.Option(help="auto, native, torch or reference.")]
-Precision = Annotated[str, typer.Option(help="auto, int8, bf16 or fp32, as far as the engine has it.")]
-Length = Annotated[
-    str, typer.Option(help="What to do with long documents: truncate, windows (read all of it) or error.")
-]
-MaxLength = Annotated[
-    int | None, typer.Option(help="Maximum tokens of a query with a document.", show_default="the model's")
-]
+Engine = Annotated[str, typer.Option(help=HELP["engine"])]
+Precision = Annotated[str, typer.Option(help=HELP["precision"])]
 Calibration = Annotated[
     Path | None,
     typer.Option(help="Calibration file from `turborank calibrate`.", show_default="calibration.json of the model"),
 ]
-Threads = Annotated[int | None, typer.Option(help="Number of compute threads.", show_default="all cores")]
-Offline = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
+Threads = Annotated[int | None, typer.Option(help=HELP["threads"], show_default="all cores")]
+Offline = Annotated[bool, typer.Option("--offline", help=HELP["offline"])]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+DEFAULT = RerankerOptions()
+COMPUTE = [one for one in dataclasses.fields(RerankerOptions) if one.name != "faithful"]
+
+
+def with_compute(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with an option for each field of RerankerOptions in place of its parameter ``compute``."""
+    signature = inspect.signature(command, eval_str=True)
+    types = get_type_hints(RerankerOptions)
+
+    @functools.wraps(command)
+    def _run(**given: Any) -> Any:
+        chosen = {one.name: given.pop(one.name, one.default) for one in COMPUTE}
+        chosen["offline"] = chosen["offline"] or None  # without --offline, HF_HUB_OFFLINE decides
+        return command(**given, compute=RerankerOptions(**chosen))
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name != "compute":
+            parameters.append(parameter)
+            continue
+        for one in COMPUTE:
+            flags = ["--offline"] if one.name == "offline" else []
+            shown = one.metadata["shown"] or True
+            option = typer.Option(*flags, help=one.metadata["help"], show_default=shown)
+            kind, default = (bool, False) if one.name == "offline" else (types[one.name], one.default)
+            parameters.append(parameter.replace(name=one.name, annotation=Annotated[kind, option], default=default))
+    _run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    _run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return _run
 
 
 def width() -> int:
@@ -52,7 +82,7 @@ def width() -> int:
 
 @contextmanager
 def progress() -> Iterator[types.StartProgress]:
-    """A function that starts a progress bar on standard error; without a terminal, a line every LOG_EVERY seconds."""
+    """A function that starts a progress bar on standard error; without a terminal, prints a line every LOG_EVERY s."""
     if not sys.stderr.isatty():
         yield _logged
         return
@@ -76,15 +106,15 @@ def progress() -> Iterator[types.StartProgress]:
 
 
 def _logged(what: str) -> types.Progress:
-    """Progress as lines: the first after LOG_EVERY seconds, and, if there was one, a last one at the end."""
-    started = said = time.monotonic()
-    spoken = False
+    """Progress as lines, one every LOG_EVERY seconds; a task that printed any prints another one at its end."""
+    started = last = time.monotonic()
+    printed = False
 
     def step(done: int, total: int) -> None:
-        nonlocal said, spoken
+        nonlocal last, printed
         now = time.monotonic()
-        if now - said >= LOG_EVERY or (spoken and done >= total):
-            said, spoken = now, True
+        if now - last >= LOG_EVERY or (printed and done >= total):
+            last, printed = now, True
             print(f"turborank: {what}: {done:,} of {total:,} in {now - started:,.0f} s", file=sys.stderr, flush=True)
 
     return step

@@ -36,7 +36,7 @@ DEFAULT_KEYS = "keys.toml"
 
 def _serve(config: str | None, given: Mapping[str, Any]) -> None:
     try:
-        from turborank.serve import server
+        from turborank.serve import app, server
     except ModuleNotFoundError as error:
         raise InputError(
             f"expected the libraries of the service, got none of {error.name}", hint="pip install 'turborank[serve]'"
@@ -44,7 +44,7 @@ def _serve(config: str | None, given: Mapping[str, Any]) -> None:
     from turborank.serve import config as configuration
 
     settings: Settings = configuration.load({name: value for name, value in given.items() if value != []}, path=config)
-    server.run(settings)
+    server.run(settings, app.build)
 
 
 def _with_options(run: Callable[[str | None, Mapping[str, Any]], None]) -> Callable[..., None]:

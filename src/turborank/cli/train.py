@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,6 +220,7 @@ def recover(
     )  # fmt: skip
     with _curve("recover") as progress:
         train.recover(student, source, texts, out, plan, chosen, progress)
+    _write_report(out)
     print(out / "final")
 
 
@@ -277,6 +279,7 @@ def train(
     )  # fmt: skip
     with _curve("train") as progress:
         result = train.train(folder, student, out, plan, batches, chosen, progress)
+    _write_report(out)
     print(result)
 
 
@@ -313,6 +316,13 @@ def ship(
     else:
         student.save(out)
     print(out)
+
+
+def _write_report(out: Path) -> None:
+    from turborank.distill.report import write_report
+
+    if os.environ.get("RANK", "0") == "0":  # the first of the processes that accelerate or torchrun started
+        write_report(out)
 
 
 def _layers(text: str) -> int | list[int]:

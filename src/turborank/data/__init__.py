@@ -1,1 +1,1 @@
-"""Files and collections: TREC and BEIR formats, datasets, the first stage. Knows no model."""
+"""Data: file formats (TREC, BEIR, JSON lines, CSV, Parquet), datasets, BM25. Imports nothing of the models."""

@@ -1,26 +1,22 @@
 """The first stage: BM25 by bm25s, with the parameters and the analysis of Anserini's BEIR baselines.
 
-k1 0.9, b 0.4, Lucene's idf; words by the rules of Unicode (UAX 29), as Lucene's StandardTokenizer finds them;
-English possessive 's removed; lower case; Lucene's 33 stop words; Porter stemming. Documents that share no word
-with a query are not retrieved; equal scores keep the order of the collection, as Lucene does.
+k1 0.9, b 0.4, Lucene's idf; words by Unicode's rules (UAX 29), as in Lucene's StandardTokenizer; English possessive 's
+removed; lower case; Lucene's 33 stop words; Porter stemming. Documents that share no word with the query are not
+retrieved; equal scores keep the order of the collection, as in Lucene.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from array import array
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from turborank.data.corpus import Corpus
-from turborank.data.datasets import Dataset
-from turborank.data.files import file_hash, write_json
-from turborank.data.trec import Run, Scored, read_run, write_run
+from turborank.data.trec import Scored
 from turborank.types import Float32, Progress
 
 K1, B = 0.9, 0.4
@@ -31,14 +27,14 @@ STOP_WORDS = frozenset(
         "this to was will with",
     )
 )
-REPORT_EVERY = 1000  # documents between two reports of progress
-# A word is letters, digits and underscores; . ' and : hold letters together, . , ; and ' hold digits together.
+REPORT_EVERY = 1000  # documents between two progress reports
+# A word is letters, digits and underscores; . ' and : may join letters, . , ; and ' may join digits.
 _WORD = re.compile(r"\w+(?:(?:(?<=[^\W\d_])[.'’:·](?=[^\W\d_])|(?<=\d)[.,;'’](?=\d))\w+)*")
-_MAX_WORD = 255  # StandardTokenizer cuts longer ones; they are never words
+_MAX_WORD = 255  # longer words are dropped; StandardTokenizer splits them at this length
 
 
 class Analyzer:
-    """Text to stemmed words."""
+    """Converts a text to its list of stemmed words without stop words."""
 
     def __init__(self) -> None:
         import Stemmer
@@ -51,7 +47,7 @@ class Analyzer:
 
 
 def best(scores: Float32, depth: int) -> npt.NDArray[np.intp]:
-    """Places of the ``depth`` highest scores above 0, best first; equal ones in their order, also at the edge."""
+    """Indices of the ``depth`` highest scores above 0, best first; ties keep their order, also at the cut-off."""
     matching = np.flatnonzero(scores > 0)
     if 0 < depth < len(matching):
         threshold = np.partition(scores[matching], len(matching) - depth)[len(matching) - depth]
@@ -60,7 +56,7 @@ def best(scores: Float32, depth: int) -> npt.NDArray[np.intp]:
 
 
 class BM25:
-    """An index of one corpus. Holds 4 bytes a word while it is built and 8 bytes a posting after; never the texts."""
+    """An index of one corpus, in memory: 4 bytes per word during the build, then 8 bytes per posting; no texts."""
 
     def __init__(self, corpus: Corpus, *, progress: Progress | None = None) -> None:
         import bm25s
@@ -81,7 +77,7 @@ class BM25:
         self._vocabulary = vocabulary
 
     def scores(self, query: str) -> Float32:
-        """(N,) the score of every document of the corpus, in its order; 0 of those that share no word."""
+        """Scores (N,) of all documents in the order of the corpus; 0 for documents that share no word."""
         words = [self._vocabulary[word] for word in self._analyze(query) if word in self._vocabulary]
         if not words:
             return np.zeros(len(self._corpus), dtype=np.float32)
@@ -91,38 +87,15 @@ class BM25:
         """The best ``depth`` documents, best first, leaving out the document with id ``without``."""
         scores = self.scores(query)
         order = best(scores, depth + (without is not None))
-        found = (Scored(self._corpus.id_at(int(place)), float(scores[place])) for place in order)
+        found = (Scored(self._corpus.id_at(int(index)), float(scores[index])) for index in order)
         return list(itertools.islice((scored for scored in found if scored.doc_id != without), depth))
 
 
 def parameters() -> dict[str, Any]:
-    """What a report must say of this first stage."""
+    """Parameters of this first stage, for reports and manifests."""
     import bm25s
 
     return {
         "method": "BM25", "library": f"bm25s {bm25s.__version__}", "k1": K1, "b": B, "idf": "lucene",
         "analysis": "UAX 29 words, lower case, Lucene stop words, Porter", "text": "title + ' ' + text",
     }  # fmt: skip
-
-
-def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
-    """The BM25 run of a dataset's queries and the hash of its file.
-
-    The run is kept in ``cache`` as ``bm25.trec`` beside ``bm25.json``, which says what it was made from; it is made
-    again when any of that differs.
-    """
-    path, about = cache / "bm25.trec", cache / "bm25.json"
-    made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
-    if path.exists() and about.exists():
-        known = json.loads(about.read_text())
-        if known.get("made_from") == made_from and known.get("sha256") == file_hash(path):
-            return read_run(path), known["sha256"]
-    index = BM25(dataset.corpus, progress=progress)
-    run: Run = {}
-    for query_id, query in dataset.queries.items():
-        without = query_id if dataset.queries_are_documents else None
-        run[query_id] = index.search(query, depth, without)
-    write_run(path, run, "bm25")
-    digest = file_hash(path)
-    write_json(about, {"made_from": made_from, "sha256": digest})
-    return read_run(path), digest

@@ -1,8 +1,8 @@
-"""Collections of documents that need not fit into memory.
+"""Corpora that need not fit into memory.
 
-A BEIR ``corpus.jsonl`` is read through once: every line is checked, and of each document only a 64-bit hash of
-its id and its byte offset are kept (16 bytes). Texts are read when they are asked for. Ids are compared in full
-on every look-up, so a clash of hashes costs a read and never an answer.
+A BEIR ``corpus.jsonl`` is read once: every line is validated, and 16 bytes per document are kept, a 64-bit hash of the
+id and the byte offset. Texts are read on access. Each look-up compares the full id, so a hash collision only costs an
+additional read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from turborank.data.files import MARK, checked_id, decode, open_binary, parse_ob
 from turborank.errors import InputError
 from turborank.types import Progress
 
-REPORT_EVERY = 1 << 22  # bytes between two reports of progress
+REPORT_EVERY = 1 << 22  # bytes between two progress reports
 
 
 class Corpus(Protocol):
@@ -41,7 +41,7 @@ class Corpus(Protocol):
 
 
 def beir_text(title: str, text: str) -> str:
-    """What is searched and reranked: title and text joined by a space, as BEIR does."""
+    """The text that is searched and reranked: title and text joined by a space, as in BEIR."""
     return f"{title} {text}".strip()
 
 
@@ -131,18 +131,18 @@ class JsonlCorpus:
         return isinstance(doc_id, str) and self._find(doc_id) is not None
 
     def text(self, doc_id: str) -> str:
-        """The text of a document. Raises KeyError when there is none of that id."""
+        """The text of a document. Raises KeyError for an unknown id."""
         text = self._find(doc_id)
         if text is None:
             raise KeyError(doc_id)
         return text
 
     def id_at(self, position: int) -> str:
-        """The id of the document at a 0-based place in the file."""
+        """The id of the document with this index (from 0) in the file."""
         return self._read(position)[0]
 
     def texts(self) -> Iterator[str]:
-        """Every text, in the order of the file, one in memory at a time."""
+        """All texts in the order of the file, streamed."""
         with open_binary(self.path) as file:
             for number, raw in enumerate(file, 1):
                 if not _blank(raw, number):
@@ -167,13 +167,13 @@ class MemoryCorpus:
         return doc_id in self._documents
 
     def text(self, doc_id: str) -> str:
-        """The text of a document. Raises KeyError when there is none of that id."""
+        """The text of a document. Raises KeyError for an unknown id."""
         return self._documents[doc_id]
 
     def id_at(self, position: int) -> str:
-        """The id of the document at a 0-based place."""
+        """The id of the document with this index (from 0)."""
         return self._ids[position]
 
     def texts(self) -> Iterator[str]:
-        """Every text, in order."""
+        """All texts, in order."""
         return iter(self._documents.values())

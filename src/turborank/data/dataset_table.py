@@ -1,9 +1,9 @@
-"""DATASETS: every collection turborank knows by name, one row each; and the figures others have published on them.
+"""DATASETS: the collections that turborank knows by name, one row each, and published figures for them.
 
-Counts are of the split evaluated and are asserted after loading; None where no exact count is published. Counts and
-judgements: ir_datasets' metadata. Addresses and checksums: BEIR's own table of datasets; the LFS pointers of SCROLLS at
-the revision named; of QASPER's archive, the SHA-256 that those who use it record. A row without files has no public
-download in a layout we read: its note says where it comes from.
+Counts are those of the evaluated split, from ir_datasets' metadata; they are verified after loading. None: no exact
+count is published. Addresses and checksums come from BEIR's table of datasets, from the LFS pointers of SCROLLS at the
+named revision and, for QASPER's archive, from the SHA-256 that its users record. A row without files has no public
+download in a layout that turborank reads; its note names the source.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Download(NamedTuple):
-    """A file to fetch: its official address, where it goes in the dataset's folder, its published checksum if any."""
+    """A file to download: official address, path in the dataset's folder, and published checksum, if any."""
 
     url: str
     path: str
@@ -36,9 +36,9 @@ class DatasetRow:
     layout: str = "beir"  # a key of turborank.data.layouts.LAYOUTS
     folder: str = ""  # inside the archive
     split: str = "test"
-    queries_are_documents: bool = False  # the query itself is in the corpus and is no answer
-    relevant_from: int = 1  # smallest grade that binary measures count as relevant
-    measure: str = "nDCG@10"  # what its table shows
+    queries_are_documents: bool = False  # queries are documents of the corpus; a query's own document is left out
+    relevant_from: int = 1  # minimum grade that binary measures count as relevant
+    measure: str = "nDCG@10"  # the measure that is compared
     note: str = ""
 
 
@@ -56,13 +56,13 @@ UNSTATED = "not stated by its authors"
 
 
 def _beir(
-    name: str, counts: tuple[int, int, int], md5: str, licence: str, split: str = "test", twins: bool = False
+    name: str, counts: tuple[int, int, int], md5: str, licence: str, split: str = "test", in_corpus: bool = False
 ) -> DatasetRow:
     queries, documents, judgements = counts
     files = (Download(f"{BEIR_FILES}{name}.zip", f"{name}.zip", md5),)
     return DatasetRow(
         name, "beir", queries, documents, judgements, licence, files,
-        folder=name, split=split, queries_are_documents=twins,
+        folder=name, split=split, queries_are_documents=in_corpus,
     )  # fmt: skip
 
 
@@ -118,9 +118,9 @@ _ROWS = (
     _beir("nq", (3_452, 2_681_468, 4_201), "d4d3d2e48787a744b6f6e691ff534307", "CC BY-SA 3.0"),
     _beir("hotpotqa", (7_405, 5_233_329, 14_810), "f412724f78b0d91183a0e86805e16114", "CC BY-SA 4.0"),
     _beir("fiqa", (648, 57_638, 1_706), "17918ed23cd04fb15047f73e6c3bd9d9", UNSTATED),
-    _beir("arguana", (1_406, 8_674, 1_406), "8ad3e3c2a5867cdced806d6503f29b99", "CC BY 4.0", twins=True),
+    _beir("arguana", (1_406, 8_674, 1_406), "8ad3e3c2a5867cdced806d6503f29b99", "CC BY 4.0", in_corpus=True),
     _beir("webis-touche2020", (49, 382_545, 2_214), "46f650ba5a527fc69e0a6521c5a23563", "CC BY 4.0"),
-    _beir("quora", (10_000, 522_931, 15_675), "18fb154900ba42a600f84b839c173167", UNSTATED, twins=True),
+    _beir("quora", (10_000, 522_931, 15_675), "18fb154900ba42a600f84b839c173167", UNSTATED, in_corpus=True),
     _beir("dbpedia-entity", (400, 4_635_922, 43_515), "c2a39eb420a3164af735795df012ac2c", "CC BY-SA 3.0"),
     _beir("scidocs", (1_000, 25_657, 29_928), "38121350fc3a4d2f48850f6aff52e4a9", "GPL-3.0"),
     _beir("fever", (6_666, 5_416_568, 7_937), "5a818580227bfb4b35bb6fa46d9b6c03", "CC BY-SA 3.0"),
@@ -169,13 +169,13 @@ _ROWS = (
     _local("cisi", (76, 1_460, 3_114), "research use", note=_CLASSIC),
     _local("med", (30, 1_033, 696), "research use", note=_CLASSIC),
     _local("time", (83, 423, 324), "research use", note=_CLASSIC),
-    _local("qmsum", (244, 232, 244), "MIT", note="QMSum: a question, and the whole meeting transcript that answers it"),
+    _local("qmsum", (244, 232, 244), "MIT", note="QMSum: a question, and the meeting transcript that answers it"),
     _local("pubmedqa-l", (500, 1_000, 500), "MIT", note="PubMedQA: a question and the abstract it was made from"),
     _local("wikiqa", (243, 12_153, 2_351), UNSTATED, note="WikiQA: sentences that answer a question"),
     _local(
         "trec-dl21-pool", (53, 10_553, None), _MSMARCO, relevant_from=2,
-        note="TREC Deep Learning 2021, judged passages only; binary measures from grade 2, as the track has them. With "
-        "all 10,828 judgements of the track its BM25 run scores 0.4458; fewer judgements make other figures",
+        note="TREC Deep Learning 2021, judged passages only; binary measures count grades from 2, as in the track. "
+        "The track's BM25 run scores 0.4458 with all 10,828 judgements; with fewer judgements the figures differ",
     ),
 )  # fmt: skip
 
@@ -192,7 +192,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 class Published(NamedTuple):
-    """A figure somebody else printed: never mixed with ours, always shown as theirs."""
+    """A figure that others have published; reports mark it as published."""
 
     system: str
     measure: str
@@ -229,7 +229,7 @@ PUBLISHED: Mapping[str, tuple[Published, ...]] = {
 }  # fmt: skip
 
 _CARD = "model card of jina-reranker-v1-tiny-en (first stage and depth not stated)"
-# Averages its authors print for a whole group: model -> BEIR (17 sets, which ones is not stated), LoCo (5), hit rate.
+# Averages on the model card for whole groups: model -> BEIR (17 sets, not named), LoCo (5 sets), hit rate.
 _AVERAGES: Mapping[str, tuple[float, float | None, float]] = {
     "jina-reranker-v1-base-en": (0.5245, 0.8731, 0.8553),
     "jina-reranker-v1-turbo-en": (0.4960, 0.6921, 0.8513),

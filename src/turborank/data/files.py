@@ -1,4 +1,4 @@
-"""Reading text line by line, with the place of every fault; writing so that a kill leaves the old file or the new."""
+"""Read text line by line, reporting errors with file and line; write files atomically; hashes and manifests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError)
 
 @contextlib.contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked when its name ends in ``.gz``.
+    """Open a file for reading bytes; a name that ends in ``.gz`` is decompressed.
 
-    Raises InputError when there is none, and, while it is read, when what is packed is damaged or cut off.
+    Raises InputError if the file cannot be opened and, during reading, if the gzip data is damaged or incomplete.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -37,7 +37,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         with file:
             yield file
     except _DAMAGED as error:
-        raise InputError(f"expected a whole gzip file, got {error} at {path}") from error
+        raise InputError(f"expected a complete gzip file, got {error} at {path}") from error
 
 
 def numbered(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
@@ -47,18 +47,21 @@ def numbered(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
         for number, raw in enumerate(file, 1):
             yield number, raw
     except _DAMAGED as error:
-        raise InputError(f"expected a whole gzip file, got {error} at {path}:{number + 1}") from error
+        raise InputError(f"expected a complete gzip file, got {error} at {path}:{number + 1}") from error
 
 
 def decode(raw: bytes, path: Path, number: int) -> str:
-    """One line as text, without its line end (and without a byte-order mark on the first line)."""
+    """One line as text, without its line end and, on line 1, without a byte-order mark.
+
+    Raises InputError, with file and line, for bytes that are not UTF-8.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise InputError(
             f"expected UTF-8, got byte 0x{byte:02x} at {path}:{number}",
-            hint="convert the file to UTF-8, with iconv say",
+            hint="convert the file to UTF-8, for example with iconv",
         ) from error
     return text.removeprefix("\ufeff").rstrip("\r\n") if number == 1 else text.rstrip("\r\n")
 
@@ -82,7 +85,7 @@ def _finite(digits: str) -> float:
 
 
 def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
-    """A line of JSON that must be an object, of finite numbers and nested as deeply as Python can read."""
+    """Parse a line that must be a JSON object of finite numbers. Raises InputError, with file and line, otherwise."""
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -94,7 +97,7 @@ def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def string_field(record: dict[str, Any], field: str, path: Path, number: int, *, default: str | None = None) -> str:
-    """A text field of a record; ``default`` stands for a missing or null one."""
+    """A string field of a record; ``default`` replaces a missing or null value. Raises InputError for another type."""
     value = record.get(field, default)
     value = default if value is None else value
     if not isinstance(value, str):
@@ -104,21 +107,21 @@ def string_field(record: dict[str, Any], field: str, path: Path, number: int, *,
 
 
 def checked_id(name: str, at: object) -> str:
-    """An id as it is. Raises InputError for one with a lone surrogate, which no run could hold."""
+    """The id, unchanged. Raises InputError for a lone surrogate, which UTF-8 and so a TREC run cannot represent."""
     if plain(name) != name:
         raise InputError(f"expected an id without lone surrogates, got {name!r} at {at}")
     return name
 
 
 def check_folder(path: Path) -> None:
-    """Raises InputError where no folder can be made at ``path``, because there, or above, is a file."""
+    """Raise InputError if ``path`` or one of its parents is a file, so that no folder can be created there."""
     there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     if not there.is_dir():
         raise InputError(f"expected a folder to write to, got a file at {there}")
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
-    """The file's checksum, in hexadecimal."""
+    """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -162,20 +165,20 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` at ``path``, whole or not at all; a lone surrogate is written as U+FFFD."""
+    """Write ``text`` to ``path`` atomically, as UTF-8; a lone surrogate becomes U+FFFD."""
     with replacing(path) as file:
         file.write(plain(text).encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """``value`` as readable JSON at ``path``, whole or not at all."""
+    """Write ``value`` to ``path`` atomically, as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of an output that was made from ``inputs`` (values as JSON stores them); None where there is none.
+    """The manifest at ``path`` if it records the same ``inputs`` (values as JSON stores them); None if there is none.
 
-    Raises InputError, naming the inputs that differ, for the manifest of an output that was made from others.
+    Raises InputError, naming the inputs that differ, if the output was made from others.
     """
     if not path.is_file():
         return None
@@ -194,11 +197,11 @@ def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | Non
     return manifest
 
 
-# Records of JSON lines, each with its place, so that every fault can say where it is.
+# Records of JSON lines, each with file and line for error messages.
 
 
 class Place(NamedTuple):
-    """Where a record stands."""
+    """File and line of a record."""
 
     path: Path
     number: int
@@ -208,13 +211,13 @@ class Place(NamedTuple):
 
 
 def read_records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """Every record of a file of JSON lines (``.gz`` too)."""
+    """(place, record) for each line of a JSON-lines file, plain or ``.gz``."""
     for number, line in read_lines(path):
         yield Place(path, number), parse_object(line, path, number)
 
 
 def identity(value: Any, field: str, at: object) -> str:
-    """An id, which may be a number. Raises InputError for what a TREC run could not hold."""
+    """An id, a string or an integer, as a string. Raises InputError if it is empty or has white space (TREC runs)."""
     name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not name or name.split() != [name]:
         raise InputError(f"expected an id without white space in the field {field!r}, got {value!r} at {at}")

@@ -1,4 +1,4 @@
-"""LAYOUTS: the shapes in which collections come, each read into queries, documents and judgements."""
+"""LAYOUTS: file layouts of collections, each read into queries, documents and judgements."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from turborank.data.trec import Qrels, read_qrels
 from turborank.errors import InputError
 from turborank.types import Progress
 
-MAX_FIELD = 1 << 24  # characters of a CSV field: references may quote pages
-CHUNK_WORDS = 200  # words of a chunk, where a collection is whole texts
+MAX_FIELD = 1 << 24  # maximum characters of a CSV field: references may quote pages
+CHUNK_WORDS = 200  # words of a chunk, for collections of whole texts
 
 
 class Parts(NamedTuple):
-    """A collection as read, before it is checked."""
+    """A collection as read, before validation."""
 
     queries: dict[str, str]
     corpus: Corpus
     qrels: Qrels
-    repeated: int = 0  # judgements that only repeat one
-    judged_in: Path | None = None  # where the judgements have lines
+    repeated: int = 0  # number of judgements that repeat one
+    judged_in: Path | None = None  # the file of the judgements, if it has one a line
 
 
 Layout = Callable[[Path, str, Progress | None], Parts]  # (folder or file, split, progress)
 
 
 def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dict[str, str]:
-    """(id, text, line) as a mapping; a repeated id is an error."""
+    """Convert (id, text, line) to a mapping. Raises InputError, with file and line, for a repeated id."""
     known: dict[str, str] = {}
     for name, text, number in pairs:
         if name in known:
@@ -111,7 +111,7 @@ def llamaindex(path: Path, split: str, progress: Progress | None) -> Parts:
 
 
 def scrolls(folder: Path, split: str, progress: Progress | None) -> Parts:
-    """A SCROLLS task as LoCoV0 reads it: row by row, the output is the query and the input its one document."""
+    """A SCROLLS task as LoCoV0 reads it: in each row, the output is the query and the input its only document."""
     path = folder / f"{split}.jsonl"
     queries, documents = {}, {}
     for number, line in read_lines(path):
@@ -123,7 +123,7 @@ def scrolls(folder: Path, split: str, progress: Progress | None) -> Parts:
 
 
 def qasper(folder: Path, field: str) -> Parts:
-    """QASPER's test papers as LoCoV0 reads them: ``field`` is the query, the sections the document."""
+    """QASPER's test papers as LoCoV0 reads them: ``field`` is the query, the sections are the document."""
     archive = folder / "qasper-test.tgz"
     with tarfile.open(archive) as tar:
         member = next((name for name in tar.getnames() if name.endswith("qasper-test-v0.3.json")), None)
@@ -141,7 +141,7 @@ def qasper(folder: Path, field: str) -> Parts:
 
 
 def anthropic_docs(folder: Path, split: str, progress: Progress | None) -> Parts:
-    """Anthropic's RAG cookbook: documentation chunks, and questions with their correct chunks."""
+    """The dataset of Anthropic's RAG cookbook: documentation chunks, and questions with their correct chunks."""
     if (folder / "corpus.jsonl").exists():
         return beir(folder, split, progress)
     chunks, questions = _json_file(folder / "anthropic_docs.json"), _json_file(folder / "docs_evaluation_dataset.json")
@@ -152,19 +152,19 @@ def anthropic_docs(folder: Path, split: str, progress: Progress | None) -> Parts
 
 
 def cut(text: str, words: int = CHUNK_WORDS) -> list[tuple[int, int]]:
-    """(start, end) of consecutive chunks of ``words`` words, every character in exactly one chunk."""
+    """Character offsets (start, end) of consecutive chunks of ``words`` words; each character is in one chunk."""
     starts, count, inside = [0], 0, False
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if not character.isspace() and not inside:
             if count and count % words == 0:
-                starts.append(place)
+                starts.append(index)
             count += 1
         inside = not character.isspace()
     return list(zip(starts, [*starts[1:], len(text)], strict=True))
 
 
 def holder(chunks: list[tuple[int, int]], start: int, end: int) -> int:
-    """The chunk that holds most characters of ``start`` … ``end``; the first of equals."""
+    """Index of the chunk with the most characters of start … end; the first one of several."""
     return max(range(len(chunks)), key=lambda i: (min(end, chunks[i][1]) - max(start, chunks[i][0]), -i))
 
 
@@ -178,7 +178,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def chunks(folder: Path, split: str, progress: Progress | None) -> Parts:
-    """chunking_evaluation: ``questions_df.csv`` with the spans that answer, over ``corpora/*.md``."""
+    """chunking_evaluation: ``questions_df.csv`` with the answers' spans in ``corpora/*.md``."""
     texts = {path.stem: _whole_text(path) for path in sorted((folder / "corpora").glob("*.md"))}
     spans = {name: cut(text) for name, text in texts.items()}
     documents = {f"{name}:{a}-{b}": texts[name][a:b].strip() for name, places in spans.items() for a, b in places}

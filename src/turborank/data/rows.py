@@ -1,6 +1,6 @@
-"""Rows of JSON lines, CSV, TSV and Parquet, read one after another whatever the size of the file, and written.
+"""Read and write rows of JSON lines, CSV, TSV and Parquet; rows are streamed, so memory does not grow with the file.
 
-JSON lines and CSV may be gzipped (``.gz``). Parquet needs pyarrow (the extra ``parquet``).
+JSON lines, CSV and TSV may be gzipped (``.gz``). Parquet needs pyarrow (the extra ``parquet``).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from turborank.text import plain
 KINDS = ("jsonl", "csv", "tsv", "parquet")
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-MAX_FIELD = 256 << 20  # characters of one field of a CSV file
-PARQUET_ROWS = 1024  # read at a time
+MAX_FIELD = 256 << 20  # maximum characters of a CSV field
+PARQUET_ROWS = 1024  # rows read at a time
 
 Record = dict[str, Any]
 Columns = Mapping[str, type]  # columns that a writer adds: name -> str, int or float
 
 
 def kind_of(path: Path) -> str:
-    """The format, by the ending of the file's name. Raises InputError for another one."""
+    """The format (one of KINDS) by the file name's ending. Raises InputError for an unknown ending."""
     name = path.with_suffix("") if path.suffix == ".gz" else path
     kind = ENDINGS.get(name.suffix.lower())
     if kind is None or (kind == "parquet" and path.suffix == ".gz"):
@@ -37,9 +37,9 @@ def kind_of(path: Path) -> str:
 
 
 class RowReader:
-    """Iterates over (place, row) of a file; the place is ``path:line``, or the row's number in a Parquet file.
+    """Iterate over (place, row) of a file; the place is ``path:line``, for Parquet the path and the row number.
 
-    Raises InputError, while it is read, for a row that is not of its format.
+    Raises InputError, during iteration, for a malformed row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class RowReader:
         self._tell: Callable[[], float] = lambda: 0.0
 
     def fraction(self) -> float:
-        """Share of the file that was read, from 0 to 1."""
+        """Share of the file that has been read, 0 to 1."""
         return min(1.0, self._tell())
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
@@ -57,7 +57,7 @@ class RowReader:
             yield from self._parquet()
             return
         with open_binary(self.path) as file:
-            raw = getattr(file, "fileobj", file)  # of gzip: what is packed
+            raw = getattr(file, "fileobj", file)  # for gzip: position in the compressed file
             self._tell = lambda: raw.tell() / max(1, self.size)
             yield from self._json(file) if self.kind == "jsonl" else self._delimited(file)
             self._tell = lambda: 1.0
@@ -83,7 +83,7 @@ class RowReader:
                         raise InputError(f"{got} at {self.path}:{line}")
                     yield f"{self.path}:{line}", dict(zip(names, cells, strict=True))
                 names = names or cells
-                line = reader.line_num + 1  # a row may have several
+                line = reader.line_num + 1  # a row may span several lines
         except csv.Error as error:
             raise InputError(f"expected well-formed columns, got {error} at {self.path}:{line}") from error
 
@@ -100,7 +100,7 @@ class RowReader:
 
 
 def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
-    """Lines with their own line ends, which a quoted field may hold."""
+    """Decoded lines with their original line ends, which may be part of a quoted field."""
     for number, raw in numbered(file, path):
         yield decode(raw, path, number) + raw[len(raw.rstrip(b"\r\n")) :].decode()
 
@@ -114,7 +114,7 @@ def _pyarrow() -> Any:
 
 
 def open_parquet(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises InputError where there is none, or no pyarrow."""
+    """A pyarrow ParquetFile. Raises InputError if the file cannot be read or pyarrow is not installed."""
     pyarrow = _pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(path)
@@ -123,7 +123,7 @@ def open_parquet(path: Path) -> Any:
 
 
 class RowWriter(ABC):
-    """Writes rows to an open file. ``close`` finishes the format; the file stays open."""
+    """Writes rows to an open file. ``close`` completes the format and leaves the file open."""
 
     @abstractmethod
     def write(self, rows: Sequence[Record]) -> None:
@@ -131,11 +131,11 @@ class RowWriter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered and the end of the format, if it has one."""
 
 
 class JsonWriter(RowWriter):
-    """One JSON object a line; a lone surrogate is written as U+FFFD."""
+    """One JSON object per line; a lone surrogate becomes U+FFFD."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -145,11 +145,11 @@ class JsonWriter(RowWriter):
         self._file.write(plain("".join(lines)).encode())
 
     def close(self) -> None:
-        """Do nothing: every line is complete."""
+        """Do nothing: JSON lines have no end marker."""
 
 
 class DelimitedWriter(RowWriter):
-    """CSV or TSV with a header of the first row's columns, which all rows have."""
+    """CSV or TSV; the header is the first row's columns, which all rows must have."""
 
     def __init__(self, file: BinaryIO, kind: str) -> None:
         self._text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
@@ -168,7 +168,7 @@ class DelimitedWriter(RowWriter):
 
 
 class ParquetWriter(RowWriter):
-    """Parquet with the columns ``keep`` of ``source``, in their types, and the ``added`` ones."""
+    """Parquet with the columns ``keep`` of ``source``, with their types, and the ``added`` columns."""
 
     def __init__(self, file: BinaryIO, source: Path, keep: Iterable[str], added: Columns) -> None:
         self._arrow = _pyarrow()
@@ -187,7 +187,10 @@ class ParquetWriter(RowWriter):
 
 
 def writer(kind: str, file: BinaryIO, source: Path, keep: Iterable[str], added: Columns) -> RowWriter:
-    """A writer of rows of ``source``'s columns ``keep`` and the columns ``added``."""
+    """A writer of rows with the columns ``keep`` of ``source`` and the ``added`` columns, in the format ``kind``.
+
+    Raises UnknownKeyError for another kind than KINDS.
+    """
     if kind not in KINDS:
         raise UnknownKeyError("a format of rows", kind, KINDS)
     if kind == "jsonl":

@@ -1,8 +1,8 @@
-"""Runs and judgements as TREC writes them.
+"""TREC runs and judgements (qrels).
 
-A run line is ``query Q0 document rank score tag``; a run *is* its scores, and the rank column is not believed.
-Ties are ordered as trec_eval orders them: by document id, descending. trec_eval holds scores in 32 bits, so
-scores are compared after rounding to float32. :func:`ranked` is the one statement of that rule.
+A run line is ``query Q0 document rank score tag``. The scores decide the order; the rank column is ignored. Ties are
+ordered as in trec_eval: by document id, descending. trec_eval stores scores in 32 bits, so scores are compared as
+float32. :func:`ranked` implements this rule for the whole package.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from turborank.data.files import read_lines, replacing
 from turborank.errors import InputError
 
-GRADES = range(-1000, 1001)  # trec_eval makes a table as long as the highest grade
-_GRADE = re.compile(r"[+-]?[0-9]{1,99}(\.0*)?")  # also as tools write it that hold grades in floats: 1.0
-_SPACE = re.compile(r"[ \t\r\f\v]+")  # of ASCII only: ids may hold any other character
+GRADES = range(-1000, 1001)  # accepted grades; trec_eval allocates a table as long as the highest one
+_GRADE = re.compile(r"[+-]?[0-9]{1,99}(\.0*)?")  # also 1.0, as tools write it that hold grades in floats
+_SPACE = re.compile(r"[ \t\r\f\v]+")  # ASCII white space only: ids may contain any other character
 
 
 class Scored(NamedTuple):
-    """A document in a run."""
+    """A document of a run, with its score."""
 
     doc_id: str
     score: float
@@ -35,7 +35,7 @@ Qrels = dict[str, dict[str, int]]  # query id -> document id -> graded relevance
 
 
 def ranked(documents: Iterable[Scored]) -> list[Scored]:
-    """Best first: by float32 score, ties by document id, both descending."""
+    """Sort by float32 score, ties by document id, both descending."""
     return sorted(documents, key=lambda scored: (np.float32(scored.score), scored.doc_id), reverse=True)
 
 
@@ -70,22 +70,22 @@ def read_run_lines(path: Path) -> Iterator[RunLine]:
 
 
 def read_run(path: Path) -> Run:
-    """A TREC run file, plain or ``.gz``.
+    """Read a TREC run file, plain or ``.gz``.
 
-    Raises InputError, with file and line, as :func:`read_run_lines` does, and for a document listed twice for one
-    query.
+    Raises InputError, with file and line, as :func:`read_run_lines` does, and for a document that is listed twice for
+    one query.
     """
     rows: dict[str, dict[str, float]] = {}
     for number, query_id, doc_id, score in read_run_lines(path):
         documents = rows.setdefault(query_id, {})
         if doc_id in documents:
-            raise InputError(f"expected each document once a query, got {doc_id!r} again at {path}:{number}")
+            raise InputError(f"expected each document once per query, got {doc_id!r} again at {path}:{number}")
         documents[doc_id] = score
     return {query_id: ranked(Scored(*pair) for pair in documents.items()) for query_id, documents in rows.items()}
 
 
 def format_run(query_id: str, documents: Iterable[Scored], tag: str) -> str:
-    """The lines of one query, ranks from 1; nine digits give a float32 back exactly."""
+    """The run lines of one query, ranks from 1; nine digits represent a float32 exactly."""
     tag = _SPACE.sub("_", tag)
     return "".join(
         f"{query_id} Q0 {scored.doc_id} {rank} {scored.score:.9g} {tag}\n" for rank, scored in enumerate(documents, 1)
@@ -93,14 +93,14 @@ def format_run(query_id: str, documents: Iterable[Scored], tag: str) -> str:
 
 
 def write_run(path: Path, run: Mapping[str, Iterable[Scored]], tag: str) -> None:
-    """A run as a TREC file, queries in the order given.
+    """Write a run as a TREC file, atomically, queries in the given order.
 
-    Raises InputError for an id with white space in it, which the format cannot hold.
+    Raises InputError for an id with white space, which the format cannot represent.
     """
     for query_id, documents in run.items():
         for name in (query_id, *(scored.doc_id for scored in documents)):
             if not name or _SPACE.search(name) or "\n" in name:
-                raise InputError(f"expected an id without white space, got {name!r}, which a TREC run cannot hold")
+                raise InputError(f"expected an id without white space, got {name!r}, which a TREC run cannot represent")
     with replacing(path) as file:
         for query_id, documents in run.items():
             file.write(format_run(query_id, documents, tag).encode())
@@ -112,11 +112,11 @@ def _columns(line: str) -> list[str]:
 
 
 def read_qrels(path: Path) -> tuple[Qrels, int]:
-    """Judgements, and the number of lines that only repeat one.
+    """Read judgements; return them and the number of lines that repeat one.
 
-    Reads BEIR's three columns (query, document, score; a header line or none) and TREC's four (query, iteration,
-    document, relevance). A grade is a whole number, which may be written 1.0. Raises InputError, with file and line,
-    for anything else, for a grade outside GRADES and for two different grades of one document.
+    Reads BEIR's three columns (query, document, score; with or without a header line) and TREC's four (query,
+    iteration, document, relevance). A grade is a whole number, which may be written 1.0. Raises InputError, with file
+    and line, for anything else, for a grade outside GRADES and for two different grades of one document.
     """
     qrels: Qrels = {}
     repeated = 0

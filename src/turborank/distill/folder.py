@@ -284,7 +284,7 @@ def read_pairs(path: Path, queries: Ids, documents: Ids) -> tuple[Int32, Int32, 
     if len(again):
         at = int(order[again[0] + 1])
         raise InputError(
-            f"expected each document once a query, got {documents.names[doc_index[at]]!r} again at {path}:{lines[at]}"
+            f"expected each document once per query, got {documents.names[doc_index[at]]!r} again at {path}:{lines[at]}"
         )
     return query_index, doc_index, np.frombuffer(scores, dtype=np.float32)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turborank.distill.biencoder import BiEncoder
-from turborank.distill.trainer import Loss, Model, tensors
+from turborank.distill.trainer import Loss, StudentModel, tensors
 from turborank.errors import InputError
 from turborank.ops import torch_training
 from turborank.types import Int32, ModelConfig, PackedBatch
@@ -144,10 +144,10 @@ class RecoveryLoss:
         self.layers = list(layers)  # (L,) the source's layer of each of the student's
         self.weights = {name: w.to(dtype) for name, w in source.weights.items()}
 
-    def __call__(self, model: Model, step: int) -> Loss:
+    def __call__(self, model: StudentModel, step: int) -> Loss:
         return self.loss(model, self.texts.batch(step, self.rank))
 
-    def loss(self, model: Model, pairs: Sequence[IdPair]) -> Loss:
+    def loss(self, model: StudentModel, pairs: Sequence[IdPair]) -> Loss:
         """Mean MSE / variance over layers, plus 2·(1 - cosine of the pooled segments), of given pairs."""
         packed, texts, rows = joint_batch(self.source, pairs)
         wanted = self.source.layers(self.source.pack(texts), self.weights)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +18,13 @@ import numpy.typing as npt
 
 from turborank.data.files import read_manifest, write_text
 from turborank.errors import InputError
-from turborank.evaluate.html import ABOVE, SERIES, colour, figure, labelled, table
+from turborank.evaluate import html
+from turborank.evaluate.html import ABOVE, SERIES, Plot, colour, figure
 
 CURVE, MANIFEST, PAGE = "curve.jsonl", "manifest.json", "report.html"
 BOOKKEEPING = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "log_scale")
 POINTS = 200  # per line; longer runs are averaged to this many
 PLAIN = "{x:,.6g}"  # number format of axes
-FOOTER = (
-    "Measures are computed by the serving engine on the model saved at that step. Lines of losses, gradients and speed "
-    "are means of neighbouring steps; the bands around them show minimum and maximum."
-)
 Floats = npt.NDArray[np.float64]
 
 
@@ -91,43 +86,36 @@ def write_report(run: Path, target: Path | None = None) -> Path:
     return page
 
 
-# ---------------------------------------------------------------- the page
+class Evaluated(NamedTuple):
+    """An evaluated step: first, best, last or unnamed, with the values of all measures."""
+
+    name: str
+    step: float
+    tokens: float
+    values: tuple[float, ...]
+    best: bool
 
 
 def render(curve: Curve, manifest: Mapping[str, Any], name: str) -> str:
     """The whole page."""
-    css = files("turborank.evaluate").joinpath("report.css").read_text(encoding="utf-8")
-    figures = "".join(
-        f'<figure class="{"wide" if wide else ""}"><h3>{escape(title)}</h3><figcaption>{escape(caption)}</figcaption>'
-        f"{svg.replace('<svg', labelled(title), 1)}</figure>"
-        for title, caption, svg, wide in _figures(curve, manifest)
-    )
-    about = (
-        f"<details><summary>Manifest</summary><pre>{escape(json.dumps(manifest, indent=2, ensure_ascii=False))}</pre>"
-        "</details>"
-        if manifest
-        else ""
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>training: {escape(name)}</title><style>{css}</style></head>\n"
-        f'<body><header class="top"><h1>Training of {escape(name)}</h1>{_facts(curve)}</header>\n'
-        f'<main>{_evaluations(curve)}<div class="plots">{figures}</div>{about}</main>\n'
-        f"<footer>{FOOTER}</footer></body></html>\n"
-    )
+    evaluated = _evaluated(curve)
+    best = next((index for index, row in enumerate(evaluated) if row.best), 0)
+    values = {
+        "name": name, "numbers": _numbers(curve), "measures": list(curve.measures), "evaluated": evaluated,
+        "after": len(evaluated) - 1 - best, "figures": list(_figures(curve, manifest)), "about": manifest,
+    }  # fmt: skip
+    return html.render("training.html", values)
 
 
-def _facts(curve: Curve) -> str:
+def _numbers(curve: Curve) -> dict[str, str]:
     tokens = curve.columns["tokens"][-1]
-    facts = {"steps": f"{curve.steps[-1]:,.0f}", "tokens": f"{tokens:,.0f}"}
+    numbers = {"steps": f"{curve.steps[-1]:,.0f}", "tokens": f"{tokens:,.0f}"}
     seconds = curve.seconds()
     if seconds > 0:
-        facts |= {"time in steps": _duration(seconds), "tokens a second": f"{tokens / seconds:,.0f}"}
+        numbers |= {"time in steps": _duration(seconds), "tokens a second": f"{tokens / seconds:,.0f}"}
     if "lr" in curve.columns:
-        facts["highest learning rate"] = f"{np.nanmax(curve.columns['lr']):.2g}"
-    items = "".join(f"<li>{escape(fact)} <b>{escape(value)}</b></li>" for fact, value in facts.items())
-    return f'<ul class="facts">{items}</ul>'
+        numbers["highest learning rate"] = f"{np.nanmax(curve.columns['lr']):.2g}"
+    return numbers
 
 
 def _duration(seconds: float) -> str:
@@ -136,36 +124,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _evaluations(curve: Curve) -> str:
-    """A table of the first, best and last evaluation, and a folded one of all."""
+def _evaluated(curve: Curve) -> list[Evaluated]:
+    """The steps that have the first measure; by it the best is chosen, the earliest of equals."""
     if not curve.measures:
-        return '<p class="remark">Not evaluated yet: no row of the curve has a measure.</p>'
+        return []
     main = curve.columns[curve.measures[0]]
-    rows = [int(i) for i in np.flatnonzero(~np.isnan(main))]
-    best = max(rows, key=lambda i: (main[i], -i))
+    rows = [int(row) for row in np.flatnonzero(~np.isnan(main))]
+    best = max(rows, key=lambda row: (main[row], -row))
     names = {rows[0]: "first", rows[-1]: "last", best: "best"}
-    short = "".join(_evaluation(curve, i, names[i], best) for i in sorted(names))
-    whole = "".join(_evaluation(curve, i, "", best) for i in rows)
-    heads = ["", "step", "tokens", *curve.measures]
-    after = sum(i > best for i in rows)
-    remark = f'<p class="remark">Evaluations since the best one: {after}.</p>' if after else ""
-    return (
-        f"{table(heads, short)}{remark}<details><summary>All {len(rows)} evaluations</summary>"
-        f"{table(heads, whole)}</details>"
-    )
-
-
-def _evaluation(curve: Curve, row: int, name: str, best: int) -> str:
-    values = "".join(
-        f'<td class="{"best" if row == best and not index else ""}">{_number(curve.columns[measure][row])}</td>'
-        for index, measure in enumerate(curve.measures)
-    )
-    tokens = f"{curve.columns['tokens'][row]:,.0f}"
-    return f"<tr><td>{name}</td><td>{curve.steps[row]:,.0f}</td><td>{tokens}</td>{values}</tr>"
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4f}"
+    return [
+        Evaluated(
+            names.get(row, ""), curve.steps[row], curve.columns["tokens"][row],
+            tuple(curve.columns[measure][row] for measure in curve.measures), row == best,
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- figures
@@ -194,25 +167,25 @@ def thin(steps: Floats, values: Floats) -> PlotLine:
     )
 
 
-def _figures(curve: Curve, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
-    """(title, caption, SVG, whether it takes the full width) of every figure with data."""
+def _figures(curve: Curve, manifest: Mapping[str, Any]) -> Iterator[Plot]:
+    """Every plot with data."""
     has = curve.columns
     if curve.measures:
         caption = "Measured by the serving engine on the held-out queries."
-        yield "Measures", caption, _measures(curve, manifest.get("baselines", {})), True
+        yield Plot("Measures", caption, _measures(curve, manifest.get("baselines", {})), True)
     if curve.losses:
-        yield "Losses", "Each part before it is weighted.", _lines(curve, curve.losses, "loss"), False
+        yield Plot("Losses", "Each part before it is weighted.", _lines(curve, curve.losses, "loss"))
     if "loss" in has:
-        yield "Total loss", "The weighted sum that is minimised.", _lines(curve, ["loss"], "total loss"), False
+        yield Plot("Total loss", "The weighted sum that is minimised.", _lines(curve, ["loss"], "total loss"))
     if "lr" in has:
-        yield "Learning rate", "After warm-up and decay.", _lines(curve, ["lr"], "learning rate"), False
+        yield Plot("Learning rate", "After warm-up and decay.", _lines(curve, ["lr"], "learning rate"))
     if "grad_norm" in has:
-        yield "Gradient", "Its norm before clipping.", _lines(curve, ["grad_norm"], "gradient norm"), False
+        yield Plot("Gradient", "Its norm before clipping.", _lines(curve, ["grad_norm"], "gradient norm"))
     if "tokens_per_s" in has:
-        yield "Speed", "Of forward, backward and update.", _lines(curve, ["tokens_per_s"], "tokens a second"), False
+        yield Plot("Speed", "Of forward, backward and update.", _lines(curve, ["tokens_per_s"], "tokens a second"))
     if "log_scale" in has:
         grown = Curve({**has, "scale": np.exp(has["log_scale"])}, (), ())
-        yield "Logit scale", "The learnt factor of all logits.", _lines(grown, ["scale"], "factor"), False
+        yield Plot("Logit scale", "The learnt factor of all logits.", _lines(grown, ["scale"], "factor"))
 
 
 def _lines(curve: Curve, names: Sequence[str], what: str) -> str:

@@ -1,6 +1,6 @@
 """Training a student on lists of documents, from teachers' scores, labels, or both.
 
-    folder -> BatchSampler (lists by step) -> Model (packed batch -> logits) -> Mix (losses) -> Run (loop)
+    folder -> BatchSampler (lists by step) -> StudentModel (packed batch -> logits) -> Mix (losses) -> Run (loop)
                                               every few steps: evaluation by the serving engine -> nDCG@10 -> best/
 
 The best student is the one with the highest nDCG@10 on held-out queries, ranked by the engine and in the precision that
@@ -32,10 +32,9 @@ from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder, run_path
 from turborank.distill.losses import Mix, Targets, attention_relations, hidden_states, layer_map, mix, projection
 from turborank.distill.recover import ReadingOptions, RecoveryLoss, Texts, check
-from turborank.distill.report import write_report
 from turborank.distill.students import Student
 from turborank.distill.teachers import WeightedTeacher, fuse, parse_weighted
-from turborank.distill.trainer import Loss, Model, Run, Schedule, StepCallback, tensors
+from turborank.distill.trainer import Loss, Run, Schedule, StepCallback, StudentModel, tensors
 from turborank.errors import InputError
 from turborank.evaluate.measures import means, per_query
 from turborank.scheduler import score
@@ -51,7 +50,7 @@ class RankingLoss:
     def __init__(self, sampler: BatchSampler, mix: Mix, intermediate: Sequence[IntermediateLoss] = ()) -> None:
         self.sampler, self.mix, self.intermediate = sampler, mix, intermediate
 
-    def __call__(self, model: Model, step: int) -> Loss:
+    def __call__(self, model: StudentModel, step: int) -> Loss:
         lists = self.sampler.draw(step)
         device = next(model.parameters()).device
         batch = tensors(lists.batch, device)
@@ -198,7 +197,7 @@ class IntermediateLoss:
                 f"expected a teacher that reads the student's tokens, got another vocabulary in {spec.model}",
                 hint="students of recipe layers or alibi share their source's; --teacher needs no shared tokens",
             )
-        self.teacher = Model(teacher, dtype=dtype, freeze_words=True).requires_grad_(False)
+        self.teacher = StudentModel(teacher, dtype=dtype, freeze_words=True).requires_grad_(False)
         ours, theirs = student.config, teacher.config
         self.layers = layer_map(ours.num_hidden_layers, theirs.num_hidden_layers)
         if not (ours.head in COSINES and theirs.head in COSINES):
@@ -211,7 +210,7 @@ class IntermediateLoss:
             self.projections = [torch.nn.Parameter(matrix) for matrix in matrices]
 
     def __call__(self, batch: PackedBatch, trace: list[Tensor], record: list[tuple[Tensor, ...]]) -> Tensor:
-        """The weighted loss (scalar); ``trace`` and ``record`` are the student's, as Model.forward fills them."""
+        """The weighted loss (scalar); ``trace`` and ``record`` are filled by StudentModel.forward."""
         wanted: list[Tensor] = []
         kept: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
@@ -317,7 +316,9 @@ def recover(
     read = Texts(teacher, queries, folder.texts, _long_documents(options.long), reading, options.seed)
     layers = _matching(start.config.num_hidden_layers, teacher.config.num_hidden_layers)
     loss = RecoveryLoss(teacher, read, layers=layers, dtype=options.dtype, rank=run.rank)
-    return _finish(run, run.train(loss, progress=progress))
+    trained = run.train(loss, progress=progress)
+    run.finish(trained)
+    return trained
 
 
 def train(
@@ -364,7 +365,7 @@ def train(
     _manifest(out, facts, schedule)  # after everything that may refuse an option, so that it can be corrected
     run.resume()
     evaluation = _evaluation(dev, options) if dev else None
-    _finish(run, run.train(RankingLoss(sampler, losses, terms), evaluation, progress))
+    run.finish(run.train(RankingLoss(sampler, losses, terms), evaluation, progress))
     return out / ("best" if (out / "best").is_dir() else "final")
 
 
@@ -392,13 +393,6 @@ def _evaluation(dev: Mapping[Path, TrainingFolder], options: TrainOptions) -> De
     folders = {path.name if names.count(path.name) == 1 else str(path): one for path, one in dev.items()}
     serving = ServingOptions(threads=options.threads, max_length=options.max_length, queries=options.dev_queries)
     return DevEvaluation(folders, serving)
-
-
-def _finish(run: Run, student: Student) -> Student:
-    run.finish(student)
-    if run.accelerator.is_main_process:
-        write_report(run.out)
-    return student
 
 
 def _set_threads(threads: int | None) -> None:

@@ -50,7 +50,7 @@ def tensors(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBat
     return PackedBatch(move(batch.input_ids), move(batch.type_ids), move(batch.cu_seqlens), batch.max_seqlen)
 
 
-class Model(nn.Module):
+class StudentModel(nn.Module):
     """The parameters of a student, by the checkpoint's names, and the logarithm of a scale of all logits.
 
     The scale is trained with a higher learning rate and multiplied into the head when the model is saved, so that
@@ -132,7 +132,7 @@ class Loss(NamedTuple):
     tokens: int
 
 
-StepLoss = Callable[[Model, int], Loss]
+StepLoss = Callable[[StudentModel, int], Loss]
 Evaluate = Callable[[Student], dict[str, float]]
 StepCallback = Callable[[dict[str, Any], int], None]  # (row of the curve, steps of the schedule)
 
@@ -188,7 +188,7 @@ class Run:
     ) -> None:
         self.student, self.out, self.schedule = student, out, schedule
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.model = Model(student, dtype=dtype, freeze_words=freeze_words)
+        self.model = StudentModel(student, dtype=dtype, freeze_words=freeze_words)
         self.model.recompute = recompute
         self.wrapped, self.adam = self.accelerator.prepare(self.model, _optimiser(self.model, schedule))
         self.average: dict[str, Tensor] | None = None
@@ -381,7 +381,7 @@ def _write_error(what: str, target: Path, error: Exception) -> TrainingError:
     )
 
 
-def _optimiser(model: Model, schedule: Schedule) -> torch.optim.AdamW:
+def _optimiser(model: StudentModel, schedule: Schedule) -> torch.optim.AdamW:
     named = [(name, p) for name, p in model.named_parameters() if name not in SCALARS]
     numbers = [p for name, p in model.named_parameters() if name in SCALARS]
     groups = [

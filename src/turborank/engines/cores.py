@@ -1,7 +1,7 @@
-"""How many threads a process should compute with: its affinity mask, and the CPU quotas of the cgroups it is in.
+"""Default number of threads: the smallest of the process's affinity mask and its cgroups' CPU quotas.
 
-A quota may sit on the process's own cgroup or on any above it (a pod, a systemd slice); the smallest one binds. Both
-versions of cgroups are read where they are mounted: version 2 keeps ``cpu.max``, version 1 ``cpu.cfs_quota_us`` and
+A quota may be set on the process's own cgroup or on any parent (a pod, a systemd slice); the smallest one applies. Both
+cgroup versions are read where they are mounted: version 2 has ``cpu.max``, version 1 ``cpu.cfs_quota_us`` and
 ``cpu.cfs_period_us`` (Linux, Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst).
 """
 
@@ -19,22 +19,22 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")  # mountinfo writes blanks and backslashe
 
 
 class CoreLimit(NamedTuple):
-    """One number of cores, and where it comes from."""
+    """A limit of the number of cores, and its source."""
 
     cores: float  # a quota may be a fraction
     source: str
 
 
 class _Mount(NamedTuple):
-    root: PurePosixPath  # of the hierarchy, what is mounted
-    point: PurePosixPath  # where
+    root: PurePosixPath  # path in the cgroup hierarchy that is mounted
+    point: PurePosixPath  # mount point
     version: int
 
 
 def limits(root: Path = Path("/")) -> list[CoreLimit]:
-    """Everything that limits this process's cores: the affinity mask first, then each quota, innermost first.
+    """The limits of this process's cores: the affinity mask, then each quota, innermost cgroup first.
 
-    ``root``: where /proc and the cgroup file systems are looked for.
+    ``root``: folder in which /proc and the cgroup file systems are searched.
     """
     if hasattr(os, "sched_getaffinity"):
         affinity = CoreLimit(len(os.sched_getaffinity(0)), "affinity mask")
@@ -44,12 +44,12 @@ def limits(root: Path = Path("/")) -> list[CoreLimit]:
 
 
 def allowed(found: list[CoreLimit] | None = None) -> int:
-    """Threads to compute with: the smallest limit, rounded up to a whole core."""
+    """Number of threads to compute with: the smallest limit, rounded up to a whole core."""
     return max(1, min(math.ceil(limit.cores) for limit in (found or limits())))
 
 
 def quotas(root: Path = Path("/")) -> list[CoreLimit]:
-    """The CPU quotas of this process's cgroup and of those above it, innermost first; [] where there are none."""
+    """CPU quotas of this process's cgroup and of its parents, innermost first; [] if there are none."""
     found: dict[str, CoreLimit] = {}
     paths = _cgroups(root)
     for mount in _mounts(root):
@@ -71,7 +71,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _cgroups(root: Path) -> dict[int, PurePosixPath]:
-    """Version -> path of this process's cgroup in the hierarchy that limits CPUs."""
+    """Paths of this process's cgroup in the hierarchies that limit CPUs, by cgroup version."""
     paths: dict[int, PurePosixPath] = {}
     for line in _lines(root / _PROC / "cgroup"):
         number, _, rest = line.partition(":")
@@ -84,7 +84,7 @@ def _cgroups(root: Path) -> dict[int, PurePosixPath]:
 
 
 def _mounts(root: Path) -> Iterator[_Mount]:
-    """Where the hierarchies that limit CPUs are mounted (proc(5), /proc/pid/mountinfo)."""
+    """Mounts of the cgroup hierarchies that limit CPUs (proc(5), /proc/pid/mountinfo)."""
     for line in _lines(root / _PROC / "mountinfo"):
         fields, _, rest = line.partition(" - ")
         parts, kind = fields.split(), rest.split()
@@ -97,10 +97,10 @@ def _mounts(root: Path) -> Iterator[_Mount]:
 
 
 def _inside(mount: _Mount, path: PurePosixPath) -> PurePosixPath:
-    """The cgroup's path below the mount point; the mount point itself where what is mounted does not hold it.
+    """The cgroup's path below the mount point; empty (the mount point itself) if the mount does not contain it.
 
-    A container that has the host's cgroup namespace sees its own cgroup as the root of what is mounted, and the
-    host's path in /proc/self/cgroup; one with a namespace of its own may see "/.." for what is above.
+    In a container with the host's cgroup namespace, the mount's root is the container's own cgroup and
+    /proc/self/cgroup has the host's path. With a private namespace, paths of parents may begin with "/..".
     """
     if ".." in path.parts or not path.is_relative_to(mount.root):
         return PurePosixPath()
@@ -113,7 +113,7 @@ def _upward(inside: PurePosixPath, top: Path) -> Iterator[Path]:
 
 
 def _quota(folder: Path, version: int) -> float | None:
-    """Cores of a cgroup's quota; None where it has none, or the file says nothing that can be read."""
+    """Quota of a cgroup in cores; None if it has none or the file cannot be read."""
     if version == 2:
         words = " ".join(_lines(folder / "cpu.max")).split()
     else:

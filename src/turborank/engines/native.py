@@ -11,7 +11,8 @@ import importlib
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,9 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(self, model: Any, config: ModelConfig, precision: str, isa: str, threads: int) -> None:
-        self._model, self._width = model, config.hidden_size
+    def __init__(self, make: Callable[[], Any], config: ModelConfig, precision: str, isa: str, threads: int) -> None:
+        self._make, self._width = make, config.hidden_size
+        self._model = model = make()
         self.precision = precision
         self.isa = isa
         self.kernel: str = model.kernel  # instruction of the matrix product
@@ -129,6 +131,13 @@ class NativeEngine:
     def renew(self) -> None:
         """Leave threads, locks and work space to a parent process that has them, and start without."""
         self._model.renew()
+
+    def shrink(self) -> None:
+        """Give back the work space of earlier calls, with the threads; the next call starts anew, ``spent`` too.
+
+        A call that is running keeps its own. Engines that ``with_threads`` made keep what they have.
+        """
+        self._model = self._make()  # the weights are those of the old one
 
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,), float32. Raises InputError if ids, types or offsets do not fit the model."""
@@ -250,7 +259,7 @@ def prepare(
     _check(config)
     isa = _isa(precision)
     packed, facts = native_weights.pack(weights, config, layout(isa, precision))
-    model = _native.Model(plain_config(config) | facts, packed, precision, isa)
+    make = partial(_native.Model, plain_config(config) | facts, packed, precision, isa)
     if isinstance(weights, TensorFile):
         weights.release()  # what is packed; word embeddings stay in the file and are read there
-    return NativeEngine(model, config, precision, isa, threads or cores.allowed())
+    return NativeEngine(make, config, precision, isa, threads or cores.allowed())

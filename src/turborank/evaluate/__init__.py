@@ -1,4 +1,4 @@
-"""Evaluation: a dataset, a first stage, some models; measures, with what they depend on.
+"""Evaluation: rerank the candidates of a first stage with models, measure, compare and report.
 
 >>> from turborank.evaluate import evaluate
 >>> evaluate(["scifact"], out="results")  # doctest: +SKIP

@@ -1,11 +1,11 @@
-"""From judged pairs to a calibration, and what its figures are worth.
+"""Fit a calibration on judged pairs, and measure it by cross-validation.
 
-The probability scale is Platt's (1999, with his smoothed targets): logistic regression of relevance on the logit, two
-parameters, so that a hundred pairs are enough to fit it. What is reported of it is measured out of fold: the queries
-are dealt into FOLDS parts, and a pair's probability, and the thresholds that judge it, come from the other parts.
-Intervals are those of Clopper and Pearson at the effective sample size of Korn and Graubard (1998), because pairs of
-one query are not independent: the number of pairs divided by the design effect of their clustering in queries, times
-the squared ratio of the t quantiles for so many pairs and so many queries.
+The probability scale is Platt's (1999, with his smoothed targets): logistic regression of relevance on the logit. It
+has two parameters, so a hundred pairs are enough to fit it. All reported figures are out of fold: the queries are
+divided into FOLDS parts, and the probability and the thresholds for a pair come from a fit on the other parts.
+Intervals are those of Clopper and Pearson at the effective sample size of Korn and Graubard (1998), because the pairs
+of one query are not independent: the number of pairs, divided by the design effect of their clustering in queries,
+times the squared ratio of the t quantiles for the number of pairs and the number of queries.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from turborank.text import document_text
 from turborank.types import Pair
 
 FOLDS = 5
-BINS = 10  # of the reliability plot, with about equally many pairs each
-POINTS = 500  # thresholds that are kept
+BINS = 10  # bins of the reliability plot, each with about the same number of pairs
+POINTS = 500  # maximum number of thresholds in a calibration's curve
 CONFIDENCE = 0.95
-LABELS = ("label", "relevance", "relevant", "score")  # the field of a row that holds the judgement
+LABELS = ("label", "relevance", "relevant", "score")  # fields that may hold the judgement, in order of preference
 _TRUTHS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 Floats = npt.NDArray[np.float64]
 
 
 class JudgedPair(NamedTuple):
-    """A pair that somebody judged."""
+    """A pair with its judgement."""
 
     pair: Pair
     relevant: bool
 
 
 class Share(NamedTuple):
-    """A share of pairs with its interval of CONFIDENCE."""
+    """A share of pairs with its confidence interval (level CONFIDENCE)."""
 
     value: float
     low: float
@@ -54,41 +54,41 @@ class Share(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Pairs of about the same probability."""
+    """A bin of the reliability plot: pairs with similar predicted probabilities."""
 
     predicted: float  # mean probability, out of fold
-    observed: Share  # of relevant pairs
+    observed: Share  # share of relevant pairs
     pairs: int
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a threshold for a wanted precision or recall gives on queries it was not chosen on."""
+    """The threshold for a target, with precision and recall measured on queries it was not chosen on."""
 
-    target: str  # "precision=0.9"
-    logit: float | None  # chosen on all pairs; None: no logit reaches the target
-    precision: Share | None  # out of fold; None where no pair is kept
-    recall: Share | None
+    target: str  # for example "precision=0.9"
+    logit: float | None  # threshold chosen on all pairs; None: no logit reaches the target
+    precision: Share | None  # out of fold; None if no pair is above the threshold
+    recall: Share | None  # out of fold
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A calibration and the evidence for it."""
+    """A calibration with its cross-validated figures."""
 
     calibration: Calibration
     bins: tuple[Bin, ...]
     brier: float  # mean squared error of the probabilities, out of fold
-    brier_uncalibrated: float  # of sigmoid(logit)
+    brier_uncalibrated: float  # the same for sigmoid(logit)
     error: float  # expected calibration error over the bins
     targets: tuple[Target, ...]
     queries: int
 
 
 def read_judged(path: Path, relevant_from: float = 1) -> list[JudgedPair]:
-    """Judged pairs of a JSON-lines, CSV or TSV file with the fields ``query``, ``document`` and one of LABELS.
+    """Read judged pairs from a JSON-lines, CSV or TSV file with the fields ``query``, ``document`` and one of LABELS.
 
     A document is a string, or an object with ``title`` and ``text``. Judgements of at least ``relevant_from`` count as
-    relevant. Raises InputError, with file and line, for anything else, and when all pairs are judged alike.
+    relevant. Raises InputError, with file and line, for a malformed row, and if all pairs have the same judgement.
     """
     judged = []
     for where, row in _rows(path):
@@ -111,7 +111,7 @@ def read_judged(path: Path, relevant_from: float = 1) -> list[JudgedPair]:
     if not 0 < count < len(judged):
         raise InputError(
             f"expected relevant and irrelevant pairs, got {count} relevant of {len(judged)} at {path}",
-            hint="judge what the first stage finds, not only the answers",
+            hint="judge candidates of the first stage, not only known answers",
         )
     return judged
 
@@ -123,14 +123,14 @@ def _rows(path: Path) -> Iterator[tuple[object, Mapping[str, Any]]]:
 
 
 def fit(logits: Floats, relevant: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """(slope, intercept) of Platt's scale. Raises InputError when higher logits are not more relevant."""
+    """(slope, intercept) of Platt's scale. Raises InputError if relevance does not increase with the logit."""
     from scipy.optimize import minimize
 
     positive = int(relevant.sum())
     negative = len(relevant) - positive
     targets = np.where(relevant, (positive + 1) / (positive + 2), 1 / (negative + 2))
     centre, width = float(logits.mean()), max(float(logits.std()), 1e-9)
-    standard = (logits - centre) / width  # so that the optimiser meets numbers near 1
+    standard = (logits - centre) / width  # keeps the optimiser's numbers near 1
 
     def loss(parameters: Floats) -> tuple[float, Floats]:
         z = parameters[0] * standard + parameters[1]
@@ -148,7 +148,7 @@ def fit(logits: Floats, relevant: npt.NDArray[np.bool_]) -> tuple[float, float]:
 
 
 def curve_of(logits: Floats, relevant: npt.NDArray[np.bool_]) -> tuple[tuple[float, int, int], ...]:
-    """(logit, pairs of at least it, relevant ones among them) at up to POINTS of the distinct logits, falling."""
+    """(logit, pairs at or above it, relevant ones among them) for up to POINTS of the distinct logits, descending."""
     falling = np.argsort(-logits, kind="stable")
     last = np.flatnonzero(np.append(logits[falling][1:] != logits[falling][:-1], True))
     found = np.cumsum(relevant[falling])
@@ -158,7 +158,10 @@ def curve_of(logits: Floats, relevant: npt.NDArray[np.bool_]) -> tuple[tuple[flo
 
 
 def interval(hits: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Share:
-    """The share of hits with its interval: Clopper and Pearson's at the effective sample size."""
+    """The share of hits with Clopper and Pearson's interval at the effective sample size.
+
+    ``hits`` (n,); ``groups`` (n,): number of the query of each pair.
+    """
     from scipy.stats import beta, t
 
     n, count, value = len(hits), len(np.unique(groups)), float(hits.mean())
@@ -172,16 +175,16 @@ def interval(hits: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> Shar
 
 
 def design_effect(hits: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> float:
-    """How much larger the variance of a share is for its clustering in groups; at least 1.
+    """Factor by which clustering in groups increases the variance of a share; at least 1.
 
-    The variance of a ratio estimator over groups (Cochran 1977, §3.12) over that of independent pairs.
+    The variance of a ratio estimator over groups (Cochran 1977, §3.12), divided by that of independent pairs.
     """
     n, value = len(hits), float(hits.mean())
-    _, places = np.unique(groups, return_inverse=True)
-    count = int(places.max()) + 1
+    _, numbers = np.unique(groups, return_inverse=True)
+    count = int(numbers.max()) + 1
     if count < 2 or not 0 < value < 1:
         return 1.0
-    sums = np.bincount(places, weights=hits.astype(np.float64) - value, minlength=count)
+    sums = np.bincount(numbers, weights=hits.astype(np.float64) - value, minlength=count)
     correction = count / (count - 1) * (n - 1) / n
     return max(1.0, correction * float((sums**2).sum()) / (n * value * (1 - value)))
 
@@ -193,9 +196,10 @@ def calibrate(
     targets: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Findings:
-    """Score the judged pairs with a model and fit. ``targets`` are thresholds to report, "precision=0.9" for example.
+    """Score the judged pairs with a model and fit. ``targets``: thresholds to report, for example "precision=0.9".
 
-    Raises InputError for fewer than FOLDS queries, and as :func:`fit` does.
+    ``about``: additional facts for the calibration file. Raises InputError for fewer than FOLDS queries, for a fold
+    whose other queries have only one kind of judgement, and as :func:`fit` does.
     """
     names = {query: number for number, query in enumerate(dict.fromkeys(one.pair.query for one in judged))}
     if len(names) < FOLDS:
@@ -238,7 +242,7 @@ def _findings(
 def _made(logits: Floats, relevant: npt.NDArray[np.bool_], weights: str, about: Mapping[str, Any]) -> Calibration:
     if not 0 < relevant.sum() < len(relevant):
         raise InputError(
-            "expected relevant and irrelevant pairs in four of five parts of the queries, got one kind only",
+            f"expected relevant and irrelevant pairs in any {FOLDS - 1} of {FOLDS} parts of the queries, got one kind",
             hint="judge more queries",
         )
     slope, intercept = fit(logits, relevant)
@@ -262,15 +266,15 @@ def _target(
             return None
 
     bounds = {fold: chosen(part) for fold, part in parts.items()}
-    least = np.array([np.inf if (bound := bounds[fold]) is None else bound for fold in groups % FOLDS])
-    kept = logits >= least
+    minimum = np.array([np.inf if (bound := bounds[fold]) is None else bound for fold in groups % FOLDS])
+    kept = logits >= minimum
     precision = interval(relevant[kept], groups[kept]) if kept.any() else None
     recall = interval(kept[relevant], groups[relevant]) if relevant.any() else None
     return Target(text, chosen(made), precision, recall)
 
 
 def plot(findings: Findings, path: Path) -> None:
-    """The reliability plot as SVG: share of relevant pairs against predicted probability, with intervals."""
+    """Write the reliability plot as SVG: share of relevant pairs against predicted probability, with intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 5), layout="constrained")
@@ -290,7 +294,7 @@ def plot(findings: Findings, path: Path) -> None:
 
 
 def as_json(findings: Findings) -> str:
-    """The evidence, for programs."""
+    """The findings as JSON text."""
     record = {
         "pairs": findings.calibration.pairs, "relevant": findings.calibration.relevant, "queries": findings.queries,
         "slope": findings.calibration.slope, "intercept": findings.calibration.intercept,

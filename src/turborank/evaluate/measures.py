@@ -1,7 +1,7 @@
-"""Measures by ir-measures (trec_eval itself behind most of them), and what chance has to say about differences.
+"""Measures by ir-measures (most of them computed by trec_eval), and a significance test of differences.
 
-Every measure is over the queries of the judgements: a query without results counts as zero. Ties are broken by
-:func:`turborank.data.trec.ranked` before any measure sees them, so all of them agree with trec_eval.
+Measures are computed over the queries of the judgements: a query without results counts as zero.
+:func:`turborank.data.trec.ranked` breaks ties before any measure is computed, so all of them follow trec_eval's rule.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ ALIASES = {
 }
 RESAMPLES = 10_000
 SEED = 20_240_418
-CHUNK = 4_000_000  # random draws held at a time
-CUTOFFS = range(1, 1 << 31)  # any other aborts trec_eval, and the process with it
+CHUNK = 4_000_000  # random draws in memory at a time
+CUTOFFS = range(1, 1 << 31)  # accepted cut-offs; any other makes trec_eval abort the process
 
 PerQuery = dict[str, dict[str, float]]  # measure -> query id -> value
 
 
 def parse(name: str, relevant_from: int = 1) -> Any:
-    """An ir-measures measure. Binary measures count grades of at least ``relevant_from`` as relevant.
+    """The ir-measures measure of this name. Binary measures count grades of at least ``relevant_from`` as relevant.
 
-    ``MRR@10``, ``MAP``, ``hit_rate@5``, ``recall@100`` are read as RR@10, AP, Success@5, R@100.
-    Raises InputError for a name ir-measures does not know or cannot compute here.
+    ``MRR@10``, ``MAP``, ``hit_rate@5``, ``recall@100`` mean RR@10, AP, Success@5, R@100.
+    Raises InputError for a name that ir-measures does not know, or that the installed libraries do not compute.
     """
     import ir_measures
 
@@ -55,19 +55,19 @@ def parse(name: str, relevant_from: int = 1) -> Any:
 
 
 def per_query(run: Run, qrels: Qrels, names: Sequence[str], relevant_from: int = 1) -> PerQuery:
-    """Every measure of every judged query, queries in the order of ``qrels``."""
+    """The value of every measure for every judged query, queries in the order of ``qrels``."""
     import ir_measures
 
-    spellings: dict[Any, list[str]] = {}  # one measure may be asked for as MRR@10 and as RR@10
+    spellings: dict[Any, list[str]] = {}  # MRR@10 and RR@10 name the same measure
     for name in names:
         spellings.setdefault(parse(name, relevant_from), []).append(name)
-    # trec_eval reads every grade below 0 as -1, and dies of a query that has only lower ones.
+    # trec_eval reads every grade below 0 as -1, and aborts on a query that has only lower ones.
     judged = {
         query_id: {doc_id: max(grade, -1) for doc_id, grade in known.items()} for query_id, known in qrels.items()
     }
-    # Descending whole numbers in place of scores: no provider is left a tie to break its own way.
+    # Distinct descending numbers instead of scores, so that no provider applies its own rule for ties.
     plain = {
-        query_id: {scored.doc_id: float(-place) for place, scored in enumerate(ranked(run[query_id]))}
+        query_id: {scored.doc_id: float(-rank) for rank, scored in enumerate(ranked(run[query_id]))}
         for query_id in qrels
         if run.get(query_id)
     }
@@ -79,20 +79,20 @@ def per_query(run: Run, qrels: Qrels, names: Sequence[str], relevant_from: int =
 
 
 def means(values: PerQuery) -> dict[str, float]:
-    """The mean of each measure over its queries; nothing where there are none."""
+    """The mean of each measure over its queries; measures without queries are left out."""
     return {name: float(np.mean(list(by_query.values()))) for name, by_query in values.items() if by_query}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How one system differs from another on the same queries."""
+    """Difference between two systems on the same queries."""
 
     measure: str
     difference: float  # mean of ours minus theirs
     low: float  # 95 % confidence interval of the difference
     high: float
-    p_value: float  # two-sided, of no difference; not adjusted for the number of comparisons
-    better: int  # queries
+    p_value: float  # two-sided; null hypothesis: no difference; not adjusted for the number of comparisons
+    better: int  # number of queries
     worse: int
     equal: int
 
@@ -105,18 +105,20 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
-    """The paired bootstrap over queries (Efron and Tibshirani 1993, §13.3 and §16.4).
+    """Compare two systems by a paired bootstrap over queries (Efron and Tibshirani 1993, §13.3 and §16.4).
 
-    The interval is the 2.5th to 97.5th percentile of the resampled mean difference. The p-value is the share of
-    resamples of the *centred* differences whose mean is at least as far from zero as the one observed, counting
-    the observation itself, so it is never zero.
+    ``ours`` and ``theirs``: query id -> value of the measure. The interval is the 2.5th to 97.5th percentile of the
+    resampled mean difference. The p-value is the share of resamples of the *centred* differences whose mean is at
+    least as far from zero as the observed mean; the observation itself is counted, so the p-value is never zero.
+
+    Raises InputError if the queries of the two sides differ, or if there are none.
     """
     if ours.keys() != theirs.keys() or not ours:
         raise InputError(f"expected the same queries on both sides, got {len(ours)} and {len(theirs)}")
     gaps = np.asarray([ours[query_id] - theirs[query_id] for query_id in ours], dtype=np.float64)
     observed = float(gaps.mean())
     sampled = _resampled_means(gaps, resamples, seed)
-    # 1e-12: sums of the same numbers in another order differ in the last bits
+    # 1e-12: tolerance for sums of the same numbers in another order, which differ in the last bits
     extreme = int(np.count_nonzero(np.abs(sampled - observed) >= abs(observed) - 1e-12))
     low, high = np.percentile(sampled, [2.5, 97.5])
     return Comparison(

@@ -1,6 +1,6 @@
-"""From datasets and models to runs, measures and reports.
+"""The evaluation pipeline, from datasets and models to runs, measures and reports.
 
-dataset -> first-stage run -> rerank its first ``depth`` documents, query by query, scores kept as they come ->
+dataset -> first-stage run -> rerank its first ``depth`` documents, query by query, appending the scores to a file ->
 run file, per-query CSV, manifest -> comparison -> Markdown and HTML.
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 
 from turborank import checkpoint as checkpoints
 from turborank import depth as depths
-from turborank.data.bm25 import bm25_run, parameters
-from turborank.data.datasets import Dataset, called, default_data_dir, expand, load
+from turborank.data.bm25 import parameters
+from turborank.data.datasets import Dataset, bm25_run, called, default_data_dir, expand, load
 from turborank.data.files import check_folder, file_hash, read_lines, write_json, write_text
 from turborank.data.trec import Qrels, Run, Scored, read_run, write_run
 from turborank.errors import InputError
@@ -40,10 +40,10 @@ from turborank.fusion import K, reciprocal_rank_fusion
 from turborank.reranker import Reranker, order
 from turborank.types import Pair, StartProgress, no_progress
 
-DEPTHS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)  # of the curve of measure against depth
-LIST, SHOWN = 100, 10  # adaptive depth: candidates there are, and how many have to be right
-FIRST_STAGE = "bm25"  # in place of a model: evaluate the first stage only
-FIRST_FOLDER = "first-stage"  # where its results are, beside those of the models
+DEPTHS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)  # points of the curve of measure against depth
+LIST, SHOWN = 100, 10  # adaptive depth: length of the candidate list, and top_n
+FIRST_STAGE = "bm25"  # given as a model: evaluate the first stage only
+FIRST_FOLDER = "first-stage"  # folder of the first stage's results, beside those of the models
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,20 @@ class EvaluateOptions:
     """How :func:`evaluate` reranks and measures.
 
     Args:
-        depth: number of candidates of each query that are reranked; "auto": of 100, as many as turborank.depth says.
-        run: a TREC run to rerank in place of BM25, or several, which are fused; with one dataset only.
-        shard: (k, n), the k-th of n parts of the queries, k from 1. Run files of the parts concatenate to the run;
-            evaluating once more without ``shard`` joins them and reports.
-        measures: names in the notation of ir-measures; the first is compared. By default MEASURES, of which the one
-            that the dataset's row names is compared.
+        depth: number of candidates of each query that are reranked; "auto": early stopping in a list of 100
+            (turborank.depth).
+        run: a TREC run to rerank instead of BM25, or several, which are fused; with one dataset only.
+        shard: (k, n): evaluate the k-th of n consecutive parts of the queries, k from 1. The parts' run files
+            concatenate to the whole run; another evaluation without ``shard`` joins them and reports.
+        measures: names in the notation of ir-measures; the first is compared. By default MEASURES; the compared one is
+            then the measure in the dataset's row.
         split: split of the judgements; by default the dataset's own, or "test".
-        data_dir: folder of the datasets, and of downloads.
+        data_dir: folder of the datasets and of downloads.
         offline: download nothing.
-        sample: evaluate this many queries only, sampled with ``seed``; the report says so.
+        sample: evaluate a random sample of this many queries; the report states it.
         seed: random seed of the sample.
-        skip_constant: do not score queries whose candidates all have the same judgement, or none: reranking cannot
-            change their measures. They count in the means.
+        skip_constant: skip queries whose candidates all have the same judgement, or none; reranking cannot change their
+            measures. They count in the means.
         keep_unknown: keep judgements of documents that are not in the corpus; they count as not retrieved.
 
     """
@@ -82,7 +83,7 @@ class EvaluateOptions:
 
     @property
     def adaptive(self) -> bool:
-        """Whether turborank.depth decides how many candidates are read."""
+        """Whether the depth is chosen per query by early stopping (turborank.depth)."""
         return self.depth == depths.AUTO
 
     @property
@@ -92,7 +93,7 @@ class EvaluateOptions:
 
     @property
     def runs(self) -> tuple[Path, ...]:
-        """The run files; none: BM25."""
+        """The run files; empty for BM25."""
         return tuple(map(Path, (self.run,) if isinstance(self.run, str | Path) else self.run or ()))
 
     def measured(self, dataset: Dataset) -> tuple[str, ...]:
@@ -114,14 +115,14 @@ def evaluate(
     """Rerank the candidates of a first stage with every model, measure, and write a report.
 
     Args:
-        datasets: names of DATASETS or GROUPS, folders in BEIR layout, LlamaIndex JSON files.
-        models: names or rerankers; none means the model that ships with turborank, ``"bm25"`` the first stage alone.
+        datasets: names of DATASETS or GROUPS, folders in BEIR layout, or LlamaIndex JSON files.
+        models: names or rerankers; by default the embedded model. ``"bm25"`` evaluates the first stage alone.
         options: candidates, measures, sampling and sharding.
-        out: folder of all results; an interrupted evaluation is continued there.
-        progress: starts the progress report of each task.
+        out: folder of all results. An interrupted evaluation continues from its files.
+        progress: called at the start of each task; returns the task's progress callback.
 
     Raises:
-        InputError: malformed input, with file and line.
+        InputError: malformed input, with file and line, or an option out of range.
         UnknownKeyError: an unknown dataset, model or measure.
 
     """
@@ -157,21 +158,21 @@ def _check(plan: EvaluateOptions, out: Path, names: Sequence[str], models: Seque
     if plan.shard is not None and not 1 <= plan.shard[0] <= plan.shard[1]:
         raise InputError(f"expected shard k/n with 1 ≤ k ≤ n, got {plan.shard[0]}/{plan.shard[1]}")
     if plan.shard is not None and models and all(model == FIRST_STAGE for model in models):
-        raise InputError("expected a model to evaluate in parts, got the first stage alone, which is made whole")
+        raise InputError(
+            "expected at least one model with shard, got only the first stage", hint="evaluate it without --shard"
+        )
     for name in plan.measures:
         parse(name)
     check_folder(out)
-    _refuse_one_folder_for_two(names)
+    _refuse_shared_folders(names)
 
 
-def _refuse_one_folder_for_two(names: Sequence[str]) -> None:
+def _refuse_shared_folders(names: Sequence[str]) -> None:
     known: dict[str, str] = {}
     for name in names:
         folder = slug(called(name))
         if (other := known.setdefault(folder, name)) != name:
-            raise InputError(
-                f"expected datasets of different names, got {other!r} and {name!r}, both {folder!r} in the results"
-            )
+            raise InputError(f"expected datasets of different names, got {other!r} and {name!r}, both {folder!r}")
 
 
 def _load_models(models: Sequence[str | Reranker], offline: bool) -> list[Reranker]:
@@ -185,14 +186,14 @@ def _load_models(models: Sequence[str | Reranker], offline: bool) -> list[Rerank
         raise InputError(f"expected models of different names, got {', '.join(repeated)} more than once")
     if FIRST_FOLDER in names:
         raise InputError(
-            f"expected a model of another name, got {FIRST_FOLDER!r}, where the first stage's results are",
-            hint="rename its folder",
+            f"expected a model of another name, got {FIRST_FOLDER!r}, the folder of the first stage's results",
+            hint="rename the model's folder",
         )
     return loaded
 
 
 def slug(name: str) -> str:
-    """A name as a folder."""
+    """A name as the name of a folder: characters other than letters, digits, ``.``, ``_`` and ``-`` become ``-``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
@@ -219,7 +220,7 @@ def _evaluate_dataset(
     skipped = sum(map(bool, candidates.values())) - len(_to_score(candidates, qrels, plan))
     if skipped and rerankers:
         notes += (
-            f"not scored: {skipped} queries whose candidates are judged alike, so that no order changes a measure",
+            f"not scored: {skipped} queries whose candidates all have the same judgement; their measures cannot change",
         )
     for model in rerankers:
         systems.append(_rerank(model, dataset, candidates, systems, plan, folder / slug(model.name), facts, progress))
@@ -250,7 +251,7 @@ def _chosen(dataset: Dataset, plan: EvaluateOptions) -> list[str]:
 def _first_stage(
     dataset: Dataset, plan: EvaluateOptions, folder: Path, progress: StartProgress
 ) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
-    """(run, hash of its file, what it is, what was noticed)."""
+    """The first-stage run: (run, SHA-256 of its file, description for the manifest, notes for the report)."""
     if not plan.runs:
         cache = folder / f"bm25-{plan.candidates}"
         run, digest = bm25_run(dataset, plan.candidates, cache, progress=progress(f"{dataset.name}: BM25 index"))
@@ -259,7 +260,7 @@ def _first_stage(
 
 
 def _given_run(paths: Sequence[Path], dataset: Dataset, depth: int) -> tuple[Run, str, dict[str, Any], tuple[str, ...]]:
-    """(run, hash of its file, what it is, what was noticed) of a run file, or of several, fused by their ranks.
+    """A run file, or several fused by reciprocal rank; returns the same as :func:`_first_stage`.
 
     Raises InputError for a run of another collection.
     """
@@ -298,7 +299,7 @@ def _read_run(path: Path, dataset: Dataset) -> Run:
 
 
 def _cut(run: Run, dataset: Dataset, depth: int) -> Run:
-    """The first ``depth`` documents of each query of the dataset, without the query itself where it is one."""
+    """The first ``depth`` documents of each query of the dataset, without the query's own document."""
     cut: Run = {}
     for query_id, query in dataset.queries.items():
         without = query_id if dataset.queries_are_documents else None
@@ -308,7 +309,7 @@ def _cut(run: Run, dataset: Dataset, depth: int) -> Run:
 
 
 def _differences(run: Run, dataset: Dataset) -> tuple[str, ...]:
-    """What has to be said of a run that is not exactly for the queries of the dataset."""
+    """Notes for the report if the run and the dataset have different queries."""
     unlisted = sum(query_id not in run for query_id in dataset.queries)
     unjudged = sum(query_id not in dataset.queries for query_id in run)
     notes = [f"{unlisted} queries are not in the run; they count as zero"] if unlisted else []
@@ -317,14 +318,14 @@ def _differences(run: Run, dataset: Dataset) -> tuple[str, ...]:
 
 
 def _refuse_unknown(run: Run, dataset: Dataset, path: Path) -> None:
-    """A run naming documents that are not in the corpus is a run of something else."""
+    """Raise InputError, with the line, for a run with documents that are not in the corpus."""
     listed = dict.fromkeys(scored.doc_id for documents in run.values() for scored in documents)
     unknown = [doc_id for doc_id in listed if doc_id not in dataset.corpus]
     if not unknown:
         return
-    place = next((number for number, line in read_lines(path) if unknown[0] in line.split()), 0)
+    line_number = next((number for number, line in read_lines(path) if unknown[0] in line.split()), 0)
     raise InputError(
-        f"expected documents of {dataset.name}, got {unknown[0]!r} at {path}:{place}"
+        f"expected documents of {dataset.name}, got {unknown[0]!r} at {path}:{line_number}"
         f" (and {len(unknown) - 1} more of {len(listed)})",
         hint="it may be a run of another collection",
     )
@@ -340,7 +341,7 @@ def _rerank(
     facts: Mapping[str, Any],
     progress: StartProgress,
 ) -> System:
-    """One model over one dataset's candidates, compared with the systems before it; written to ``folder``."""
+    """Rerank one dataset's candidates with one model, compare it with the earlier systems and write to ``folder``."""
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.candidates)
     header |= {"adaptive_depth": depths.STOP if plan.adaptive else None}
     known = record.read_all(folder, header)
@@ -374,7 +375,7 @@ def _rerank(
 
 
 def score_header(model: Reranker, dataset: Dataset, first_stage: str, depth: int) -> dict[str, Any]:
-    """Everything that a score depends on; threads and batches are not among it."""
+    """Everything a score depends on. Threads and batches are not included: they do not change a score."""
     return {
         "format": 1,
         "dataset": dataset.fingerprint,
@@ -401,16 +402,16 @@ def _about_model(model: Reranker, header: record.Header) -> dict[str, Any]:
 
 
 def _to_score(candidates: Run, qrels: Qrels, plan: EvaluateOptions) -> list[str]:
-    """The queries a model is asked about: those with candidates, and if asked for, only where their order matters."""
+    """Queries to score: those with candidates; under skip_constant, only those whose order can change a measure."""
     grades = {q: {qrels[q].get(scored.doc_id) for scored in documents} for q, documents in candidates.items()}
-    enough = 2 if plan.skip_constant else 1  # different judgements, "not judged" being one
-    return [query_id for query_id, found in grades.items() if len(found) >= enough]
+    minimum = 2 if plan.skip_constant else 1  # distinct judgements of the candidates; "not judged" counts as one
+    return [query_id for query_id, found in grades.items() if len(found) >= minimum]
 
 
 def _score(
     model: Reranker, dataset: Dataset, candidates: Run, todo: Sequence[str], adaptive: bool
 ) -> Iterator[record.QueryScores]:
-    """Scores of each query's candidates, or of as many as are enough; one query's texts are in memory at a time."""
+    """Scores of each query's candidates, with early stopping if ``adaptive``; reads one query's texts at a time."""
     for query_id in todo:
         query = dataset.queries[query_id]
         pairs = [Pair(query, dataset.corpus.text(scored.doc_id)) for scored in candidates[query_id]]
@@ -423,14 +424,14 @@ def _score(
 
 
 def _reordered(candidates: Run, known: Mapping[str, record.QueryScores]) -> Run:
-    """Candidates by falling logit; equal logits, and queries not scored, keep the order of the first stage.
+    """Candidates by descending logit; ties, and queries that were not scored, keep the order of the first stage.
 
-    Documents that adaptive depth did not read stand below the others, in the order of the first stage.
+    Documents that early stopping left unscored follow the others, in the order of the first stage.
     """
     run: Run = {query_id: list(documents) for query_id, documents in candidates.items()}
     for query_id, scored in known.items():
         documents, logits = candidates[query_id], np.asarray(scored.logits, dtype=np.float32)
-        run[query_id] = [Scored(documents[place].doc_id, float(logits[place])) for place in order(logits)]
+        run[query_id] = [Scored(documents[index].doc_id, float(logits[index])) for index in order(logits)]
         bottom = float(np.floor(logits.min(initial=0.0)))
         run[query_id] += [Scored(one.doc_id, bottom - n) for n, one in enumerate(documents[len(logits) :], 1)]
     return run
@@ -439,7 +440,7 @@ def _reordered(candidates: Run, known: Mapping[str, record.QueryScores]) -> Run:
 def _curve(
     candidates: Run, run: Run, qrels: Qrels, measure: str, relevant_from: int, first: System, depth: int
 ) -> dict[int, float]:
-    """The measure when only the first d candidates are reranked, the rest staying below in their order; d = 0: none."""
+    """Depth d -> the measure if only the first d candidates are reranked and the rest follow; d = 0: no reranking."""
     longest = min(depth, max((len(documents) for documents in candidates.values()), default=0))
     curve = {0: first.means[measure]}
     for cut in (*(d for d in DEPTHS if d < longest), longest):
@@ -448,7 +449,7 @@ def _curve(
             head = {scored.doc_id for scored in documents[:cut]}
             ids = [scored.doc_id for scored in run[query_id] if scored.doc_id in head]
             ids += [scored.doc_id for scored in documents[cut:]]
-            partial[query_id] = [Scored(doc_id, float(-place)) for place, doc_id in enumerate(ids)]
+            partial[query_id] = [Scored(doc_id, float(-rank)) for rank, doc_id in enumerate(ids)]
         curve[cut] = means(per_query(partial, qrels, (measure,), relevant_from))[measure]
     return curve
 

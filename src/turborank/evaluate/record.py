@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain values."""
+"""Results of an evaluation as plain values, their manifests, and the file of scores that makes it restartable."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from turborank.data.dataset_table import PUBLISHED
 from turborank.data.datasets import Dataset
 from turborank.data.files import parse_object, read_lines
 from turborank.data.trec import Qrels, Run
@@ -24,17 +25,17 @@ from turborank.evaluate.measures import Comparison, PerQuery
 
 @dataclass(frozen=True)
 class System:
-    """A first stage or a model, on one dataset."""
+    """Results of a first stage or a model on one dataset."""
 
     name: str
-    model: Any  # the Reranker; None: the first stage
+    model: Any  # the Reranker; None for the first stage
     run: Run
     values: PerQuery
     means: Mapping[str, float]
     manifest: Mapping[str, Any]
-    seconds: Mapping[str, float]  # query id -> seconds, of every query scored
+    seconds: Mapping[str, float]  # query id -> seconds to score its candidates
     curve: Mapping[int, float]  # depth reranked -> the compared measure; depth 0 is the first stage
-    comparisons: Mapping[str, Comparison]  # system -> how this one differs from it
+    comparisons: Mapping[str, Comparison]  # name of another system -> this system's difference from it
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,47 @@ class Result:
     dataset: Dataset
     systems: tuple[System, ...]
     qrels: Qrels  # of the queries evaluated
-    measure: str  # the one compared
+    measure: str  # the measure that is compared
     depth: int
     sampled: bool
     notes: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What has to be said beside the numbers."""
+        """Remarks that reports print with the numbers: sampling, and notes on the dataset and the run."""
         sample = (f"a sample of {len(self.qrels)} of {len(self.dataset.qrels)} queries",) if self.sampled else ()
         return (*sample, *self.dataset.notes, *self.notes)
 
 
 class TableLine(NamedTuple):
-    """A row of the summary: a system with a value for every dataset, or none."""
+    """A row of the summary: a system and its value on each dataset, None where there is none."""
 
     system: str
     values: tuple[float | None, ...]
-    source: str = ""  # of published figures; empty for ours
+    source: str = ""  # source of published figures; empty for figures of this evaluation
+
+
+def published_lines(result: Result, measures: Sequence[str]) -> list[TableLine]:
+    """What others have printed for this dataset under these measures; systems without any of them are left out."""
+    figures = PUBLISHED.get(result.dataset.name, ())
+    lines = []
+    for system in dict.fromkeys(figure.system for figure in figures):
+        own = {figure.measure: figure for figure in figures if figure.system == system}
+        if own.keys() & set(measures):
+            values = tuple(own[measure].value if measure in own else None for measure in measures)
+            lines.append(TableLine(system, values, next(iter(own.values())).source))
+    return lines
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything, and the software and machine it was found with."""
+    """All results, with the software and the machine that produced them."""
 
     results: tuple[Result, ...]
     system: Mapping[str, Any]
 
 
-# What a number depends on, written beside it.
+# Manifests: what the numbers depend on.
 
 LIBRARIES = ("turborank", "numpy", "tokenizers", "ir-measures", "pytrec-eval-terrier", "bm25s", "PyStemmer")
 TIE_RULE = "measures break ties as trec_eval does: by document id, descending"
@@ -86,7 +99,7 @@ def _version(name: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor, as it calls itself."""
+    """Model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -96,7 +109,7 @@ def cpu_name() -> str:
 
 
 def about_system() -> dict[str, Any]:
-    """Software and machine."""
+    """Versions of the software, and the machine."""
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -108,7 +121,7 @@ def about_system() -> dict[str, Any]:
 
 
 def about_dataset(dataset: Dataset) -> dict[str, Any]:
-    """The collection, with its counts, its licence and what was noticed about it."""
+    """The collection: counts, fingerprint, licence and notes."""
     return {
         "name": dataset.name,
         "split": dataset.split,
@@ -123,7 +136,7 @@ def about_dataset(dataset: Dataset) -> dict[str, Any]:
 
 
 def about_scores(scored: Sequence[QueryScores]) -> dict[str, Any]:
-    """What a model read, and in what time."""
+    """Totals of a model's scores: pairs, tokens, truncation, time."""
     tokens = np.asarray([count for scores in scored for count in scores.tokens], dtype=np.int64)
     truncated = np.asarray([count for scores in scored for count in scores.truncated], dtype=np.int64)
     seconds = np.asarray([scores.seconds for scores in scored], dtype=np.float64)
@@ -148,19 +161,19 @@ def about_scores(scored: Sequence[QueryScores]) -> dict[str, Any]:
     return dict(facts)
 
 
-# Scores appended to a file as they come, so that a kill loses one query and never a number.
+# Scores are appended to a file query by query, so that an interruption loses at most one query.
 #
-# A file is JSON lines: a header that says what the scores depend on, then a line a query. A line without its end (the
-# kill came while it was written) is dropped. Files of shards lie beside each other and are read together.
+# The file is JSON lines: a header with everything the scores depend on, then one line per query. An incomplete last
+# line (the process was killed while writing it) is dropped. The files of all shards in a folder are read together.
 
 
 class QueryScores(NamedTuple):
-    """What a model said about one query's candidates, in the order of the first stage."""
+    """A model's scores of one query's candidates, in the order of the first stage."""
 
     query_id: str
     logits: Sequence[float]
-    tokens: Sequence[int]  # read, of each pair
-    truncated: Sequence[int]  # not read, of each pair
+    tokens: Sequence[int]  # tokens read of each pair
+    truncated: Sequence[int]  # tokens not read of each pair
     seconds: float
 
 
@@ -168,14 +181,14 @@ Header = Mapping[str, Any]
 
 
 def _cut_unfinished(path: Path) -> None:
-    """Drop what follows the last line end."""
+    """Truncate the file after its last line end."""
     with path.open("r+b") as file:
         data = file.read()
         file.truncate(data.rfind(b"\n") + 1)
 
 
 def read(path: Path, header: Header) -> dict[str, QueryScores]:
-    """The scores in one file. Raises InputError when they are scores of something else."""
+    """Query id -> scores, from one file. Raises InputError if its header differs from ``header``."""
     known: dict[str, QueryScores] = {}
     found: dict[str, Any] | None = None
     for number, line in read_lines(path):
@@ -203,7 +216,7 @@ def _compare(found: Mapping[str, Any], header: Header, path: Path) -> None:
 
 
 def read_all(folder: Path, header: Header) -> dict[str, QueryScores]:
-    """The scores of every shard in ``folder``."""
+    """Query id -> scores, from the files of all shards in ``folder``. Raises as :func:`read`."""
     known: dict[str, QueryScores] = {}
     for path in sorted(folder.glob("scores*.jsonl")):
         _cut_unfinished(path)
@@ -213,9 +226,9 @@ def read_all(folder: Path, header: Header) -> dict[str, QueryScores]:
 
 @contextlib.contextmanager
 def appending(path: Path, header: Header) -> Iterator[Callable[[QueryScores], None]]:
-    """A function that adds one query's scores to the file, at once and whole.
+    """A function that appends one query's scores to the file and flushes it.
 
-    Raises InputError when another process is writing to the file.
+    Raises InputError if another process is writing to the file.
     """
     import fcntl
 
@@ -225,7 +238,7 @@ def appending(path: Path, header: Header) -> Iterator[Callable[[QueryScores], No
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                f"expected to write alone, got another process at {path}", hint="use another --out"
+                f"expected no other process writing the scores, got one at {path}", hint="use another --out"
             ) from error
 
         def add(scores: QueryScores) -> None:

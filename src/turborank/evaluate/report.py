@@ -1,4 +1,4 @@
-"""What people read: ``report.md``, ``report.html`` and, for programs, ``results.json``."""
+"""Reports: ``report.md`` and ``report.html`` for readers, ``results.json`` for programs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from turborank.data.dataset_table import FORUMS, PUBLISHED, PUBLISHED_MEANS, Pub
 from turborank.data.files import write_json, write_text
 from turborank.evaluate.html import page
 from turborank.evaluate.measures import RESAMPLES, SEED, Comparison
-from turborank.evaluate.record import Evaluation, Result, TableLine
+from turborank.evaluate.record import Evaluation, Result, TableLine, published_lines
 
 
 def write(evaluation: Evaluation, out: Path, *, finished: bool = True) -> None:
-    """All reports, each whole or not at all; the page, with its plots, only of a finished evaluation."""
+    """Write all reports to ``out``, each atomically; the HTML page, with its plots, only if ``finished``."""
     write_json(out / "results.json", as_json(evaluation))
     write_text(out / "report.md", markdown(evaluation))
     if finished:
@@ -27,7 +27,7 @@ def write(evaluation: Evaluation, out: Path, *, finished: bool = True) -> None:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Every number of the report, with the manifests."""
+    """All numbers of the report, with the manifests, as JSON values."""
     return {
         "system": dict(evaluation.system),
         "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "confidence": 0.95},
@@ -54,19 +54,19 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def columns(evaluation: Evaluation) -> list[str]:
-    """The heads of the summary: dataset and measure, and the mean where there are several datasets."""
+    """Column heads of the summary: dataset and measure, and the mean if several datasets have the same measure."""
     heads = [f"{result.dataset.name} {result.measure}" for result in evaluation.results]
     return [*heads, f"mean {evaluation.results[0].measure}"] if _averaged(evaluation) else heads
 
 
 def _averaged(evaluation: Evaluation) -> list[int]:
-    """The results that are averaged: those measured like the first one, where they are more than one."""
+    """Indices of the results that are averaged: those with the first one's measure, if there are at least two."""
     same = [i for i, result in enumerate(evaluation.results) if result.measure == evaluation.results[0].measure]
     return same if len(same) > 1 else []
 
 
 def summary(evaluation: Evaluation) -> list[TableLine]:
-    """Systems against datasets, then what others have published."""
+    """Rows of the summary: the evaluated systems, then published ones."""
     names = dict.fromkeys(system.name for result in evaluation.results for system in result.systems)
     lines = []
     for name in names:
@@ -88,7 +88,7 @@ def summary(evaluation: Evaluation) -> list[TableLine]:
 
 
 def _mean(evaluation: Evaluation, values: Sequence[float | None]) -> tuple[float | None, ...]:
-    """The mean over datasets, CQADupStack's forums counting as one; none when one of them is missing."""
+    """(mean over datasets,), with CQADupStack's forums counted as one; (None,) if a value is missing."""
     averaged = _averaged(evaluation)
     if not averaged:
         return ()
@@ -101,7 +101,7 @@ def _mean(evaluation: Evaluation, values: Sequence[float | None]) -> tuple[float
 
 
 def averages(evaluation: Evaluation) -> list[tuple[str, Published]]:
-    """Published averages of the groups that the datasets belong to."""
+    """(group, published average) for the groups that the datasets belong to."""
     groups = dict.fromkeys(result.dataset.row.group for result in evaluation.results if result.dataset.row)
     return [(group, figure) for group in groups for figure in PUBLISHED_MEANS.get(group, ())]
 
@@ -117,7 +117,7 @@ def _cell(value: float | None) -> str:
 
 
 def verdict(found: Comparison) -> str:
-    """A difference in words: with its interval and p-value."""
+    """A difference with its interval and p-value, as text."""
     return f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p = {found.p_value:.4f}"
 
 
@@ -143,7 +143,7 @@ def markdown(evaluation: Evaluation) -> str:
     found = averages(evaluation)
     if found:
         rows = [[f.system, f"{group} {f.measure}", _cell(f.value), f.source] for group, f in found]
-        lines += ["## Published averages", "", "Not ours: printed by the models' authors, for whole groups.", ""]
+        lines += ["## Published averages", "", "Published by the models' authors for whole groups of datasets.", ""]
         lines += [_table(["model", "group", "value", "source"], rows), ""]
     return "\n".join(lines)
 
@@ -183,11 +183,5 @@ def _dataset_markdown(result: Result) -> list[str]:
 
 
 def published_rows(result: Result, names: Sequence[str]) -> list[list[str]]:
-    """What others have printed for this dataset, under the measures shown, marked as theirs."""
-    figures = PUBLISHED.get(result.dataset.name, ())
-    rows = []
-    for system in dict.fromkeys(figure.system for figure in figures):
-        values = {figure.measure: figure.value for figure in figures if figure.system == system}
-        if values.keys() & set(names):
-            rows.append([f"{system} (published)", *(_cell(values.get(name)) for name in names)])
-    return rows
+    """Table rows of the figures that others have published for this dataset and the measures ``names``."""
+    return [[f"{line.system} (published)", *map(_cell, line.values)] for line in published_lines(result, names)]

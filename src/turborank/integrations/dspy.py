@@ -1,4 +1,4 @@
-"""DSPy: a module that reranks what a retriever found, in this process; see docs/integrations/dspy.md."""
+"""DSPy: a module that reranks the passages of a retriever; see docs/integrations/dspy.md."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 import dspy
 
-from turborank.integrations.common import LazyReranker
+from turborank.integrations import LazyReranker
 
 
 class TurborankRetriever(dspy.Module):
-    """A retriever behind a retriever: the passages of ``retrieve(query)``, the best ``k`` first.
+    """A retriever that reranks the passages of another one and returns the best ``k``, best first.
 
     Args:
         retrieve: a callable that returns a ``dspy.Prediction`` with ``passages``, such as ``dspy.Embeddings``.
-            Its other lists of the same length (``indices``, ids, metadata) are put in the same order.
-        k: passages to keep; None: all.
-        model: name, folder or Hub id, or a Reranker; None: the embedded model.
-        threshold: of ``Reranker.rank``.
+            Its other lists of the same length (``indices``, ids, metadata) are reordered with the passages.
+        k: number of passages to keep; None keeps all.
+        model: a name, folder or Hub id, or a Reranker; None is the embedded model.
+        threshold: as in ``Reranker.rank``.
         options: other arguments of :class:`~turborank.Reranker`.
 
-    The prediction also has ``scores`` (0 to 1) and ``spans``, the characters of each passage behind its score.
+    The prediction also has ``scores`` (0 to 1) and ``spans``, the character offsets that each score is based on.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TurborankRetriever(dspy.Module):
         self._lazy = LazyReranker(model, options or {})
 
     def forward(self, query: str) -> Any:
-        """The prediction, passages best first."""
+        """The prediction of ``retrieve`` with its passages reranked, best first."""
         found = self.retrieve(query)
         ranking = self._lazy.get().rank(query, found.passages, top_n=self.k, threshold=self.threshold)
         size = len(found.passages)
@@ -54,5 +54,5 @@ class TurborankRetriever(dspy.Module):
         )
 
     async def aforward(self, query: str) -> Any:
-        """The same, in a thread."""
+        """Run :meth:`forward` in a thread."""
         return await asyncio.to_thread(self.forward, query)

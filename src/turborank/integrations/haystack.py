@@ -1,4 +1,4 @@
-"""Haystack: a ranker component that runs in this process; see docs/integrations/haystack.md."""
+"""Haystack: a ranker component; see docs/integrations/haystack.md."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from haystack import Document, component, default_from_dict, default_to_dict
 
 from turborank.errors import InputError
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 from turborank.types import Pair
 
 
 @component
 class TurborankRanker:
-    """Documents by relevance to the query, best first; ids, metadata and embeddings are kept.
+    """Ranks documents by relevance to the query, best first; ids, metadata and embeddings are kept.
 
-    Each document returned is a copy with the relevance score as its ``score``; its ``meta`` also holds the keys of
-    :func:`turborank.integrations.common.relevance_notes` and ``retrieval_score``, the score it came with.
+    Each returned document is a copy with the relevance score as its ``score``; its ``meta`` also has the keys of
+    :func:`turborank.integrations.relevance_notes` and ``retrieval_score``, the score of the input document.
 
     Args:
-        model: name, folder or Hub id; None: the embedded model.
-        top_k: documents to keep; None: all.
-        threshold: of ``Reranker.rank``.
-        depth: of ``Reranker.rank``.
-        meta_fields: fields of ``meta`` that are read before the content; spans count characters of all that is read.
+        model: a name, folder or Hub id; None is the embedded model.
+        top_k: number of documents to keep; None keeps all.
+        threshold: as in ``Reranker.rank``.
+        depth: as in ``Reranker.rank``.
+        meta_fields: fields of ``meta`` that are read before the content; spans are offsets in the joined text.
         options: other arguments of :class:`~turborank.Reranker`, such as ``{"length": "windows"}``.
 
     """
@@ -42,7 +42,8 @@ class TurborankRanker:
     ) -> None:
         if model is not None and not isinstance(model, str):
             raise InputError(
-                f"expected model to be a string, got {type(model).__name__}", hint="a pipeline is saved with its name"
+                f"expected model to be a string, got {type(model).__name__}",
+                hint="give a name, a folder or a Hub id, which a saved pipeline can hold",
             )
         self.model = model
         self.top_k = top_k
@@ -54,13 +55,13 @@ class TurborankRanker:
         self._warm = False
 
     def warm_up(self) -> None:
-        """Load the model and score one pair, so that the first query does not wait for either."""
+        """Load the model and score one pair, so that the first query does not wait for loading."""
         if not self._warm:
             self._lazy.get().score([Pair("warm", "up")])
             self._warm = True
 
     def to_dict(self) -> dict[str, Any]:
-        """The component as a pipeline's YAML holds it; weights are opened again where it is loaded."""
+        """The component's arguments, as a pipeline's YAML stores them; loading the pipeline opens the weights again."""
         data: dict[str, Any] = default_to_dict(
             self, model=self.model, top_k=self.top_k, threshold=self.threshold, depth=self.depth,
             meta_fields=self.meta_fields, options=self.options,
@@ -69,14 +70,14 @@ class TurborankRanker:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TurborankRanker:
-        """The component of a dictionary that :meth:`to_dict` made."""
+        """The component of a dictionary that :meth:`to_dict` returned."""
         made: TurborankRanker = default_from_dict(cls, data)
         return made
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:
-        """``{"documents": …}``, the best first. Raises InputError for a document without text content."""
-        texts = [self._text(place, document) for place, document in enumerate(documents)]
+        """``{"documents": …}``, best first. Raises InputError for a document without text content."""
+        texts = [self._text(index, document) for index, document in enumerate(documents)]
         if not documents:
             return {"documents": []}
         reranker = self._lazy.get()
@@ -98,12 +99,12 @@ class TurborankRanker:
     async def run_async(
         self, query: str, documents: list[Document], top_k: int | None = None
     ) -> dict[str, list[Document]]:
-        """The same, computed in a thread so that the event loop goes on."""
+        """Run :meth:`run` in a thread, so that the event loop is not blocked."""
         found: dict[str, list[Document]] = await asyncio.to_thread(self.run, query, documents, top_k)
         return found
 
-    def _text(self, place: int, document: Document) -> str:
+    def _text(self, index: int, document: Document) -> str:
         if document.content is None:
-            raise InputError(f"expected text as the content of documents[{place}], got none ({document.id})")
+            raise InputError(f"expected text as the content of documents[{index}], got none ({document.id})")
         fields = (document.meta.get(field) for field in self.meta_fields)
         return "\n".join([*(str(value) for value in fields if value is not None), document.content])

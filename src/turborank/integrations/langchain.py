@@ -1,6 +1,6 @@
-"""LangChain: a document compressor that reranks in this process.
+"""LangChain: a document compressor that reranks, for ``ContextualCompressionRetriever``.
 
-A compressor is what ``ContextualCompressionRetriever`` puts behind a retriever; see docs/integrations/langchain.md.
+See docs/integrations/langchain.md.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 
 RUN_NAME = "turborank"
 
 
 class TurborankCompressor(BaseDocumentCompressor):
-    """Documents by relevance to the query, best first; ids and metadata are kept.
+    """Ranks documents by relevance to the query, best first; ids and metadata are kept.
 
-    Each document returned is a copy whose metadata also holds the keys of
-    :func:`turborank.integrations.common.relevance_notes`. Callbacks see one chain run named "turborank". The model is
-    loaded on first use, which raises what :class:`~turborank.Reranker` raises; ranking raises InputError.
+    Each returned document is a copy whose metadata also has the keys of
+    :func:`turborank.integrations.relevance_notes`. Callbacks receive one chain run named "turborank". The first
+    use loads the model and raises what :class:`~turborank.Reranker` raises; ranking raises InputError.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     model: Any = Field(default=None, description="Name, folder or Hub id, or a Reranker; None: the embedded model.")
-    top_n: int | None = Field(default=3, ge=1, description="Documents to keep; None: all.")
-    threshold: float | str | None = Field(default=None, description="Of Reranker.rank.")
-    depth: int | str | None = Field(default=None, description="Of Reranker.rank.")
+    top_n: int | None = Field(default=3, ge=1, description="Number of documents to keep; None keeps all.")
+    threshold: float | str | None = Field(default=None, description="As in Reranker.rank.")
+    depth: int | str | None = Field(default=None, description="As in Reranker.rank.")
     options: dict[str, Any] = Field(default_factory=dict, description="Other arguments of Reranker, such as length.")
     _lazy: LazyReranker = PrivateAttr()
 
@@ -41,7 +41,7 @@ class TurborankCompressor(BaseDocumentCompressor):
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """The best documents, best first."""
+        """The best ``top_n`` documents, best first."""
         manager = CallbackManager.configure(inheritable_callbacks=callbacks)
         run = manager.on_chain_start(None, {"query": query, "documents": list(documents)}, name=RUN_NAME)
         try:
@@ -55,7 +55,7 @@ class TurborankCompressor(BaseDocumentCompressor):
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
-        """The same, computed in a thread of the executor so that the event loop goes on."""
+        """Rank in a thread of the executor, so that the event loop is not blocked."""
         manager = AsyncCallbackManager.configure(inheritable_callbacks=callbacks)
         run = await manager.on_chain_start(None, {"query": query, "documents": list(documents)}, name=RUN_NAME)
         try:

@@ -1,4 +1,4 @@
-"""LlamaIndex: a node postprocessor that reranks in this process; see docs/integrations/llama_index.md."""
+"""LlamaIndex: a node postprocessor that reranks; see docs/integrations/llama_index.md."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from turborank.errors import InputError
-from turborank.integrations.common import LazyReranker, relevance_notes
+from turborank.integrations import LazyReranker, relevance_notes
 
 dispatcher = get_dispatcher(__name__)
 
 
 class TurborankPostprocessor(BaseNodePostprocessor):
-    """Nodes by relevance to the query, best first; ids, metadata and relationships are kept.
+    """Ranks nodes by relevance to the query, best first; ids, metadata and relationships are kept.
 
-    Each node returned is a copy. Its metadata also holds the keys of
-    :func:`turborank.integrations.common.relevance_notes`, hidden from LLMs and embeddings, and ``retrieval_score``, the
-    score it came with. Raises InputError without a query. ``apostprocess_nodes`` computes in a thread.
+    Each returned node is a copy. Its metadata also has the keys of
+    :func:`turborank.integrations.relevance_notes`, hidden from LLMs and embeddings, and ``retrieval_score``, the
+    score of the input node. Raises InputError without a query. ``apostprocess_nodes`` ranks in a thread.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     model: Any = Field(default=None, description="Name, folder or Hub id, or a Reranker; None: the embedded model.")
-    top_n: int | None = Field(default=3, ge=1, description="Nodes to keep; None: all.")
-    threshold: float | str | None = Field(default=None, description="Of Reranker.rank.")
-    depth: int | str | None = Field(default=None, description="Of Reranker.rank.")
+    top_n: int | None = Field(default=3, ge=1, description="Number of nodes to keep; None keeps all.")
+    threshold: float | str | None = Field(default=None, description="As in Reranker.rank.")
+    depth: int | str | None = Field(default=None, description="As in Reranker.rank.")
     metadata_mode: MetadataMode = Field(
-        default=MetadataMode.NONE, description="What of the metadata is read; spans count characters of what is read."
+        default=MetadataMode.NONE, description="Metadata that is read with the text; spans are offsets in both."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Other arguments of Reranker, such as length.")
     _lazy: LazyReranker = PrivateAttr()
@@ -42,7 +42,7 @@ class TurborankPostprocessor(BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name in serialised pipelines."""
+        """Name of the class in serialised pipelines."""
         return "TurborankPostprocessor"
 
     def _postprocess_nodes(
@@ -71,7 +71,7 @@ class TurborankPostprocessor(BaseNodePostprocessor):
 
 
 def _noted(found: NodeWithScore, score: float, notes: dict[str, Any]) -> NodeWithScore:
-    """A copy with the new score; notes are for programs, so LLMs and embeddings do not see them."""
+    """A copy with the new score; the notes are added to the metadata and excluded from LLM and embedding input."""
     if found.score is not None:
         notes["retrieval_score"] = found.score
     node: BaseNode = found.node.model_copy()

@@ -14,22 +14,22 @@ import ray
 from ray import serve
 
 from turborank.errors import UnknownKeyError
-from turborank.integrations.common import open_in_process, recipe_of, score_columns
+from turborank.integrations import open_in_process, recipe_of, score_columns
 from turborank.reranker import Reranker
 from turborank.serve import app, config
 from turborank.serve.service import Service
 
 
 class BatchReranker:
-    """A class for ``ray.data.Dataset.map_batches``: adds logit, score, tokens and truncated to a batch.
+    """A class for ``ray.data.Dataset.map_batches`` that adds logit, score, tokens and truncated to a batch.
 
     Args:
-        model: what :class:`~turborank.Reranker` takes, or a Reranker. The recipe travels; each actor opens the model.
+        model: a Reranker, or the first argument of :class:`~turborank.Reranker`; each actor opens the model itself.
         query: column of the queries.
         document: column of the documents.
         options: other arguments of Reranker. ``threads`` is by default the actor's ``num_cpus``.
 
-    Raises what Reranker raises, and InputError for a batch without these columns or with other than texts in them.
+    Raises what Reranker raises, and InputError for a row without texts in these columns.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class BatchReranker:
         self.reranker = open_in_process(recipe_of(model, options), assigned_cpus())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as a dict of numpy arrays (Ray's default format), with four more columns."""
+        """The batch (a dict of numpy arrays, Ray's default format) with the four columns added."""
         return {**batch, **score_columns(self.reranker, batch[self.query], batch[self.document])}
 
 
 def assigned_cpus() -> int:
-    """CPUs that Ray gave this task or actor, at least 1."""
+    """Number of CPUs that Ray assigned to this task or actor, at least 1."""
     resources: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
     return max(1, math.floor(resources.get("CPU", 1)))
 
@@ -56,12 +56,12 @@ def assigned_cpus() -> int:
 def deployment(settings: Mapping[str, Any] | None = None, *, name: str = "turborank") -> Any:
     """A Ray Serve deployment of the HTTP service, with all its dialects, keys, limits and metrics.
 
-    ``settings`` are those of ``turborank serve`` (docs/serving.md), by name; threads are by default the replica's CPUs.
-    Each replica has a model and a queue of its own. Scale it with ``.options(num_replicas=…)``:
+    ``settings``: settings of ``turborank serve`` by name (docs/serving.md); ``threads`` is by default the replica's
+    CPUs. Each replica has its own model and queue. Scale it with ``.options(num_replicas=…)``:
 
     >>> serve.run(deployment({"keys": "keys.toml"}).options(num_replicas=4).bind())  # doctest: +SKIP
 
-    Raises InputError for a setting that does not exist or does not fit.
+    Raises UnknownKeyError for an unknown setting, and InputError for a value of the wrong type or range.
     """
     given = dict(settings or {})
     for setting in given:

@@ -1,4 +1,4 @@
-"""Spark: rerank the pairs of a DataFrame, and rerank as a function of columns; see docs/scale.md.
+"""Spark: score the pairs of a DataFrame, or two columns with a pandas UDF; see docs/scale.md.
 
 >>> score(spark.read.parquet("pairs/")).write.parquet("scored/")  # doctest: +SKIP
 """
@@ -16,7 +16,7 @@ from pyspark.sql.functions import pandas_udf
 from pyspark.sql.types import DoubleType, FloatType, IntegerType, StructType
 
 from turborank.errors import InputError
-from turborank.integrations.common import open_in_process, recipe_of, score_columns
+from turborank.integrations import open_in_process, recipe_of, score_columns
 from turborank.reranker import Reranker
 from turborank.types import RerankerRecipe
 
@@ -35,23 +35,24 @@ def score(
     document: str = "document",
     options: Mapping[str, Any] | None = None,
 ) -> DataFrame:
-    """A DataFrame of pairs with the columns logit, score, tokens and truncated (``mapInPandas``).
+    """The DataFrame with the columns logit, score, tokens and truncated added (``mapInPandas``).
 
     Args:
-        frame: one pair a row.
-        model: what :class:`~turborank.Reranker` takes, or a Reranker. The recipe travels; each Python worker process of
-            an executor opens the model once.
+        frame: one pair per row.
+        model: a Reranker, or the first argument of :class:`~turborank.Reranker`; each Python worker process of an
+            executor opens the model once.
         query: column of the queries.
         document: column of the documents.
         options: other arguments of Reranker. ``threads`` is by default the task's CPUs (``spark.task.cpus``).
 
-    Raises InputError for a column that is missing, or that would be there twice. A row without texts fails its task.
+    Raises InputError for a missing column, and for a column that would be added but exists. A row without texts fails
+    its task.
     """
     missing = [name for name in (query, document) if name not in frame.columns]
     if missing:
         raise InputError(f"expected the columns {query} and {document}, got {', '.join(frame.columns)}")
     if taken := [name for name in COLUMNS.names if name in frame.columns]:
-        raise InputError(f"expected columns that are not added, got {', '.join(taken)}", hint="rename or drop them")
+        raise InputError(f"expected no column that is added, got {', '.join(taken)}", hint="rename or drop it")
     schema = StructType([*frame.schema.fields, *COLUMNS.fields])
     return frame.mapInPandas(_partition(recipe_of(model, options), query, document), schema)
 
@@ -68,9 +69,9 @@ def _partition(
 
 
 def score_udf(model: Model = None, *, options: Mapping[str, Any] | None = None) -> Any:
-    """A pandas UDF of (query, document) columns: a struct of logit, score, tokens and truncated.
+    """A pandas UDF of (query, document) columns that returns a struct of logit, score, tokens and truncated.
 
-    Arguments as of :func:`score`.
+    Arguments as in :func:`score`.
 
     >>> frame.select("id", score_udf()("query", "document").alias("rerank"))  # doctest: +SKIP
     """
@@ -84,6 +85,6 @@ def score_udf(model: Model = None, *, options: Mapping[str, Any] | None = None) 
 
 
 def task_cpus() -> int:
-    """CPUs of the Spark task that runs here (``spark.task.cpus``); 1 outside of one."""
+    """Number of CPUs of the current Spark task (``spark.task.cpus``); 1 outside of a task."""
     context = TaskContext.get()
     return 1 if context is None else max(1, context.cpus())

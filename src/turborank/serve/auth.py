@@ -14,11 +14,11 @@ import re
 import secrets
 import stat
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from turborank.errors import InputError
 from turborank.serve.config import Settings
@@ -28,22 +28,25 @@ from turborank.types import Pair
 SECRET_PREFIX = "tr-"
 ANY_MODEL = "*"
 CHECK_EVERY = 1.0  # minimum seconds between checks for a changed key file
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_FIELDS = {"name", "sha256", "models", "requests_per_minute", "tokens_per_minute"}
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+_Rate = Annotated[int, msgspec.Meta(ge=0)]
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One API key: its name, hash, allowed models and rate limits."""
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One API key: its name, hash, allowed models and rate limits. The fields of a [[keys]] table of the key file."""
 
-    name: str
-    sha256: str
+    name: Annotated[str, msgspec.Meta(pattern=_NAME)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
     models: tuple[str, ...] = (ANY_MODEL,)
-    requests_per_minute: int = 0  # 0: the limit of the settings
-    tokens_per_minute: int = 0
+    requests_per_minute: _Rate = 0  # 0: the limit of the settings
+    tokens_per_minute: _Rate = 0
 
     def allows(self, model: str) -> bool:
         return ANY_MODEL in self.models or model in self.models
+
+
+class _KeyFile(msgspec.Struct, forbid_unknown_fields=True):
+    keys: tuple[Key, ...] = ()
 
 
 ANONYMOUS = Key("anonymous", "")
@@ -59,7 +62,7 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
 
     Raises InputError when the name is taken or invalid, and when the file is not a key file or cannot be written.
     """
-    if not _NAME.fullmatch(name):
+    if not re.match(_NAME, name):
         raise InputError(f"expected a name of letters, digits, dots, dashes and underscores, got {name!r}")
     present = read(path) if path.exists() else ()
     if name in {key.name for key in present}:
@@ -73,11 +76,9 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
     lines += [f"requests_per_minute = {requests}"] if requests else []
     lines += [f"tokens_per_minute = {tokens}"] if tokens else []
     text = "\n".join(lines) + "\n"
-    try:
-        tomllib.loads(
-            (path.read_text("utf-8-sig") if path.exists() else "") + text
-        )  # make sure that the result can be read
-    except tomllib.TOMLDecodeError as error:
+    try:  # make sure that the result can be read
+        msgspec.toml.decode((path.read_text("utf-8-sig") if path.exists() else "") + text, type=_KeyFile)
+    except msgspec.DecodeError as error:
         raise InputError(
             f"expected a file that [[keys]] can be appended to, got {path}: {error}",
             hint="write its keys as [[keys]] tables, or begin a new file",
@@ -92,41 +93,18 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
 
 
 def read(path: Path) -> tuple[Key, ...]:
-    """The keys of a file. Raises InputError naming the entry at fault."""
+    """The keys of a file. Raises InputError naming the line, or the entry and field, at fault."""
     try:
-        table = tomllib.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+        keys = msgspec.toml.decode(path.read_text("utf-8-sig"), type=_KeyFile).keys
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise InputError(
-            f"expected a TOML file of keys at {path}, got: {error}", hint="make one with: turborank keys new NAME"
+            f"expected a TOML file of [[keys]] at {path}, got: {error}", hint="make one with: turborank keys new NAME"
         ) from None
-    entries = table.get("keys", [])
-    if set(table) - {"keys"} or not isinstance(entries, list):
-        raise InputError(f"expected only [[keys]] entries in {path}, got {', '.join(table)}")
-    keys = tuple(_key(entry, f"keys[{place}] in {path}") for place, entry in enumerate(entries))
     names = [key.name for key in keys]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"expected each name once in {path}, got {', '.join(twice)} more than once")
     return keys
-
-
-def _key(entry: Any, where: str) -> Key:
-    if not isinstance(entry, dict) or set(entry) - _FIELDS:
-        raise InputError(
-            f"expected the fields {', '.join(sorted(_FIELDS))} at {where}, got {', '.join(map(str, entry))}"
-        )
-    name, sha256 = entry.get("name"), entry.get("sha256")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"expected a name of letters, digits, dots, dashes and underscores at {where}, got {name!r}")
-    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise InputError(f"expected sha256 to be 64 hexadecimal digits at {where}, for the key {name!r}")
-    models = entry.get("models", [ANY_MODEL])
-    if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
-        raise InputError(f"expected models to be a list of names at {where}, got {models!r}")
-    rates = [entry.get(field, 0) for field in ("requests_per_minute", "tokens_per_minute")]
-    if any(type(rate) is not int or rate < 0 for rate in rates):
-        raise InputError(f"expected rates of 0 or more at {where}, got {rates}")
-    return Key(name, sha256, tuple(models), *rates)
 
 
 def exposed(path: Path) -> str:

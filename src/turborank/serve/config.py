@@ -18,11 +18,13 @@ from typing import Any, get_type_hints
 
 from turborank.errors import InputError, UnknownKeyError
 from turborank.tokens import LENGTH_POLICIES
+from turborank.types import RerankerOptions
 
 PREFIX = "TURBORANK_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_PORT = 65_535
 _MIB = 1024 * 1024
+HELP = {one.name: one.metadata["help"] for one in dataclasses.fields(RerankerOptions)}
 
 
 def _setting(default: Any, group: str, help_text: str, *, minimum: float | None = None) -> Any:
@@ -42,8 +44,8 @@ class Settings:
     alias: tuple[str, ...] = _setting(
         (), "Models", "NAME=MODEL: another name for a served model, for example rerank-v3.5=jina-reranker-v1-turbo-en."
     )
-    engine: str = _setting("auto", "Models", "auto, native, torch or reference.")
-    precision: str = _setting("auto", "Models", "auto, int8, bf16 or fp32, as far as the engine has it.")
+    engine: str = _setting("auto", "Models", HELP["engine"])
+    precision: str = _setting("auto", "Models", HELP["precision"])
     length: str = _setting(
         "truncate",
         "Models",
@@ -135,6 +137,12 @@ class Settings:
 
     batch_tokens: int = _setting(
         4096, "Queue", "Maximum tokens of a batch, which may join several requests.", minimum=16
+    )
+    batch_seconds: float = _setting(
+        0.25,
+        "Queue",
+        "Maximum predicted seconds of a batch, for which a short request may have to wait; 0 means no limit.",
+        minimum=0,
     )
     queue_tokens: int = _setting(
         1_000_000, "Queue", "Maximum tokens in the queue; more are answered with 429.", minimum=1

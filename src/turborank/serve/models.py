@@ -145,6 +145,7 @@ class Models:
         finally:
             model.users -= 1
             model.used = time.monotonic()
+            self._make_room(model)  # for a model that was in use when this one was loaded
 
     def _open(self, model: ServedModel) -> Reranker:
         settings = self._settings

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import signal
 import ssl
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turborank.errors import InputError
-from turborank.serve import app, telemetry
+from turborank.serve import telemetry
 from turborank.serve.config import Settings
 from turborank.serve.service import Service
 
@@ -31,62 +34,103 @@ def check_open_door(settings: Settings, service: Service) -> str:
     )
 
 
-def protocol(header_timeout: float, answer_timeout: float) -> type[H11Protocol]:
-    """The HTTP/1.1 protocol of uvicorn with two timeouts, in seconds, against slow clients.
+class _Connection(asyncio.Protocol):
+    """A connection to one client: uvicorn's HTTP protocol, called through asyncio's interface, and two timers."""
+
+    def __init__(self, guard: SlowClients, **uvicorns: Any) -> None:
+        self._guard = guard
+        self._http = H11Protocol(**uvicorns)
+        self._loop = asyncio.get_running_loop()
+        self._headers: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
+        self._answering = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=1, low=0)  # pause_writing whenever the client leaves something unread
+        self._client = tuple((transport.get_extra_info("peername") or ())[:2])  # none: the client has left
+        self._guard.connections[self._client] = self
+        self._http.connection_made(transport)
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        if self._headers is None and not self._answering:
+            self._expect_headers()  # the first bytes of another request on a kept connection
+        self._http.data_received(data)
+
+    def eof_received(self) -> None:
+        self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        self._http.pause_writing()
+        self._watch(None)
+
+    def resume_writing(self) -> None:
+        _cancel(self._reading)
+        self._http.resume_writing()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        _cancel(self._headers)
+        _cancel(self._reading)
+        self._guard.connections.pop(self._client, None)
+        self._http.connection_lost(error)
+
+    def begin(self) -> None:
+        """A request's headers are complete."""
+        self._answering = True
+        _cancel(self._headers)
+        self._headers = None
+
+    def end(self) -> None:
+        """A response is complete; the client may still have to read it."""
+        self._answering = False
+
+    def _expect_headers(self) -> None:
+        self._headers = self._loop.call_later(self._guard.header_timeout, self._transport.close)
+
+    def _watch(self, before: int | None) -> None:
+        """Abort the connection if the write buffer has not shrunk since ``answer_timeout`` seconds."""
+        unread = self._transport.get_write_buffer_size()
+        if before is not None and unread >= before:
+            self._transport.abort()  # close() would wait until the client has read the buffer
+        else:
+            self._reading = self._loop.call_later(self._guard.answer_timeout, self._watch, unread)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+class SlowClients:
+    """The ASGI application with two timeouts, in seconds, against slow clients.
 
     The connection is closed when a request's headers are not complete after ``header_timeout``, and when the client
-    reads nothing of a response for ``answer_timeout``. Clients that read slowly are not disconnected.
+    reads nothing of a response for ``answer_timeout``. Clients that read slowly are not disconnected. ``connect`` is
+    the connection class for uvicorn's ``http``. Nothing but the interfaces of asyncio and ASGI is used: headers are
+    complete when the application is called, and asyncio calls ``pause_writing`` while a response is unread.
     """
 
-    class Protocol(H11Protocol):
-        _patience: asyncio.TimerHandle | None = None
-        _reading: asyncio.TimerHandle | None = None
+    def __init__(self, application: ASGIApp, header_timeout: float, answer_timeout: float) -> None:
+        self._application = application
+        self.header_timeout, self.answer_timeout = header_timeout, answer_timeout
+        self.connections: dict[tuple[str, int], _Connection] = {}  # by the client's address
+        self.connect: Any = functools.partial(_Connection, self)
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._wait()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; the address in its scope tells the connection."""
+        connection = self.connections.get(tuple(scope["client"])) if scope.get("client") else None
+        if connection is None:  # start-up and shutdown
+            return await self._application(scope, receive, send)
+        connection.begin()
 
-        def data_received(self, data: bytes) -> None:
-            if self._patience is None and (self.cycle is None or self.cycle.response_complete):
-                self._wait()  # the first bytes of another request on a kept connection
-            super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
+        async def forward(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                connection.end()
 
-        def on_response_complete(self) -> None:
-            if self._reading is not None:
-                self._reading.cancel()
-            self._watch(None)
-            super().on_response_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
-            if self._reading is not None:
-                self._reading.cancel()
-            super().connection_lost(exc)
-
-        def _wait(self) -> None:
-            self._patience = self.loop.call_later(header_timeout, self._give_up)
-
-        def _stop(self) -> None:
-            if self._patience is not None:
-                self._patience.cancel()
-                self._patience = None
-
-        def _give_up(self) -> None:
-            self._patience = None
-            if self.transport is not None and not self.transport.is_closing():
-                self.transport.close()
-
-        def _watch(self, before: int | None) -> None:
-            """Abort the connection if the write buffer has not shrunk since ``answer_timeout`` seconds."""
-            unread = self.transport.get_write_buffer_size()
-            if before is not None and unread >= before:
-                self.transport.abort()  # close() would wait until the client has read the buffer
-            elif unread:
-                self._reading = self.loop.call_later(answer_timeout, self._watch, unread)
-
-    return Protocol
+        await self._application(scope, receive, forward)
 
 
 def check_certificate(settings: Settings) -> None:
@@ -138,18 +182,22 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def make(settings: Settings) -> Server:
-    """A server ready to run. Raises InputError for invalid settings before a model is loaded."""
+def make(settings: Settings, build: Callable[..., ASGIApp]) -> Server:
+    """A server ready to run. ``build`` is :func:`turborank.serve.app.build`.
+
+    Raises InputError for invalid settings before a model is loaded.
+    """
     service = Service(settings)
     try:
         doors = check_open_door(settings, service)
         check_certificate(settings)
         server = Server(uvicorn.Config(lambda scope: None, log_config=None), service)
+        guarded = SlowClients(build(service, on_failure=server.fail), settings.header_timeout, settings.answer_timeout)
         server.config = uvicorn.Config(
-            app.build(service, on_failure=server.fail),
+            guarded,
             host=settings.host,
             port=settings.port,
-            http=protocol(settings.header_timeout, settings.answer_timeout),
+            http=guarded.connect,
             ws="none",
             loop="asyncio",
             log_config=None,
@@ -171,10 +219,13 @@ def make(settings: Settings) -> Server:
     return server
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal. Raises the error when the default model cannot be loaded; KeyboardInterrupt on SIGINT."""
+def run(settings: Settings, build: Callable[..., ASGIApp]) -> None:
+    """Serve until a signal; see :func:`make`.
+
+    Raises the error when the default model cannot be loaded, and KeyboardInterrupt on SIGINT.
+    """
     telemetry.set_up(settings.log_level)
-    server = make(settings)
+    server = make(settings, build)
     server.run()
     if server.failure is not None:
         raise server.failure

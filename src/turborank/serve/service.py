@@ -19,7 +19,7 @@ import numpy as np
 from turborank.calibration import sigmoid
 from turborank.errors import InputError, TooLongError, TurborankError
 from turborank.reranker import Reranker, ranking
-from turborank.scheduler import chunks, gather
+from turborank.scheduler import Work, chunks, gather
 from turborank.score_cache import Found, ScoreCache
 from turborank.serve import auth, telemetry
 from turborank.serve.auth import Key, KeyRing
@@ -70,8 +70,10 @@ class Service:
         self.models = Models(settings, self.loader, lambda name, fields: telemetry.event(name, fields))
         self.batcher = Batcher(
             batch_tokens=settings.batch_tokens,
+            batch_seconds=settings.batch_seconds or math.inf,
             queue_tokens=settings.queue_tokens,
             queue_seconds=settings.queue_seconds,
+            timeout=settings.timeout,
             observe=lambda computed: self.metrics.batch(computed),
         )
         self.metrics = Metrics(self.batcher, lambda: self.models.ready)
@@ -195,7 +197,7 @@ class Service:
         held: bool,
     ) -> Scores:
         """Scores of pairs, computed by the queue."""
-        expected = expected_tokens(pairs, reranker.encoder, length, self._characters_per_token)
+        expected = expected_work(pairs, reranker.encoder, length, self._characters_per_token)
         ticket = self.batcher.admit(reranker.engine, expected, always=held)
         began = time.monotonic()
         try:
@@ -286,19 +288,20 @@ def _open_cache(settings: Settings) -> ScoreCache | None:
     return ScoreCache(settings.score_cache_entries, settings.score_cache or None)
 
 
-def expected_tokens(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits, characters_per_token: float) -> int:
-    """Estimated tokens of pairs, at most the maximum length for each pair or window."""
+def expected_work(pairs: Sequence[Pair], encoder: PairEncoder, length: Limits, characters_per_token: float) -> Work:
+    """Estimated work of pairs; each pair or window has at most the maximum length."""
     most = min(length.max_length or encoder.max_length, encoder.max_length)
     windows = (length.policy or encoder.policy) == "windows"
-    total = 0
+    total = squares = 0
     for query, document in pairs:
-        tokens = int((len(query) + len(document)) / characters_per_token) + OVERHEAD
+        tokens, count = int((len(query) + len(document)) / characters_per_token) + OVERHEAD, 1
         if windows and tokens > most:
             count = math.ceil(tokens / (most * (1 - WINDOW_OVERLAP)))
-            total += most * min(count, length.max_windows or count)
-        else:
-            total += min(tokens, most)
-    return total
+            count = min(count, length.max_windows or count)
+        tokens = min(tokens, most)
+        total += count * tokens
+        squares += count * tokens**2
+    return Work(total, squares)
 
 
 def _least_score(reranker: Reranker, threshold: float | str | None) -> float | None:

@@ -49,6 +49,12 @@ class Metrics:
         self.fill = Histogram(
             "turborank_batch_fill", "Share of the token budget that a batch used.", buckets=_SHARES, registry=registry
         )
+        self.batch_seconds = Histogram(
+            "turborank_batch_seconds",
+            "Seconds of a batch; a request that arrives meanwhile waits for its end.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self.mixed = Histogram(
             "turborank_batch_requests", "Requests in a batch.", buckets=(1, 2, 4, 8, 16, 32), registry=registry
         )
@@ -73,6 +79,7 @@ class Metrics:
         self.padding.inc(computed.pairs * computed.longest - computed.tokens)
         self.fill.observe(min(1.0, computed.tokens / self._budget))
         self.mixed.observe(computed.requests)
+        self.batch_seconds.observe(computed.seconds)
 
     def text(self) -> bytes:
         """The page."""
