@@ -11,7 +11,7 @@ READY  := $(VENV)/.turborank-ready
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: audit conformance conformance-core coverage help install check test test-engine bench docs sanitize emulate clean
+.PHONY: audit conformance conformance-core coverage help install check test test-engine bench docs sanitize emulate faults fuzz clean
 
 help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
@@ -26,6 +26,8 @@ help:
 	@echo "make sanitize   the native engine under address, undefined-behaviour and thread sanitizers"
 	@echo "make emulate    the native engine on 64-bit Arm, by qemu"
 	@echo "make audit      known vulnerabilities of what an installation brings, and its bill of materials in dist/sbom.json"
+	@echo "make faults     every allocation fails, disks are full or read-only, processes are killed, clients misbehave"
+	@echo "make fuzz       damaged files and bodies, by coverage: FUZZ_SECONDS=3600 for each format, FUZZ_TARGETS='config beir'"
 	@echo "make clean      remove builds and caches, not $(VENV)"
 
 install: $(READY)
@@ -97,6 +99,20 @@ audit:
 		--output-format JSON --output-file dist/sbom.json $(AUDIT)/installed/bin/python
 	$(AUDIT)/tools/bin/pip-audit --progress-spinner off \
 		--path "$$($(AUDIT)/installed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# All of the faults of which an ordinary run takes a few; figures for docs/reliability.md.
+faults: $(READY)
+	TURBORANK_FAULTS=all $(BIN)/python -m pytest tests/faults tests/serve/test_serve_faults.py $(ARGS)
+
+# What is found stays in FUZZ_FOLDER as found-TARGET-…; reduced, it becomes a row of tests/fuzz/cases.py.
+FUZZ_SECONDS ?= 60
+FUZZ_FOLDER  ?= build/fuzz
+FUZZ_TARGETS ?= config settings safetensors tokenizer run qrels beir llamaindex chunks csv tsv jsonl training calibration body
+
+fuzz: $(READY)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) atheris
+	@mkdir -p $(FUZZ_FOLDER)
+	for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) $(FUZZ_FOLDER) || exit 1; done
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -146,7 +146,9 @@ def timed(score: Scorer, pairs: Sequence[Any], size: int) -> list[float]:
     return took
 
 
-def measure(who: dict[str, tuple[str, Scorer]], pairs: Sequence[Any], law: np.ndarray) -> dict[str, dict[str, Any]]:
+def measure(
+    who: dict[str, tuple[str, Scorer]], pairs: Sequence[Any], expected: np.ndarray
+) -> dict[str, dict[str, Any]]:
     """All contestants on one workload: finds each one's best batch size, then measures alternately."""
     import torch
 
@@ -167,7 +169,7 @@ def measure(who: dict[str, tuple[str, Scorer]], pairs: Sequence[Any], law: np.nd
                 torch.cuda.empty_cache()
                 continue
             if tried[size] == min(tried.values()):
-                rows[name] = {"label": label, "size": size, "tried": tried, **first, **error(logits, law)}
+                rows[name] = {"label": label, "size": size, "tried": tried, **first, **error(logits, expected)}
     took: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(ROUNDS):
         for name in rows:
@@ -260,7 +262,7 @@ def main() -> None:
             return
         import torch
 
-        law = np.load(arguments.file)
+        expected = np.load(arguments.file)
         who = contestants(checkpoint.read(model))
         if arguments.who:
             who = {name: who[name] for name in arguments.who}
@@ -270,7 +272,7 @@ def main() -> None:
         about |= {"date": time.strftime("%Y-%m-%d"), "workloads": found}
         for workload in arguments.only:
             pairs = benchmark.encodings(workload, *benchmark.sizes(model))
-            found[workload] = measure(who, pairs, law[workload])
+            found[workload] = measure(who, pairs, expected[workload])
             print(table({workload: found[workload]}), flush=True)
             if arguments.out:
                 arguments.out.write_text(json.dumps(about, indent=1))

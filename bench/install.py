@@ -1,4 +1,4 @@
-"""What an installation costs: seconds from nothing to the first score; import and first score on each row.
+"""Cost of an installation: seconds from an empty environment to the first score; import and first score on each row.
 
 python bench/install.py WHEEL [--python PYTHON]
 
@@ -38,7 +38,7 @@ print(json.dumps({"isa": reranker.engine.isa, "import_s": imported - started, "l
 
 
 def call(command: list[str], **variables: str) -> tuple[str, float]:
-    """(standard output, seconds)."""
+    """Run a command: (standard output, seconds)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TURBORANK", "PYTHON"))}
     began = time.perf_counter()
     done = subprocess.run(command, env=environment | variables, stdout=subprocess.PIPE, text=True, check=True)

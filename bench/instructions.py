@@ -1,10 +1,10 @@
-"""Instructions that a row of the instruction-set table executes for a token, counted by qemu's user-mode emulation.
+"""Instructions that a row of the instruction-set table executes per token, counted by qemu's user-mode emulation.
 
 python bench/instructions.py CHECK ROW... [--qemu qemu-aarch64] [--cpu max]
 
 CHECK: native_check compiled for the processor (tests/native/emulate.sh makes one). The case is one pair of 128 tokens
-through two layers of the turbo shape in int8 on one thread, of which the second is computed for the first token alone.
-qemu must be linked dynamically, as qemu-user's is and qemu-user-static's is not, to load instructions.c.
+through two layers of the turbo shape in int8 on one thread; the second layer is computed for the first token only.
+qemu must be linked dynamically (qemu-user, not qemu-user-static) to load instructions.c.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Cycles of the Arm kernels' inner loops by llvm-mca's models of four processors: an estimate, no measurement.
+"""Cycles of the Arm kernels' inner loops, estimated with llvm-mca's models of four processors; not a measurement.
 
 python bench/loops.py [--mca llvm-mca-19] [--compiler aarch64-linux-gnu-g++]
 
-Compiles the rows to assembly, takes every innermost loop that has a whole tile's products, and prints for each
-processor the model's peak of the instruction and the share of it that the loops reach. The models know no caches: loads
-hit the first level.
+Compiles the rows to assembly, takes each innermost loop with the products of a complete tile, and prints for each
+processor the model's peak of the instruction and the share of it that the loops reach. The models have no caches: every
+load hits the first level.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-S", "-o", "-"]
 FEATURES = {"isa_armdot.cpp": "armv8.2-a+dotprod", "isa_armi8mm.cpp": "armv8.2-a+dotprod+i8mm+bf16"}
-# The product, its file, how many of it a step of the whole tile has, and its operands where nothing waits for anything.
+# The product instruction, its file, its number in one step of a complete tile, and operands without dependencies.
 LOOPS = [
     ("sdot", "isa_armdot.cpp", 64, "v30.16b, v31.4b[0]"),
     ("fmla", "isa_armdot.cpp", 64, "v30.4s, v31.s[0]"),
@@ -29,7 +29,7 @@ PROCESSORS = ("apple-m1", "neoverse-n1", "neoverse-v1", "neoverse-v2")
 
 
 def loops(assembly: str, product: str, count: int) -> Iterator[str]:
-    """Bodies of innermost loops with so many products, each once."""
+    """Distinct bodies of innermost loops with ``count`` products."""
     lines = assembly.split("\n")
     labels, seen = {}, set()
     for i, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""What Ray and Spark cost over the library, on one machine: the same pairs, scored in turn by both, on all its cores.
+"""Overhead of Ray and Spark over the library on one machine: both score the same pairs, alternately, on all cores.
 
     python bench/scale.py ray --pairs 20000 --repeats 5
     python bench/scale.py spark --pairs 20000 --repeats 5

@@ -96,10 +96,10 @@ def lone(library: dict[str, Reranker], served: dict[str, Served], rounds: int) -
         print(f"| {name} | {middle * 1e3:.2f} | {high * 1e3:.2f} | {over} |")
 
 
-def errors(law: Reranker, served: dict[str, Served]) -> None:
+def errors(reference: Reranker, served: dict[str, Served]) -> None:
     """The largest difference between a server's score and the numpy engine's."""
     documents = texts(12, 60, seed=9)
-    want = {one.index: one.score for one in law.rank(QUERY, documents)}
+    want = {one.index: one.score for one in reference.rank(QUERY, documents)}
     print("\nlargest difference of a score from the numpy engine's:")
     for name, server in served.items():
         got = server.rank(server.content(documents))["results"]

@@ -59,9 +59,9 @@ def _parameters(command: Any) -> Iterator[str]:
 def models() -> str:
     """The catalog: which to begin with, the facts, the published quality."""
     lines = [NOTE, "", "# Models", ""]
-    lines += ["Known by name; `turborank models` also says which are here. A folder in one of the layouts below, or a"]
+    lines += ["The models known by name; `turborank models` also shows which are on your machine. A folder in one of"]
     lines += [
-        "Hugging Face id, can be given in place of a name.",
+        "the layouts below, or a Hugging Face id, can be used instead of a name.",
         "",
         "## Where to begin",
         "",
@@ -97,17 +97,17 @@ def models() -> str:
     return "\n".join([*lines, "", *LAYOUTS, ""])
 
 
-WORK = """Work is computed from the shape: multiply-adds a token in the linear layers, as a multiple of MiniLM-L6's
-10.6 million. It decides the speed class:
-{limits}; {last} beyond.
-Attention comes on top: it grows with the square of the length, except in the sliding layers of ModernBERT, two of
-three. Measured speed is in `bench/`. The licence is that of the published model; one that forbids commercial use is
-said again when the model is loaded."""
+WORK = """Work is computed from the shape: multiply-adds per token in the linear layers, as a multiple of MiniLM-L6's
+10.6 million. It determines the speed class:
+{limits}; {last} above.
+Attention is not included: it grows with the square of the length, except in ModernBERT's sliding layers (two of
+three). Measured speed is in `bench/`. The licence is that of the published model; loading a model whose licence forbids
+commercial use logs a warning."""
 
-QUALITY = """All times 100, as published and not measured with turborank; compare within a column only. MTEB (English,
+QUALITY = """Published figures times 100, not measured with turborank; compare them within a column only. MTEB (English,
 v2, retrieval; mean of six first stages) and NanoBEIR are nDCG@10 from the announcement of the Ettin rerankers; BEIR and
-LoCo (nDCG@10) and the hit rate (at 10) from the model card of jina-reranker-v1; MKQA (nDCG@10, 26 languages) from that
-of jina-reranker-v2. The Ettin rerankers were trained on parts of what MTEB and BEIR test."""
+LoCo (nDCG@10) and the hit rate (at 10) are from the model card of jina-reranker-v1; MKQA (nDCG@10, 26 languages) from
+that of jina-reranker-v2. The Ettin rerankers were trained on parts of the data that MTEB and BEIR test."""
 
 LAYOUTS = """## Layouts that load
 
@@ -119,8 +119,8 @@ LAYOUTS = """## Layouts that load
 - ModernBERT's config as transformers 4 writes it (two rope thetas, every n-th layer global) and as 5 does
   (`rope_parameters`, `layer_types`).
 - jina-reranker-v2's own tensor names. Its code is never run.
-- A classifier with two labels, if its `id2label` calls one `relevant` and the other `irrelevant` or `not_relevant`, or
-  if `checkpoint.load(…, relevant_label=1)` says so: the logit is then the difference of the two. Otherwise it is refused.
+- A classifier with two labels, if its `id2label` names one `relevant` and the other `irrelevant` or `not_relevant`, or
+  with `checkpoint.load(…, relevant_label=1)`: its logit is the difference of the two. Otherwise it is refused.
 - Renamed repositories (`cross-encoder/ms-marco-MiniLM-L6-v2` and `-L-6-v2`) are found in the cache under either name.
 
 Refused, with what to do instead: pickles, folders with ONNX files alone, embedding models, decoders.""".splitlines()

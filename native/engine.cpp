@@ -225,8 +225,15 @@ struct Call {
         });
     }
 
-    void note(Team& team, const Buffer& rows, size_t count) const {
-        if (trace) team.phase(1, [&](int) { trace->emplace_back(rows.as<float>(), rows.as<float>() + count * C); });
+    // Room for the trace, whose rows are all in one group: allocated here, because threads of a team must not throw.
+    void prepare_trace(const Group& g) const {
+        const size_t whole = static_cast<size_t>(s.whole_layers());
+        trace->assign(whole + 1, std::vector<float>(static_cast<size_t>(g.tokens) * C));
+        if (!s.cosine && !s.mean) trace->emplace_back(g.pairs.size() * C);
+    }
+
+    void note(Team& team, const Buffer& rows, int layer) const {
+        if (trace) team.phase(1, [&](int) { std::copy_n(rows.as<float>(), (*trace)[layer].size(), (*trace)[layer].data()); });
     }
 
     // All layers of a group. Each of the `sharing` threads calls this.
@@ -244,7 +251,7 @@ struct Call {
             k.embed(w, m.ids.as<int32_t>() + from, m.types.as<int32_t>() + from, m.positions.as<int32_t>() + from, rows, x(from), scratch);
             project(0, from, rows);
         });
-        note(team, m.x, g.tokens);
+        note(team, m.x, 0);
         for (int l = 0; l < whole; ++l) {
             team.phase(static_cast<int>(g.attention.size()), [&](int i) {
                 const AttendTask& task = g.attention[i];
@@ -255,7 +262,7 @@ struct Call {
                 k.finish_layer(s, w.layers[l], attention, x(from), fine_types(from), rows, scratch);
                 project(l + 1, from, rows);
             });
-            note(team, m.x, g.tokens);
+            note(team, m.x, l + 1);
         }
         if (s.cosine) score(g, m, team, scratch);
         else classify(g, m, team, scratch);
@@ -288,7 +295,7 @@ struct Call {
             k.classify(w, first_x(from), count, found, scratch);
             for (int i = 0; i < count; ++i) logits[g.pairs[from + i]] = found[i];
         });
-        if (!s.mean) note(team, m.first_x, g.pairs.size());
+        if (!s.mean) note(team, m.first_x, s.L);
     }
 };
 
@@ -334,14 +341,18 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     for (int p = 0; p < batch.pairs(); ++p) longest = std::max(longest, batch.length(p));
     while (static_cast<int>(state.scratch.size()) < threads) state.scratch.emplace_back();
     while (static_cast<int>(state.memory.size()) < threads + 1) state.memory.emplace_back();
-    for (int i = 0; i < threads; ++i) {
-        state.scratch[i].reserve(shape(), kernels_->block_rows + kernels_->row_tile, longest);
-        for (const Group& g : alone) state.memory[i + 1].reserve(shape(), g, kernels_->exchange_bytes);
+    try {
+        for (int i = 0; i < threads; ++i) {
+            state.scratch[i].reserve(shape(), kernels_->block_rows + kernels_->row_tile, longest);
+            for (const Group& g : alone) state.memory[i + 1].reserve(shape(), g, kernels_->exchange_bytes);
+        }
+        if (together.tokens) state.memory[0].reserve(shape(), together, kernels_->exchange_bytes);
+        if (trace) call.prepare_trace(together);
+    } catch (const std::bad_alloc&) {
+        state.memory.clear();  // else a smaller batch would ask again for the capacity that could not be had
+        throw;
     }
-    if (together.tokens) {
-        state.memory[0].reserve(shape(), together, kernels_->exchange_bytes);
-        call.gather(together, state.memory[0]);
-    }
+    if (together.tokens) call.gather(together, state.memory[0]);
 
     Team team(threads);
     std::atomic<size_t> next{0};

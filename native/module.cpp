@@ -64,8 +64,9 @@ public:
     // After a fork, in the child: the old engine's threads are the parent's and its lock may be held by one of them. It can
     // be neither used nor destroyed, so it is left where it is; its pages are the parent's until they are written.
     void renew() {
-        const Engine* old = engine_.release();
-        engine_ = std::make_unique<Engine>(old->weights(), &old->kernels());
+        auto anew = std::make_unique<Engine>(engine_->weights(), &engine_->kernels());
+        engine_.release();
+        engine_ = std::move(anew);
     }
 
     nb::bytes logits(const Int32Array& ids, const Int32Array& types, const Int32Array& offsets, int threads) {

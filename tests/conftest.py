@@ -2,6 +2,7 @@ import ctypes.util
 import os
 from pathlib import Path
 
+import fault_counts
 import pytest
 import skips
 from helpers import write_checkpoint
@@ -18,7 +19,10 @@ def random_checkpoint(tmp_path: Path) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped for want of what, above pytest's closing line."""
+    """Print the skipped tests by reason, above pytest's last line."""
+    if fault_counts.EVERY:
+        for line in fault_counts.summary():
+            terminalreporter.write_line(line)
     reports = terminalreporter.stats.get("skipped", ())
     reasons = [report.longrepr[2] for report in reports if isinstance(report.longrepr, tuple)]
     if reasons:

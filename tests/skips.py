@@ -1,4 +1,4 @@
-"""Why tests were skipped, in one line at the end of a run."""
+"""One line at the end of a run that counts the skipped tests by reason."""
 
 import re
 from collections import Counter

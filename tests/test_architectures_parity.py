@@ -106,19 +106,19 @@ def test_logits_are_those_of_transformers_at_published_width(family: str, width:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_torch_agrees_with_the_law_layer_by_layer_and_learns(family: str) -> None:
+def test_torch_agrees_with_the_reference_layer_by_layer_and_learns(family: str) -> None:
     from turborank.ops import torch as torch_ops
 
     config = family_config(family)
     weights, batch = family_weights(config), batch_of([4, 9, 300, 9, 70])
-    law: list[Float32] = []
+    expected: list[Float32] = []
     forward = ARCHITECTURES[family].forward
-    logits = forward(weights, config, batch, reference, law)
+    logits = forward(weights, config, batch, reference, expected)
     parameters, moved = tensors(weights, batch)
     twin: list[Any] = []
     out = forward({n: t.requires_grad_() for n, t in parameters.items()}, config, moved, torch_ops, twin)
-    assert len(law) == len(twin) == config.num_hidden_layers + 1
-    for a, b in zip(law, twin, strict=True):
+    assert len(expected) == len(twin) == config.num_hidden_layers + 1
+    for a, b in zip(expected, twin, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(logits, out.detach().numpy(), atol=1e-5)
     out.sum().backward()

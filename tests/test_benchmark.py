@@ -103,10 +103,12 @@ def test_a_contestant_that_fails_says_why(model: Path) -> None:
         pass
 
 
-def test_our_engine_in_a_process_gives_the_logits_of_the_law(model: Path) -> None:
+def test_our_engine_in_a_process_gives_the_logits_of_the_reference(model: Path) -> None:
     exact = benchmark.exact_logits(model, "1x64")
-    with benchmark.processes([Contestant("law", "law", options={"engine": "reference"})], model, 1) as running:
-        logits = running["law"].logits("1x64", BATCH)
+    with benchmark.processes(
+        [Contestant("reference", "reference", options={"engine": "reference"})], model, 1
+    ) as running:
+        logits = running["reference"].logits("1x64", BATCH)
     assert logits == pytest.approx(exact, abs=1e-5)  # numpy rounds by its number of threads: one there, here any
 
 
@@ -129,7 +131,7 @@ def peers() -> object:
 @pytest.mark.parametrize("cls", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_peers_torch_module_is_the_same_model(model: Path, cls: bool, fused: bool) -> None:
-    """What all peers are exported from agrees with the law, padded, in any batch."""
+    """What all peers are exported from agrees with the reference, padded, in any batch."""
     import torch
 
     table = peers()

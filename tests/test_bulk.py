@@ -1,4 +1,4 @@
-"""``turborank score``: the library's bits in every format, and nothing lost or repeated however a run ends."""
+"""``turborank score``: the library's bits in every format; interrupted runs lose and repeat no pair."""
 
 import csv
 import gzip
@@ -130,7 +130,7 @@ def test_candidates_of_a_corpus(reranker: Reranker, tmp_path: Path) -> None:
 
 
 def test_parts_of_a_job_array_make_the_whole(reranker: Reranker, tmp_path: Path) -> None:
-    """In any order; the manifest of the whole is there when the last part ends."""
+    """Parts may run in any order; manifest.json is written when the last one ends."""
     write_jsonl(tmp_path / "pairs.jsonl", ROWS)
     bulk.run(reranker, tmp_path / "pairs.jsonl", tmp_path / "whole", BulkOptions(shard_pairs=20))
     for part in (3, 1, 2):
@@ -161,8 +161,8 @@ bulk.run(reranker, Path(sys.argv[2]), Path(sys.argv[3]), bulk.BulkOptions(shard_
 """
 
 
-def test_killed_again_and_again(reranker: Reranker, folder: Path, tmp_path: Path) -> None:
-    """At most the shard that is being written is computed again; no pair is lost, none is there twice."""
+def test_a_run_killed_repeatedly_loses_no_pair(reranker: Reranker, folder: Path, tmp_path: Path) -> None:
+    """At most the shard that is being written is computed again; no pair is lost or repeated."""
     write_jsonl(tmp_path / "pairs.jsonl", ROWS)
     out = tmp_path / "out"
     for kept in (1, 4):
@@ -186,7 +186,7 @@ def test_killed_again_and_again(reranker: Reranker, folder: Path, tmp_path: Path
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_interruption_says_where_to_go_on(folder: Path, tmp_path: Path) -> None:
+def test_interruption_prints_how_to_continue(folder: Path, tmp_path: Path) -> None:
     """As Ctrl-C does: exit code 130, one line, no traceback, nothing half-written; the same command goes on."""
     rows = [{**row, "document": "a bee in the trees " * 80, "id": str(n)} for n in range(120) for row in ROWS[:1]]
     write_jsonl(tmp_path / "pairs.jsonl", rows * 40)
@@ -221,14 +221,14 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert command(line) == 0
     told = capsys.readouterr()
     assert told.out.startswith("250 pairs in 1 shards, ")
-    assert "longer than what is read" in told.out
+    assert "pairs were truncated" in told.out
     assert told.err == ""
     rows = read(tmp_path / "out" / "part-000000.csv")
     assert list(rows[0]) == ["document", "logit", "score", "tokens", "truncated"]
     expected = Reranker(folder, max_length=40).score([(q, f"bee {d}") for q, d in PAIRS])
     assert np.array([row["logit"] for row in rows], dtype=np.float32).tobytes() == expected.tobytes()
     assert command(line) == 0
-    assert "1 shards were there already" in capsys.readouterr().out
+    assert "1 shards existed already" in capsys.readouterr().out
     assert command([*line, "--shard-pairs", "30"]) == 2
     assert "made from the same input, model and options, got another options" in capsys.readouterr().err
     assert command([*line, "--shard", "3/2"]) == 2
@@ -302,7 +302,7 @@ def test_an_estimate_of_tokens_is_within_15_percent(reranker: Reranker, tmp_path
     assert os.listdir(tmp_path) == ["pairs.jsonl"]
 
 
-def test_nothing_in_nothing_out(reranker: Reranker, tmp_path: Path) -> None:
+def test_an_empty_input_gives_an_empty_output(reranker: Reranker, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("")
     summary = bulk.run(reranker, tmp_path / "pairs.jsonl", tmp_path / "out")
     assert (summary.pairs, summary.shards) == (0, 0)

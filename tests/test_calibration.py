@@ -1,4 +1,4 @@
-"""Calibration: the fit beside scikit-free formulas, thresholds by counting, intervals by published values."""
+"""Calibration: the fit against its formulas, thresholds by counting, intervals against published values."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def test_pairs_of_one_query_count_less():
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_true_value_as_often_as_stated():
     draw = np.random.default_rng(5)
     covered = 0
     for _ in range(300):
@@ -129,7 +129,7 @@ def judged(path, reranker, *, flip=False):
     return lines
 
 
-def test_from_pairs_to_a_threshold_that_rank_uses(model, tmp_path, capsys):
+def test_rank_uses_the_threshold_of_a_calibration(model, tmp_path, capsys):
     lines = judged(tmp_path / "judged.jsonl", Reranker(model))
     assert run(["calibrate", str(tmp_path / "judged.jsonl"), "--model", str(model)]) == 0
     told = capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_a_model_without_calibration_says_what_to_do(model):
         ("a.tsv", "query\tdocument\tlabel\nq\td\t1\n", "1 relevant of 1"),
     ],
 )
-def test_faults_of_judged_pairs_have_their_place(tmp_path, name, text, message):
+def test_malformed_judged_pairs_are_reported_with_file_and_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
         fitting.read_judged(tmp_path / name)
@@ -225,7 +225,7 @@ def test_tables_and_grades_are_read(tmp_path):
     ]
 
 
-def test_labels_the_wrong_way_round_are_noticed(model, tmp_path, capsys):
+def test_inverted_labels_are_refused(model, tmp_path, capsys):
     judged(tmp_path / "judged.jsonl", Reranker(model), flip=True)
     assert run(["calibrate", str(tmp_path / "judged.jsonl"), "--model", str(model)]) == 2
     assert "higher logits" in capsys.readouterr().err

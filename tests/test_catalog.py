@@ -123,7 +123,7 @@ def test_speed_classes_and_picks() -> None:
     assert not any(MODELS[name].noncommercial for _, name in catalog.PICKS)
 
 
-def test_who_forbids_commerce() -> None:
+def test_models_without_commercial_use() -> None:
     assert [row.name for row in MODELS.values() if row.noncommercial] == ["jina-reranker-v2-base-multilingual"]
     assert catalog.forbids_commerce("cc-by-nc-sa-4.0")
     assert not any(catalog.forbids_commerce(licence) for licence in ("Apache-2.0", "MIT", "NCSA", "not released"))

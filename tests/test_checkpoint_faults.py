@@ -316,7 +316,7 @@ def test_a_tokenizer_of_another_model(random_checkpoint: Path) -> None:
 
 
 def test_token_ids_with_gaps(random_checkpoint: Path) -> None:
-    """Few tokens, but one with an id beyond the table: counting them would not show it."""
+    """A vocabulary with few tokens, one of them with an id beyond the embedding table."""
     path = random_checkpoint / "tokenizer.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     data["model"]["vocab"]["z"] = 4000

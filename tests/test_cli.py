@@ -1,4 +1,4 @@
-"""The command, run in this process through its entry point; and a few times as a process of its own."""
+"""The command, run in this process through its entry point, and in a few tests as a separate process."""
 
 import dataclasses
 import inspect
@@ -98,7 +98,7 @@ def test_the_passage_is_the_sentence_about_the_question(turborank_command, model
     assert "Bees fly" not in out
 
 
-def test_what_was_not_read_is_said_below_the_table(turborank_command, model, files):
+def test_unread_tokens_are_listed_below_the_table(turborank_command, model, files):
     """Letters and full stops are tokens; the template has 4 and the question 4."""
     letters = len("Seasmove.") * 20
     out = turborank_command("rank", "bees", *files, "-m", model)[1]
@@ -130,7 +130,7 @@ def test_rows_without_text_are_ranked_and_named(turborank_command, model, tmp_pa
     assert err.splitlines()[rank.MAX_NOTES :] == ["turborank: and 2 more have no text"]
 
 
-def test_what_was_cut_is_said_even_of_documents_not_shown(turborank_command, model, files):
+def test_truncated_documents_are_listed_even_if_not_shown(turborank_command, model, files):
     results = json.loads(turborank_command("rank", "bees", *files, "-m", model, "--json")[1])["results"]
     place = next(place for place, row in enumerate(results) if row["index"] == 2)
     keep = 1 if place else 2  # seas.txt is, or is not, the best
@@ -325,7 +325,7 @@ def test_doctor_says_which_instruction_set_runs_and_why_no_better_one(turborank_
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_help_teaches_by_example(turborank_command, name):
+def test_help_has_examples(turborank_command, name):
     command = main.COMMANDS[name]
     code, out, _ = turborank_command(*name.split(), "--help", columns="200")
     assert code == 0
@@ -344,7 +344,7 @@ def test_help_is_what_no_argument_gives(turborank_command):
 
 
 @pytest.mark.parametrize("group", main.GROUPS)
-def test_a_group_alone_shows_what_it_holds(turborank_command, group):
+def test_a_group_alone_prints_its_help(turborank_command, group):
     code, out, err = turborank_command(group)
     assert (code, err) == (0, "")
     assert all(name.removeprefix(f"{group} ") in out for name in main.COMMANDS if name.startswith(f"{group} "))
@@ -383,7 +383,7 @@ def test_names_that_are_not_utf8_are_printed(model, tmp_path):
     assert "caf\ufffd.txt" in re.sub(r"\s", "", process.stdout.decode())
 
 
-def test_a_terminal_that_knows_only_ascii_is_no_obstacle(model, tmp_path):
+def test_output_to_an_ascii_terminal_works(model, tmp_path):
     (tmp_path / "a.txt").write_text("Honig für Bären 蜂蜜", encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
     process = subprocess.run(
@@ -395,7 +395,7 @@ def test_a_terminal_that_knows_only_ascii_is_no_obstacle(model, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
 @pytest.mark.parametrize("arguments", [["rank"], ["rank", "--json"], ["models"], ["models", "--json"], ["--version"]])
-def test_a_full_disk_is_said_in_one_line(model, files, arguments):
+def test_a_full_disk_is_reported_in_one_line(model, files, arguments):
     ranking = ["bees", *files, "-m", model] if arguments[0] == "rank" else []
     with open("/dev/full", "w") as full:
         process = subprocess.run([*COMMAND, *arguments, *ranking], stdout=full, stderr=subprocess.PIPE, text=True)
@@ -405,7 +405,7 @@ def test_a_full_disk_is_said_in_one_line(model, files, arguments):
 
 @pytest.mark.skipif(os.name != "posix", reason="closes descriptors with a shell")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_obstacle_where_files_are_named(model, files, closed):
+def test_closed_standard_streams_work_if_files_are_given(model, files, closed):
     command = ["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, "rank", "bees"]
     process = subprocess.run([*command, *files, "-m", model], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
@@ -415,7 +415,7 @@ def test_closed_streams_are_no_obstacle_where_files_are_named(model, files, clos
     assert process.stderr.count("\n") == (0 if "2>&-" in closed else 1)
 
 
-def test_a_reader_that_leaves_gets_no_traceback(model, files):
+def test_a_closed_pipe_prints_no_traceback(model, files):
     command = subprocess.Popen(
         [*COMMAND, "rank", "bees", *files, "-m", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

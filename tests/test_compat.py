@@ -59,7 +59,7 @@ def ours(folder: Path) -> CrossEncoder:
 
 @pytest.mark.parametrize("family", ["bert", "xlm_roberta", "deberta"])
 @pytest.mark.parametrize("config", [{}, IDENTITY, {"sentence_transformers": {"activation_fn": "torch.nn.Identity"}}])
-def test_scores_are_theirs(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
+def test_scores_equal_those_of_sentence_transformers(tmp_path: Path, family: str, config: dict[str, Any]) -> None:
     save(tmp_path, family, **config)
     pairs = [*PAIRS, (QUERY, "the " * 700)]  # the last is cut to 512 tokens
     expected = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu").predict(pairs)
@@ -105,7 +105,9 @@ def test_an_activation_given_at_construction_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize("top_k", [None, 2, 50])
 @pytest.mark.parametrize("return_documents", [False, True])
-def test_rank_is_theirs(ours: CrossEncoder, theirs: Any, top_k: int | None, return_documents: bool) -> None:
+def test_rank_equals_that_of_sentence_transformers(
+    ours: CrossEncoder, theirs: Any, top_k: int | None, return_documents: bool
+) -> None:
     got, expected = (
         model.rank(QUERY, DOCUMENTS, top_k=top_k, return_documents=return_documents) for model in (ours, theirs)
     )
@@ -119,7 +121,7 @@ def test_documents_may_come_one_by_one(ours: CrossEncoder) -> None:
     assert ours.rank(QUERY, iter(DOCUMENTS), return_documents=True) == expected
 
 
-def test_a_device_may_be_torch_s_own(folder: Path, ours: CrossEncoder) -> None:
+def test_a_device_may_be_a_torch_device(folder: Path, ours: CrossEncoder) -> None:
     model = CrossEncoder(folder, device=torch.device("cpu"), precision="fp32")
     np.testing.assert_array_equal(model.predict(PAIRS), ours.predict(PAIRS))
 
@@ -132,7 +134,7 @@ THEIRS_ALONE = {
 
 
 @pytest.mark.parametrize("method", ["__init__", "predict", "rank"])
-def test_their_parameters_are_ours(folder: Path, ours: CrossEncoder, method: str) -> None:
+def test_parameters_equal_those_of_sentence_transformers(folder: Path, ours: CrossEncoder, method: str) -> None:
     """By keyword, each with their default, the scores are the same."""
     parameters = list(inspect.signature(getattr(sentence_transformers.CrossEncoder, method)).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in THEIRS_ALONE}
@@ -174,7 +176,7 @@ def test_saturated_scores_still_rank_by_logit(tmp_path: Path) -> None:
     assert [row["corpus_id"] for row in model.rank(QUERY, DOCUMENTS)] != list(range(len(DOCUMENTS)))
 
 
-def test_max_length_is_theirs(folder: Path) -> None:
+def test_max_length_equals_that_of_sentence_transformers(folder: Path) -> None:
     theirs = sentence_transformers.CrossEncoder(str(folder), device="cpu", max_length=20).predict(PAIRS)
     ours = CrossEncoder(folder, max_length=20, precision="fp32")
     assert ours.max_length == 20
@@ -213,7 +215,7 @@ def test_bad_input_is_named(ours: CrossEncoder, call: Any, said: str) -> None:
         call(ours)
 
 
-def test_an_activation_turborank_does_not_know_is_not_guessed(folder: Path, tmp_path: Path) -> None:
+def test_an_unknown_activation_is_refused(folder: Path, tmp_path: Path) -> None:
     save(tmp_path, sentence_transformers={"activation_fn": "my_package.Curve"})
     with pytest.raises(InputError, match=r"name one of sigmoid, identity, got 'my_package.Curve'; give activation_fn"):
         CrossEncoder(tmp_path)
@@ -221,7 +223,7 @@ def test_an_activation_turborank_does_not_know_is_not_guessed(folder: Path, tmp_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_is_not_pretended(folder: Path) -> None:
+def test_cuda_without_a_gpu_is_refused(folder: Path) -> None:
     with pytest.raises(EngineUnavailableError, match="expected a CUDA device for device='cuda'"):
         CrossEncoder(folder, device="cuda")
     assert issubclass(EngineUnavailableError, TurborankError)
@@ -240,11 +242,11 @@ def test_cuda_is_not_pretended(folder: Path) -> None:
     ],
 )
 def test_published_activations(name: str, raw: dict[str, Any], expected: str) -> None:
-    """docs/model.md §5.4: jina, mxbai and bge sigmoid, ms-marco logits; config.json has the first word."""
+    """docs/model.md §5.4: jina, mxbai and bge sigmoid, ms-marco logits; config.json takes precedence."""
     stand_in: Any = SimpleNamespace(name=name, checkpoint=SimpleNamespace(raw_config=raw))
     assert published_activation(stand_in) == expected
 
 
-def test_the_reranker_beneath_is_the_library_s(ours: CrossEncoder, folder: Path) -> None:
+def test_the_reranker_attribute_is_the_librarys(ours: CrossEncoder, folder: Path) -> None:
     logits = Reranker(folder, precision="fp32").score(PAIRS)
     np.testing.assert_array_equal(ours.predict(PAIRS, activation_fn="identity"), logits)

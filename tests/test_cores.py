@@ -1,4 +1,4 @@
-"""Cores a process may use: quotas of its own cgroup and of those above, in both versions, as Linux has them."""
+"""Cores a process may use: CPU quotas of its cgroup and its parents, in both cgroup versions."""
 
 import os
 from pathlib import Path

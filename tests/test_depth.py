@@ -1,4 +1,4 @@
-"""Adaptive depth: the rule by arithmetic, what it may stop, and what stopping leaves untouched."""
+"""Adaptive depth: the rule by arithmetic, when it stops, and that scores keep their bits."""
 
 import math
 
@@ -14,7 +14,7 @@ def falling(size, *, high, low):
     return np.array([5.0 + i / 100 for i in range(high)] + [(-1.0) ** i for i in range(low)], dtype=np.float32)[:size]
 
 
-def test_the_number_is_the_formula():
+def test_the_estimate_is_the_formula():
     logits = falling(40, high=10, low=30)
     gap = (5.0 - 0.0) / 1.0  # n-th best, mean and standard deviation of the last twenty
     want = 1 / (1 + math.exp(-(depth.INTERCEPT + depth.LEFT * math.log(60 / 100) + depth.GAP * gap)))
@@ -23,7 +23,7 @@ def test_the_number_is_the_formula():
     assert depth.to_come(logits[:9], 10, 100) == 1.0
 
 
-def test_logits_of_another_scale_are_judged_alike():
+def test_the_scale_of_the_logits_does_not_matter():
     logits = falling(30, high=10, low=20)
     assert depth.to_come(logits * 8 + 64, 10, 100) == pytest.approx(depth.to_come(logits, 10, 100), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""The documentation is true: generated pages are current, cited sections exist, and the code of every page runs."""
+"""The documentation: generated pages are current, cited sections exist, and the code of every page runs."""
 
 import functools
 import glob
@@ -49,7 +49,7 @@ def sections(page: Path) -> set[str]:
 
 
 def faults(text: str) -> list[str]:
-    """What a text cites and docs/ does not have."""
+    """Citations in a text that docs/ does not have."""
     missing = [f"no page docs/{page}" for page in PAGE.findall(text) if not (DOCS / page).is_file()]
     for page, cited in CITATION.findall(text):
         known = sections(DOCS / page) if (DOCS / page).is_file() else set()
@@ -385,7 +385,7 @@ PROVOKED = {
 
 @pytest.fixture(scope="module")
 def broken_things(tmp_path_factory):
-    """What users have when they meet the errors."""
+    """Inputs that provoke the errors."""
     folder = tmp_path_factory.mktemp("broken-things")
     for name in ("tiny", "pickle", "embedding"):
         tiny_model(folder / name)

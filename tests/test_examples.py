@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as a user runs them, and say what their texts make true."""
+"""The scripts of examples/, run as a user runs them; their output is checked."""
 
 import os
 import re

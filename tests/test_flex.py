@@ -22,13 +22,13 @@ def visited(mask: "torch_flex.BlockMask") -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["usual", "wide logits"])
-def test_compiled_flex_attention_equals_the_law(scale: float) -> None:
+def test_compiled_flex_attention_equals_the_reference(scale: float) -> None:
     q, k, v, cu = tensors(scale=scale)
     slopes = standard_slopes(4)
-    law = reference.attention(q, k, v, cu, 4, slopes, False)
+    expected = reference.attention(q, k, v, cu, 4, slopes, False)
     with torch.no_grad():
         out = torch_flex.attention(*(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(cu), 4, slopes)
-    np.testing.assert_allclose(law, out.numpy(), atol=2e-5)
+    np.testing.assert_allclose(expected, out.numpy(), atol=2e-5)
 
 
 def test_blocks_of_other_pairs_are_not_visited() -> None:

@@ -1,4 +1,4 @@
-"""Weights out of ONNX files: graphs built here, as exporters build them, in float and quantised by ONNX Runtime."""
+"""Weights from ONNX files: graphs built as exporters build them, in float and quantised by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ onnx = pytest.importorskip("onnx")
 from families import WORDS, family_config, family_weights, save_family, wordpiece  # noqa: E402
 
 from turborank import Reranker  # noqa: E402
-from turborank.checkpoint.from_onnx import import_onnx, read_onnx  # noqa: E402
 from turborank.cli.main import run  # noqa: E402
 from turborank.errors import CheckpointError, InputError  # noqa: E402
+from turborank.export import import_onnx, read_onnx  # noqa: E402
 from turborank.types import Float32  # noqa: E402
 
 PAIRS = [("what is the capital of france", "paris is the capital"), ("bread", "berlin is the capital of germany")]

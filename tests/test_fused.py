@@ -1,4 +1,4 @@
-"""The GPU's kernels against the law: the same source, on a GPU where there is one, else in Triton's interpreter."""
+"""The GPU kernels against the reference: on a GPU if there is one, else the same source in Triton's interpreter."""
 
 import os
 from typing import Any
@@ -46,7 +46,7 @@ def random_qkv(lengths: list[int], heads: int, scale: float, dtype: str = "float
 
 
 def compare(lengths: list[int], scale: float, slopes: tuple[float, ...], dtype: str, tolerance: float) -> None:
-    """Attention of all tokens, and of each pair's first, against the law on the same rounded queries and keys."""
+    """Attention of all tokens, and of each pair's first, against the reference on the same rounded queries and keys."""
     heads = len(slopes) or 4
     q, k, v = random_qkv(lengths, heads, scale, dtype)
     cu, where = layout(lengths)
@@ -54,14 +54,14 @@ def compare(lengths: list[int], scale: float, slopes: tuple[float, ...], dtype: 
     firsts = cu[:-1].tolist()
     for asked, rows in ((False, slice(None)), (True, firsts)):
         got = triton_ops.attention(q[rows], k, v, where, heads, slopes, asked)
-        law = reference.attention(exact[0][rows], exact[1], exact[2], cu, heads, slopes, asked)
-        np.testing.assert_allclose(got.float().cpu().numpy(), law, atol=tolerance)
+        expected = reference.attention(exact[0][rows], exact[1], exact[2], cu, heads, slopes, asked)
+        np.testing.assert_allclose(got.float().cpu().numpy(), expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["usual", "wide logits"])
 @pytest.mark.parametrize("lengths", [[130, 3, 64, 1], [700, 3, 65]], ids=["short", "long enough to skip"])
-def test_attention_is_the_laws(lengths: list[int], scale: float, dtype: str) -> None:
+def test_attention_equals_the_reference(lengths: list[int], scale: float, dtype: str) -> None:
     compare(lengths, scale, standard_slopes(4), dtype, PRECISIONS[dtype])
 
 
@@ -71,7 +71,7 @@ def test_attention_without_slopes_reads_everything() -> None:
 
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(1, 140), min_size=1, max_size=5), st.floats(0.5, 4))
-def test_attention_is_the_laws_for_any_lengths(lengths: list[int], scale: float) -> None:
+def test_attention_equals_the_reference_for_any_lengths(lengths: list[int], scale: float) -> None:
     compare(lengths, scale, standard_slopes(2), "float32", 1e-4)
 
 
@@ -93,22 +93,22 @@ def test_a_key_that_matters_is_read_however_far() -> None:
     q[0, 0], k[900, 0] = 32**0.5, 2.0**-5 * 900 + 40  # slope 2^-5: score less distance is 40
     cu, where = layout([1024])
     got = triton_ops.attention(q, k, v, where, 1, (2.0**-5,), False)
-    law = reference.attention(*(x.cpu().numpy() for x in (q, k, v)), cu, 1, (2.0**-5,), False)
-    np.testing.assert_allclose(got.cpu().numpy(), law, atol=1e-4)
-    np.testing.assert_allclose(law[0], v[900].cpu().numpy(), atol=1e-4)  # it is all that the first query sees
+    expected = reference.attention(*(x.cpu().numpy() for x in (q, k, v)), cu, 1, (2.0**-5,), False)
+    np.testing.assert_allclose(got.cpu().numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(expected[0], v[900].cpu().numpy(), atol=1e-4)  # it is all that the first query sees
 
 
 @pytest.mark.parametrize("width", [96, 384])
-def test_rows_are_the_laws(width: int) -> None:
+def test_rows_equal_the_reference(width: int) -> None:
     rng = np.random.default_rng(0)
     x, residual = rng.normal(size=(2, 37, width)).astype(np.float32)
     weight, bias = rng.normal(size=(2, width)).astype(np.float32)
     gated = rng.normal(size=(512, width)).astype(np.float32) / np.float32(width**0.5)
     args = [torch.from_numpy(a).to(DEVICE) for a in (x, residual, weight, bias)]
-    law = reference.add_norm(x, residual, weight, bias, 1e-5)
-    np.testing.assert_allclose(triton_ops.add_norm(*args, 1e-5).cpu().numpy(), law, atol=1e-5)
-    law = reference.layer_norm(x, weight, bias, 1e-5)
-    np.testing.assert_allclose(triton_ops.layer_norm(args[0], *args[2:], 1e-5).cpu().numpy(), law, atol=1e-5)
+    expected = reference.add_norm(x, residual, weight, bias, 1e-5)
+    np.testing.assert_allclose(triton_ops.add_norm(*args, 1e-5).cpu().numpy(), expected, atol=1e-5)
+    expected = reference.layer_norm(x, weight, bias, 1e-5)
+    np.testing.assert_allclose(triton_ops.layer_norm(args[0], *args[2:], 1e-5).cpu().numpy(), expected, atol=1e-5)
     if width % triton_ops.GEGLU_TILE["DEPTH"] == 0:
         got = triton_ops.geglu(args[0], torch.from_numpy(gated).to(DEVICE)).cpu().numpy()
         np.testing.assert_allclose(got, reference.geglu(x, gated), atol=2e-5)
@@ -143,13 +143,13 @@ def batches(config: ModelConfig, *lengths: list[int]) -> list[PackedBatch]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_logits_are_the_laws_also_when_captured_and_replayed(family: str) -> None:
+def test_logits_are_those_of_the_reference_also_when_captured_and_replayed(family: str) -> None:
     """Three batches that share a size: the first runs kernel by kernel, the second is captured, the third replayed."""
     config = CONFIGS[family]
     weights = random_weights(config) if config.architecture == "jinabert" else family_weights(config)
-    law, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
+    numpy_engine, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
     for batch in batches(config, [120, 7, 90], [30, 12, 8, 100, 2], [256]):
-        np.testing.assert_allclose(ours.logits(batch), law.logits(batch), atol=1e-4)
+        np.testing.assert_allclose(ours.logits(batch), numpy_engine.logits(batch), atol=1e-4)
     captured = [size.graph is not None for size in ours.sizes.values()]
     assert captured == ([CUDA] if ours.fill else [])
 
@@ -165,25 +165,27 @@ BEYOND_BF16 = {
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_logits_in_half_precision_are_near_the_laws(family: str, dtype: str, request: pytest.FixtureRequest) -> None:
+def test_logits_in_half_precision_are_near_the_reference(
+    family: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
     if dtype not in PRECISIONS:
         pytest.skip("no CUDA device: the interpreter computes in numpy, which has no bf16")
     if dtype == "bfloat16" and family in BEYOND_BF16:
         request.applymarker(pytest.mark.xfail(reason=BEYOND_BF16[family], strict=False))
     config = CONFIGS[family]
     weights = random_weights(config) if config.architecture == "jinabert" else family_weights(config)
-    law, ours = ReferenceEngine(weights, config, 1), engine(config, weights, dtype)
+    numpy_engine, ours = ReferenceEngine(weights, config, 1), engine(config, weights, dtype)
     for batch in batches(config, [120, 7, 90], [400, 12, 8, 100, 2]):
-        np.testing.assert_allclose(ours.logits(batch), law.logits(batch), atol=2e-2)
+        np.testing.assert_allclose(ours.logits(batch), numpy_engine.logits(batch), atol=2e-2)
 
 
 def test_sizes_beyond_those_kept_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "KEPT", 1)
     config = CONFIGS["bert"]
     weights = family_weights(config)
-    law, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
+    numpy_engine, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
     for batch in batches(config, [40, 7], [300, 12], [300, 12], [30, 8]):
-        np.testing.assert_allclose(ours.logits(batch), law.logits(batch), atol=1e-4)
+        np.testing.assert_allclose(ours.logits(batch), numpy_engine.logits(batch), atol=1e-4)
     assert list(ours.sizes) == [(256, 8, 512)]  # tokens, pairs, length of the first
 
 

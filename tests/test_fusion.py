@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion, by arithmetic in the test and by another implementation's formula."""
+"""Reciprocal rank fusion against arithmetic in the test and another implementation's formula."""
 
 import itertools
 import random

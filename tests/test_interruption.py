@@ -1,4 +1,4 @@
-"""Ctrl-C: exit code 130, one line that says where to go on, no traceback, nothing half-written."""
+"""Ctrl-C: exit code 130, one line on how to continue, no traceback, no incomplete file."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ def interrupted(arguments: list[str], ready: Callable[[], bool], cwd: Path) -> t
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files of something that was not finished."""
+    """Temporary and partial files."""
     return [path for path in folder.rglob(".*") if path.is_file() and path.stat().st_size]
 
 
@@ -84,7 +84,7 @@ def test_a_file_is_the_old_or_the_new_one_wherever_ctrl_c_comes(tmp_path: Path, 
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Path:
-    """A BEIR folder with more to rerank than a test has time for."""
+    """A BEIR folder that takes longer to rerank than the test runs."""
     folder = tmp_path / "collection"
     (folder / "qrels").mkdir(parents=True)
     documents = [{"_id": f"d{n}", "title": "", "text": f"{n} {TEXT}"} for n in range(400)]

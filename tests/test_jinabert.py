@@ -1,4 +1,4 @@
-"""The law itself, against arithmetic, the specification's figures and an independent implementation."""
+"""The reference implementation, against arithmetic, the specification's figures and an independent implementation."""
 
 import math
 import tracemalloc
@@ -137,7 +137,7 @@ def test_equals_bert_where_they_are_the_same_model(length: int) -> None:
 
 @pytest.mark.parametrize("feed_forward", ["geglu", "gelu"])
 @pytest.mark.parametrize("head", ["classifier", "cosine", "focus"])
-def test_torch_agrees_with_the_law_layer_by_layer(head: str, feed_forward: str) -> None:
+def test_torch_agrees_with_the_reference_layer_by_layer(head: str, feed_forward: str) -> None:
     torch = pytest.importorskip("torch")
     from turborank.ops import torch as torch_ops
 
@@ -166,10 +166,10 @@ def test_torch_splits_long_attention_into_blocks(monkeypatch: pytest.MonkeyPatch
     q, k, v = rng.normal(size=(3, 90, 24)).astype(np.float32)
     cu = np.asarray([0, 50, 60, 90], np.int32)
     slopes = jinabert.standard_slopes(12)
-    law = reference.attention(q, k, v, cu, 12, slopes, False)
+    expected = reference.attention(q, k, v, cu, 12, slopes, False)
     monkeypatch.setattr(torch_ops, "SCORE_BUDGET", 12 * 50 * 7)  # seven queries at a time
     out = torch_ops.attention(*(torch.from_numpy(x) for x in (q, k, v)), torch.from_numpy(cu), 12, slopes, False)
-    np.testing.assert_allclose(law, out.numpy(), atol=1e-6)
+    np.testing.assert_allclose(expected, out.numpy(), atol=1e-6)
 
 
 def test_first_token_shortcut_is_exact() -> None:

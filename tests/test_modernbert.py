@@ -161,15 +161,15 @@ def test_torch_agrees_layer_by_layer_and_learns(pooling: str) -> None:
 
     config = recognise(V4 | {"classifier_pooling": pooling}, {})
     weights, batch = sharp(config), packed([4, 9, 300, 290, 9], 99)
-    law: list[Float32] = []
-    logits = modernbert.forward(weights, config, batch, reference, law)
+    expected: list[Float32] = []
+    logits = modernbert.forward(weights, config, batch, reference, expected)
     tensors, packed_batch = moved(weights, batch)
     twin: list[Any] = []
     out = modernbert.forward(
         {n: t.requires_grad_() for n, t in tensors.items()}, config, packed_batch, torch_training, twin
     )
-    assert len(law) == len(twin) == config.num_hidden_layers + 1
-    for a, b in zip(law, twin, strict=True):
+    assert len(expected) == len(twin) == config.num_hidden_layers + 1
+    for a, b in zip(expected, twin, strict=True):
         np.testing.assert_allclose(a, b.detach().numpy(), atol=5e-4)  # sharp attention amplifies; up to 8 in size
     np.testing.assert_allclose(logits, out.detach().numpy(), atol=2e-5)
     out.sum().backward()

@@ -41,7 +41,7 @@ def python_examples():
 
 
 def tokens(text):
-    """Words and numbers in order; what differs from machine to machine is taken out."""
+    """Words and numbers in order, without those that depend on the machine."""
     return MACHINE.sub("", text).split()
 
 

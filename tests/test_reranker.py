@@ -1,4 +1,4 @@
-"""The library as a user meets it: rankings, options, and input that is not what it should be."""
+"""The library's public interface: rankings, options and invalid input."""
 
 import math
 from pathlib import Path

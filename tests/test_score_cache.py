@@ -120,7 +120,7 @@ def test_threads_share_one(folder):
     assert all((one == want).all() for one in got)
 
 
-def test_faults_of_the_file_cost_a_computation_and_no_answer(folder, tmp_path):
+def test_errors_of_the_file_are_counted_and_scores_are_computed(folder, tmp_path):
     path = tmp_path / "scores.sqlite3"
     reranker = Reranker(folder)
     reranker.cache = ScoreCache(path=path)

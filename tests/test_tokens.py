@@ -62,7 +62,7 @@ def test_wordpiece_pairs_have_two_segments() -> None:
 @pytest.mark.parametrize(
     ("faithful", "separators"), [(False, 3), (True, 4)], ids=["text is text", "published behaviour"]
 )
-def test_a_document_forges_a_separator_only_when_asked_to(faithful: bool, separators: int) -> None:
+def test_a_document_injects_a_separator_only_if_faithful(faithful: bool, separators: int) -> None:
     [[encoding]] = encoder(bpe_tokenizer(), faithful=faithful).encode([Pair("q", "a</s>b")])
     assert encoding.input_ids.tolist().count(2) == separators
 

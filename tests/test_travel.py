@@ -37,7 +37,7 @@ def bits(reranker: Reranker) -> bytes:
 
 
 def bits_and_models(rerankers: list[Reranker]) -> tuple[set[bytes], int, int]:
-    """In a worker: the bits, the process, and the models that live there."""
+    """In a worker: the scores' bits, the process id, and the number of open models."""
     found = {bits(reranker) for reranker in rerankers}
     return found, os.getpid(), len({id(reranker.checkpoint) for reranker in rerankers})
 
@@ -75,7 +75,7 @@ def test_other_files_of_the_same_name_are_refused(folder: Path, tmp_path: Path) 
         pickle.loads(sent)
 
 
-def test_what_was_assigned_travels(folder: Path, tmp_path: Path) -> None:
+def test_an_assigned_cache_is_pickled(folder: Path, tmp_path: Path) -> None:
     reranker = Reranker(folder, engine="reference")
     reranker.cache = ScoreCache(50, tmp_path / "scores.db")
     bits(reranker)
@@ -94,7 +94,7 @@ def test_copies_share_the_engine_and_close_alone(folder: Path) -> None:
     assert bits(reranker)
 
 
-def test_with_closes_and_the_words_of_a_reranker(folder: Path) -> None:
+def test_with_closes_and_repr_shows_the_state(folder: Path) -> None:
     with Reranker(folder, engine="reference") as reranker:
         words = repr(reranker)
     for word in (folder.name, "engine='reference'", "precision='fp32'", "isa=", "threads="):
@@ -227,7 +227,7 @@ print(len(os.listdir("/proc/self/task")), os.environ["TOKENIZERS_PARALLELISM"])
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list threads")
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_after_a_list_are_those_that_were_asked_for(folder: Path, threads: int) -> None:
+def test_threads_after_a_list_are_those_requested(folder: Path, threads: int) -> None:
     """Of the engine: the tokenizer's end with the list. Without a bound the library would start one for each core."""
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "7"}
@@ -280,7 +280,7 @@ def test_memory_stays_flat_over_short_calls(folder: Path) -> None:
 
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not tell resident memory")
-def test_memory_after_a_burst_is_that_of_one_and_goes_with_close() -> None:
+def test_memory_after_a_burst_is_one_work_space_and_close_releases_it() -> None:
     """The work space of the largest batch is kept (docs/scale.md); it does not grow, and close gives it back."""
     code = (
         "import gc, sys\nfrom pathlib import Path\nfrom turborank import Reranker\n"
@@ -314,7 +314,7 @@ def test_rank_many_has_the_rankings_of_rank(folder: Path) -> None:
     assert reranker.rank_many([], []) == []
 
 
-def test_rank_many_says_what_is_wrong_where(folder: Path) -> None:
+def test_rank_many_reports_faults_with_their_index(folder: Path) -> None:
     reranker = Reranker(folder, engine="reference", max_length=32, length="error")
     with pytest.raises(InputError, match="a list of candidates for each of 2 queries, got 1"):
         reranker.rank_many(["a", "b"], [["c"]])

@@ -21,7 +21,7 @@ import numpy as np
 from common import save, write_lines
 
 from turborank.data.bm25 import Analyzer, best
-from turborank.distill.pools import index, text_hash
+from turborank.distill.sources import index, text_hash
 from turborank.distill.sources import make as make_queries
 from turborank.text import cleaner
 

@@ -16,7 +16,7 @@ from common import lines, write_lines
 from turborank import engines
 from turborank.data.bm25 import best
 from turborank.data.trec import Scored, read_qrels, read_run
-from turborank.distill.pools import index, text_hash
+from turborank.distill.sources import index, text_hash
 from turborank.distill.students import Student
 from turborank.evaluate.measures import means, per_query
 from turborank.scheduler import score

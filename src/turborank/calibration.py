@@ -101,9 +101,13 @@ def read(path: Path, weights: str) -> Calibration:
         made = Calibration(**{**record, "curve": tuple((float(x), int(k), int(f)) for x, k, f in record["curve"])})
         if not (made.slope > 0 and math.isfinite(made.slope + made.intercept) and made.curve and made.relevant > 0):
             raise ValueError("expected a slope above 0 and a curve")
+        if not isinstance(made.weights, str):
+            raise TypeError("expected the sha256 of the weights")
+        if made.curve[-1][2] != made.relevant:
+            raise ValueError("expected a curve that ends with all relevant pairs")
     except OSError as error:
         raise CheckpointError(f"expected a readable calibration, got {error.strerror} at {path}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"expected a calibration, got {type(error).__name__} ({error}) at {path}",
             hint="delete it, or run turborank calibrate again",

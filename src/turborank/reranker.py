@@ -147,8 +147,7 @@ class Reranker:
         threads: threads of the native engine; by default the cores this process may use. The other engines use the
             settings of numpy and torch (``torch.set_num_threads``).
         offline: True forbids network access; by default HF_HUB_OFFLINE decides.
-        faithful: treat special-token strings in texts as special tokens, as the published tokenizers do
-            (docs/model.md §4.5).
+        faithful: treat special-token strings in texts as special tokens, as published (docs/model.md §4.5).
 
     Threads may share a reranker. It is a context manager and works after a fork. A pickle holds its arguments and a
     hash of the model files, not the weights; each process that loads it opens the model once (docs/scale.md). Copies

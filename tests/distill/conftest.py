@@ -1,4 +1,4 @@
-"""A training folder whose answer is known: a query is a word, and its documents hold it or do not."""
+"""A training folder with known relevance: a query is a word, and a document is relevant if it contains it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A little world for tests: a corpus about animals, pairs about it, and files in every format."""
+"""A small data set for tests: a corpus about animals, pairs, and files in every format."""
 
 import gzip
 import json
@@ -50,6 +50,6 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but what teachers remember."""
+    """All files of a folder except the score cache."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if "cache" not in path.parts}

@@ -1,4 +1,4 @@
-"""ONNX graphs against the reference engine in ONNX Runtime, for every family; and what the command says."""
+"""ONNX graphs in ONNX Runtime against the reference engine, for every family; and the command's errors."""
 
 import json
 import sys

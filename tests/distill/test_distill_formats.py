@@ -1,4 +1,4 @@
-"""Every format, from a file as its library writes it to examples; and every fault with its place."""
+"""Each format, read from a file as its library writes it; malformed files are reported with file and line."""
 
 import json
 from pathlib import Path

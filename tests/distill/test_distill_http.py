@@ -18,7 +18,7 @@ from little import pairs, tree, write_lines
 
 import turborank
 from turborank.cli import main
-from turborank.distill import http_teacher, pools
+from turborank.distill import http_teacher, sources
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.http_teacher import CLIENTS, HttpOptions, HttpTeacher, Pacer, retry_after
 from turborank.distill.lists import build
@@ -35,7 +35,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
-    plan = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+    plan = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
     build(ListOptions((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")
 
@@ -206,7 +206,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("misdeed", PASSING)
-def test_what_may_pass_is_asked_again(folder, misdeed):
+def test_transient_errors_are_retried(folder, misdeed):
     """The first and the third request go wrong; every score comes, and none is asked for once it was answered."""
     good = lambda handler, asked: False  # noqa: E731
     with endpoint(PASSING[misdeed], good, PASSING[misdeed]) as up:
@@ -251,7 +251,7 @@ def test_the_rate_is_kept(folder):
         (302, b"", r"got HTTP 302 Found"),
     ],
 )
-def test_what_will_not_pass_ends_the_run_in_its_own_words(folder, code, body, expected):
+def test_permanent_errors_end_the_run_with_the_endpoints_message(folder, code, body, expected):
     with endpoint(status(code, {"Location": "http://127.0.0.1:9/"} if code == 302 else None, body)) as up:
         with pytest.raises(InputError, match=expected):
             scores(f"jina:{up.url}", folder, parallel=1, key_variable="NO_SUCH_KEY")
@@ -280,7 +280,7 @@ def test_a_fault_of_one_request_does_not_lose_the_others(folder):
         assert len(up.answered) == len(set(up.answered)) == len(folder.doc_index)
 
 
-def test_nobody_there(folder):
+def test_an_endpoint_that_does_not_answer(folder):
     with endpoint() as up:
         url = up.url
     with pytest.raises(InputError, match=r"expected http://127.0.0.1:\d+/v1/rerank to answer, got .*refused.* 2 times"):
@@ -329,7 +329,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(folder, monke
     np.testing.assert_allclose(folder.scores("paid"), expected_logits(folder), rtol=1e-6)
 
 
-def test_settings_that_cannot_be():
+def test_invalid_settings_are_refused():
     with pytest.raises(InputError, match="expected parallel of an HTTP teacher to be positive, got 0"):
         HttpOptions(parallel=0)
     with pytest.raises(UnknownKeyError, match="expected scale to be one of auto, logit, raw, got 'log'"):

@@ -1,4 +1,4 @@
-"""From files to a training folder: what is merged, drawn, held out; the same again, byte for byte."""
+"""From files to a training folder: merging, sampling, held-out queries, reproducible bytes."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from little import ANIMALS, pairs, passages, read_lines, shuffled, tree, write_l
 from turborank import evaluate
 from turborank.cli import main
 from turborank.data.trec import read_run
-from turborank.distill import pools
+from turborank.distill import sources
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
 from turborank.distill.sources import ListOptions, TrainingSource, collect
 from turborank.errors import InputError
 
-PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+PLAN = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
 def recipe(*sources: TrainingSource, **changes: object) -> ListOptions:
@@ -43,11 +43,11 @@ def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
     assert labels == ["q0\td0\t3", "q0\td1\t1", "q1\td0\t1"]  # the higher of two grades
 
 
-def test_pools_hold_the_labelled_some_of_bm25s_best_and_strangers(tmp_path, source):
+def test_pools_hold_labelled_bm25_and_random_documents(tmp_path, source):
     build(recipe(source), tmp_path / "out", PLAN)
     folder = TrainingFolder.load(tmp_path / "out")
     assert len(folder) == len(pairs())
-    index = pools.index(folder.texts)
+    index = sources.index(folder.texts)
     strangers = 0
     for at, row in enumerate(pairs()):
         pool = folder.doc_index[folder.pool(at)]
@@ -110,7 +110,7 @@ def test_held_out_queries_are_measured_over_a_first_stage_and_never_trained_on(t
     assert 0.1 < len(dev.queries) / len(pairs()) < 0.4
     folder = TrainingFolder.load(tmp_path / "out")
     run = read_run(tmp_path / "out" / "candidates.trec")
-    index = pools.index(folder.texts)
+    index = sources.index(folder.texts)
     for query_id, text in dev.queries.items():
         best = index.search(text, PLAN.bm25_depth)
         assert {one.doc_id for one in run[query_id]} == {f"d{one.doc_id}" for one in best}
@@ -140,13 +140,13 @@ def test_dense_candidates_are_the_nearest(tmp_path):
     """Unit vectors on a circle: the nearest of query k's angle are documents k, k±1, k±2."""
     angles = np.arange(36) * np.pi / 18
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    plan = pools.PoolPlan(bm25=0, bm25_depth=0, dense=5, dense_depth=5, random=0)
+    plan = sources.PoolPlan(bm25=0, bm25_depth=0, dense=5, dense_depth=5, random=0)
     texts = [f"document {n}" for n in range(36)]
-    mined = pools.mine(
+    mined = sources.mine(
         [f"query {n}" for n in range(36)],
         [[]] * 36,
         [False] * 36,
-        pools.index(texts),
+        sources.index(texts),
         plan,
         vectors=(circle, circle),
     )
@@ -159,8 +159,8 @@ def test_large_collections_are_searched_in_parts(monkeypatch):
     rng = np.random.default_rng(0)
     queries, documents = (rng.normal(size=(n, 8)).astype(np.float32) for n in (25, 60))
     expected = np.argsort(-(queries @ documents.T), axis=1)[:, :4]
-    monkeypatch.setattr(pools, "MAX_SCORES", 7 * 60)
-    assert np.array_equal(np.array(list(pools.nearest(queries, documents, 4))), expected)
+    monkeypatch.setattr(sources, "MAX_SCORES", 7 * 60)
+    assert np.array_equal(np.array(list(sources.nearest(queries, documents, 4))), expected)
 
 
 def test_scores_that_came_along_become_a_teacher(tmp_path):
@@ -175,7 +175,7 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
         {"query": "who flies?", "pos": ["bees"], "neg": ["dogs"], "pos_scores": [7], "neg_scores": [-8.25]},
     ]
     source = TrainingSource("mine", write_lines(tmp_path / "a.jsonl", rows))
-    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert folder.teachers() == ["given"]
@@ -189,7 +189,7 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
         ("who flies?", "bees"): 7.0, ("who flies?", "dogs"): -8.25,
     }  # fmt: skip
     assert folder.labels.tolist() == [1 if folder.texts[place] == "bees" else 0 for place in folder.doc_index]
-    manifest = build(recipe(source), tmp_path / "mined", pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2))
+    manifest = build(recipe(source), tmp_path / "mined", sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2))
     assert TrainingFolder.load(tmp_path / "mined").teachers() == []  # a stranger among them has no score
     assert any("came with the data" in why for why in manifest["left_out"])
 
@@ -208,7 +208,7 @@ def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection
     lines = [f"ask-{n} Q0 doc-{(n + k) % 72} {k} {9.5 - k} mine" for n in range(72) for k in range(6)]
     run = write_lines(tmp_path / "first.trec", lines)
     source = TrainingSource("mine", collection, run=run)
-    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source, depth=4), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     for at, query in enumerate(folder.query_ids):
@@ -226,7 +226,7 @@ def test_a_collection_is_mined_whole(tmp_path, collection):
 
 
 def test_ids_of_several_sources_cannot_clash(tmp_path, collection, source):
-    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(TrainingSource("one", collection), source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert {"one:doc-0", "one:ask-0"} <= {*folder.doc_ids, *folder.query_ids}
@@ -282,7 +282,7 @@ def test_a_bad_command_is_answered_in_one_line(tmp_path, source, capsys, argumen
 def test_a_run_that_did_not_finish_leaves_nothing_to_the_next(tmp_path):
     rows = [{**row, "score": 1.0, "label": 1} for row in pairs()]
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", rows))
-    only_given = pools.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
+    only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
     build(recipe(source, held_out=0.3), tmp_path / "out", only_given)
     (tmp_path / "out" / "manifest.json").unlink()
     build(recipe(source, held_out=0.0), tmp_path / "out", PLAN)

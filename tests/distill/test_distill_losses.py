@@ -1,4 +1,4 @@
-"""Losses against numbers worked out with pencil and paper, and against what must be true of any list."""
+"""Losses against numbers computed by hand, and properties that hold for any list."""
 
 import itertools
 import math
@@ -79,7 +79,7 @@ def test_ranknet_of_three_documents():
     assert value("ranknet", [[a, b, c]], targets(teacher=[[-3.0, 9.0, 0.0]])) == pytest.approx(expected)
 
 
-def test_ranknet_has_no_opinion_of_ties():
+def test_ranknet_ignores_ties():
     known = targets(teacher=[[2.0, 2.0, 0.0]])
     expected = (math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(-5.0))) / 2
     assert value("ranknet", [[1.0, 5.0, 0.0]], known) == pytest.approx(expected)
@@ -181,7 +181,7 @@ LOGITS = [[0.3, -0.7, 1.1, 0.9]]
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_only_bce_minds_a_shift_of_the_logits(name):
+def test_only_bce_depends_on_a_shift_of_the_logits(name):
     shifted = [[x + 5.0 for x in LOGITS[0]]]
     same = value(name, shifted, FOUR) == pytest.approx(value(name, LOGITS, FOUR), abs=1e-9)
     assert same == (name != "bce")
@@ -328,7 +328,7 @@ def test_a_mix_s_gradient_is_the_sum_of_its_parts():
         ("kl,kl:2", "each loss once, got kl more than once"),
     ],
 )
-def test_what_cannot_be_mixed_is_said(spec, said):
+def test_invalid_mixes_are_refused(spec, said):
     with pytest.raises(InputError) as caught:
         mix(spec)
     assert said in str(caught.value)

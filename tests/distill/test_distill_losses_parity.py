@@ -15,7 +15,7 @@ K = 7
 
 
 class Given:
-    """What their losses take for a model: it scores document number i with the i-th of the given logits."""
+    """A stand-in model for their losses: it scores document i with the i-th given logit."""
 
     num_labels, device = 1, torch.device("cpu")
 
@@ -49,7 +49,7 @@ def ours(name, found, **parameter):
 
 
 def same(mine, other, found, times=1.0):
-    """Their value and gradient, ``times`` as large, are ours."""
+    """Their value and gradient, times ``times``, equal turborank's."""
     loss, gradient = mine
     torch.testing.assert_close(loss, other * times)
     torch.testing.assert_close(gradient, torch.autograd.grad(other, found.logits)[0] * times)
@@ -58,7 +58,7 @@ def same(mine, other, found, times=1.0):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("mu", [10.0, 1.0])
 def test_lambda_loss(seed, mu):
-    """They take the mean over pairs, we the paper's sum."""
+    """They take the mean over pairs, turborank the paper's sum."""
     found = case(seed)
     pairs = (found.grades[:, None] > found.grades[None, :]).sum()
     their = theirs.LambdaLoss(Given(found.logits), weighting_scheme=theirs.NDCGLoss2PPScheme(mu))

@@ -1,4 +1,4 @@
-"""Options of student, recover and train that cannot be meant: one line each, and nothing is written."""
+"""Invalid options of student, recover and train: an error in one line, and no output."""
 
 import pytest
 

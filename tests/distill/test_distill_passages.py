@@ -34,7 +34,7 @@ def test_every_rule_is_tested_and_an_unknown_one_named():
         texts.cleaner(["treebanks"])
 
 
-def test_quotation_marks_hug_what_they_hold():
+def test_spaces_inside_quotation_marks_are_removed():
     """An opening mark loses the blank after it, a closing one the blank before it."""
     assert texts.treebank("he said `` hello there '' to me") == 'he said "hello there" to me'
 

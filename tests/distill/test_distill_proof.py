@@ -1,4 +1,4 @@
-"""The little world is what it says; and in it, a teacher teaches more than labels do."""
+"""The synthetic data has the stated properties, and a student of a teacher beats one trained on labels."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""The training report: what it reads, what it says, and that the page stands alone."""
+"""The training report: input, content, and that the page is self-contained."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Students, recovery, inner terms: held to transformers' BERT, to the law, and to arithmetic."""
+"""Students, recovery, intermediate losses: against transformers' BERT, the reference, and arithmetic."""
 
 import json
 
@@ -253,19 +253,19 @@ def test_an_inner_teacher_must_read_the_same_tokens(bert_folder, tmp_path):
 
 
 @pytest.mark.parametrize("slopes", [(), (0.25, 0.5, 0.1, 0.0)])
-def test_training_attention_is_the_law_forward_and_backward(slopes, monkeypatch):
+def test_training_attention_equals_the_reference_forward_and_backward(slopes, monkeypatch):
     monkeypatch.setattr(torch_training, "QUERY_BLOCK", 16)  # several blocks a pair
     rng = np.random.default_rng(0)
     cu = np.asarray([0, 5, 45, 46], np.int32)
     q, k, v, up = rng.normal(size=(4, 46, 32)).astype(np.float32)
-    law = reference.attention(q, k, v, cu, 4, slopes, False)
+    expected = reference.attention(q, k, v, cu, 4, slopes, False)
     results = []
     for ops in (torch_training, torch_ops):
         parts = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
         out = ops.attention(*parts, torch.from_numpy(cu), 4, slopes, False)
         (out * torch.from_numpy(up)).sum().backward()
         results.append([out.detach(), *(part.grad for part in parts)])
-    np.testing.assert_allclose(results[0][0].numpy(), law, atol=1e-5)
+    np.testing.assert_allclose(results[0][0].numpy(), expected, atol=1e-5)
     for ours, autograd in zip(*results, strict=True):
         torch.testing.assert_close(ours, autograd, atol=1e-5, rtol=1e-4)
 

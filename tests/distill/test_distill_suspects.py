@@ -1,4 +1,4 @@
-"""Suspected false negatives, on pools small enough for pencil and paper."""
+"""Suspected false negatives, on pools computed by hand."""
 
 import csv
 

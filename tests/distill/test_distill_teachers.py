@@ -1,4 +1,4 @@
-"""Teachers: their scores, against the thing itself; what is remembered, counted; a kill, really done."""
+"""Teachers: scores against direct computation, the cache, and runs that are killed."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from little import pairs, read_lines, shuffled, tree, write_lines
 import turborank
 from turborank.cli import main
 from turborank.data.trec import read_run
-from turborank.distill import pools, teachers
+from turborank.distill import sources, teachers
 from turborank.distill.folder import TrainingFolder, read_pairs
 from turborank.distill.lists import build
 from turborank.distill.scores import Question, key, open_cache, score_pairs
@@ -29,7 +29,7 @@ from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import EngineError, InputError
 from turborank.types import Float32, no_progress
 
-PLAN = pools.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
+PLAN = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> TrainingFolder:
 
 
 def texts_of(folder: TrainingFolder, values: Float32) -> dict[tuple[str, str], float]:
-    """Scores by the texts they are of."""
+    """Scores by (query, document) text."""
     rows = zip(folder.query_index.tolist(), folder.doc_index.tolist(), values.tolist(), strict=True)
     return {(folder.queries[query], folder.texts[place]): score for query, place, score in rows}
 
@@ -55,7 +55,7 @@ def spec(text: str) -> teachers.TeacherSpec:
 
 
 class Counting:
-    """Scores by lengths; counts every pair it is asked about; may stop answering."""
+    """A teacher that scores by text lengths, counts the requested pairs and can be made to fail."""
 
     max_documents = 3
 
@@ -108,7 +108,7 @@ def test_a_run_file_is_a_teacher_of_what_it_holds(folder, tmp_path):
         teachers.score(folder, spec(f"old=run:{moved}"))
 
 
-def test_nothing_is_asked_twice(folder):
+def test_no_score_is_requested_twice(folder):
     different = len(texts_of(folder, folder.first_stage))
     cache = folder.path / "cache"
     first = Counting()
@@ -244,7 +244,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, caps
     assert capsys.readouterr().out.count("slow.trec") == 2
 
 
-def test_a_full_disk_is_said(folder):
+def test_a_full_disk_is_reported(folder):
     with open_cache(folder.path / "cache") as kept:
         kept._connection.execute("PRAGMA max_page_count = 2")
         keys = [key("", "", str(n)) for n in range(10_000)]
@@ -253,7 +253,7 @@ def test_a_full_disk_is_said(folder):
         assert np.isnan(kept.get(keys)).all()  # all or nothing
 
 
-def test_a_cache_that_is_none_is_said(folder, tmp_path):
+def test_a_file_that_is_no_cache_is_reported(folder, tmp_path):
     (tmp_path / "scores.sqlite3").write_text("not a database, but long enough to be taken for one" * 99)
     with (
         pytest.raises(InputError, match=r"expected to keep scores at .*, got file is not a database"),

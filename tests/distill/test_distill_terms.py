@@ -1,4 +1,4 @@
-"""Hidden-state and attention-relation terms against pencil and paper, and against naive loops."""
+"""Hidden-state and attention-relation losses against numbers computed by hand and naive loops."""
 
 import itertools
 import math
@@ -144,7 +144,7 @@ def test_relations_stay_within_a_pair():
     assert relations(student, teacher, torch.tensor([0, 9]), 2).item() != pytest.approx(together, rel=1e-2)
 
 
-def test_relations_do_not_mind_a_rotation_within_heads():
+def test_relations_are_invariant_to_a_rotation_within_heads():
     """Dot products survive an orthogonal change of basis, which is why widths need no projection."""
     x, basis = random(10, 8), torch.linalg.qr(random(4, 4, seed=1)).Q
     turned = torch.cat([x[:, :4] @ basis, x[:, 4:] @ basis], dim=1)

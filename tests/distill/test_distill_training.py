@@ -343,7 +343,7 @@ def test_a_curve_that_does_not_fit_the_disk_is_said_so(word_folder, student, tmp
     assert checkpoints(tmp_path)[-1].name == "step-000003"
 
 
-def test_a_run_that_no_longer_gets_better_ends(word_folder, student, tmp_path):
+def test_early_stopping_ends_a_run(word_folder, student, tmp_path):
     """Measures 1, 3, 2, 2.5, …: the best is the second, and two worse ones after it end the run at the fourth."""
     values = iter([1.0, 3.0, 2.0, 2.5, 9.0])
     schedule = Schedule(steps=50, save_every=50, evaluate_every=5, patience=2)

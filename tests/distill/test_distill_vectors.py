@@ -1,4 +1,4 @@
-"""The bi-encoder as teacher, against transformers; and its vectors, kept in blocks."""
+"""The bi-encoder as teacher, against transformers; and its cached vectors."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from little import pairs, write_lines
 
-from turborank.distill import biencoder, pools, teachers
+from turborank.distill import biencoder, sources, teachers
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.lists import build
 from turborank.distill.sources import ListOptions, TrainingSource
@@ -44,7 +44,7 @@ def their_vectors(folder: Path, texts: list[str]) -> np.ndarray:
 
 def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
-    plan = pools.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
+    plan = sources.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
     build(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
     return TrainingFolder.load(tmp_path / "lists")
 
@@ -75,7 +75,7 @@ def test_pools_hold_the_bi_encoder_s_best(tmp_path, model):
 
 
 class Counting:
-    """Vectors by lengths; counts what it embeds; may be stopped."""
+    """A bi-encoder stand-in: vectors by text lengths, counts the embedded texts, can be made to fail."""
 
     revision, max_tokens = "r", 8
 

@@ -1,4 +1,4 @@
-"""A collection small enough to work out by hand, in BEIR layout."""
+"""A collection in BEIR layout that is small enough for computation by hand."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,6 @@ def write_mini(folder: Path) -> Path:
 
 
 def append(path: Path, line: str | bytes) -> None:
-    """Another line at the end of a file."""
+    """Append a line to a file."""
     with path.open("ab") as file:
         file.write((line if isinstance(line, bytes) else line.encode()) + b"\n")

@@ -1,4 +1,4 @@
-"""``turborank evaluate`` from the outside."""
+"""The command ``turborank evaluate``."""
 
 from pathlib import Path
 

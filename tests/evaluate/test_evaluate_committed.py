@@ -1,4 +1,4 @@
-"""The committed table: of every collection at hand, its text made from its numbers, its parts replaced one by one."""
+"""The committed table: it has every available collection, its text is generated from its numbers."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ import evaluate_table  # noqa: E402  a script beside the package, not in it
 ROWS: list[dict[str, Any]] = json.loads((RUNS / "results" / "evaluation.json").read_text())["rows"]
 
 
-def test_every_collection_at_hand_is_there() -> None:
+def test_every_available_collection_is_in_the_table() -> None:
     at_hand = {name for name, row in DATASETS.items() if row.group in ("collections", "rag")} | {"scifact"}
     assert {row["name"] for row in ROWS} == at_hand
     script = (RUNS / "evaluate.sh").read_text()

@@ -1,4 +1,4 @@
-"""Collections as they come: good ones read right, bad ones named with file and line."""
+"""Collections: valid ones are read correctly, malformed ones reported with file and line."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""evaluate --depth auto: reads what the rule says, in the order it says, and keeps the rest below."""
+"""evaluate --depth auto: scores the documents that the rule selects, and ranks the others below."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Downloads against a server on loopback: whole, resumed, damaged, refused; and what is said offline."""
+"""Downloads from a server on loopback: complete, resumed, damaged, refused; and the errors offline."""
 
 import hashlib
 import io
@@ -133,7 +133,7 @@ def test_damage_in_what_was_kept_is_found_and_the_next_try_starts_again(server: 
     assert server.asked == ["bytes=1000-", None]
 
 
-def test_what_cannot_be_had_says_what_to_do(server: Server, tmp_path: Path) -> None:
+def test_failed_downloads_say_what_to_do(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="HTTP 404"):
         fetch(file_of(server, "/other"), tmp_path)
     server.cut_at = 10

@@ -1,4 +1,4 @@
-"""BM25 against its formula worked out by hand, and against published figures on real collections."""
+"""BM25 against its formula computed by hand, and against published figures on real collections."""
 
 import math
 from collections import Counter

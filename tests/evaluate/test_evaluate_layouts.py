@@ -1,4 +1,4 @@
-"""Every layout in which a collection comes, on small files of its shape; and the real ones where they are at hand."""
+"""Each layout of collections, on small files; and on the real collections where they are available."""
 
 import io
 import json
@@ -85,7 +85,7 @@ def test_a_quote_without_its_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.group in ("rag", "collections")])
-def test_collections_at_hand_are_what_the_table_says(shared: Path, name: str) -> None:
+def test_available_collections_match_the_table(shared: Path, name: str) -> None:
     if not (shared / name).is_dir():
         pytest.skip(f"needs the published collection {name}, which is not at {shared}")
     dataset = load(name, data_dir=shared)  # the counts of the row are asserted

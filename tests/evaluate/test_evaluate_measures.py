@@ -1,4 +1,4 @@
-"""Measures against trec_eval and arithmetic; differences against the enumeration of all resamples."""
+"""Measures against trec_eval and arithmetic; the bootstrap against the enumeration of all resamples."""
 
 import itertools
 import math
@@ -130,7 +130,7 @@ def test_bootstrap_of_equals_and_its_symmetry() -> None:
         paired_bootstrap(a, {"0": 1.0}, "m")
 
 
-def test_bootstrap_finds_chance_as_often_as_it_should() -> None:
+def test_bootstrap_p_values_are_calibrated() -> None:
     """Under no difference, p < 0.05 happens about one time in twenty (binomial, 200 trials: at most 20, p ≈ 0.002)."""
     rng = np.random.default_rng(1)
     hits = 0

@@ -1,4 +1,4 @@
-"""The whole way: rerank, measure, report; killed and resumed, in parts and joined."""
+"""The whole pipeline: rerank, measure, report; interrupted and resumed, in parts and joined."""
 
 import csv
 import dataclasses
@@ -80,7 +80,7 @@ def test_what_is_written(mini: Path, model: Reranker, tmp_path: Path) -> None:
     assert results["datasets"][0]["systems"][1]["measures"]["nDCG@10"] == found.results[0].systems[1].means["nDCG@10"]
 
 
-def test_reports_stand_alone_and_say_what_was_found(mini: Path, model: Reranker, tmp_path: Path) -> None:
+def test_reports_are_self_contained_and_complete(mini: Path, model: Reranker, tmp_path: Path) -> None:
     append(mini / "queries.jsonl", '{"_id": "odd", "text": "<script>alert(1)</script> sea"}')
     append(mini / "qrels" / "test.tsv", "odd\td5\t1")
     found = evaluate([str(mini)], [model], out=tmp_path)
@@ -179,7 +179,7 @@ def test_scores_files_that_are_something_else_are_refused(mini: Path, model: Rer
         evaluate([str(mini)], [model], out=tmp_path)
 
 
-def test_several_datasets_stand_in_one_picture(mini: Path, model: Reranker, tmp_path: Path) -> None:
+def test_several_datasets_share_one_plot(mini: Path, model: Reranker, tmp_path: Path) -> None:
     other = write_mini(tmp_path / "other")
     found = evaluate([str(mini), str(other)], [model], out=tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
@@ -271,7 +271,7 @@ def test_two_models_are_compared(mini: Path, model: Reranker, tmp_path: Path) ->
     assert comparisons["tiny"].difference == pytest.approx(means[2] - means[1])
 
 
-def test_queries_that_no_order_changes_may_be_left_out(
+def test_queries_with_equal_judgements_are_skipped_on_request(
     mini: Path, model: Reranker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append(mini / "queries.jsonl", '{"_id": "lost", "text": "sea"}')  # BM25 finds d1 and d4, neither of them judged
@@ -296,7 +296,7 @@ def test_queries_that_no_order_changes_may_be_left_out(
     assert "not scored: 3 queries" in found.remarks[-1]
 
 
-def test_a_sample_is_drawn_by_its_seed_and_said(mini: Path, model: Reranker, tmp_path: Path) -> None:
+def test_a_sample_depends_on_its_seed_and_is_reported(mini: Path, model: Reranker, tmp_path: Path) -> None:
     found = [
         evaluate([str(mini)], [model], EvaluateOptions(sample=2, seed=5), out=tmp_path / str(n)).results[0]
         for n in range(2)
@@ -366,7 +366,7 @@ def test_parts_concatenate_to_the_run_and_join(mini: Path, model: Reranker, tmp_
     assert len(lines) == 1  # a header: everything came from the parts
 
 
-def test_scores_of_something_else_are_not_taken(mini: Path, model: Reranker, folder: Path, tmp_path: Path) -> None:
+def test_scores_with_another_header_are_refused(mini: Path, model: Reranker, folder: Path, tmp_path: Path) -> None:
     evaluate([str(mini)], [model], EvaluateOptions(depth=2), out=tmp_path / "out")
     with pytest.raises(InputError, match=r"scores with (first_stage|depth) .*scores\.jsonl:1; choose another --out"):
         evaluate([str(mini)], [model], EvaluateOptions(depth=3), out=tmp_path / "out")
@@ -431,6 +431,6 @@ def test_results_need_a_folder(mini: Path, tmp_path: Path, below: str) -> None:
         evaluate([str(mini)], ["bm25"], out=tmp_path / "taken" / below)
 
 
-def test_the_first_stage_alone_has_no_parts(mini: Path, tmp_path: Path) -> None:
+def test_the_first_stage_alone_cannot_be_sharded(mini: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one model with shard"):
         evaluate([str(mini)], ["bm25"], EvaluateOptions(shard=(1, 2)), out=tmp_path)

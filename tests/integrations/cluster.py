@@ -1,4 +1,4 @@
-"""What the tests of Ray and Spark share: a model whose bits are the same everywhere, and pairs to score."""
+"""Shared by the tests of Ray and Spark: a model with the same bits in every process, and pairs to score."""
 
 from pathlib import Path
 from typing import Any

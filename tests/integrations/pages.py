@@ -1,4 +1,4 @@
-"""What the tests of all adapters share: a small model, its library, and the code of a page."""
+"""Shared by the tests of the adapters: a small model and the code of a page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LONG = "the tide goes out and comes in. " * 40 + "bees choose a home by dancing.
 
 
 def code(page: str) -> str:
-    """All the Python of a page, in order; its assertions say what has to come out."""
+    """Run all Python code of a page, in order; the page's assertions check the results."""
     blocks = FENCE.findall((PAGES / page).read_text(encoding="utf-8"))
     assert any("assert" in block for block in blocks)
     return "\n".join(blocks)
 
 
 def run(page: str) -> dict[str, object]:
-    """What the page's code leaves behind."""
+    """Names that the page's code defines."""
     scope: dict[str, object] = {"__name__": "page"}
     exec(compile(code(page), page, "exec"), scope)
     return scope

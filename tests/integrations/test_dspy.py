@@ -17,7 +17,7 @@ from turborank.integrations.dspy import TurborankRetriever
 pytestmark = pytest.mark.filterwarnings("default")  # the framework's own
 
 
-def test_passages_and_all_beside_them_are_in_the_librarys_order(tmp_path) -> None:
+def test_passages_and_parallel_lists_are_in_the_librarys_order(tmp_path) -> None:
     model = str(write_checkpoint(tmp_path / "bees"))
     want = Reranker(model).rank(QUERY, TEXTS, top_n=3)
 

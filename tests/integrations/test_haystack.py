@@ -46,7 +46,7 @@ def test_fields_of_the_metadata_are_read_where_they_are_named(model: str) -> Non
     assert [(one.id, one.score) for one in found] == [(f"d{one.index}", one.score) for one in want]
 
 
-def test_the_passage_that_earned_the_score_is_told(model: str) -> None:
+def test_the_passage_behind_the_score_is_in_the_metadata(model: str) -> None:
     ranker = TurborankRanker(model, options={"length": "windows", "max_length": 64})
     [found] = ranker.run(query=QUERY, documents=[Document(content=LONG)])["documents"]
     [want] = Reranker(model, length="windows", max_length=64).rank(QUERY, [LONG])

@@ -40,7 +40,7 @@ def test_ranking_scores_ids_and_metadata_are_the_librarys(model: str) -> None:
     assert all("relevance_score" not in one.metadata for one in given)  # copies
 
 
-def test_the_passage_that_earned_the_score_is_told(model: str) -> None:
+def test_the_passage_behind_the_score_is_in_the_metadata(model: str) -> None:
     compressor = TurborankCompressor(model=model, options={"length": "windows", "max_length": 64})
     [found] = compressor.compress_documents([Document(LONG)], QUERY)
     [want] = Reranker(model, length="windows", max_length=64).rank(QUERY, [LONG])

@@ -59,7 +59,7 @@ def test_metadata_is_read_where_it_is_asked_for(model: str) -> None:
     assert [(one.node.node_id, one.score) for one in found] == [(f"n{one.index}", one.score) for one in want]
 
 
-def test_the_passage_that_earned_the_score_is_told(model: str) -> None:
+def test_the_passage_behind_the_score_is_in_the_metadata(model: str) -> None:
     ranker = TurborankPostprocessor(model=model, options={"length": "windows", "max_length": 64})
     [found] = ranker.postprocess_nodes([NodeWithScore(node=TextNode(text=LONG))], query_str=QUERY)
     [want] = Reranker(model, length="windows", max_length=64).rank(QUERY, [LONG])
@@ -84,7 +84,7 @@ class Events(BaseEventHandler):
         self.names.append(type(event).__name__)
 
 
-def test_events_are_told(model: str) -> None:
+def test_rerank_events_are_sent(model: str) -> None:
     handler = Events()
     get_dispatcher().add_event_handler(handler)
     TurborankPostprocessor(model=model).postprocess_nodes(nodes(), query_str=QUERY)

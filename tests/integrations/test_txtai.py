@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_checkpoint(tmp_path_factory.mktemp("models") / "bees"))
 
 
-def test_places_and_scores_are_the_librarys(model: str) -> None:
+def test_indices_and_scores_are_the_librarys(model: str) -> None:
     library = Reranker(model)
     similarity = TurborankSimilarity(model)
     want = [[(one.index, one.score) for one in library.rank(query, TEXTS)] for query in (QUERY, "the moon")]

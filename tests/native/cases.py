@@ -95,7 +95,7 @@ def main(folder: str, count: str = "8", seed: str = "0", rows: str | None = None
             for name in [n for n, v in tensors.items() if v.ndim == 2 and n.endswith("weight") and len(v) > 2]:
                 tensors[name], tensors[name + SCALE] = quantise(tensors[name])
         tokens = shapes.batch(lengths, model.vocab_size, i)
-        expected = shapes.law(dense(tensors), model, tokens)
+        expected = shapes.reference_logits(dense(tensors), model, tokens)
         with (Path(folder) / f"case{i}.bin").open("wb") as file:
             write(file, model, tokens, tensors, expected, layouts(rows))
 

@@ -122,7 +122,7 @@ void run(const char* path, const Case& c, const IsaRow& row, Precision kind, con
     engine.logits(batch, 1, first.data());
     float worst = 0.0f;
     for (size_t p = 0; p < pairs; ++p) worst = std::fmax(worst, std::fabs(first[p] - c.expected[p]));
-    report(path, row.name, precision, "against the law", worst, worst <= c.tolerance.at(precision));
+    report(path, row.name, precision, "against the reference", worst, worst <= c.tolerance.at(precision));
 
     bool same = true;
     for (const int threads : {2, 3, 5}) {

@@ -131,7 +131,9 @@ def batch(lengths: Sequence[int], vocab: int = 500, seed: int = 0) -> PackedBatc
     return PackedBatch(ids, types, offsets, max(lengths))
 
 
-def law(tensors: Weights, model: ModelConfig, tokens: PackedBatch, trace: list[Float32] | None = None) -> Float32:
+def reference_logits(
+    tensors: Weights, model: ModelConfig, tokens: PackedBatch, trace: list[Float32] | None = None
+) -> Float32:
     """Logits by the numpy engine."""
     forward = ARCHITECTURES[model.architecture].forward
     return np.asarray(forward(tensors, model, tokens, reference, trace=trace))

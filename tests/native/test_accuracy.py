@@ -1,4 +1,4 @@
-"""How far int8 strays from the law, and that nothing breaks on wide logits, outliers and long pairs."""
+"""The error of int8 against the reference, also for wide logits, outliers and long pairs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def turbo_case(outliers):
     for name in tensors:
         if outliers and name.lower().endswith("norm.weight"):
             tensors[name][[5, 77, 123, 200, 301, 380]] *= 10
-    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)
 
 
 @functools.cache
@@ -61,14 +61,14 @@ def wide_case(factor):
     for name in tensors:
         if ".query." in name or ".key." in name:
             tensors[name] *= factor
-    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)
 
 
 @functools.cache
 def long_case(length):
     model = shapes.config(hidden=64, heads=2, inner=64, layers=2)
     tensors, tokens = shapes.weights(model), shapes.batch([length])
-    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)
 
 
 def test_int8_error_and_order(isa):
@@ -86,7 +86,7 @@ def test_outlier_channels(isa):
 
 @functools.cache
 def stored_case(feed_forward):
-    """One layer whose weights int8 holds exactly, so that only rows are rounded; and its output by the law."""
+    """One layer whose weights int8 holds exactly, so that only rows are rounded; and its output by the reference."""
     model = shapes.config(layers=1, head="cosine", feed_forward=feed_forward)
     tensors, tokens = shapes.weights(model), shapes.batch([90, 41, 200])
     given = dict(tensors)
@@ -94,7 +94,7 @@ def stored_case(feed_forward):
         if name.startswith("encoder") and weight.ndim == 2:
             given[name], given[f"{name}_scale"] = quantise(weight)
     trace = []
-    shapes.law(dense(given), model, tokens, trace)
+    shapes.reference_logits(dense(given), model, tokens, trace)
     return model, given, tokens, trace[-1]
 
 
@@ -116,7 +116,7 @@ def long_queries_case():
     types = np.zeros_like(tokens.type_ids)
     types[tokens.cu_seqlens[1:] - 1] = 1
     tokens = dataclasses.replace(tokens, type_ids=types)
-    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)
 
 
 def test_queries_of_any_length(isa):
@@ -138,7 +138,7 @@ CASES += [(isa, 8192) for isa in ISAS if isa != "portable"]  # which takes a min
 
 
 @pytest.mark.parametrize(("isa", "length"), CASES, indirect=["isa"])
-def test_every_length_follows_the_law(isa, length):
+def test_every_length_follows_the_reference(isa, length):
     model, tensors, tokens, expected = long_case(length)
     assert np.abs(native.prepare(tensors, model, precision="fp32").logits(tokens) - expected).max() <= 1e-4
     assert np.abs(native.prepare(tensors, model, precision="int8").logits(tokens) - expected).max() <= 0.02
@@ -151,7 +151,7 @@ def relative_case(factor, buckets, furthest):
     for name in tensors:
         if "query_proj" in name or "key_proj" in name:
             tensors[name] *= factor
-    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)
 
 
 @pytest.mark.parametrize(("factor", "buckets", "furthest"), [(1, 256, 512), (8, 256, 512), (40, 20, 400)])
@@ -183,7 +183,7 @@ def modern_case(kind, factor=30):
     for layer in range(model.num_hidden_layers):
         tensors[f"layers.{layer}.attn.Wqkv.weight"][: 2 * model.hidden_size] *= factor**0.5
     states = []
-    return model, tensors, tokens, shapes.law(tensors, model, tokens, states), states
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens, states), states
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
@@ -218,7 +218,7 @@ def steep_case():
     """Heads that fade within a key, within a few, and never; some scores are below what a float's exponent can hold."""
     model = dataclasses.replace(shapes.config(hidden=128, heads=4, inner=64, layers=2), slopes=(60.0, 8.0, 0.5, 0.0))
     tensors, tokens = shapes.weights(model), shapes.batch([100, 128, 129, 300])
-    return model, tensors, tokens, shapes.law(tensors, model, tokens)
+    return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)
 
 
 @pytest.mark.parametrize(("isa", "precision"), ROWS, indirect=["isa"])

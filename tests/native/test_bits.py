@@ -1,4 +1,4 @@
-"""A pair's logit has the same bits whatever shares its batch, in whatever order, on however many threads."""
+"""A pair's logit has the same bits for any batch, order and number of threads."""
 
 from __future__ import annotations
 

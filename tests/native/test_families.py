@@ -1,4 +1,4 @@
-"""The families of the catalog in the native engine, against transformers' own classes and, layer by layer, the law."""
+"""The catalog's families in the native engine, against transformers' classes and, layer by layer, the reference."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_logits_are_those_of_transformers(
     np.testing.assert_allclose(engine.logits(batch), expected, atol=TOLERANCE, rtol=0)
 
 
-@functools.cache  # the law is the same for every row
+@functools.cache  # the reference is the same for every row
 def case(family: str) -> tuple[ModelConfig, dict[str, Float32], PackedBatch, list[Float32]]:
-    """A model of published width, a batch, and the law's states."""
+    """A model of published width, a batch, and the reference's states."""
     sizes = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
     config = family_config(family, **sizes, **({"embedding_size": 384} if family == "electra" else {}))
     weights, batch = family_weights(config), batch_of([130, 40, 7])
@@ -51,7 +51,7 @@ def case(family: str) -> tuple[ModelConfig, dict[str, Float32], PackedBatch, lis
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("isa", "precision"), ROWS)
-def test_layers_follow_the_law(monkeypatch: pytest.MonkeyPatch, family: str, isa: str, precision: str) -> None:
+def test_layers_follow_the_reference(monkeypatch: pytest.MonkeyPatch, family: str, isa: str, precision: str) -> None:
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
     config, weights, batch, states = case(family)
     layers = native.prepare(weights, config, precision=precision, threads=2).layers(batch)

@@ -1,4 +1,4 @@
-"""Bad input is an exception that says what was expected; the process keeps its floating-point mode and memory."""
+"""Bad input raises an exception with what was expected; floating-point mode and memory are unchanged."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_int8_tensors_are_used_as_they_are(isa, monkeypatch):
     for name in [n for n, v in TENSORS.items() if v.ndim == 2 and n != "classifier.weight"]:
         stored[name], stored[name + SCALE] = quantise(TENSORS[name])
     tokens = shapes.batch([7, 40, 33], vocab=100)
-    expected = shapes.law(dense(stored), MODEL, tokens)
+    expected = shapes.reference_logits(dense(stored), MODEL, tokens)
     assert np.abs(native.prepare(stored, MODEL, precision="fp32").logits(tokens) - expected).max() < 1e-4
     assert np.abs(native.prepare(stored, MODEL, precision="int8").logits(tokens) - expected).max() < 0.02
 

@@ -12,7 +12,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def up(model: Path) -> Iterator["object"]:
-    """One open server for all tests that change nothing."""
+    """One server without keys, shared by the tests that do not change it."""
     pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
     from serving import running
 
@@ -22,7 +22,7 @@ def up(model: Path) -> Iterator["object"]:
 
 @pytest.fixture(scope="session")
 def library(model: Path) -> "object":
-    """The same model without a server: what every score is compared with."""
+    """The same model without a server, for comparison of the scores."""
     from turborank.reranker import Reranker
 
     return Reranker(model, engine="reference")

@@ -22,7 +22,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def head(*headers: str) -> bytes:
-    """The head of a rerank request, as bytes on the wire."""
+    """Request line and headers of a rerank request, as bytes."""
     lines = ["POST /v1/rerank HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
     return "\r\n".join(lines).encode()
 
@@ -39,7 +39,7 @@ class Reply:
 
 
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     def __init__(self, made: server.Server, port: int) -> None:
         self.server = made
@@ -109,7 +109,7 @@ class CountingEngine:
 
 
 class GatedEngine(CountingEngine):
-    """A real engine behind a gate, to hold it back or to slow it down."""
+    """A real engine that tests can block or slow down."""
 
     def __init__(self, engine: Any, seconds_per_batch: float = 0.0) -> None:
         super().__init__(seconds_per_batch)

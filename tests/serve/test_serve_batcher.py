@@ -1,4 +1,4 @@
-"""The queue: what shares a batch, who goes first, who is refused, who is forgotten."""
+"""The queue: composition of batches, order, refusal, dropped requests."""
 
 import asyncio
 import math

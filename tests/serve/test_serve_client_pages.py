@@ -1,4 +1,4 @@
-"""docs/clients: what a page shows is run here, as far as it needs no client; tests/conformance runs the rest."""
+"""docs/clients: runs the code of pages that need no client library; tests/conformance runs the others."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_python_as_the_page_shows_it(up, library):
 
 
 def test_python_is_written_as_ours_is():
-    """Formatted, and without names that are not defined: what a reader copies should look cared for."""
+    """The code is formatted by ruff and has no undefined names."""
     for page in sorted(PAGES.glob("*.md")):
         code = "\n".join(blocks(page, "python"))
         tools = [sys.executable, "-m", "ruff"]

@@ -1,4 +1,4 @@
-"""One name for each setting, wherever it comes from."""
+"""Settings have the same name in options, environment variables and the file."""
 
 import json
 import logging
@@ -76,7 +76,7 @@ def test_the_environment_is_checked_as_well():
         load(environment={"TURBORANK_PORT": "many"})
 
 
-def test_defaults_are_fit_to_run():
+def test_defaults_are_valid():
     assert Settings().loopback
     assert all(field.metadata["help"].endswith(".") for field in FIELDS.values())
 

@@ -1,4 +1,4 @@
-"""Each dialect: what its clients send, what they read, and how they are told what went wrong.
+"""Each dialect: requests, responses and errors.
 
 Shapes are those of the services' own documentation; scores are the library's.
 """
@@ -341,7 +341,7 @@ def test_info_is_what_tei_clients_read(up):
 
 
 @pytest.mark.parametrize("path", ["//v1//rerank", "/v1/rerank/"])
-def test_slashes_of_sloppy_base_urls(up, path):
+def test_extra_slashes_of_base_urls_are_accepted(up, path):
     assert up.ask(path, RERANK).status == 200
 
 

@@ -1,4 +1,4 @@
-"""Keys and rates: who gets in, what they may use, how fast."""
+"""API keys, allowed models and rate limits."""
 
 import os
 import re
@@ -248,7 +248,7 @@ def test_over_http(model, ring_file):
         assert up.ask("/openapi.json").json["security"] == [{"key": []}]
 
 
-def test_two_authorization_headers_are_none(ring_file):
+def test_two_authorization_headers_are_refused(ring_file):
     good = auth.new(ring_file, "good").encode()
     ring = auth.KeyRing(ring_file)
     header = (b"Authorization", b"Bearer " + good)
@@ -280,7 +280,7 @@ def test_a_file_that_no_key_can_be_appended_to_stays_as_it_was(tmp_path, ring_fi
         auth.new(tmp_path / "nowhere" / "keys.toml", "late")
 
 
-def test_strangers_need_a_key(model):
+def test_other_machines_need_a_key(model):
     with pytest.raises(InputError, match="expected API keys for a server that others can reach"):
         server.make(Settings(model=(str(model),), host="0.0.0.0"), app.build)
 

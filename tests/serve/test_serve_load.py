@@ -1,4 +1,4 @@
-"""Requests among requests: full queues, clients that leave, deadlines, loading, shutting down, several models."""
+"""Concurrent requests: full queues, disconnecting clients, deadlines, loading, shutdown, several models."""
 
 import socket
 import threading
@@ -31,9 +31,10 @@ def gate(up, seconds: float = 0.0) -> GatedEngine:
     return reranker.engine
 
 
-def test_concurrent_requests_get_the_librarys_scores_whatever_shares_their_batch(model, library):
+@pytest.mark.parametrize("batch_seconds", [0.0, 0.001])
+def test_concurrent_requests_get_the_librarys_scores_whatever_shares_their_batch(model, library, batch_seconds):
     requests = [(f"bees {i}", [f"scouts {i} {j}" * (1 + (i * j) % 7) for j in range(12)]) for i in range(24)]
-    with running(model, batch_tokens=256) as up, ThreadPoolExecutor(12) as clients:
+    with running(model, batch_tokens=2048, batch_seconds=batch_seconds) as up, ThreadPoolExecutor(12) as clients:
         replies = list(clients.map(lambda one: up.ask("/v1/rerank", {"query": one[0], "documents": one[1]}), requests))
     for reply, (query, documents) in zip(replies, requests, strict=True):
         got = [(one["index"], one["relevance_score"]) for one in reply.json["results"]]
@@ -76,7 +77,7 @@ def test_work_of_a_client_that_left_is_not_computed(model):
         until(lambda: 'dialect="jina",status="499"} 1.0' in up.ask("/metrics").content.decode())
 
 
-def test_empty_texts_do_not_change_what_a_token_is_thought_to_be(model):
+def test_empty_texts_do_not_change_the_estimate_of_tokens(model):
     with running(model) as up:
         for _ in range(200):
             assert up.ask("/v1/rerank", {"query": "", "documents": [""]}).status == 200
@@ -84,7 +85,7 @@ def test_empty_texts_do_not_change_what_a_token_is_thought_to_be(model):
         assert up.ask("/v1/rerank", BODY).status == 200
 
 
-def test_what_is_expected_of_a_pair_is_no_more_than_the_model_reads(library):
+def test_the_estimate_of_a_pair_is_at_most_the_models_maximum(library):
     pairs = [Pair("q" * 100_000, "d")] * 3  # 25,000 tokens each at four characters; the model reads 512
     expect = partial(expected_work, pairs, library.encoder, characters_per_token=4.0)
     assert expect(Limits()) == (3 * 512, 3 * 512**2)
@@ -96,7 +97,7 @@ def test_what_is_expected_of_a_pair_is_no_more_than_the_model_reads(library):
     assert expected_work([alone], library.encoder, Limits(), 4.0) == (100 + OVERHEAD, (100 + OVERHEAD) ** 2)
 
 
-def test_a_model_goes_on_loading_when_those_who_asked_have_left(tmp_path, model, monkeypatch):
+def test_a_model_continues_loading_after_its_clients_disconnected(tmp_path, model, monkeypatch):
     other = write_checkpoint(tmp_path / "other")
     opened = []
     whole = Models._open
@@ -181,7 +182,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
     assert isinstance(made.failure.__cause__, ModelNotFoundError)
 
 
-def test_several_models_are_loaded_when_asked_for_and_let_go_when_memory_is_short(tmp_path, model):
+def test_models_are_loaded_on_first_use_and_evicted_to_stay_within_memory(tmp_path, model):
     folders = [write_checkpoint(tmp_path / name) for name in ("second", "third")]
     names = (str(model), *map(str, folders))
     with running(model, model=names, alias=("rerank-v3.5=second",), model_memory=1) as up:
@@ -218,7 +219,7 @@ def test_a_model_in_use_is_let_go_when_its_requests_are_done(tmp_path, model):
         assert third.reranker is not None
 
 
-def test_names_must_be_different_and_aliases_must_lead_somewhere(model):
+def test_names_must_differ_and_aliases_must_name_a_served_model(model):
     with pytest.raises(InputError, match="its own name"):
         server.make(Settings(model=(str(model), str(model))), app.build)
     with pytest.raises(InputError, match="alias 'x'"):

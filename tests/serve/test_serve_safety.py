@@ -1,4 +1,4 @@
-"""Hostile and broken requests: each gets a clear refusal, none a 500, and the server goes on."""
+"""Hostile and malformed requests: each is refused with a clear error, none causes a 500 or stops the server."""
 
 import itertools
 import json
@@ -104,7 +104,7 @@ def test_each_limit_is_413_and_names_its_setting(model, setting):
 
 
 def raw(up, content: bytes, seconds: float = 10.0) -> bytes:
-    """What comes back for bytes sent as they are."""
+    """The response to raw request bytes."""
     with socket.create_connection(("127.0.0.1", up.port), timeout=seconds) as connection:
         connection.sendall(content)
         received = b""
@@ -137,7 +137,7 @@ def test_a_body_without_a_length_stops_at_the_limit(model):
         b"GET / HTTP/9.9\r\n\r\n",
     ],
 )
-def test_header_tricks_end_in_a_refusal(up, content):
+def test_malformed_headers_are_refused(up, content):
     answer = raw(up, content, seconds=5)
     assert answer.split(b" ", 2)[1:2] in ([b"400"], [b"431"], [b"415"], [b"421"], []), answer[:200]
     assert b"500" not in answer[:20]
@@ -145,7 +145,7 @@ def test_header_tricks_end_in_a_refusal(up, content):
 
 
 def test_without_keys_only_local_names_are_answered_to(up):
-    """A page of the internet that had its own name point to this machine would send that name."""
+    """In DNS rebinding, a foreign page's own host name resolves to this machine and is sent as Host."""
     assert up.ask("/v1/rerank", BODY, {"Host": f"localhost:{up.port}"}).status == 200
     for host in ("evil.example", "127.0.0.1.evil.example", "", "localhost.evil.example:80"):
         reply = up.ask("/v1/rerank", BODY, {"Host": host})
@@ -195,13 +195,13 @@ def test_a_path_prefix_may_end_in_a_slash(model, prefix):
         "/v1/models/../../x",
     ],
 )
-def test_path_tricks_find_nothing(up, path):
+def test_path_traversal_finds_nothing(up, path):
     reply = up.ask(path)
     assert reply.status == 404
     assert reply.headers["content-type"] == "application/json"
 
 
-def test_slow_headers_and_slow_bodies_are_hung_up_on(model):
+def test_slow_headers_and_slow_bodies_are_disconnected(model):
     with running(model, header_timeout=0.3, body_timeout=0.3) as up:
         started = time.monotonic()
         assert raw(up, b"POST /v1/rerank HTTP/1.1\r\nHost: loc") == b""
@@ -217,7 +217,7 @@ def test_slow_headers_and_slow_bodies_are_hung_up_on(model):
         connection.close()
 
 
-def test_clients_that_do_not_read_are_hung_up_on_and_slow_readers_are_not(model):
+def test_clients_that_do_not_read_are_disconnected_and_slow_readers_are_not(model):
     document = {"text": "bees", "payload": "a" * 900_000}  # is not read, but comes back
     content = json.dumps({"query": "a", "documents": [document] * 8, "return_documents": True}).encode()
     with running(model, answer_timeout=0.5) as up:
@@ -241,7 +241,7 @@ def test_clients_that_do_not_read_are_hung_up_on_and_slow_readers_are_not(model)
         assert received > len(content)
 
 
-def test_an_engine_that_fails_says_nothing_of_its_insides(model):
+def test_an_engine_failure_reveals_no_internals(model):
     class Broken:
         name, precision, isa, threads = "broken", "fp32", "none", 1
 
@@ -259,7 +259,7 @@ def test_an_engine_that_fails_says_nothing_of_its_insides(model):
         assert up.ask("/v1/rerank", BODY).status == 200
 
 
-def test_no_answer_is_ever_a_logit_that_is_no_number(model):
+def test_a_nan_logit_is_never_returned(model):
     class NotANumber:
         name, precision, isa, threads = "nan", "fp32", "none", 1
 

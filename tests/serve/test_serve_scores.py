@@ -1,4 +1,4 @@
-"""What `turborank calibrate` and the score cache do to the service."""
+"""Calibration and the score cache in the service."""
 
 import json
 

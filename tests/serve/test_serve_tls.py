@@ -1,4 +1,4 @@
-"""HTTPS with a certificate made here: who trusts it is answered, who does not or speaks plainly is not."""
+"""HTTPS with a self-signed certificate: clients that trust it are answered, others and plain HTTP are not."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def ask(port, context):
         connection.close()
 
 
-def test_https_is_spoken_to_those_who_trust_the_certificate(model, library, certificate):
+def test_https_works_with_a_trusted_certificate(model, library, certificate):
     cert, key = certificate
     with running(model, tls_certificate=str(cert), tls_key=str(key)) as up:
         status, answer, version = ask(up.port, ssl.create_default_context(cafile=cert))

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each request, with its stages, in the caller's trace; and what leaves the process."""
+"""OpenTelemetry: a span per request with its stages, in the caller's trace; and the exported attributes."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -169,12 +169,12 @@ def _read(folder: Path, name: str, origin: str, revision: str | None, relevant: 
 def model_config(raw: Mapping[str, Any], shapes: verify.Shapes, path: Path) -> ModelConfig:
     """The ModelConfig of a checkpoint. Raises CheckpointError naming every invalid value of config.json."""
     faults = verify.config_faults(raw)
-    sizes = [raw.get(key) for key in ("num_hidden_layers", "num_attention_heads")]
-    if any(isinstance(size, int) and size > verify.MAX_LAYERS for size in sizes):
+    sizes = [raw[key] for key in ("num_hidden_layers", "num_attention_heads") if raw.get(key) is not None]
+    if any(not isinstance(size, int) or size > verify.MAX_LAYERS for size in sizes):  # a family makes lists of them
         raise CheckpointError.listing("a usable config", faults, path)
     try:
         known = recognise(raw, shapes)
-    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):  # first the unknown family: it may be why the other keys are missing
             faults.insert(0, error.message)
         raise CheckpointError.listing("a usable config", faults or [repr(error)], path) from error

@@ -116,7 +116,8 @@ def _download(repo: str, revision: str | None) -> Path:
             sizes[name] = size
         megabytes = sum(sizes.values()) / 1e6
         log.warning("downloading %s (%.1f MB) into the Hugging Face cache", _named(repo, revision), megabytes)
-        for name in sizes:
+        # Files that a complete copy may lack come first: without them none that was interrupted passes for complete.
+        for name in sorted(sizes, key=lambda name: name in (*REQUIRED, *more)):
             get(name)
     except CheckpointError:
         raise

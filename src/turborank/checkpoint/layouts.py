@@ -186,7 +186,8 @@ def _chain_config(folder: Path, chain: list[_Module], raw: Mapping[str, Any]) ->
     stated: dict[str, Any] = {}
     settings, sizes = (verify.json_object(folder / n) if (folder / n).is_file() else {} for n in SETTINGS)
     prompts = settings.get("prompts")
-    prompt = prompts.get(settings.get("default_prompt_name")) if isinstance(prompts, dict) else None
+    chosen = settings.get("default_prompt_name")
+    prompt = prompts.get(chosen) if isinstance(prompts, dict) and isinstance(chosen, str) else None
     if prompt:
         faults.append(f"no default prompt, got {prompt!r:.80} in {SETTINGS[0]}")
     longest, positions = sizes.get("max_seq_length"), raw.get("max_position_embeddings")
@@ -211,7 +212,7 @@ def _pooling(config: Mapping[str, Any], faults: list[str]) -> str:
     """Return "cls" or "mean", from ``pooling_mode`` or the older boolean keys."""
     mode = config.get("pooling_mode")
     older = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
-    chosen = [mode] if mode else [name for name, key in older.items() if config.get(key)]
+    chosen = [str(mode)] if mode else [name for name, key in older.items() if config.get(key)]
     others = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
     if len(chosen) != 1 or chosen[0] not in older or (not mode and len(others) != 1):
         faults.append(f"pooling of cls or mean, got {mode or ', '.join(others) or 'none'}")

@@ -202,7 +202,7 @@ def _damage(path: Path, error: SafetensorError) -> tuple[str]:
     try:
         start, header = _parse(path)
         whole = start + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return (f"expected a safetensors file, got {size:,} bytes that are none at {path} ({error}); fetch it again",)
     if size < whole:
         return (f"expected {whole:,} bytes, got {size:,}: the file is truncated at {path}; fetch it again",)

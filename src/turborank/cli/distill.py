@@ -154,8 +154,7 @@ def lists(
     turborank evaluate can read it. The same command writes the same bytes.
     """
     from turborank.distill.lists import build
-    from turborank.distill.pools import PoolPlan
-    from turborank.distill.sources import ListOptions, TrainingSource
+    from turborank.distill.sources import ListOptions, PoolPlan, TrainingSource
 
     runs = {name: Path(path) for name, path in _named(candidates, "--candidates")}
     read = [TrainingSource(name, Path(path), run=runs.pop(name, None)) for name, path in _named(sources, "SOURCES")]

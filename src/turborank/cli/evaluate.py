@@ -247,8 +247,8 @@ def _calibration_path(reranker: Reranker, out: Path | None) -> Path:
         return out
     if reranker.checkpoint.origin != "local":
         raise InputError(
-            f"expected --out, got none: {reranker.name} is not a folder of yours",
-            hint="name a file, and give it to rank and serve as --calibration",
+            f"expected --out, got none: {reranker.name} is not a local folder",
+            hint="give a file, and pass it to rank and serve with --calibration",
         )
     return reranker.checkpoint.folder / FILE
 
@@ -277,5 +277,5 @@ def _print_findings(findings: Findings, path: Path) -> None:
         score = "not reached" if one.logit is None else f"{sigmoid(one.logit):.4f}"
         table.add_row(one.target, score, _share(one.precision), _share(one.recall))
     Console(width=options.width(), highlight=False, markup=False).print(table)
-    print("precision and recall are measured on queries that the threshold was not chosen on")
+    print("precision and recall are measured out of fold, on queries that the threshold was not chosen on")
     print(f"{path}, {path.with_suffix('.svg').name}")

@@ -165,7 +165,7 @@ def import_model(graph: Graph, out: Out, config: Config = None, tokenizer: Token
     Needs the package onnx. Quantised weights keep their int8 values, so the folder ranks like the ONNX graph and not
     like the model before quantisation.
     """
-    from turborank.checkpoint.from_onnx import import_onnx
+    from turborank.export import import_onnx
 
     made = import_onnx(graph, out, config=config, tokenizer=tokenizer)
     count = sum(value.size for value in made.weights.values())

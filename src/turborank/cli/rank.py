@@ -40,8 +40,8 @@ def rank(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text files, one document each; .jsonl, .csv or .tsv files (double quotes quote in both), "
-            'one document per row; "-" or nothing: standard input, one document per line.',
+            help="Text files, one document each; .jsonl, .csv or .tsv files, one document per row (fields may be in "
+            'double quotes); "-" or no file: standard input, one document per line.',
             show_default=False,
         ),
     ] = None,
@@ -287,9 +287,9 @@ def shorten(text: str, width: int) -> str:
 
 BULK_EXAMPLES = (
     ("each row has a query and a document", "turborank score pairs.jsonl --out scores/"),
-    ("how many tokens and hours will it take?", "turborank score pairs.parquet --out scores/ --estimate"),
+    ("estimate tokens, time and memory", "turborank score pairs.parquet --out scores/ --estimate"),
     (
-        "each row has a query and ids of a corpus",
+        "each row has a query and document ids of a corpus",
         "turborank score candidates.jsonl --corpus corpus.jsonl --out scores/",
     ),
     ("a quarter of the work on each of four machines", "turborank score pairs.jsonl --out scores/ --shard 1/4"),
@@ -304,21 +304,21 @@ Pairs = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the shards; what is complete there is not computed again.")]
+Out = Annotated[Path, typer.Option(help="Folder of the shards; complete shards in it are not computed again.")]
 Corpus = Annotated[
-    Path | None, typer.Option(help="corpus.jsonl in BEIR layout, for rows of candidates.", show_default="none")
+    Path | None, typer.Option(help="corpus.jsonl in BEIR layout, for rows with candidates.", show_default="none")
 ]
 Field = Annotated[
     list[str] | None,
     typer.Option(help="Column of the document's text; repeatable.", show_default="document, else title and text"),
 ]
 Shard = Annotated[
-    str | None, typer.Option(help="k/n: every n-th shard from the k-th on, for job arrays.", show_default="1/1")
+    str | None, typer.Option(help="k/n: every n-th shard, starting at the k-th; for job arrays.", show_default="1/1")
 ]
-ShardPairs = Annotated[int, typer.Option(help="Pairs of one shard; what is lost at most if the process is killed.")]
-NoTexts = Annotated[bool, typer.Option("--no-texts", help="Leave the columns of texts out of the output.")]
+ShardPairs = Annotated[int, typer.Option(help="Pairs per shard; a killed process loses at most one shard.")]
+NoTexts = Annotated[bool, typer.Option("--no-texts", help="Omit the text columns from the output.")]
 EstimateOnly = Annotated[
-    bool, typer.Option("--estimate", help="Score a sample, say what the whole will take, and write nothing.")
+    bool, typer.Option("--estimate", help="Score a sample and estimate the cost of all pairs; writes nothing.")
 ]
 
 
@@ -336,11 +336,11 @@ def score(
     no_texts: NoTexts = False,
     compute: RerankerOptions = options.DEFAULT,
 ) -> int:
-    """Score any number of pairs, in bounded memory.
+    """Score all pairs of a file, in bounded memory.
 
-    The output has the input's format and columns, and logit, score (0 to 1), tokens read and tokens truncated.
-    It is written in shards, each whole or not at all; manifest.json appears when all are there.
-    The same command goes on where an interrupted one stopped.
+    The output has the input's format and columns plus logit, score (0 to 1), tokens read and tokens truncated.
+    It is written in shards, each of them atomically; manifest.json is written when all shards exist.
+    The same command continues an interrupted run.
     """
     from turborank import bulk
     from turborank.reranker import Reranker
@@ -364,14 +364,14 @@ def _part(text: str | None) -> tuple[int, int]:
         return 1, 1
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found:
-        raise typer.BadParameter(f"expected k/n, say 3/16, got {text!r}", param_hint="--shard")
+        raise typer.BadParameter(f"expected k/n, for example 3/16, got {text!r}", param_hint="--shard")
     return int(found[1]), int(found[2])
 
 
 def _estimated(estimate: Estimate, threads: int) -> str:
     lines = [
         f"{estimate.pairs:,} pairs in {estimate.rows:,} rows, about {estimate.tokens:,} tokens; "
-        f"{estimate.truncated:.1%} of the pairs are longer than what is read",
+        f"{estimate.truncated:.1%} of the pairs will be truncated",
         f"{duration(estimate.seconds)} on this machine ({threads} threads, {estimate.tokens_per_second:,.0f} tokens/s)",
         f"{estimate.memory / 2**20:,.0f} MiB of memory",
         f"from a random sample of {estimate.sampled:,} pairs; nothing was written",
@@ -386,18 +386,18 @@ def _told(summary: BulkSummary, out: Path, part: tuple[int, int]) -> str:
         f"{duration(summary.seconds)} ({speed:,.0f} tokens/s)"
     ]
     if summary.found:
-        lines.append(f"{summary.found:,} shards were there already")
+        lines.append(f"{summary.found:,} shards existed already")
     if summary.truncated:
-        lines.append(f"{summary.truncated:,} pairs were longer than what is read; see the column truncated")
+        lines.append(f"{summary.truncated:,} pairs were truncated; see the column truncated")
     if summary.complete:
-        lines.append(f"{out / 'manifest.json'}: every shard of the input is there")
+        lines.append(f"{out / 'manifest.json'}: all shards of the input are complete")
     else:
-        lines.append(f"{out}: shards of part {part[0]}/{part[1]} are written; other parts are not complete")
+        lines.append(f"{out}: shards of part {part[0]}/{part[1]} are complete; other parts are not")
     return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: "3 h 20 min", "12 min 5 s", "8 s"."""
+    """A duration in at most two units: "3 h 20 min", "12 min 5 s", "8 s"."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600:,} h {whole % 3600 // 60} min"
@@ -405,7 +405,7 @@ def duration(seconds: float) -> str:
 
 
 class _Report:
-    """One line on standard error: rewritten on a terminal, elsewhere a new one now and then."""
+    """Progress on standard error: one line that is rewritten on a terminal; elsewhere a line every LOG_EVERY s."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

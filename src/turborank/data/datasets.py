@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from turborank.data.bm25 import BM25, parameters
 from turborank.data.corpus import Corpus
 from turborank.data.dataset_table import DATASETS, GROUPS, DatasetRow, Download
-from turborank.data.files import file_hash, write_json
+from turborank.data.files import NOT_JSON, file_hash, write_json
 from turborank.data.layouts import LAYOUTS, Parts
 from turborank.data.trec import Qrels, Run, line_of, read_run, write_run
 from turborank.errors import InputError, UnknownKeyError
@@ -294,6 +295,15 @@ def _assert_counts(row: DatasetRow, parts: Parts) -> None:
         )
 
 
+def _read_about(path: Path) -> dict[str, Any]:
+    """The inputs that a run was made from; empty if the file is damaged, so that the run is made again."""
+    try:
+        known = json.loads(path.read_bytes())
+    except NOT_JSON:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
     """The BM25 run of a dataset's queries, and the SHA-256 of its file.
 
@@ -303,7 +313,7 @@ def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | 
     path, about = cache / "bm25.trec", cache / "bm25.json"
     made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
     if path.exists() and about.exists():
-        known = json.loads(about.read_text())
+        known = _read_about(about)
         if known.get("made_from") == made_from and known.get("sha256") == file_hash(path):
             return read_run(path), known["sha256"]
     index = BM25(dataset.corpus, progress=progress)

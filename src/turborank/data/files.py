@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import json
@@ -84,13 +85,22 @@ def _finite(digits: str) -> float:
     return value if math.isfinite(value) else _no_constant(digits)
 
 
+NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: a syntax error, numbers of 4,300 digits, deep nesting
+
+
+def json_fault(error: Exception) -> str:
+    """What is wrong with JSON that json.loads refused with one of NOT_JSON."""
+    if isinstance(error, RecursionError):
+        return "one nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0].partition(";")[0]
+
+
 def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
     """Parse a line that must be a JSON object of finite numbers. Raises InputError, with file and line, otherwise."""
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        got = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(f"expected one JSON object on the line, got {got} at {path}:{number}") from error
+    except NOT_JSON as error:
+        raise InputError(f"expected one JSON object on the line, got {json_fault(error)} at {path}:{number}") from error
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, got {type(value).__name__} at {path}:{number}")
     return value
@@ -151,17 +161,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path`` that replaces it on success; on failure the old folder stays."""
+    """A new folder beside ``path`` that replaces it on success; on failure, or a kill, the old folder stays."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except BaseException:
+        if not path.exists():
+            temporary.rename(path)
+        elif not _exchanged(temporary, path):
+            shutil.rmtree(path)
+            temporary.rename(path)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system cannot (renameat2 of Linux can)."""
+    exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # no such function; Windows has no library without a name
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -184,8 +206,8 @@ def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"expected JSON, got {error} at {path}") from error
+    except NOT_JSON as error:
+        raise InputError(f"expected JSON, got {json_fault(error)} at {path}") from error
     if not isinstance(manifest, dict):
         raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
     differing = [name for name in inputs if manifest.get(name) != inputs[name]]

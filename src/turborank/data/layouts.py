@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from turborank.data.corpus import Corpus, JsonlCorpus, MemoryCorpus, beir_text
-from turborank.data.files import checked_id, decode, numbered, open_binary, parse_object, read_lines, string_field
+from turborank.data.files import (
+    NOT_JSON,
+    checked_id,
+    decode,
+    json_fault,
+    numbered,
+    open_binary,
+    parse_object,
+    read_lines,
+    string_field,
+)
 from turborank.data.trec import Qrels, read_qrels
 from turborank.errors import InputError
 from turborank.types import Progress
@@ -60,10 +70,11 @@ def _json_file(path: Path) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected JSON, got {error.msg} at {path}:{error.lineno}") from error
-    except RecursionError as error:
-        raise InputError(f"expected JSON, got it nested too deeply at {path}") from error
+    except InputError:  # a ValueError, too
+        raise
+    except NOT_JSON as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"expected JSON, got {json_fault(error)} at {path}{line}") from error
 
 
 def beir(folder: Path, split: str, progress: Progress | None) -> Parts:
@@ -187,20 +198,22 @@ def chunks(folder: Path, split: str, progress: Progress | None) -> Parts:
     qrels: Qrels = {}
     for number, row in enumerate(_rows(path), 1):
         try:
-            name, references = row["corpus_id"], json.loads(row["references"])
+            name, question, references = row["corpus_id"], row["question"], json.loads(row["references"])
+            if not isinstance(question, str):
+                raise TypeError("question")
             places = [holder(spans[name], int(ref["start_index"]), int(ref["end_index"])) for ref in references]
             for ref in references:
                 if texts[name][ref["start_index"] : ref["end_index"]] != ref["content"]:
                     raise InputError(
                         f"expected every reference at its offsets, got another text for question {number} of {path}"
                     )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, OverflowError, *NOT_JSON) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 f"expected question, references and corpus_id, got {error!r} in question {number} of {path}"
             ) from error
-        queries[f"q{number}"] = row["question"]
+        queries[f"q{number}"] = question
         qrels[f"q{number}"] = {f"{name}:{a}-{b}": 1 for a, b in (spans[name][place] for place in places)}
     return Parts(queries, MemoryCorpus(documents), qrels)
 

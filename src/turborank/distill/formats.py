@@ -15,13 +15,13 @@ files. File names are not considered.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from turborank.data.corpus import JsonlCorpus
-from turborank.data.files import Place, identity, read_records, string_field
+from turborank.data.files import NOT_JSON, Place, identity, read_records, string_field
 from turborank.data.trec import Qrels, Run, line_of, read_qrels, read_run
 from turborank.errors import InputError
 
@@ -69,8 +69,7 @@ def _text(record: dict[str, Any], names: Sequence[str], at: Place) -> str:
 
 
 def _label(value: Any, at: Place, field: str = "label") -> int:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
-    if not (whole or isinstance(value, bool)):
+    if not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         raise InputError(
             f"expected a whole number in the field {field!r}, got {value!r} at {at}",
             hint="put a teacher's judgement into scores",
@@ -79,7 +78,7 @@ def _label(value: Any, at: Place, field: str = "label") -> int:
 
 
 def _score(value: Any, at: Place, field: str = "score") -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise InputError(f"expected a finite number in the field {field!r}, got {value!r} at {at}")
     return float(value)
 
@@ -90,7 +89,7 @@ def _listed(record: Record, field: str, at: Place, *, size: int | None = None) -
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except NOT_JSON:
             value = None
     if not isinstance(value, list):
         raise InputError(f"expected a list in the field {field!r}, got {type(record.get(field)).__name__} at {at}")

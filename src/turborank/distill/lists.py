@@ -26,8 +26,7 @@ from turborank.distill.folder import (
     run_path,
     write_pools,
 )
-from turborank.distill.pools import PoolPlan, Pools, index, mine
-from turborank.distill.sources import Collection, ListOptions, collect
+from turborank.distill.sources import Collection, ListOptions, PoolPlan, Pools, collect, index, mine
 from turborank.errors import InputError
 from turborank.types import Float32, StartProgress, no_progress
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from turborank import checkpoint as checkpoints
 from turborank.data.bm25 import parameters
 from turborank.data.files import file_hash
-from turborank.distill import biencoder, http_teacher, pools
+from turborank.distill import biencoder, http_teacher, sources
 from turborank.distill.folder import CACHE, Ids, TrainingFolder, check_name, read_pairs
 from turborank.distill.scores import PairTeacher, Question, score_pairs
 from turborank.errors import InputError, UnknownKeyError
@@ -65,13 +65,13 @@ class Bm25Teacher:
 
     def score(self, folder: TrainingFolder, cache: Path, progress: StartProgress) -> Float32:
         """(N,) BM25 scores; 0 for documents that share no word with the query."""
-        index = pools.index(folder.texts, progress=progress("index passages"))
+        index = sources.index(folder.texts, progress=progress("index passages"))
         scores = np.zeros(len(folder.doc_index), dtype=np.float32)
         step = progress("score with BM25")
         for at, query in enumerate(folder.queries):
             pool = folder.pool(at)
             scores[pool] = index.scores(query)[folder.doc_index[pool]]
-            if (at + 1) % pools.REPORT_EVERY == 0 or at + 1 == len(folder):
+            if (at + 1) % sources.REPORT_EVERY == 0 or at + 1 == len(folder):
                 step(at + 1, len(folder))
         return scores
 

@@ -22,7 +22,7 @@ from turborank.architectures import deberta
 from turborank.architectures.jinabert import COSINES, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import cores, native_weights
-from turborank.errors import CheckpointError, EngineUnavailableError, InputError
+from turborank.errors import CheckpointError, EngineError, EngineUnavailableError, InputError
 from turborank.types import Float32, ModelConfig, PackedBatch
 
 try:
@@ -140,19 +140,31 @@ class NativeEngine:
         self._model = self._make()  # the weights are those of the old one
 
     def logits(self, batch: PackedBatch) -> Float32:
-        """Logits (P,), float32. Raises InputError if ids, types or offsets do not fit the model."""
-        try:
-            return np.frombuffer(self._model.logits(*_arrays(batch), self.threads), np.float32)
-        except ValueError as fault:
-            raise InputError(str(fault)) from None
+        """Logits (P,), float32.
+
+        Raises InputError if ids, types or offsets do not fit the model, MemoryError if there is no room for the
+        activations, and EngineError if the system gives no threads. The engine stays usable.
+        """
+        return np.frombuffer(self._computed(self._model.logits, batch), np.float32)
 
     def layers(self, batch: PackedBatch) -> list[Float32]:
-        """Embeddings and each layer's output: (T, C); the last is (P, C) if the head reads first tokens only."""
+        """Embeddings and each layer's output: (T, C); the last is (P, C) if the head reads first tokens only.
+
+        Raises as :meth:`logits`.
+        """
+        layers = self._computed(self._model.layers, batch)
+        return [np.frombuffer(layer, np.float32).reshape(-1, self._width) for layer in layers]
+
+    def _computed(self, compute: Callable[..., Any], batch: PackedBatch) -> Any:
         try:
-            layers = self._model.layers(*_arrays(batch), self.threads)
+            return compute(*_arrays(batch), self.threads)
         except ValueError as fault:
             raise InputError(str(fault)) from None
-        return [np.frombuffer(layer, np.float32).reshape(-1, self._width) for layer in layers]
+        except RuntimeError as fault:
+            raise EngineError(
+                f"expected {self.threads} threads, got none from the system ({fault})",
+                hint="allow the process more of them (ulimit -u, pids.max of its cgroup), or choose fewer threads",
+            ) from None
 
     def spent(self) -> dict[str, float]:
         """CPU seconds by part, summed over threads and calls; a product includes the operations fused into it."""

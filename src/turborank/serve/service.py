@@ -282,7 +282,9 @@ class Service:
 
 def _open_cache(settings: Settings) -> ScoreCache | None:
     if settings.score_cache and not settings.score_cache_entries:
-        raise InputError("expected score_cache_entries with score_cache, got 0", hint="say how many scores to keep")
+        raise InputError(
+            "expected score_cache_entries with score_cache, got 0", hint="give the maximum number of scores"
+        )
     if not settings.score_cache_entries:
         return None
     return ScoreCache(settings.score_cache_entries, settings.score_cache or None)

@@ -1,4 +1,4 @@
-"""Every layer of the native engine against the numpy law, for every instruction set and precision of this machine."""
+"""Each layer of the native engine against the numpy reference, for every instruction set and precision here."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MODELS = {
     "many heads": {"hidden": 576, "heads": 18, "inner": 64, "layers": 2},
     "no bias": {"layers": 2, "alibi": False},
 }
-# Largest difference from the law: of a logit relative to the logits' spread, of a layer's output (rms) relative to
-# the output's rms. Random weights of these shapes; fp32 is rounding alone, bf16 and int8 are their own step.
+# Maximum difference from the reference: of a logit, relative to the logits' spread; of a layer's output (rms), relative
+# to the output's rms. Random weights of these shapes; fp32 differs only by rounding.
 TOLERANCE = {"fp32": (1e-4, 1e-5), "bf16": (0.1, 0.02), "int8": (0.15, 0.05)}
 
 
@@ -47,20 +47,20 @@ def rms(x):
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-@functools.lru_cache(maxsize=1)  # the law is the same for every row: the tests are ordered by model
+@functools.lru_cache(maxsize=1)  # the reference is the same for every row: the tests are ordered by model
 def case(kind):
-    """A model, its weights, a batch, and the law's states and logits."""
+    """A model, its weights, a batch, and the reference's states and logits."""
     model = shapes.config(**MODELS[kind])
     tensors = shapes.weights(model)
     tokens = shapes.batch([2, 3, 31, 32, 33, 64, 100, 17, 300] if kind == "turbo" else [5, 40, 129])
     states = []
-    expected = shapes.law(tensors, model, tokens, states)
+    expected = shapes.reference_logits(tensors, model, tokens, states)
     return model, tensors, tokens, states, expected
 
 
 @pytest.mark.parametrize(("isa", "precision"), ROWS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_layers_and_logits_follow_the_law(prepare, isa, precision, kind):
+def test_layers_and_logits_follow_the_reference(prepare, isa, precision, kind):
     model, tensors, tokens, states, expected = case(kind)
     engine = prepare(isa, precision, tensors, model)
     logit_tolerance, layer_tolerance = TOLERANCE[precision]

@@ -1,0 +1,22 @@
+"""Faults that tests inject, counted for the summary of `make faults`; an ordinary run injects a few of each kind."""
+
+import os
+from collections import Counter
+
+EVERY = os.environ.get("TURBORANK_FAULTS") == "all"  # set by `make faults`: each of them, not a few of each kind
+injected: Counter[str] = Counter()  # what -> faults; each of them was survived, or its test failed
+
+
+def count(what: str, faults: int) -> None:
+    """Add faults that a test injected and found survived."""
+    injected[what] += faults
+
+
+def summary() -> list[str]:
+    """Lines of a table, and the total."""
+    if not injected:
+        return []
+    width = max(map(len, injected))
+    lines = [f"  {what:{width}}  {faults:6,}" for what, faults in sorted(injected.items())]
+    total = injected.total()
+    return ["faults injected and survived", *lines, f"  {'all':{width}}  {total:6,}"]

@@ -1,0 +1,31 @@
+"""Inputs that fuzzing found to raise something else than an error of the hierarchy, reduced; (target, input)."""
+
+DIGITS, DEEP = b"9" * 5000, b"[" * 100_000  # more than json.loads takes: ValueError, RecursionError
+
+CASES: tuple[tuple[str, bytes], ...] = (
+    ("config", b'{"model_type": "modernbert", "num_hidden_layers": 2, "num_attention_heads": 0, "hidden_size": 48}'),
+    ("config", b'{"model_type": "modernbert", "num_hidden_layers": 1e12, "num_attention_heads": 4, "hidden_size": 48}'),
+    ("config", b'{"model_type": "modernbert", "num_hidden_layers": "99999999999", "num_attention_heads": 4}'),
+    ("settings", b'[{"path": "", "type": "x.Transformer"}]\n---\n{"prompts": {}, "default_prompt_name": {}}'),
+    ("settings", b'[{"path": "", "type": "x.Transformer"}]\n---\n{"prompts": {}, "default_prompt_name": []}'),
+    ("safetensors", b"RAW\xff\xff\xff" + b"\0" * 5 + DEEP),
+    ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DIGITS),
+    ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DEEP),
+    ("beir", b'{"_id": "d1", "text": "x"}\n---\n{"_id": "q", "text": %b}\n---\nq\td1\t1' % DIGITS),
+    ("llamaindex", b'{"queries": %b}' % DIGITS),
+    ("llamaindex", DEEP),
+    ("chunks", b"question,references,corpus_id\nwhy,%b,bees\n" % DEEP),
+    ("chunks", b"references,corpus_id\n[],bees\n"),
+    ("chunks", b'question,references,corpus_id\nwhy,"[{""start_index"": 1e999, ""end_index"": 1}]",bees\n'),
+    ("training", b'{"query": "q", "passage": "a", "label": 1%b}' % (b"0" * 400)),
+    ("training", b'{"query": "q", "passage": "a", "score": 1%b}' % (b"0" * 400)),
+    ("training", b'{"query": "q", "documents": "%b"}' % DEEP),
+    ("jsonl", b'{"text": "a", "n": %b}' % DIGITS),
+    ("calibration", DEEP),
+    ("calibration", b'{"format": 1, "slope": 1, "intercept": 0, "weights": 1, "pairs": 1, "relevant": 1, '
+                    b'"curve": [[0, 1, 1]], "about": {}}'),
+    ("calibration", b'{"format": 1, "slope": 1, "intercept": 0, "weights": "x", "pairs": 1, "relevant": 1, '
+                    b'"curve": [[0, 1, Infinity]], "about": {}}'),
+    ("calibration", b'{"format": 1, "slope": 1, "intercept": 1%b, "weights": "x", "pairs": 1, "relevant": 1, '
+                    b'"curve": [[0, 1, 1]], "about": {}}' % (b"0" * 400)),
+)  # fmt: skip

@@ -1,0 +1,52 @@
+"""Damaged inputs of every format (targets.py): what fuzzing found, and a few changes of well-formed ones.
+
+`make fuzz` looks for more, as long as it is told to.
+"""
+
+import random
+
+import cases
+import mutations
+import pytest
+import targets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
+
+PIECES = (
+    b"\xff",
+    b"\0",
+    b'"',
+    b"{",
+    b"[",
+    b"\n",
+    b",",
+    b"\t",
+    b"\r",
+    b"\xef\xbb\xbf",
+    b"1e999",
+    b"NaN",
+    b"-",
+    b"null",
+    b"\\ud800",
+)
+
+
+@pytest.mark.parametrize("number", range(len(cases.CASES)))
+def test_what_was_found_is_read_or_refused(number: int) -> None:
+    targets.attempt(*cases.CASES[number])
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_changed_inputs_are_read_or_refused(target: str, data: st.DataObject) -> None:
+    seed = data.draw(st.sampled_from(targets.TARGETS[target].seeds))
+    if data.draw(st.booleans(), "JSON"):
+        for _ in range(data.draw(st.integers(1, 3))):
+            seed = mutations.mutated(seed, random.Random(data.draw(st.integers(0, 2**32)))) or seed
+    else:
+        start, end = (data.draw(st.integers(0, len(seed))) for _ in range(2))
+        seed = seed[:start] + data.draw(st.sampled_from(PIECES) | st.binary(max_size=8)) + seed[max(start, end) :]
+    targets.attempt(target, seed)
