@@ -11,7 +11,7 @@ READY  := $(VENV)/.turborank-ready
 BUILT_FROM := pyproject.toml $(wildcard CMakeLists.txt native/*)
 
 .DEFAULT_GOAL := help
-.PHONY: conformance conformance-core coverage help install check test test-engine bench docs sanitize emulate faults fuzz clean
+.PHONY: audit conformance conformance-core coverage help install check test test-engine bench docs sanitize emulate faults fuzz clean
 
 help:
 	@echo "make install    an editable turborank in $(VENV), with what tests and training need"
@@ -25,6 +25,7 @@ help:
 	@echo "make docs       write the generated pages of docs/ anew from the code"
 	@echo "make sanitize   the native engine under address, undefined-behaviour and thread sanitizers"
 	@echo "make emulate    the native engine on 64-bit Arm, by qemu"
+	@echo "make audit      known vulnerabilities of what an installation brings, and its bill of materials in dist/sbom.json"
 	@echo "make faults     every allocation fails, disks are full or read-only, processes are killed, clients misbehave"
 	@echo "make fuzz       damaged files and bodies, by coverage: FUZZ_SECONDS=3600 for each format, FUZZ_TARGETS='config beir'"
 	@echo "make clean      remove builds and caches, not $(VENV)"
@@ -79,6 +80,25 @@ sanitize: $(READY)
 
 emulate: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/emulate.sh
+
+# What an installation with these extras brings, in an environment of its own, and the tools that look at it in another.
+AUDITED := serve eval onnx
+AUDIT   := .venv-audit
+REQUIREMENTS := import sys, tomllib; \
+	project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["dependencies"], *(one for extra in sys.argv[1:] for one in project["optional-dependencies"][extra]), sep="\n")
+
+audit:
+	@test -x $(AUDIT)/tools/bin/python || $(PYTHON) -m venv $(AUDIT)/tools
+	@test -x $(AUDIT)/installed/bin/python || $(PYTHON) -m venv --without-pip $(AUDIT)/installed
+	@mkdir -p dist && $(PYTHON) -c '$(REQUIREMENTS)' $(AUDITED) > dist/requirements.txt
+	@$(AUDIT)/tools/bin/python -m pip --quiet --disable-pip-version-check --no-input install 'pip-audit==2.*' 'cyclonedx-bom==7.*'
+	@$(AUDIT)/tools/bin/python -m pip --quiet --disable-pip-version-check --python $(AUDIT)/installed/bin/python install \
+		--requirement dist/requirements.txt
+	$(AUDIT)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+		--output-format JSON --output-file dist/sbom.json $(AUDIT)/installed/bin/python
+	$(AUDIT)/tools/bin/pip-audit --progress-spinner off \
+		--path "$$($(AUDIT)/installed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 # All of the faults of which an ordinary run takes a few; figures for docs/reliability.md.
 faults: $(READY)

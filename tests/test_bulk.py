@@ -194,7 +194,7 @@ def test_interruption_prints_how_to_continue(folder: Path, tmp_path: Path) -> No
     arguments += ["--shard-pairs", "50", "--threads", "1"]
     process = subprocess.Popen([sys.executable, "-m", "turborank", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out/part-*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out/manifest*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
@@ -205,7 +205,9 @@ def test_interruption_prints_how_to_continue(folder: Path, tmp_path: Path) -> No
     assert time.monotonic() - started < 30
     assert not list((tmp_path / "out").glob(".*"))
     done = json.loads((tmp_path / "out" / "manifest.1-of-1.json").read_text())["shards"]
-    assert [one["file"] for one in done] == [path.name for path in shards(tmp_path / "out")]
+    there = [path.name for path in shards(tmp_path / "out")]
+    assert [one["file"] for one in done] == there[: len(done)]
+    assert len(there) - len(done) in (0, 1)  # Ctrl-C may come before a whole shard is listed: it is computed again
     assert len(done) < 96
 
 

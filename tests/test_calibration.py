@@ -221,7 +221,7 @@ def test_tables_and_grades_are_read(tmp_path):
     (tmp_path / "a.csv").write_text('query,title,text,relevance\nq,t,"two\nlines",2\nq,,d,1\n')
     assert fitting.read_judged(tmp_path / "a.csv", relevant_from=2) == [
         (("q", "t two\nlines"), True),
-        (("q", " d"), False),
+        (("q", "d"), False),
     ]
 
 

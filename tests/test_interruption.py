@@ -7,9 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from helpers import write_checkpoint
+
+from turborank.data import files
 
 AGAIN = "turborank: interrupted; the same command continues from what is complete"
 PATIENCE = 120.0  # seconds, on a machine that is busy
@@ -31,6 +35,51 @@ def interrupted(arguments: list[str], ready: Callable[[], bool], cwd: Path) -> t
 def leftovers(folder: Path) -> list[Path]:
     """Temporary and partial files."""
     return [path for path in folder.rglob(".*") if path.is_file() and path.stat().st_size]
+
+
+def interrupting(line: int) -> Callable[[], bool]:
+    """Press Ctrl-C at the n-th line of data/files.py that runs from now on; whether it came to that."""
+    passed = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal passed
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        passed += event == "line"
+        if passed == line and event == "line":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    return lambda: passed >= line
+
+
+WRITES: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: files.write_text(path, "new"),
+    "JSON": lambda path: files.write_json(path, "new"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that no block has yet
+@pytest.mark.parametrize("name", WRITES)
+def test_a_file_is_the_old_or_the_new_one_wherever_ctrl_c_comes(tmp_path: Path, name: str) -> None:
+    path, line, came = tmp_path / "file", 0, True
+    before = sys.gettrace()
+    while came:
+        line += 1
+        path.write_text("old")
+        reached = interrupting(line)
+        try:
+            WRITES[name](path)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        came = reached()
+        assert path.read_text().strip('"\n') == ("old" if came and path.read_text() == "old" else "new")
+        assert [one.name for one in tmp_path.iterdir()] == ["file"], f"line {line}"
+    assert line > 8
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def read(path: Path, weights: str) -> Calibration:
     Raises CheckpointError for a file that is not a calibration, and InputError for a calibration of other weights.
     """
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(path.read_bytes())  # as bytes, it may begin with a byte-order mark
         if record.pop("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         made = Calibration(**{**record, "curve": tuple((float(x), int(k), int(f)) for x, k, f in record["curve"])})

@@ -35,8 +35,8 @@ def plain(text: str) -> str:
 def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> str:
     """The text that the model reads: the string itself, or a mapping's ``fields`` joined by spaces.
 
-    Fields that are absent or None are skipped. Raises InputError when ``document`` is neither a string nor a mapping,
-    when the mapping has none of the fields, and when a field is neither text nor a number.
+    Fields that are absent, None or empty are skipped: a table has no other null. Raises InputError when ``document`` is
+    neither a string nor a mapping, when the mapping has none of the fields, and when one is neither text nor a number.
     """
     if isinstance(document, str):
         return document
@@ -44,12 +44,13 @@ def document_text(document: object, fields: Sequence[str] = DEFAULT_FIELDS) -> s
         raise InputError(f"expected a string or a mapping, got {type(document).__name__}")
     values = [document[field] for field in fields if document.get(field) is not None]
     if not values:
-        found = ", ".join(map(str, document)) or "no fields"
+        found = ", ".join(str(field)[:60] for field in itertools.islice(document, 10)) or "no fields"
+        found += f" and {len(document) - 10} more" if len(document) > 10 else ""
         raise InputError(f"expected at least one of the fields {', '.join(fields)}, got {found}")
     wrong = [type(value).__name__ for value in values if not isinstance(value, str | int | float)]
     if wrong:
         raise InputError(f"expected text in the fields {', '.join(fields)}, got {', '.join(wrong)}")
-    return " ".join(str(value) for value in values)
+    return " ".join(str(value) for value in values if value != "")
 
 
 def spaces(text: str) -> str:

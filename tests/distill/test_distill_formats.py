@@ -121,7 +121,11 @@ BAD = [
     ("pairs", {"query": "q"}, "expected a string in the field 'passage', got nothing"),
     ("pairs", {"query": "q", "passage": "p", "label": 0.5}, "expected a whole number in the field 'label', got 0.5"),
     ("pairs", {"query": "q", "passage": "p", "score": "1"}, "expected a finite number in the field 'score', got '1'"),
-    ("pairs", '{"query": "q", "passage": "p", "score": NaN}', "expected a finite number in the field 'score', got nan"),
+    (
+        "pairs",
+        '{"query": "q", "passage": "p", "score": NaN}',
+        "expected one JSON object on the line, got NaN",
+    ),
     ("triplets", {"query": "q", "positive": "p", "negative": ["n"]}, "expected a string in the field 'negative'"),
     ("lists", {"query": "q", "documents": "a"}, "expected a list in the field 'documents', got str"),
     ("lists", {"query": "q", "documents": ["a", 2]}, "expected strings in the field 'documents', got int"),

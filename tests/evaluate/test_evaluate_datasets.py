@@ -52,8 +52,8 @@ BAD = [  # (file, what is appended, what the message must say)
     ("queries.jsonl", "nonsense", r"queries\.jsonl:5"),
     ("queries.jsonl", b"\xff\xfe", r"expected UTF-8, got byte 0xff at .*queries\.jsonl:5"),
     ("qrels/test.tsv", "q1\td1", r"three columns .*test\.tsv:8"),
-    ("qrels/test.tsv", "q1\td2\tyes", r"integer relevance in the last column, got 'yes' at .*test\.tsv:8"),
-    ("qrels/test.tsv", "q1\td2\t1.5", r"integer relevance .*test\.tsv:8"),
+    ("qrels/test.tsv", "q1\td2\tyes", r"whole number as relevance in the last column, got 'yes' at .*test\.tsv:8"),
+    ("qrels/test.tsv", "q1\td2\t1.5", r"whole number as relevance .*test\.tsv:8"),
     (
         "corpus.jsonl",
         r'{"_id": "d\ud83d", "text": ""}',

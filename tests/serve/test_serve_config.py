@@ -116,8 +116,8 @@ def test_the_command_serves_logs_no_text_and_ends_on_sigterm(model, tmp_path):
             lines.append(json.loads(line))
             if "running on" in lines[-1]["event"]:
                 port = int(lines[-1]["event"].split(":")[2].split()[0])
-            if lines[-1]["event"] == "model_loaded":
-                break
+            if port is not None and any(one["event"] == "model_loaded" for one in lines):
+                break  # either comes first
         connection = HTTPConnection("127.0.0.1", port, timeout=20)
         content = json.dumps({"query": "my private question", "documents": ["my private text"], "x-private": 1})
         headers = {"Content-Type": "application/json", "Authorization": "Bearer private-key"}

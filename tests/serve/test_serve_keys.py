@@ -131,13 +131,93 @@ def test_long_queries_are_refused_by_name():
         auth.check_sizes(settings, [Pair("q" * 11, "d")])
 
 
+class Compared(str):
+    """A digest that only hmac.compare_digest may compare: it takes as long whatever the two have in common."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        raise AssertionError("a comparison that ends at the first difference")
+
+    __ne__ = __lt__ = __gt__ = __eq__
+
+
 def test_every_key_is_compared_and_each_in_constant_time(ring_file, monkeypatch):
     secrets = [auth.new(ring_file, name) for name in "abc"]
     ring, compared = auth.KeyRing(ring_file), []
-    compare = auth.hmac.compare_digest
-    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b))
-    ring.find(secrets[0])
-    assert len(compared) == 3
+    compare, digest = auth.hmac.compare_digest, auth.digest
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
+    monkeypatch.setattr(auth, "digest", lambda secret: Compared(digest(secret)))
+    for secret, name in [(secrets[0], "a"), (secrets[2], "c"), ("tr-unknown", None), ("", None), ("ü" * 10_000, None)]:
+        compared.clear()
+        found = ring.find(secret)
+        assert (found.name if found else None, len(compared)) == (name, 3)
+        assert {len(side) for pair in compared for side in pair} == {64}
+
+
+# Who else can read or write the files ---------------------------------------------------------------------------
+
+MODES = pytest.mark.skipif(os.name == "nt", reason="this system has no file modes")
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("mode", "mine", "expected"),
+    [
+        (0o600, True, ""),
+        (0o400, True, ""),
+        (0o640, True, "has mode 0640: others can read it"),
+        (0o644, True, "has mode 0644: others can read it"),
+        (0o604, True, "has mode 0604: others can read it"),
+        (0o440, False, ""),  # a Secret of Kubernetes, read as a member of fsGroup
+        (0o444, False, "has mode 0444: others can read it"),
+    ],
+)
+def test_a_file_that_others_can_read_is_told(ring_file, monkeypatch, mode, mine, expected):
+    auth.new(ring_file, "team")
+    ring_file.chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: ring_file.stat().st_uid + (not mine))
+    assert expected in (found := auth.exposed(ring_file))
+    assert bool(found) is bool(expected)
+
+
+@MODES
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_key_file_that_others_can_write_is_refused(ring_file, mode):
+    secret = auth.new(ring_file, "team")
+    ring_file.chmod(mode)
+    with pytest.raises(InputError, match=f"only its owner can write, got mode {mode:04o} at .*chmod 600"):
+        auth.KeyRing(ring_file)
+    ring_file.chmod(0o600)
+    now, complaints = [0.0], []
+    ring = auth.KeyRing(ring_file, complain=complaints.append, clock=lambda: now[0])
+    auth.new(ring_file, "late")
+    ring_file.chmod(mode)
+    now[0] += auth.CHECK_EVERY
+    assert [key.name for key in ring._keys if ring.find(secret)] == ["team"]
+    assert (
+        f"the keys stay as they were: expected a key file that only its owner can write, got mode {mode:04o}"
+        in (complaints[0])
+    )
+
+
+@MODES
+def test_the_server_warns_of_files_that_others_can_read(tmp_path, ring_file, caplog):
+    auth.new(ring_file, "team")
+    certificate_key = tmp_path / "privkey.pem"
+    certificate_key.write_text("-")
+    for path in (ring_file, certificate_key):
+        path.chmod(0o644)
+    settings = Settings(keys=str(ring_file), tls_key=str(certificate_key), tls_certificate="x")
+    with caplog.at_level("WARNING", logger="turborank.serve"):
+        Service(settings).close()
+    warnings = [record.fields["warning"] for record in caplog.records if record.message == "readable_by_others"]
+    assert [str(path) in warning for path, warning in zip((ring_file, certificate_key), warnings, strict=True)]
+    ring_file.chmod(0o600), certificate_key.chmod(0o600)
+    caplog.clear()
+    Service(settings).close()
+    assert not caplog.records
 
 
 def test_over_http(model, ring_file):

@@ -84,6 +84,7 @@ def test_a_body_must_be_called_json(up):
 
 LIMITS = {
     "max_body": ({"max_body": 60}, {"query": "a", "documents": ["b" * 100]}),
+    "max_values": ({"max_values": 9}, {"query": "a", "documents": [{"text": "b", "tags": [[]] * 9}]}),
     "max_documents": ({"max_documents": 2}, {"query": "a", "documents": ["b"] * 3}),
     "max_document_characters": ({"max_document_characters": 5}, {"query": "a", "documents": ["b", "c" * 6]}),
     "max_characters": ({"max_characters": 9}, {"query": "a", "documents": ["bbb", "ccc", "ddd"]}),

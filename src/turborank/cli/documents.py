@@ -6,15 +6,18 @@
     "-", or no file at all    standard input, one document per line
 
 A row's name is its ``id`` (``_id``, ``doc_id``) if it has one, else ``file:line``. Blank lines of line-wise input are
-skipped. Text is UTF-8, with or without a byte-order mark.
+skipped. Text is UTF-8, with or without a byte-order mark. A file whose name ends in .gz is unpacked.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +29,7 @@ MAX_BYTES = 256 << 20  # maximum bytes of one file; a larger collection needs a 
 MAX_FAULTS = 10  # faults listed in one error; the rest are counted
 ID_FIELDS = ("id", "_id", "doc_id")
 STDIN = "standard input"
+NEWLINE = b"\n"
 
 
 class Named(NamedTuple):
@@ -73,8 +77,7 @@ def _bytes(path: str, stdin: BinaryIO) -> bytes:
         elif Path(path).is_dir():
             raise FaultError("expected a file, got a directory; name the files in it")
         else:
-            with Path(path).open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
+            data = _unpacked(path) if path.endswith(".gz") else _opened(path)
     except FileNotFoundError:
         raise FaultError("expected a file, got none of that name") from None
     except (OSError, ValueError) as error:
@@ -84,6 +87,22 @@ def _bytes(path: str, stdin: BinaryIO) -> bytes:
             f"expected at most {MAX_BYTES >> 20} MiB, got more; retrieve candidates with a search engine first"
         )
     return data
+
+
+def _opened(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
+def _unpacked(path: str) -> bytes:
+    data = bytearray()
+    try:
+        with gzip.open(path) as file:
+            while len(data) <= MAX_BYTES and (part := file.read(1 << 20)):
+                data += part
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise FaultError(f"expected a complete gzip file, got {error} in line {data.count(NEWLINE) + 1}") from None
+    return bytes(data)
 
 
 def _text(data: bytes) -> str:
@@ -110,7 +129,7 @@ def _documents(path: str, data: bytes, fields: Sequence[str] | None, faults: lis
         raise FaultError(
             "expected some text, got only white space" if text else "expected some text, got an empty file"
         )
-    rows = None if path == "-" else ROWS.get(Path(path).suffix.lower())
+    rows = None if path == "-" else ROWS.get(Path(path.removesuffix(".gz")).suffix.lower())
     if path == "-":
         yield from (Named(f"line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     elif rows is None:
@@ -151,16 +170,27 @@ def _row_name(name: str, line: int, row: object) -> str:
     return f"{name}:{line}"
 
 
+def _no_number(name: str) -> Any:
+    raise FaultError(f"expected a JSON object, got {name}, which is no number of JSON")
+
+
+def _finite(digits: str) -> Any:
+    value = float(digits)
+    return value if math.isfinite(value) else _no_number(digits)
+
+
 def _jsonl(text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may contain U+2028
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
+            row: Any = json.loads(line, parse_constant=_no_number, parse_float=_finite)
             if not isinstance(row, dict | str):
                 row = FaultError(f"expected a JSON object, got {json.dumps(row)[:40]}")
         except json.JSONDecodeError as error:
             row = FaultError(f"expected a JSON object, got malformed JSON ({error.msg}, column {error.colno})")
+        except FaultError as fault:
+            row = fault
         except ValueError:  # more digits than Python converts to an integer
             row = FaultError("expected a JSON object, got a number with too many digits")
         except RecursionError:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from turborank.data.files import checked_id, decode, open_binary, parse_object, string_field
+from turborank.data.files import MARK, checked_id, decode, open_binary, parse_object, string_field
 from turborank.errors import InputError
 from turborank.types import Progress
 
@@ -49,6 +49,10 @@ def _hash(doc_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(doc_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
+def _blank(raw: bytes, number: int) -> bool:
+    return not (raw.removeprefix(MARK) if number == 1 else raw).strip()
+
+
 class JsonlCorpus:
     """A ``corpus.jsonl`` of ``{"_id", "title", "text"}`` on disk.
 
@@ -60,10 +64,12 @@ class JsonlCorpus:
         offsets, hashes = array("q"), array("Q")
         digest = hashlib.sha256()
         size, offset, reported = path.stat().st_size if path.exists() else 0, 0, 0
+        if path.suffix == ".gz":
+            raise InputError(f"expected an unpacked corpus, of which any document can be read, got {path}")
         with open_binary(path) as file:
             for number, raw in enumerate(file, 1):
                 digest.update(raw)
-                if raw.strip():
+                if not _blank(raw, number):
                     doc_id, _ = self._parse(raw, number)
                     offsets.append(offset)
                     hashes.append(_hash(doc_id))
@@ -139,7 +145,7 @@ class JsonlCorpus:
         """All texts in the order of the file, streamed."""
         with open_binary(self.path) as file:
             for number, raw in enumerate(file, 1):
-                if raw.strip():
+                if not _blank(raw, number):
                     yield self._parse(raw, number)[1]
 
 

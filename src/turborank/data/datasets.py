@@ -23,7 +23,7 @@ from turborank.data.corpus import Corpus
 from turborank.data.dataset_table import DATASETS, GROUPS, DatasetRow, Download
 from turborank.data.files import NOT_JSON, file_hash, write_json
 from turborank.data.layouts import LAYOUTS, Parts
-from turborank.data.trec import Qrels, Run, read_run, write_run
+from turborank.data.trec import Qrels, Run, line_of, read_run, write_run
 from turborank.errors import InputError, UnknownKeyError
 from turborank.types import Progress, StartProgress, no_progress
 
@@ -235,6 +235,7 @@ def _checked(name: str, split: str, parts: Parts, row: DatasetRow | None, keep_u
     if unknown:
         raise InputError(
             f"expected every judged query among the queries of {name}, got {_examples(unknown)} without text"
+            + (f" at {line_of(parts.judged_in, unknown[0])}" if parts.judged_in else "")
         )
     notes = [row.note] if row and row.note else []
     notes += _unknown_documents(name, parts, keep_unknown)
@@ -266,8 +267,10 @@ def _unknown_documents(name: str, parts: Parts, keep: bool) -> list[str]:
     judged = dict.fromkeys(doc_id for documents in parts.qrels.values() for doc_id in documents)
     unknown = [doc_id for doc_id in judged if doc_id not in parts.corpus]
     if unknown and not keep:
+        query_id = next(one for one, documents in parts.qrels.items() if unknown[0] in documents)
         raise InputError(
-            f"expected every judged document in the corpus of {name}, got {_examples(unknown)} missing",
+            f"expected every judged document in the corpus of {name}, got {_examples(unknown)} missing"
+            + (f" at {line_of(parts.judged_in, query_id, unknown[0])}" if parts.judged_in else ""),
             hint="complete the corpus, or keep them (--keep-unknown): they will count as not found",
         )
     if not unknown:

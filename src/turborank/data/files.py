@@ -7,9 +7,10 @@ import ctypes
 import gzip
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from turborank.errors import InputError
 from turborank.text import plain
+
+MARK = "\ufeff".encode()  # a byte-order mark; it is skipped at the beginning of every file
+_DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError)
 
 
 @contextlib.contextmanager
@@ -33,8 +37,18 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except _DAMAGED as error:
         raise InputError(f"expected a complete gzip file, got {error} at {path}") from error
+
+
+def numbered(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, the line with its end) of a file of open_binary. Raises InputError where it is damaged."""
+    number = 0
+    try:
+        for number, raw in enumerate(file, 1):
+            yield number, raw
+    except _DAMAGED as error:
+        raise InputError(f"expected a complete gzip file, got {error} at {path}:{number + 1}") from error
 
 
 def decode(raw: bytes, path: Path, number: int) -> str:
@@ -56,10 +70,19 @@ def decode(raw: bytes, path: Path, number: int) -> str:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of every line that is not blank."""
     with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in numbered(file, path):
             text = decode(raw, path, number)
             if text.strip():
                 yield number, text
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _no_constant(digits)
 
 
 NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: a syntax error, numbers of 4,300 digits, deep nesting
@@ -73,9 +96,9 @@ def json_fault(error: Exception) -> str:
 
 
 def parse_object(text: str, path: Path, number: int) -> dict[str, Any]:
-    """Parse a line that must be a JSON object. Raises InputError, with file and line, otherwise."""
+    """Parse a line that must be a JSON object of finite numbers. Raises InputError, with file and line, otherwise."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except NOT_JSON as error:
         raise InputError(f"expected one JSON object on the line, got {json_fault(error)} at {path}:{number}") from error
     if not isinstance(value, dict):
@@ -117,10 +140,10 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 def replacing_path(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces it on success, for libraries that write to a path themselves."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:  # the name is known before the file is there: Ctrl-C may come anywhere
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        yield name
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -141,8 +164,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """A new folder beside ``path`` that replaces it on success; on failure, or a kill, the old folder stays."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         if not path.exists():
             temporary.rename(path)

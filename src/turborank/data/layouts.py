@@ -16,6 +16,7 @@ from turborank.data.files import (
     checked_id,
     decode,
     json_fault,
+    numbered,
     open_binary,
     parse_object,
     read_lines,
@@ -36,6 +37,7 @@ class Parts(NamedTuple):
     corpus: Corpus
     qrels: Qrels
     repeated: int = 0  # number of judgements that repeat one
+    judged_in: Path | None = None  # the file of the judgements, if it has one a line
 
 
 Layout = Callable[[Path, str, Progress | None], Parts]  # (folder or file, split, progress)
@@ -53,7 +55,7 @@ def _unique(pairs: Iterable[tuple[str, str, int]], what: str, path: Path) -> dic
 
 def _whole_text(path: Path) -> str:
     with open_binary(path) as file:
-        return "".join(decode(raw, path, number) + "\n" for number, raw in enumerate(file, 1))
+        return "".join(decode(raw, path, number) + "\n" for number, raw in numbered(file, path))
 
 
 def _json_file(path: Path) -> Any:
@@ -95,7 +97,7 @@ def beir(folder: Path, split: str, progress: Progress | None) -> Parts:
         "query",
         queries_path,
     )
-    return Parts(queries, JsonlCorpus(folder / "corpus.jsonl", progress=progress), qrels, repeated)
+    return Parts(queries, JsonlCorpus(folder / "corpus.jsonl", progress=progress), qrels, repeated, qrels_path)
 
 
 def _text_mapping(value: object, field: str, path: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from turborank.data.files import decode, open_binary, parse_object
+from turborank.data.files import decode, numbered, open_binary, parse_object
 from turborank.errors import InputError, UnknownKeyError
 from turborank.text import plain
 
@@ -63,7 +63,7 @@ class RowReader:
             self._tell = lambda: 1.0
 
     def _json(self, file: BinaryIO) -> Iterator[tuple[str, Record]]:
-        for number, raw in enumerate(file, 1):
+        for number, raw in numbered(file, self.path):
             text = decode(raw, self.path, number)
             if text.strip():
                 yield f"{self.path}:{number}", parse_object(text, self.path, number)
@@ -101,7 +101,7 @@ class RowReader:
 
 def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
     """Decoded lines with their original line ends, which may be part of a quoted field."""
-    for number, raw in enumerate(file, 1):
+    for number, raw in numbered(file, path):
         yield decode(raw, path, number) + raw[len(raw.rstrip(b"\r\n")) :].decode()
 
 

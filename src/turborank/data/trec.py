@@ -19,6 +19,7 @@ from turborank.data.files import read_lines, replacing
 from turborank.errors import InputError
 
 GRADES = range(-1000, 1001)  # accepted grades; trec_eval allocates a table as long as the highest one
+_GRADE = re.compile(r"[+-]?[0-9]{1,99}(\.0*)?")  # also 1.0, as tools write it that hold grades in floats
 _SPACE = re.compile(r"[ \t\r\f\v]+")  # ASCII white space only: ids may contain any other character
 
 
@@ -60,7 +61,7 @@ def read_run_lines(path: Path) -> Iterator[RunLine]:
             )
         query_id, _, doc_id, _, text, _ = columns
         try:
-            score = float(text)
+            score = float(text) if text.isascii() and "_" not in text else math.nan  # as other readers of runs do
         except ValueError:
             score = math.nan
         if not math.isfinite(score):
@@ -105,28 +106,32 @@ def write_run(path: Path, run: Mapping[str, Iterable[Scored]], tag: str) -> None
             file.write(format_run(query_id, documents, tag).encode())
 
 
+def _columns(line: str) -> list[str]:
+    """The columns of a line of judgements: between tabs where there are any, else between blanks."""
+    return [column.strip(" ") for column in line.split("\t")] if "\t" in line else _SPACE.split(line.strip(" "))
+
+
 def read_qrels(path: Path) -> tuple[Qrels, int]:
     """Read judgements; return them and the number of lines that repeat one.
 
     Reads BEIR's three columns (query, document, score; with or without a header line) and TREC's four (query,
-    iteration, document, relevance). Raises InputError, with file and line, for anything else, for a grade outside
-    GRADES and for two different grades of one document.
+    iteration, document, relevance). A grade is a whole number, which may be written 1.0. Raises InputError, with file
+    and line, for anything else, for a grade outside GRADES and for two different grades of one document.
     """
     qrels: Qrels = {}
     repeated = 0
     for number, line in read_lines(path):
-        columns = [column.strip(" ") for column in line.split("\t")] if "\t" in line else _SPACE.split(line.strip(" "))
+        columns = _columns(line)
         if number == 1 and columns[-1] in ("score", "relevance", "rel"):
             continue
         if len(columns) not in (3, 4) or not all(columns):
             raise InputError(f"expected three columns (query, document, score), got {line!r:.80} at {path}:{number}")
         query_id, doc_id = columns[0], columns[-2]
-        try:
-            relevance = int(columns[-1])
-        except ValueError:
+        if not _GRADE.fullmatch(columns[-1]):
             raise InputError(
-                f"expected an integer relevance in the last column, got {columns[-1]!r} at {path}:{number}"
-            ) from None
+                f"expected a whole number as relevance in the last column, got {columns[-1]!r} at {path}:{number}"
+            )
+        relevance = int(columns[-1].partition(".")[0])
         if relevance not in GRADES:
             raise InputError(
                 f"expected a relevance between {GRADES[0]} and {GRADES[-1]}, got {relevance} at {path}:{number}"
@@ -142,3 +147,12 @@ def read_qrels(path: Path) -> tuple[Qrels, int]:
     if not qrels:
         raise InputError(f"expected judgements, got none at {path}")
     return qrels, repeated
+
+
+def line_of(path: Path, query_id: str, doc_id: str | None = None) -> str:
+    """``path:line`` of the first judgement of a query, or of one document, for the error that says what it lacks."""
+    for number, line in read_lines(path):
+        columns = _columns(line)
+        if columns[0] == query_id and doc_id in (None, columns[-2]):
+            return f"{path}:{number}"
+    return str(path)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from turborank.data.corpus import JsonlCorpus
 from turborank.data.files import NOT_JSON, Place, identity, read_records, string_field
-from turborank.data.trec import Qrels, Run, read_qrels, read_run
+from turborank.data.trec import Qrels, Run, line_of, read_qrels, read_run
 from turborank.errors import InputError
 
 QUERY_FIELDS = ("query", "anchor")
@@ -202,16 +202,13 @@ def beir(folder: Path, run: Path | None, depth: int | None = None) -> Iterator[E
 
     A query in neither is an example without documents; its pool is mined.
     """
-    queries = {
-        string_field(record, "_id", at.path, at.number): string_field(record, "text", at.path, at.number)
-        for at, record in read_records(folder / "queries.jsonl")
-    }
+    queries = _named(folder / "queries.jsonl", "_id")
     path = folder / "qrels" / f"{TRAIN}.tsv"
     qrels: Qrels = read_qrels(path)[0] if path.is_file() else {}
     candidates: Run = read_run(run) if run is not None else {}
     for name in (*qrels, *candidates):
         if name not in queries:
-            where = path if name in qrels else run
+            where = line_of(path, name) if name in qrels else run
             raise InputError(f"expected every query in {folder / 'queries.jsonl'}, got {name!r} missing at {where}")
     corpus = JsonlCorpus(folder / "corpus.jsonl")
     for query, text in queries.items():
@@ -222,7 +219,7 @@ def beir(folder: Path, run: Path | None, depth: int | None = None) -> Iterator[E
             try:
                 found = corpus.text(name)
             except KeyError:
-                where = path if name in judged else run
+                where = line_of(path, query, name) if name in judged else run
                 raise InputError(f"expected every document in {corpus.path}, got {name!r} missing at {where}") from None
             label = max(judged[name], 0) if name in judged else None
             documents.append(JudgedDocument(found, label, None, identity(name, "_id", corpus.path)))

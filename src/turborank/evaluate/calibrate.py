@@ -10,9 +10,8 @@ times the squared ratio of the t quantiles for the number of pairs and the numbe
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.calibration import Calibration, sigmoid
-from turborank.data.files import parse_object, read_lines
+from turborank.data.files import read_records
+from turborank.data.rows import RowReader
 from turborank.errors import InputError
 from turborank.reranker import Reranker
 from turborank.text import document_text
@@ -91,8 +91,7 @@ def read_judged(path: Path, relevant_from: float = 1) -> list[JudgedPair]:
     relevant. Raises InputError, with file and line, for a malformed row, and if all pairs have the same judgement.
     """
     judged = []
-    for number, row in _rows(path):
-        where = f"{path}:{number}"
+    for where, row in _rows(path):
         query, label = row.get("query"), next((row[name] for name in LABELS if row.get(name) is not None), None)
         if not isinstance(query, str) or not query.strip():
             raise InputError(f"expected text in the field query, got {query!r:.60} at {where}")
@@ -101,10 +100,12 @@ def read_judged(path: Path, relevant_from: float = 1) -> list[JudgedPair]:
         try:
             text = document_text(row["document"]) if row.get("document") is not None else document_text(row)
             grade = float(_TRUTHS.get(str(label).strip().lower(), label))
+            if not math.isfinite(grade):
+                raise ValueError(label)
         except InputError as error:
             raise InputError(f"{error.message} at {where}") from None
         except (TypeError, ValueError):
-            raise InputError(f"expected a number as the judgement, got {label!r:.60} at {where}") from None
+            raise InputError(f"expected a finite number as the judgement, got {label!r:.60} at {where}") from None
         judged.append(JudgedPair(Pair(query, text), grade >= relevant_from))
     count = sum(one.relevant for one in judged)
     if not 0 < count < len(judged):
@@ -115,17 +116,10 @@ def read_judged(path: Path, relevant_from: float = 1) -> list[JudgedPair]:
     return judged
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if path.suffix in (".csv", ".tsv"):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise InputError(f"expected a readable file in UTF-8, got {error} at {path}") from None
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
-        yield from ((reader.line_num, row) for row in reader)
-        return
-    for number, line in read_lines(path):
-        yield number, parse_object(line, path, number)
+def _rows(path: Path) -> Iterator[tuple[object, Mapping[str, Any]]]:
+    """(place, row) of a table by its ending; any other file is JSON lines."""
+    unpacked = path.with_suffix("") if path.suffix == ".gz" else path
+    yield from RowReader(path) if unpacked.suffix.lower() in (".csv", ".tsv") else read_records(path)
 
 
 def fit(logits: Floats, relevant: npt.NDArray[np.bool_]) -> tuple[float, float]:

@@ -23,7 +23,17 @@ from starlette.types import ASGIApp
 from turborank.serve import auth, dialects
 from turborank.serve.auth import Key
 from turborank.serve.dialects import DIALECTS
-from turborank.serve.http import JSON, Front, decode_as, decode_fields, read_body, respond, unless_gone
+from turborank.serve.http import (
+    JSON,
+    BodyMemory,
+    Front,
+    check_values,
+    decode_as,
+    decode_fields,
+    read_body,
+    respond,
+    unless_gone,
+)
 from turborank.serve.models import ServedModel
 from turborank.serve.service import LOADING_RETRY, Service
 from turborank.serve.telemetry import CONTENT_TYPE
@@ -155,8 +165,10 @@ def build(service: Service, *, on_failure: Callable[[BaseException], None] | Non
         loading.cancel()
         service.close()
 
+    bodies = BodyMemory(service.settings.body_memory << 20)
     routes = [
-        Route(path, rank_endpoint(service, names), methods=["POST"]) for path, names in dialects.by_path().items()
+        Route(path, rank_endpoint(service, names, bodies), methods=["POST"])
+        for path, names in dialects.by_path().items()
     ]
     routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get_endpoints(service).items()]
     app: ASGIApp = Front(
@@ -171,8 +183,8 @@ def build(service: Service, *, on_failure: Callable[[BaseException], None] | Non
     return app
 
 
-def rank_endpoint(service: Service, names: list[str]) -> Endpoint:
-    """The endpoint of one path, which serves the dialects ``names``."""
+def rank_endpoint(service: Service, names: list[str], bodies: BodyMemory) -> Endpoint:
+    """The endpoint of one path, which serves the dialects ``names``. ``bodies`` is shared by all endpoints."""
 
     async def endpoint(request: Request) -> Response:
         record = request.state.record
@@ -180,11 +192,11 @@ def rank_endpoint(service: Service, names: list[str]) -> Endpoint:
         record["path"] = request.scope["route"].path
         key: Key | None = None
         try:
-            with service.tracer.request(request.headers) as span:
+            with service.tracer.request(request.headers) as span, bodies.hold() as take:
                 key = auth.authorise(service.ring, request.headers.raw)
                 record["key"] = key.name
                 service.admit_request(key)
-                ask = await _read(service, request, names, record)
+                ask = await _read(service, request, names, take)
                 answering = asyncio.create_task(service.answer(ask, key, record["request_id"]))
                 answer: Answer = await unless_gone(request, answering)
                 _describe(record, span, ask, answer)
@@ -199,13 +211,22 @@ def rank_endpoint(service: Service, names: list[str]) -> Endpoint:
     return endpoint
 
 
-async def _read(service: Service, request: Request, names: list[str], record: dict[str, Any]) -> Ask:
-    """Decode the request into an Ask; write dialect, size and times into the log record ``record``."""
+async def _read(service: Service, request: Request, names: list[str], take: Callable[[int], None]) -> Ask:
+    """Decode the request into an Ask; write dialect, size and times into its log record.
+
+    ``take`` counts the body's bytes as they arrive.
+    """
+    record = request.state.record
     started = time.monotonic()
-    body = await read_body(request, service.settings)
+    body = await read_body(request, service.settings, take)
     received = time.monotonic()
 
     def decode() -> Ask:
+        try:
+            check_values(body, service.settings.max_values)
+        except Problem:
+            record["dialect"] = dialects.likely(names, body)
+            raise
         text, present = decode_fields(body)
         record["dialect"] = name = dialects.recognise(names, present)
         row = DIALECTS[name]

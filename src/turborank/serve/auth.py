@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
     lines += [f"tokens_per_minute = {tokens}"] if tokens else []
     text = "\n".join(lines) + "\n"
     try:  # make sure that the result can be read
-        msgspec.toml.decode((path.read_text("utf-8") if path.exists() else "") + text, type=_KeyFile)
+        msgspec.toml.decode((path.read_text("utf-8-sig") if path.exists() else "") + text, type=_KeyFile)
     except msgspec.DecodeError as error:
         raise InputError(
             f"expected a file that [[keys]] can be appended to, got {path}: {error}",
@@ -94,7 +95,7 @@ def new(path: Path, name: str, *, models: tuple[str, ...] = (), requests: int = 
 def read(path: Path) -> tuple[Key, ...]:
     """The keys of a file. Raises InputError naming the line, or the entry and field, at fault."""
     try:
-        keys = msgspec.toml.decode(path.read_bytes(), type=_KeyFile).keys
+        keys = msgspec.toml.decode(path.read_text("utf-8-sig"), type=_KeyFile).keys
     except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise InputError(
             f"expected a TOML file of [[keys]] at {path}, got: {error}", hint="make one with: turborank keys new NAME"
@@ -104,6 +105,31 @@ def read(path: Path) -> tuple[Key, ...]:
     if twice:
         raise InputError(f"expected each name once in {path}, got {', '.join(twice)} more than once")
     return keys
+
+
+def exposed(path: Path) -> str:
+    """How others can read a file of secrets, for a warning; empty if they cannot.
+
+    Reading by a group counts unless the file is another user's, as a Secret of Kubernetes is.
+    """
+    if os.name == "nt":
+        return ""
+    status = path.stat()
+    owned = status.st_uid == os.geteuid()
+    readers = stat.S_IROTH | (stat.S_IRGRP if owned else 0)
+    if not status.st_mode & readers:
+        return ""
+    return f"{path} has mode {stat.S_IMODE(status.st_mode):04o}: others can read it; chmod 600 it"
+
+
+def _check_writable(path: Path) -> None:
+    """Raise InputError if others can write the key file: whoever can write it can add a key."""
+    mode = path.stat().st_mode if os.name != "nt" and path.exists() else 0
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"expected a key file that only its owner can write, got mode {stat.S_IMODE(mode):04o} at {path}",
+            hint=f"chmod 600 {path}",
+        )
 
 
 class KeyRing:
@@ -127,7 +153,10 @@ class KeyRing:
         self._clock = clock
         self._seen = self._stamp()
         self._checked = clock()
-        self._keys = (*self._fixed, *(read(path) if path else ()))
+        self._keys = self._fixed
+        if path is not None:
+            _check_writable(path)
+            self._keys = (*self._fixed, *read(path))
 
     @property
     def required(self) -> bool:
@@ -162,6 +191,7 @@ class KeyRing:
             return
         self._seen = stamp
         try:
+            _check_writable(self._path)
             self._keys = (*self._fixed, *read(self._path))
         except InputError as error:
             self._complain(f"the keys stay as they were: {error}")

@@ -101,6 +101,15 @@ class Settings:
     )
 
     max_body: int = _setting(32 * _MIB, "Limits", "Maximum bytes of a request body.", minimum=1)
+    max_values: int = _setting(
+        250_000,
+        "Limits",
+        "Maximum JSON values of a body, fields and nested values included; more are refused before they are decoded.",
+        minimum=1,
+    )
+    body_memory: int = _setting(
+        512, "Limits", "Maximum MiB of bodies held at a time; requests beyond are answered with 429.", minimum=1
+    )
     max_documents: int = _setting(2048, "Limits", "Maximum documents of a request.", minimum=1)
     max_document_characters: int = _setting(
         1_000_000, "Limits", "Maximum characters of one document, or of the query.", minimum=1
@@ -216,8 +225,7 @@ def load(
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"expected a TOML file of settings at {path}, got: {error}") from None
     for name in table:

@@ -41,10 +41,11 @@ class Dialect(NamedTuple):
 
 
 def _texts(documents: list[str | dict[str, Any]], fields: list[str] | None) -> list[str]:
+    fields = list(dict.fromkeys(fields or DEFAULT_FIELDS))  # a field is read once, however often it is named
     texts = []
     for place, document in enumerate(documents):
         try:
-            texts.append(document_text(document, fields or DEFAULT_FIELDS))
+            texts.append(document_text(document, fields))
         except InputError as error:
             raise Problem(422, error.code, f"{error} at $.documents[{place}]", param=f"documents[{place}]") from None
     return texts
@@ -372,6 +373,12 @@ def recognise(names: list[str], present: Mapping[str, Any]) -> str:
         return any(mark in present and (present[mark] != NULL or mark not in needed) for mark in row.marks)
 
     return next((name for name in names[:-1] if speaks(DIALECTS[name])), names[-1])
+
+
+def likely(names: list[str], body: bytes) -> str:
+    """The dialect, among the ``names`` of a path, of a body that is not decoded: by the marks that stand in it."""
+    marks = frozenset[str]().union(*(DIALECTS[name].marks for name in names))
+    return recognise(names, {mark: b"" for mark in marks if b'"%s"' % mark.encode() in body})
 
 
 def unknown_fields(row: Dialect, present: Mapping[str, Any]) -> list[str]:

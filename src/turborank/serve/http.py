@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -24,9 +26,15 @@ from turborank.serve.wire import Problem
 JSON = "application/json"
 CLIENT_GONE = 499  # the client disconnected; only in logs and metrics
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Half a pair of \\u escapes: a high one that no low one follows, or a low one that follows no high one.
 _LONE_SURROGATE = re.compile(
-    rb"\\(?:u([dD][89abAB][0-9a-fA-F]{2})(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|u([dD][c-fC-F][0-9a-fA-F]{2})|.)"
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
 )
+_REPLACEMENT = b"\\ufffd"  # as long as what it replaces
+_STRUCTURE = b",[{"  # one of them stands before every value but the first
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'"' + _STRUCTURE))
+_PIECE = 1 << 18  # bytes of a body that are examined at a time
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _PORT = re.compile(r":\d*$")  # of a Host header
 _SLASHES = re.compile("/{2,}")
@@ -46,8 +54,34 @@ def respond(body: Any, status: int = 200, headers: Mapping[str, str] | None = No
     return Response(content, status, headers=headers, media_type=JSON)
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The request body in bytes.
+class BodyMemory:
+    """Bytes of the request bodies that the server holds, from their first byte to their answer; at most ``limit``."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """A function that counts bytes, until the block ends. It raises Problem 429 when the limit is reached."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.held + size > self.limit and self.held > taken:  # one body alone is bounded by max_body
+                message = f"expected bodies of at most {self.limit >> 20} MiB at a time (body_memory), got more; retry"
+                raise Problem(429, "overloaded", message, retry_after=1.0)
+            taken += size
+            self.held += size
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
+
+
+async def read_body(request: Request, settings: Settings, take: Callable[[int], None] = lambda size: None) -> bytes:
+    """The request body in bytes; ``take`` is called with the size of each part that arrives.
 
     Raises Problem 415 unless it is uncompressed JSON, 413 above ``max_body`` and 408 after ``body_timeout``.
     """
@@ -60,23 +94,46 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < 20:
         _check_size(int(declared), settings.max_body)
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for part in request.stream():
-                size += len(part)
-                _check_size(size, settings.max_body)
-                parts.append(part)
+                _check_size(len(body) + len(part), settings.max_body)
+                take(len(part))
+                body += part
     except TimeoutError:
-        message = f"expected the body within {settings.body_timeout:g} s (body_timeout), got {size} bytes of it"
+        message = f"expected the body within {settings.body_timeout:g} s (body_timeout), got {len(body)} bytes of it"
         raise Problem(408, "body_timeout", message) from None
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
         message = f"expected a body of at most {limit} bytes (max_body), got {size} or more; send less at a time"
+        raise Problem(413, "too_large", message)
+
+
+def check_values(body: bytes, limit: int) -> None:
+    """Raise Problem 413 for a body of more than ``limit`` JSON values, before any of them becomes an object.
+
+    A value of two bytes takes about a hundred as an object of Python. Only quotation marks, commas and opening brackets
+    are looked at, one piece of the body at a time; nested and empty values count, too.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) <= limit:
+        return  # even if no comma of the body is text
+    count, inside, escape = 0, 0, b""
+    for start in range(0, len(body), _PIECE):
+        piece = escape + body[start : start + _PIECE]
+        odd = (len(piece) - len(piece.rstrip(b"\\"))) % 2  # then the next piece begins with an escaped character
+        escape = b"\\" * odd
+        piece = piece[: len(piece) - odd].replace(b"\\\\", b"").replace(b'\\"', b"")
+        marks = np.frombuffer(piece.translate(None, _NO_STRUCTURE), np.uint8)
+        quotes = marks == ord('"')
+        in_text = (np.cumsum(quotes, dtype=np.int32) + inside) & 1
+        count += int(np.count_nonzero(~quotes & (in_text == 0)))
+        inside = (inside + int(np.count_nonzero(quotes))) & 1
+    if count > limit:
+        message = f"expected at most {limit} JSON values (max_values), got {count} in the body; send fewer at a time"
         raise Problem(413, "too_large", message)
 
 
@@ -91,7 +148,7 @@ def decode_fields(body: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            replaced = _LONE_SURROGATE.sub(_replacement, body)
+            replaced = _without_lone_surrogates(body)
             if replaced == body:
                 raise
             return replaced, msgspec.json.decode(replaced, type=dict[str, msgspec.Raw])
@@ -101,9 +158,12 @@ def decode_fields(body: bytes) -> tuple[bytes, dict[str, msgspec.Raw]]:
         raise problem_of(error) from None
 
 
-def _replacement(match: re.Match[bytes]) -> bytes:
-    high, low, lone = match.groups()
-    return match.group() if low or not (high or lone) else b"\\ufffd"
+def _without_lone_surrogates(body: bytes) -> bytes:
+    """The body with U+FFFD for each lone surrogate; edited in place, because there may be millions."""
+    replaced = bytearray(body)
+    for found in _LONE_SURROGATE.finditer(body.replace(b"\\\\", b"\0\0")):  # an escaped backslash begins no escape
+        replaced[found.start() : found.end()] = _REPLACEMENT
+    return bytes(replaced)
 
 
 def decode_as(body: bytes, kind: type[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import os
 import time
@@ -58,6 +59,9 @@ class Service:
             secret=secret,
             complain=lambda message: telemetry.event("keys_unreadable", {"error": message}),
         )
+        for path in (settings.keys, settings.tls_key):
+            if path and Path(path).exists() and (warning := auth.exposed(Path(path))):
+                telemetry.event("readable_by_others", {"warning": warning}, level=logging.WARNING)
         self.rates = auth.Rates(settings)
         self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="turborank-tokens")
         self.loader = ThreadPoolExecutor(

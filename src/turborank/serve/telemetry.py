@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from turborank.errors import InputError
+from turborank.errors import CheckpointError, EngineError, InputError
 from turborank.serve.queue import Batcher, Computed
 from turborank.serve.wire import Problem
 
@@ -88,6 +89,8 @@ class Metrics:
 # Logs: one JSON object a line. Never a query, a document, a key, a header or a path as the client wrote it.
 
 NAME = "turborank.serve"
+# Errors whose messages are logged. A KeyError, a UnicodeEncodeError or a library's own may quote a client's text.
+QUOTE_NO_TEXT = (OSError, MemoryError, ImportError, RuntimeError, EngineError, CheckpointError)
 
 
 class JsonFormatter(logging.Formatter):
@@ -101,8 +104,16 @@ class JsonFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = "\nwhile handling\n".join(_without_texts(record.exc_info[1]))
         return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def _without_texts(error: BaseException | None) -> Iterator[str]:
+    """The traceback of an error and of those that led to it; the messages of QUOTE_NO_TEXT only."""
+    while error is not None:
+        message = f": {error}" if isinstance(error, QUOTE_NO_TEXT) else ""
+        yield f"{''.join(traceback.format_tb(error.__traceback__))}{type(error).__name__}{message}"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def set_up(level: str, stream: TextIO | None = None) -> None:

@@ -18,6 +18,7 @@ from turborank.tokens import NO_LIMITS, Limits
 from turborank.types import Document, Pair, Ranked, Scores
 
 MAX_COUNT = 2**31 - 1
+MAX_FIELDS = 100  # of a document that are read
 
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
@@ -49,7 +50,7 @@ class _RerankFields(Struct, kw_only=True):
     model: str | None = None
     top_k: Count | None = None
     return_documents: bool | None = None
-    rank_fields: Annotated[list[str], Meta(min_length=1)] | None = None
+    rank_fields: Annotated[list[str], Meta(min_length=1, max_length=MAX_FIELDS)] | None = None
     max_chunks_per_doc: Count | None = None
     max_tokens_per_doc: Count | None = None
     max_tokens_per_query: Count | None = None
