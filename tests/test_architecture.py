@@ -60,6 +60,8 @@ OWNERS = {
     "Stemmer": ("data.bm25",),
     "ir_measures": ("evaluate",),
     "matplotlib": ("evaluate",),
+    "jinja2": ("evaluate",),
+    "markupsafe": ("evaluate",),
     "accelerate": ("distill",),
     "scipy": ("distill", "evaluate"),
     "httpx": ("distill.http_teacher",),
