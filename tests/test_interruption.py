@@ -124,6 +124,29 @@ def test_distill_score(collection: Path, tmp_path: Path) -> None:
     assert not leftovers(lists)
 
 
+def test_distill_train(collection: Path, tmp_path: Path) -> None:
+    """The last checkpoint stays complete, and the same command continues from it."""
+    for library in ("bm25s", "accelerate", "ir_measures"):
+        pytest.importorskip(library, reason=f"{library} is not installed in this environment")
+    lists, run = tmp_path / "lists", tmp_path / "run"
+    (collection / "qrels" / "test.tsv").rename(collection / "qrels" / "train.tsv")
+    command = [sys.executable, "-m", "turborank"]
+    make = ["distill", "lists", f"mine={collection}", "--held-out", "0.2", "--out", str(lists)]
+    subprocess.run([*command, *make], check=True, capture_output=True)
+    student = write_checkpoint(tmp_path / "student")
+    arguments = ["distill", "train", str(lists), "--student", str(student), "--loss", "infonce", "--out", str(run)]
+    arguments += ["--steps", "100000", "--budget", "800", "--save-every", "2", "--document-tokens", "32", "--fp32"]
+    arguments += ["--documents", "4", "--long-tokens", "", "--evaluate-every", "50000"]
+    code, said = interrupted(arguments, lambda: (run / "step-000004").is_dir(), tmp_path)
+    assert (code, said.splitlines()[-1:]) == (130, [AGAIN]), said
+    assert "Traceback" not in said
+    assert not leftovers(run)
+    saved = max(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
+    again = subprocess.run([*command, *arguments, "--stop", str(saved + 1)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "curve.jsonl").read_text().splitlines()[-1])["step"] == saved + 1
+
+
 def test_serve(tmp_path: Path) -> None:
     pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
     started = time.monotonic()
