@@ -230,7 +230,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert command(line) == 0
     assert "1 shards existed already" in capsys.readouterr().out
     assert command([*line, "--shard-pairs", "30"]) == 2
-    assert "made from the same input, model and options, got another options" in capsys.readouterr().err
+    assert "made from the same inputs, got another options" in capsys.readouterr().err
     assert command([*line, "--shard", "3/2"]) == 2
     assert "1 ≤ K ≤ N, got 3/2" in capsys.readouterr().err
     assert command([*line, "--shard", "3"]) == 2

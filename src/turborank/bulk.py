@@ -20,7 +20,7 @@ import numpy as np
 
 from turborank.calibration import sigmoid
 from turborank.data.corpus import JsonlCorpus
-from turborank.data.files import NOT_JSON, check_folder, file_hash, identity, replacing, write_json
+from turborank.data.files import NOT_JSON, check_folder, check_inputs, file_hash, identity, replacing, write_json
 from turborank.data.rows import Columns, Record, RowReader, RowWriter, writer
 from turborank.errors import InputError, TooLongError
 from turborank.reranker import Reranker
@@ -369,12 +369,7 @@ def _read(path: Path, made_of: Mapping[str, Any]) -> dict[int, Written]:
         made = manifest["made_of"]
     except (KeyError, TypeError, *NOT_JSON) as error:
         raise InputError(f"expected a manifest of turborank score, got {error} at {path}") from error
-    if made != made_of:
-        other = ", ".join(name for name in made_of if made.get(name) != made_of[name])
-        raise InputError(
-            f"expected a folder made from the same input, model and options, got another {other} at {path}",
-            hint="choose another folder with --out",
-        )
+    check_inputs(made, made_of, path)
     return shards
 
 

@@ -368,9 +368,11 @@ def test_parts_concatenate_to_the_run_and_join(mini: Path, model: Reranker, tmp_
 
 def test_scores_with_another_header_are_refused(mini: Path, model: Reranker, folder: Path, tmp_path: Path) -> None:
     evaluate([str(mini)], [model], EvaluateOptions(depth=2), out=tmp_path / "out")
-    with pytest.raises(InputError, match=r"scores with (first_stage|depth) .*scores\.jsonl:1; choose another --out"):
+    with pytest.raises(
+        InputError, match=r"got another .*(first_stage|depth).* at .*scores\.jsonl:1; choose another --out"
+    ):
         evaluate([str(mini)], [model], EvaluateOptions(depth=3), out=tmp_path / "out")
-    with pytest.raises(InputError, match="scores with max_length 64, got 512"):
+    with pytest.raises(InputError, match=r"got another max_length \(512, not 64\) at"):
         evaluate(
             [str(mini)],
             [Reranker(folder, engine="reference", max_length=64)],

@@ -197,6 +197,9 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+SHORT = 80  # characters of values shown in a message
+
+
 def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest at ``path`` if it records the same ``inputs`` (values as JSON stores them); None if there is none.
 
@@ -210,13 +213,21 @@ def read_manifest(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | Non
         raise InputError(f"expected JSON, got {json_fault(error)} at {path}") from error
     if not isinstance(manifest, dict):
         raise InputError(f"expected a JSON object, got {type(manifest).__name__} at {path}")
-    differing = [name for name in inputs if manifest.get(name) != inputs[name]]
-    if differing:
-        raise InputError(
-            f"expected an output made from the same inputs, got another {', '.join(differing)} at {path}",
-            hint="choose another --out, or delete the folder",
-        )
+    check_inputs(manifest, inputs, path)
     return manifest
+
+
+def check_inputs(found: Mapping[str, Any], inputs: Mapping[str, Any], path: object) -> None:
+    """Raise InputError, naming the differences, unless the output at ``path`` was made from the same ``inputs``."""
+    differing = [name for name in inputs if found.get(name) != inputs[name]]
+    if differing:
+        what = ", ".join(differing)
+        values = f" ({found.get(what)!r}, not {inputs.get(what)!r})"  # of one difference, where it is short
+        raise InputError(
+            f"expected an output made from the same inputs, got another {what}"
+            f"{values if what in inputs and len(values) < SHORT else ''} at {path}",
+            hint="choose another --out, or delete that one to start again",
+        )
 
 
 # Records of JSON lines, each with file and line for error messages.

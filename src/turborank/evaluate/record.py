@@ -17,7 +17,7 @@ import numpy as np
 
 from turborank.data.dataset_table import PUBLISHED
 from turborank.data.datasets import Dataset
-from turborank.data.files import parse_object, read_lines
+from turborank.data.files import check_inputs, parse_object, read_lines
 from turborank.data.trec import Qrels, Run
 from turborank.errors import InputError
 from turborank.evaluate.measures import Comparison, PerQuery
@@ -195,7 +195,7 @@ def read(path: Path, header: Header) -> dict[str, QueryScores]:
         record = parse_object(line, path, number)
         if found is None:
             found = record
-            _compare(found, header, path)
+            check_inputs(found, header, f"{path}:1")
             continue
         try:
             scores = QueryScores(**record)
@@ -203,16 +203,6 @@ def read(path: Path, header: Header) -> dict[str, QueryScores]:
             raise InputError(f"expected the scores of a query, got {', '.join(record)} at {path}:{number}") from error
         known[scores.query_id] = scores
     return known
-
-
-def _compare(found: Mapping[str, Any], header: Header, path: Path) -> None:
-    differing = [key for key in header if found.get(key) != header[key]]
-    if differing:
-        key = differing[0]
-        raise InputError(
-            f"expected scores with {key} {header[key]!r}, got {found.get(key)!r} at {path}:1",
-            hint="choose another --out, or delete the file to start again",
-        )
 
 
 def read_all(folder: Path, header: Header) -> dict[str, QueryScores]:
