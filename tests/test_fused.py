@@ -117,12 +117,12 @@ def test_rows_equal_the_reference(width: int) -> None:
 # ------------------------------------------------------------------------------------------- whole models
 
 
-def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> cuda_graphs.Replayed:
+def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> cuda_graphs.GraphRunner:
     """What engines.torch makes on a GPU."""
     moved = converted(weights, getattr(torch, dtype), DEVICE)
     forward = ARCHITECTURES[config.architecture].forward
     fill = config.head == "classifier" and config.architecture != "deberta"
-    return cuda_graphs.Replayed(
+    return cuda_graphs.GraphRunner(
         lambda batch: forward(moved, config, batch, triton_ops), torch.device(DEVICE), fill=fill
     )
 

@@ -67,7 +67,7 @@ class Size:
         self.moved.copy_(self.host, non_blocking=True)
 
 
-class Replayed:
+class GraphRunner:
     """Runs the forward on batches, with a CUDA graph where one has been captured. Thread-safe: calls are serialised.
 
     ``fill``: pad batches to common sizes and capture graphs. Otherwise every batch runs unpadded, kernel by kernel.

@@ -102,7 +102,7 @@ class TorchEngine:
             return None
         forward = ARCHITECTURES[self.config.architecture].forward
         fill = self.config.head == "classifier" and self.config.architecture != "deberta"
-        return cuda_graphs.Replayed(
+        return cuda_graphs.GraphRunner(
             lambda batch: forward(self.weights, self.config, batch, triton_ops), self.device, fill=fill
         )
 
