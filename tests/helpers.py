@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,3 +143,8 @@ def cache_copy(home: Path, repo: str, revision: str, folder: Path) -> None:
     shutil.copytree(folder, root / "snapshots" / revision)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(revision)
+
+
+def heed_interrupts() -> None:
+    """For ``preexec_fn``: a shell starts background jobs, such as this test run, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

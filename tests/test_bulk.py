@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import native_config, write_checkpoint
+from helpers import heed_interrupts, native_config, write_checkpoint
 
 from turborank import InputError, Reranker, TooLongError, bulk
 from turborank.bulk import BulkOptions
@@ -192,7 +192,8 @@ def test_interruption_prints_how_to_continue(folder: Path, tmp_path: Path) -> No
     write_jsonl(tmp_path / "pairs.jsonl", rows * 40)
     arguments = ["score", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--model", str(folder)]
     arguments += ["--shard-pairs", "50", "--threads", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "turborank", *arguments], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "turborank", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/manifest*")) and time.monotonic() < deadline:
         time.sleep(0.02)

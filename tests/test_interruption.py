@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from helpers import write_checkpoint
+from helpers import heed_interrupts, write_checkpoint
 
 from turborank.data import files
 
@@ -23,7 +23,9 @@ TEXT = "a bee in the trees of the hive " * 40
 def interrupted(arguments: list[str], ready: Callable[[], bool], cwd: Path) -> tuple[int, str]:
     """Start the command, press Ctrl-C once it is ``ready``; exit code and standard error."""
     command = [sys.executable, "-m", "turborank", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=heed_interrupts
+    )
     deadline = time.monotonic() + PATIENCE
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
