@@ -29,8 +29,10 @@ FIRST_CHUNK_CHARACTERS = 20_000  # small, because no computation overlaps the fi
 # The fit of Pace:
 PACE_MEMORY = 2.0  # seconds of computing after which an earlier batch counts 1/e
 PACE_KEPT = 0.7  # minimum share that an earlier batch keeps after the next one, however long that takes
-PACE_OUTLIER = 4.0  # maximum ratio of measured to predicted seconds that counts of one batch: a pause is not a speed
-PACE_RATIO = 1 / 2000  # per_square / per_token where the lengths do not tell: int8, embedded model (docs/serving.md)
+PACE_OUTLIER = 4.0  # ratio of measured to predicted seconds at which a batch is clipped: the process was paused
+PACE_RATIO = (
+    1 / 2000
+)  # per_square / per_token if all batches have pairs of one length: int8, embedded model (docs/serving.md)
 PACE_SPREAD = 64.0  # standard deviation of the lengths, in tokens, at which measurements and PACE_RATIO count equally
 
 
@@ -49,8 +51,8 @@ class Pace:
     """Seconds that an engine takes for a batch: ``per_token`` x tokens + ``per_square`` x squares.
 
     The two terms are fitted to the engine's recent batches: a line through (squares / tokens, seconds / tokens),
-    weighted by tokens, in which older batches count less. Batches of one length cannot tell the terms apart; then their
-    ratio is drawn to PACE_RATIO. A prediction chooses the size of a batch and never changes a score.
+    weighted by tokens, in which older batches count less. Batches of one length do not determine both terms; then their
+    ratio is regularised towards PACE_RATIO. A prediction chooses the size of a batch and never changes a score.
     """
 
     def __init__(self) -> None:

@@ -139,6 +139,9 @@ class Engine(Protocol):
     def with_threads(self, threads: int) -> Engine:
         """The same model with another number of threads; itself where numpy or torch sets the number."""
 
+    def shrink(self) -> None:
+        """Release the work space of earlier calls; has no effect on an engine that keeps none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:

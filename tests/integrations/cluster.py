@@ -1,5 +1,7 @@
 """Shared by the tests of Ray and Spark: a model with the same bits in every process, and pairs to score."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from turborank import Reranker
 from turborank.engines import native
 
 PAIRS = 100_000 if native.available() is None else 2_000  # numpy is slow
+# of the workers, which import the package and this module
+PYTHONPATH = os.pathsep.join([str(Path(__file__).parents[2] / "src"), str(Path(__file__).parent), *sys.path])
 WORDS = ("a bee", "the trees", "of the hive", "in the sun", "naïve 🐝", "and one")
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="ray is not installed in this environment")
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed in this environment")
 
 import pages
-from cluster import PAIRS, bits, expected_bits, make_model, make_pairs
+from cluster import PAIRS, PYTHONPATH, bits, expected_bits, make_model, make_pairs
 
 from turborank import InputError, Reranker
 from turborank.integrations.ray import BatchReranker, deployment
@@ -33,12 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster() -> Iterator[Any]:
     import ray
 
-    paths = os.pathsep.join([str(Path(__file__).parents[2] / "src"), str(Path(__file__).parent), *sys.path])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH}},
         )  # fmt: skip
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray

@@ -16,7 +16,7 @@ if shutil.which("java") is None:
     pytest.skip("java is not installed in this environment", allow_module_level=True)
 
 import pages
-from cluster import PAIRS, bits, expected_bits, make_model, make_pairs
+from cluster import PAIRS, PYTHONPATH, bits, expected_bits, make_model, make_pairs
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as f
 
@@ -33,14 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spark() -> Iterator[Any]:
-    paths = os.pathsep.join([str(Path(__file__).parents[2] / "src"), str(Path(__file__).parent), *sys.path])
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     session = (
         SparkSession.builder.master("local[2,4]")  # each task may fail three times
         .config("spark.ui.enabled", "false")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
-        .config("spark.executorEnv.PYTHONPATH", paths)
+        .config("spark.executorEnv.PYTHONPATH", PYTHONPATH)
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "2000")
         .config("spark.sql.shuffle.partitions", "4")
         .getOrCreate()

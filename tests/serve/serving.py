@@ -107,6 +107,9 @@ class CountingEngine:
         self.batches.append(np.diff(batch.cu_seqlens).tolist())
         return -np.add.reduceat(batch.input_ids, batch.cu_seqlens[:-1]).astype(np.float32)
 
+    def shrink(self) -> None:
+        """Do nothing: no work space is kept."""
+
 
 class GatedEngine(CountingEngine):
     """A real engine that tests can block or slow down."""

@@ -355,7 +355,7 @@ def score(
         summary = bulk.run(reranker, pairs, out, asked, progress=report)
     finally:
         report.clear()
-    print(_told(summary, out, asked.part))
+    print(_summarised(summary, out, asked.part))
     return 0
 
 
@@ -379,7 +379,7 @@ def _estimated(estimate: Estimate, threads: int) -> str:
     return "\n".join(lines)
 
 
-def _told(summary: BulkSummary, out: Path, part: tuple[int, int]) -> str:
+def _summarised(summary: BulkSummary, out: Path, part: tuple[int, int]) -> str:
     speed = summary.tokens / summary.seconds if summary.seconds else 0.0
     lines = [
         f"{summary.pairs:,} pairs in {summary.shards:,} shards, {summary.tokens:,} tokens in "

@@ -387,7 +387,7 @@ def _schedule(
     )  # fmt: skip
 
 
-def _told(name: str, value: float) -> str:
+def _shown(name: str, value: float) -> str:
     return f"{value:,.0f} tokens/s" if name == "tokens_per_s" else f"{name} {value:.4f}"
 
 
@@ -408,7 +408,7 @@ def _curve(what: str) -> Iterator[Callable[[dict[str, Any], int], None]]:
         def step(row: dict[str, Any], steps: int) -> None:
             measured.update({k: v for k, v in row.items() if k.startswith("ndcg")})
             parts = {k: v for k, v in row.items() if k in ("loss", "ndcg@10", "tokens_per_s")} | measured
-            told = " · ".join(_told(name, value) for name, value in parts.items())
+            told = " · ".join(_shown(name, value) for name, value in parts.items())
             bars.update(task, completed=row["step"], total=steps, told=told)
             if not console.is_terminal and (row["step"] % 20 == 0 or "ndcg@10" in row):
                 console.print(f"{what} {row['step']}/{steps} · {told}", highlight=False)

@@ -112,8 +112,8 @@ def _unpack(archive: Path, into: Path) -> None:
 def obtain(row: DatasetRow, data_dir: Path, *, offline: bool, progress: StartProgress = no_progress) -> Path:
     """The folder of a dataset, downloaded and unpacked if it is not under ``data_dir`` yet.
 
-    Looked for at ``data_dir/<name>`` first, where anybody may put it. Raises InputError, saying what to put
-    where, when it is not there and cannot be fetched.
+    A folder ``data_dir/<name>`` takes precedence. Raises InputError, with the files to put there, if the dataset cannot
+    be fetched.
     """
     placed = data_dir / row.name
     if placed.is_dir():

@@ -77,7 +77,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name}, which is no number of JSON")
+    raise ValueError(f"{name}, which is not a JSON number")
 
 
 def _finite(digits: str) -> float:
@@ -85,11 +85,11 @@ def _finite(digits: str) -> float:
     return value if math.isfinite(value) else _no_constant(digits)
 
 
-NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: a syntax error, numbers of 4,300 digits, deep nesting
+NOT_JSON = (ValueError, RecursionError)  # of json.loads: syntax, numbers of more than 4,300 digits, deep nesting
 
 
 def json_fault(error: Exception) -> str:
-    """What is wrong with JSON that json.loads refused with one of NOT_JSON."""
+    """The message for an error of NOT_JSON that json.loads raised."""
     if isinstance(error, RecursionError):
         return "one nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0].partition(";")[0]
@@ -177,7 +177,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step; False where the system cannot (renameat2 of Linux can)."""
+    """Exchange two paths atomically; False if the system has no such call (Linux has renameat2)."""
     exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
     try:
         rename = ctypes.CDLL(None).renameat2

@@ -18,7 +18,7 @@ from turborank.types import Engine, ModelConfig, PackedBatch
 
 @dataclass(frozen=True)
 class ClosedEngine:
-    """What is left of an engine when its weights are given back."""
+    """The engine of a closed reranker: it describes the one that was closed and refuses to compute."""
 
     name: str
     precision: str
@@ -32,6 +32,9 @@ class ClosedEngine:
     def with_threads(self, threads: int) -> Self:
         """Itself: there is nothing to compute with."""
         return self
+
+    def shrink(self) -> None:
+        """Do nothing: the work space is released."""
 
 
 class EngineRow(NamedTuple):

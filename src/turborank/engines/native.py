@@ -129,13 +129,13 @@ class NativeEngine:
         return engine
 
     def renew(self) -> None:
-        """Leave threads, locks and work space to a parent process that has them, and start without."""
+        """After a fork: replace threads, locks and work space, which belong to the parent process."""
         self._model.renew()
 
     def shrink(self) -> None:
-        """Give back the work space of earlier calls, with the threads; the next call starts anew, ``spent`` too.
+        """Release the work space and threads of earlier calls, and reset :meth:`spent`; the next call allocates anew.
 
-        A call that is running keeps its own. Engines that ``with_threads`` made keep what they have.
+        Running calls, and engines that :meth:`with_threads` returned, keep theirs.
         """
         self._model = self._make()  # the weights are those of the old one
 

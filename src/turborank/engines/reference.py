@@ -53,6 +53,9 @@ class ReferenceEngine:
         """Itself: numpy's BLAS library has one number of threads for the process."""
         return self
 
+    def shrink(self) -> None:
+        """Do nothing: no work space is kept between calls."""
+
     def logits(self, batch: PackedBatch) -> Float32:
         forward = ARCHITECTURES[self.config.architecture].forward
         out = np.empty(batch.pairs, dtype=np.float32)

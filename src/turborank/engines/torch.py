@@ -110,6 +110,9 @@ class TorchEngine:
         """Itself: torch has one number of threads for the process."""
         return self
 
+    def shrink(self) -> None:
+        """Do nothing: no work space is kept between calls."""
+
     def logits(self, batch: PackedBatch) -> Float32:
         """Logits (P,), float32."""
         import torch

@@ -37,7 +37,7 @@ BESIDE_OTHERS = 3.0  # times as long as by itself a request may take that shares
 FLOOR_TOKENS = 256  # a batch may have as many whatever its time: below, per-batch costs would show (docs/serving.md)
 ENOUGH = 0.1  # share of batch_seconds to which a batch that completes a request is filled with others
 LARGE_TOKENS = 4096  # batches of more leave the engine with work space that others do not need (docs/scale.md)
-SHRINK_SECONDS = 30.0  # after the last large batch, when that work space is given back
+SHRINK_SECONDS = 30.0  # after the last large batch, when that work space is released
 UNKNOWN_SPEED = 10_000.0  # tokens per second assumed for due times until the engine's first batch is measured
 
 
@@ -261,15 +261,15 @@ class Batcher:
             self._compute(batch)
 
     def _shrink(self) -> None:
-        """Give back the work space of engines that have computed no large batch for a while."""
+        """Release the work space of engines that computed no large batch in the last SHRINK_SECONDS."""
         now = self._clock()
         for engine, last in list(self._large.items()):
             if now - last >= SHRINK_SECONDS:
                 del self._large[engine]
-                getattr(engine, "shrink", lambda: None)()
+                engine.shrink()
 
     def _postpone(self, ticket: Ticket, now: float, seconds: float) -> None:
-        """Let requests that arrive after an unfinished request was due have their turn between its batches."""
+        """Move the due time of an unfinished request, so that later requests are computed between its batches."""
         if ticket.due <= now:
             self._tickets.remove(ticket)
             ticket.due += OVERDUE * seconds
