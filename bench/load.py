@@ -37,7 +37,7 @@ from servers import QUERY, Served
 import turborank
 
 PORT = 8290
-EMBEDDED = Path(turborank.__file__).parent / "models" / "turborank-embedded-v1"
+EMBEDDED = Path(turborank.__file__).parent / "models" / "turborank-embedded-v2"
 LEAVING = 0.05  # share of clients that leave before they are answered
 IN_FLIGHT = 500  # requests at most at a time; more are counted, not sent
 AFTER = 3.0  # seconds for which clients still arrive after SIGTERM
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--per-second", type=float, help="requests that arrive, instead of a multiple of the capacity")
     parser.add_argument("--factor", type=float, default=2.0, help="of the capacity")
     given = parser.parse_args()
-    names = ",".join(["turborank-embedded-v1", *(f"{name}={EMBEDDED}" for name in MODELS[1:])])
+    names = ",".join(["turborank-embedded-v2", *(f"{name}={EMBEDDED}" for name in MODELS[1:])])
     server = servers.turborank(PORT, names, TURBORANK_MODEL_MEMORY="1")
     try:
         alone = capacity(server, given.capacity_seconds)

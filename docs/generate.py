@@ -94,6 +94,7 @@ def models() -> str:
     lines += ["", *QUALITY.splitlines()]
     lines += ["", "## Notes", ""]
     lines += [f"- **{row.name}**: {row.note}." for row in catalog.MODELS.values() if row.note]
+    lines += [f"- **{old}**: replaced by {new}; its name is refused." for old, new in catalog.RETIRED.items()]
     return "\n".join([*lines, "", *LAYOUTS, ""])
 
 

@@ -19,9 +19,9 @@ PY
 # 2. Lists: for each question the labelled passage and candidates; a quarter of the questions is held out.
 turborank distill lists faq=pairs.jsonl --out lists --bm25 4 --random 2 --held-out 0.25
 # 3. A teacher scores the lists. Here: the embedded model. Any cross-encoder or rerank endpoint can take its place.
-turborank distill score lists -t teacher=checkpoint:turborank-embedded-v1
+turborank distill score lists -t teacher=checkpoint:turborank-embedded-v2
 # 4. A student: three of the teacher's six layers. Recipe alibi starts from a bi-encoder, scratch from random weights.
-turborank distill student layers --from turborank-embedded-v1 --layers 3 --out student
+turborank distill student layers --from turborank-embedded-v2 --layers 3 --out student
 # 5. Train on labels and the teacher's scores.
 turborank distill train lists --student student -t teacher --loss infonce:1,kl:1 --out run \
     --steps "${STEPS:-20}" --evaluate-every 10 --budget 512 --documents 4 --long-every 0

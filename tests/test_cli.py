@@ -261,6 +261,7 @@ def test_models_prints_the_catalog(turborank_command):
         assert row["where"] in line
     assert max(map(len, out.splitlines())) <= 120
     assert "many languages, long documents: bge-reranker-v2-m3" in out
+    assert "turborank-embedded-v1 by turborank-embedded-v2" in out
     assert [row["name"] for row in rows if row["default"]] == [catalog.DEFAULT]
     assert next(row for row in rows if row["name"] == "jina-reranker-v1-base-en")["where"] == "not public"
 

@@ -56,7 +56,7 @@ def test_serve_and_call(capsys, monkeypatch):
 def test_evaluate_your_data(capsys, monkeypatch, tmp_path):
     pytest.importorskip("bm25s", reason="needs pip install 'turborank[eval]'")
     lines = run("evaluate_your_data.py", capsys, monkeypatch, tmp_path)
-    assert [line.split()[0] for line in lines[:2]] == ["BM25", "turborank-embedded-v1"]
+    assert [line.split()[0] for line in lines[:2]] == ["BM25", "turborank-embedded-v2"]
     assert (tmp_path / "results" / "report.html").is_file()
 
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from turborank.errors import UnknownKeyError
+from turborank.errors import ModelNotFoundError, UnknownKeyError
 
-DEFAULT = "turborank-embedded-v1"
+DEFAULT = "turborank-embedded-v2"
+# Names of models that earlier versions had, and the model that replaced each.
+RETIRED: Mapping[str, str] = MappingProxyType({"turborank-embedded-v1": DEFAULT})
 
 _MINILM_L6 = 6 * (4 * 384**2 + 2 * 384 * 1536)
 # Speed class -> largest ``Model.work`` of the class.
@@ -256,10 +258,24 @@ def find(name: str) -> Model | None:
 
 
 def lookup(name: str) -> Model:
-    """The row with this name, repository or alias. Raises UnknownKeyError, which lists the names."""
+    """The row with this name, repository or alias.
+
+    Raises UnknownKeyError, which lists the names, and ModelNotFoundError for a model that another one replaced.
+    """
     row = find(name)
     if row is None:
+        if name in RETIRED:
+            raise retired(name)
         raise UnknownKeyError(
             "the model", name, MODELS, hint="or give the path of a model folder, or a Hugging Face id as owner/name"
         )
     return row
+
+
+def retired(name: str) -> ModelNotFoundError:
+    """The error for a name of RETIRED."""
+    new = RETIRED[name]
+    return ModelNotFoundError(
+        f"expected a model of this version of turborank, got {name!r}, which {new} replaced",
+        hint=f"use {new}, and set thresholds and calibrations again, because its scores differ",
+    )

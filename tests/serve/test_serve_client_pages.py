@@ -74,7 +74,7 @@ def test_curl_as_the_page_shows_it(up, library):
     if not shutil.which("curl"):
         pytest.skip("no curl on this machine")
     [command] = blocks(PAGES / "curl.md", "bash")
-    command = command.replace("http://127.0.0.1:8080", up.url).replace("turborank-embedded-v1", "bees")
+    command = command.replace("http://127.0.0.1:8080", up.url).replace("turborank-embedded-v2", "bees")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "KEY": "any"})
     [result] = json.loads(done.stdout)["results"]
     asked = json.loads(re.search(r"--data '(.*)'", command, re.DOTALL).group(1))
@@ -84,7 +84,7 @@ def test_curl_as_the_page_shows_it(up, library):
 
 def test_python_as_the_page_shows_it(up, library):
     [code] = blocks(PAGES / "python.md", "python")
-    code = code.replace("http://127.0.0.1:8080", up.url).replace("turborank-embedded-v1", "bees")
+    code = code.replace("http://127.0.0.1:8080", up.url).replace("turborank-embedded-v2", "bees")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     scope: dict[str, object] = {}
     exec(re.search(r"^query = .*?\]\n", code, re.DOTALL | re.MULTILINE).group(), scope)

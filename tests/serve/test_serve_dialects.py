@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
 
+from turborank.catalog import RETIRED
 from turborank.reranker import sigmoid
 from turborank.serve.dialects import DIALECTS, by_path
 from turborank.tokens import Limits
@@ -202,6 +203,21 @@ def test_every_dialect_says_where_the_fault_is_in_its_own_way(up, name):
     assert reply.status == 422
     assert "got null at $." in message(reply.json)
     assert reply.headers["x-request-id"]
+
+
+GOOD = {"query": QUERY, "documents": DOCUMENTS}
+ASKED = {"vllm-score": {"text_1": QUERY, "text_2": DOCUMENTS}, "tei": {"query": QUERY, "texts": DOCUMENTS}}
+
+
+@pytest.mark.parametrize("name", [name for name in DIALECTS if name != "weaviate"])  # whose requests name no model
+def test_every_dialect_says_which_model_replaced_an_old_one(up, name):
+    path, _, message = ERRORS[name]
+    if name == "infinity":  # its detail is of invalid fields only
+        message = ERRORS["vllm"][2]
+    for old, new in RETIRED.items():
+        reply = up.ask(path, {**ASKED.get(name, GOOD), "model": old})
+        assert reply.status == 404
+        assert f"expected model to be one of bees, got '{old}', which {new} replaced; " in message(reply.json)
 
 
 def test_openais_error_object_has_all_four_fields(up):

@@ -84,6 +84,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print("Where to begin:")
     for need, name in catalog.PICKS:
         print(f"  {need}: {name}")
+    print("\nReplaced:", ", ".join(f"{old} by {new}" for old, new in catalog.RETIRED.items()))
 
 
 def size(parameters: int) -> str:

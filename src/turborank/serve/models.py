@@ -42,11 +42,15 @@ class ServedModel:
 
 
 def served(settings: Settings) -> list[ServedModel]:
-    """The models named in the settings, the default first. Raises InputError for an invalid or repeated name."""
+    """The models named in the settings, the default first.
+
+    Raises InputError for an invalid or repeated name, ModelNotFoundError for a model that another one replaced.
+    """
     models: list[ServedModel] = []
     for text in settings.model or (catalog.DEFAULT,):
         name, separator, source = text.partition("=")
         if not separator:
+            _refuse_retired(text)
             row = catalog.find(text)
             name, source = (row.name if row else Path(text).name if Path(text).exists() else text), text
         if not name or not source:
@@ -73,10 +77,12 @@ class Models:
         for alias in settings.alias:
             name, _, target = alias.partition("=")
             if target not in self._names:
+                _refuse_retired(target)
                 raise InputError(f"expected the alias {name!r} to name a served model, got {target!r}")
             self._names[name] = self._names[target]
         for one in settings.calibration:
             if (name := one.partition("=")[0]) not in self._names:
+                _refuse_retired(name)
                 raise InputError(f"expected calibration to name a served model, got {name!r}")
 
     @property
@@ -98,10 +104,12 @@ class Models:
         if name is None or name in UNSPECIFIED:
             return self.default
         if name not in self._names:
+            new = catalog.RETIRED.get(name)
+            got = f"{name[:200]!r}, which {new} replaced" if new else f"{name[:200]!r}"
             raise Problem(
                 404,
                 "model_not_found",
-                f"expected model to be one of {', '.join(sorted(self._names))}, got {name[:200]!r}; "
+                f"expected model to be one of {', '.join(sorted(self._names))}, got {got}; "
                 "serve it with --model, or name it with --alias",
                 param="model",
             )
@@ -184,6 +192,12 @@ def weight_bytes(reranker: Reranker) -> int:
     config = reranker.checkpoint.config
     count = sum(math.prod(shape) for shape in ARCHITECTURES[config.architecture].parameters(config).values())
     return count * BYTES[reranker.engine.precision]
+
+
+def _refuse_retired(name: str) -> None:
+    """Raise ModelNotFoundError for the name of a replaced model that is no folder here either."""
+    if name in catalog.RETIRED and not Path(name).exists():
+        raise catalog.retired(name)
 
 
 def _aliases(name: str) -> tuple[str, ...]:
