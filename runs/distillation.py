@@ -148,8 +148,8 @@ def real_table(found: dict) -> list[str]:
     average = {name: mean(list(row.values())) for name, row in found.items()}
     about = (
         "nDCG@10 of 50 held-out queries each (med: 30), pools as in runs/distillation.sh, documents cut at 256 tokens, "
-        "measured by the serving engine; three seeds of the drawing. Four layers of the recovered student of "
-        "runs/embedded.sh (layers 1, 3, 4 and 6) take 100 steps of 3,072 tokens over its training lists: by InfoNCE on "
+        "measured by the serving engine; three seeds of the drawing. Four layers of the recovered student "
+        "(layers 1, 3, 4 and 6) take 100 steps of 3,072 tokens over its training lists: by InfoNCE on "
         "labels alone (queries made from passages have none, and are left out), or by KL to the two teachers' fused "
         "scores, without a label. `lists` are held-out queries of the training sources; nobody trains on the others."
     )

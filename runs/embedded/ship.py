@@ -1,10 +1,11 @@
 """The trained student as it ships: scores calibrated, matrices in int8.
 
-    python runs/embedded/ship.py DATA WORK STUDENT OUT
+    python runs/embedded/ship.py WORK STUDENT OUT
 
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
-That is what .5 meant in turborank-embedded-v1. The factor is positive: no order changes."""
+The factor is positive: no order changes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:
 
 
 def main() -> None:
-    work, folder, out = map(Path, sys.argv[2:5])
+    work, folder, out = map(Path, sys.argv[1:4])
     student = Student.load(folder)
     weights = {name: w.detach().numpy() for name, w in student.weights.items()}
     engine = engines.prepare(weights, student.config, name="native", precision="int8")
