@@ -2,12 +2,17 @@
 
 python runs/evaluate_table.py build/evaluation-… runs/results
 
-Rows already in the table stay where the folder has nothing newer for their part, if they are of the same weights.
+Rows already in the table stay where the folder has nothing newer for their part, if they are of the same weights. The
+small tables of README and of the model's card are updated too: the columns of BM25 and of the embedded model.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
+from statistics import mean
+
+from turborank import catalog
 
 KEPT = (
     "queries_evaluated", "queries_scored", "depth", "sample_seed", "engine", "precision", "isa", "threads",
@@ -19,6 +24,18 @@ PARTS = (
     "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag",
     "meetings-512", "meetings-passages", "meetings-truncated", "meetings-windows",
 )  # fmt: skip
+# Rows of the small tables, and the collections whose nDCG@10 they show.
+SHOWN = {
+    "SciFact test": ("scifact",), "Cranfield": ("cranfield",), "MED": ("med",), "CISI": ("cisi",), "NPL": ("npl",),
+    "TIME": ("time",), "TREC DL 2021 (judged pool)": ("trec-dl21-pool",),
+}  # fmt: skip
+SEVEN = tuple(name for names in SHOWN.values() for name in names)
+SHOWN |= {
+    "**mean of the seven**": SEVEN,
+    "mean without TIME": tuple(name for name in SEVEN if name != "time"),
+}
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", catalog.lookup(catalog.DEFAULT).folder / "README.md")
 
 
 def results(folder: Path) -> list[tuple[str, dict]]:
@@ -135,6 +152,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shown(text: str, rows: list[dict]) -> str:
+    """A page with the figures of ``rows`` in its small table: | collection | queries | BM25 | other | model |."""
+    figures = {row["name"]: [system["measures"].get("nDCG@10") for system in row["systems"]] for row in rows}
+    for label, names in SHOWN.items():
+        if all(name in figures for name in names):
+            first, model = (f"{mean(figures[name][at] for name in names):.4f}" for at in (0, 1))
+            line = rf"^(\| {re.escape(label)} \|[^|]*\|) [\d.]+ (\|.*\|) (\**)[\d.]+(\**) \|$"
+            text = re.sub(line, rf"\g<1> {first} \g<2> \g<3>{model}\g<4> |", text, flags=re.M)
+    return text
+
+
 def main(folder: Path, out: Path) -> None:
     parts = results(folder)
     if not parts:
@@ -145,6 +173,8 @@ def main(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.md").write_text(table(rows), encoding="utf-8")
     (out / "evaluation.json").write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    for page in PAGES:
+        page.write_text(shown(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print(out / "evaluation.md")
 
 

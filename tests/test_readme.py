@@ -3,6 +3,8 @@
 A fenced ``console`` block holds commands after ``$ ``, each followed by its output; ``python`` blocks are run as well.
 Words have to be the same and in the same order. Numbers with a decimal point may differ in the last digits, because an
 instruction set rounds in its own way; what depends on the machine (seconds, engine) is left out.
+
+``python tests/test_readme.py`` writes what the commands print into README; needed when the embedded model changes.
 """
 
 import os
@@ -58,8 +60,8 @@ def assert_same(got, printed):
         assert number(ours) == (None if number(theirs) is None else pytest.approx(number(theirs), abs=TOLERANCE)), got
 
 
-@pytest.mark.parametrize(("command", "printed"), list(console_examples()))
-def test_a_command_prints_what_readme_says(command, printed):
+def run(command):
+    """What a command of README prints."""
     program = f"{shlex.quote(sys.executable)} -c 'from turborank.cli.main import main; main()'"
     environment = {
         name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "TURBORANK_ENGINE")
@@ -69,7 +71,12 @@ def test_a_command_prints_what_readme_says(command, printed):
         cwd=ROOT, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert_same(process.stdout, printed)
+    return process.stdout
+
+
+@pytest.mark.parametrize(("command", "printed"), list(console_examples()))
+def test_a_command_prints_what_readme_says(command, printed):
+    assert_same(run(command), printed)
 
 
 @pytest.mark.parametrize("source", python_examples())
@@ -100,3 +107,16 @@ def test_comparison_notices_what_it_should():
     for other in ("1 0.812 bees.md 13 documents · 0.2 s · m", "1 0.912 ants.md 13 documents ·", "1 0.912 bees.md"):
         with pytest.raises(AssertionError):
             assert_same(other, printed)
+
+
+def rewrite():
+    """README with what its commands print now."""
+    text = TEXT
+    for example in console_examples():
+        command, printed = example.values
+        text = text.replace(printed, run(command))
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    rewrite()

@@ -29,6 +29,16 @@ def test_its_text_is_made_from_its_numbers() -> None:
     assert evaluate_table.table(ROWS) == (RUNS / "results" / "evaluation.md").read_text()
 
 
+@pytest.mark.parametrize("page", evaluate_table.PAGES, ids=lambda page: page.parent.name)
+def test_small_tables_show_its_numbers(page: Path) -> None:
+    """In README and in the model's card; a figure that is not the table's is noticed."""
+    text = page.read_text(encoding="utf-8")
+    assert evaluate_table.shown(text, ROWS) == text
+    for label in evaluate_table.SHOWN:
+        [line] = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+        assert evaluate_table.shown(line.replace("0.", "0.1"), ROWS).count("0.1") < line.count("0."), label
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['part']}-{row['name']}")
 def test_every_figure_says_what_it_depends_on(row: dict[str, Any]) -> None:
     first, *models = row["systems"]
