@@ -302,17 +302,16 @@ def ship(
     threads: cli.Threads = None,
 ) -> None:
     """Average trained models, calibrate their scores, and write a folder that Reranker can load."""
-    from turborank.distill import ship as shipping
+    from turborank.distill import students, train
     from turborank.distill.folder import TrainingFolder
-    from turborank.distill.train import ServingOptions
 
-    student = shipping.average(models)
+    student = students.average(models)
     if calibrate is not None:
-        serving = ServingOptions(max_length=max_length, threads=threads)
-        factor, bias = shipping.calibrate(student, TrainingFolder.load(calibrate), serving)
+        serving = train.ServingOptions(max_length=max_length, threads=threads)
+        factor, bias = train.calibrate(student, TrainingFolder.load(calibrate), serving)
         print(f"logits × {factor:.4g} {bias:+.4g}")
     if int8:
-        shipping.write_int8(student, out)
+        students.write_int8(student, out)
     else:
         student.save(out)
     print(out)
