@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 
 if TYPE_CHECKING:
     from turborank.distill.trainer import Schedule
@@ -204,7 +204,7 @@ def recover(
     ] = "1024,2048,4096",
     bf16: Bf16 = True,
     recompute: Recompute = False,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Train an ALiBi student, layer by layer, to reproduce the hidden states of its source BERT.
@@ -253,7 +253,7 @@ def train(
     bf16: Bf16 = True,
     recompute: Recompute = False,
     train_words: TrainWords = False,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Train a student on lists of documents with labels, teacher scores, or both.
@@ -299,20 +299,19 @@ def ship(
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Store matrices as int8, in a quarter of the bytes.")] = False,
     max_length: Annotated[int, typer.Option(help="Maximum tokens of a pair in calibration.")] = 512,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
 ) -> None:
     """Average trained models, calibrate their scores, and write a folder that Reranker can load."""
-    from turborank.distill import ship as shipping
+    from turborank.distill import students, train
     from turborank.distill.folder import TrainingFolder
-    from turborank.distill.train import ServingOptions
 
-    student = shipping.average(models)
+    student = students.average(models)
     if calibrate is not None:
-        serving = ServingOptions(max_length=max_length, threads=threads)
-        factor, bias = shipping.calibrate(student, TrainingFolder.load(calibrate), serving)
+        serving = train.ServingOptions(max_length=max_length, threads=threads)
+        factor, bias = train.calibrate(student, TrainingFolder.load(calibrate), serving)
         print(f"logits × {factor:.4g} {bias:+.4g}")
     if int8:
-        shipping.write_int8(student, out)
+        students.write_int8(student, out)
     else:
         student.save(out)
     print(out)
