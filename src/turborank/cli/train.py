@@ -141,6 +141,14 @@ def student(
     slopes: Annotated[
         str | None, typer.Option(help="ALiBi slopes: gentle, standard or halved-tail.", show_default="the recipe's")
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Positions, for alibi: mean (added to the words) or repeat (for cross-encoders: they stay, and repeat "
+            "after the last).",
+            show_default="mean",
+        ),
+    ] = None,
     shape: Annotated[str, typer.Option(help="Shape, for scratch: turbo, tiny, embedded or micro.")] = "tiny",
     texts: Annotated[
         Path | None,
@@ -161,7 +169,10 @@ def student(
         raise UnknownKeyError("recipe", recipe, students.RECIPES)
     if recipe != "scratch" and source is None:
         raise InputError(f"expected --from for recipe {recipe!r}: {students.RECIPES[recipe].note}")
-    chosen: dict[str, Any] = {name: value for name, value in (("head", head), ("slopes", slopes)) if value is not None}
+    if positions is not None and recipe != "alibi":
+        raise InputError(f"expected --positions with recipe 'alibi', got recipe {recipe!r}")
+    given = {"head": head, "slopes": slopes, "positions": positions}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if recipe == "layers":
         made = students.from_layers(source or "", layers=_layers("4" if layers is None else layers))
     elif recipe == "alibi":
