@@ -141,6 +141,10 @@ def student(
     slopes: Annotated[
         str | None, typer.Option(help="ALiBi slopes: gentle, standard or halved-tail.", show_default="the recipe's")
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(help="For alibi: mean (added to the words), or repeat (for cross-encoders).", show_default="mean"),
+    ] = None,
     shape: Annotated[str, typer.Option(help="Shape, for scratch: turbo, tiny, embedded or micro.")] = "tiny",
     texts: Annotated[
         Path | None,
@@ -161,7 +165,10 @@ def student(
         raise UnknownKeyError("recipe", recipe, students.RECIPES)
     if recipe != "scratch" and source is None:
         raise InputError(f"expected --from for recipe {recipe!r}: {students.RECIPES[recipe].note}")
-    chosen: dict[str, Any] = {name: value for name, value in (("head", head), ("slopes", slopes)) if value is not None}
+    if positions is not None and recipe != "alibi":
+        raise InputError(f"expected --positions with recipe 'alibi', got recipe {recipe!r}")
+    given = ("head", head), ("slopes", slopes), ("positions", positions)
+    chosen: dict[str, Any] = {name: value for name, value in given if value is not None}
     if recipe == "layers":
         made = students.from_layers(source or "", layers=_layers("4" if layers is None else layers))
     elif recipe == "alibi":
@@ -169,15 +176,8 @@ def student(
             source or "", layers=None if layers is None else _layers(layers), probes=_probes(texts), seed=seed, **chosen
         )
     else:
-        from turborank.distill import students as vocabularies
-
-        if texts is None:
-            raise InputError("expected --texts for recipe 'scratch': a training folder to make a vocabulary from")
-        count = None if layers is None else _layers(layers)
-        if isinstance(count, list):
-            raise InputError(f"expected a number of layers for recipe 'scratch', got {layers!r}")
-        tokenizer = vocabularies.train_tokenizer(_all_texts(texts), kind=vocabulary, size=vocabulary_size)
-        made = students.from_scratch(tokenizer, shape=shape, layers=count, seed=seed, **chosen)
+        tokenizer = students.train_tokenizer(_words_of(texts), kind=vocabulary, size=vocabulary_size)
+        made = students.from_scratch(tokenizer, shape=shape, layers=_number_of(layers), seed=seed, **chosen)
     made.save(out)
     print(
         f"{out}: {sum(w.numel() for w in made.weights.values()):,} parameters, {made.config.num_hidden_layers} layers"
@@ -324,6 +324,15 @@ def _write_report(out: Path) -> None:
         write_report(out)
 
 
+def _number_of(layers: str | None) -> int | None:
+    from turborank.errors import InputError
+
+    count = None if layers is None else _layers(layers)
+    if isinstance(count, list):
+        raise InputError(f"expected a number of layers for recipe 'scratch', got {layers!r}")
+    return count
+
+
 def _layers(text: str) -> int | list[int]:
     numbers = _numbers(text)
     if not numbers:
@@ -364,6 +373,14 @@ def _probes(texts: Path | None) -> Sequence[str]:
         return ()
     found = [text for text in _all_texts(texts) if len(text.split()) >= 50]
     return found[:: max(1, len(found) // 16)][:16]
+
+
+def _words_of(texts: Path | None) -> list[str]:
+    from turborank.errors import InputError
+
+    if texts is None:
+        raise InputError("expected --texts for recipe 'scratch': a training folder to make a vocabulary from")
+    return _all_texts(texts)
 
 
 def _all_texts(path: Path) -> list[str]:

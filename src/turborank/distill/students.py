@@ -1,9 +1,10 @@
 """Students: the models training starts from. RECIPES has one row per way to make one.
 
 ``layers``   some layers of a cross-encoder (as DistilBERT, arXiv 1910.01108)
-``alibi``    a BERT with learned positions, turned into an ALiBi model (arXiv 2108.12409) for long input: the mean
-             position is added to the word embeddings, and each ALiBi slope is assigned to the head whose attention it
-             changes least. :mod:`turborank.distill.recover` then restores the quality lost.
+``alibi``    a BERT with learned positions, turned into an ALiBi model (arXiv 2108.12409) for long input: each slope is
+             assigned to the head whose attention it changes least. The positions either stay, and their last rows
+             repeat, or their mean is added to the word embeddings; :mod:`turborank.distill.recover` then restores the
+             quality lost.
 ``scratch``  random weights (normal, standard deviation 0.02) of a named shape, with a vocabulary of your own
 
 After training, :func:`average` takes the mean of the weights of runs that started from the same student (model soups,
@@ -39,13 +40,15 @@ from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import torch_training
 from turborank.types import ModelConfig, PackedBatch
 
-WORDS = "embeddings.word_embeddings.weight"
+WORDS, SEGMENTS = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
 COSINE_SCALE = 20.0  # initial logit of a cosine of 1
 # Initial weight of a passage's cosine in the document's mean (docs/model.md §3.5). Chosen on QMSum's validation and
 # SciFact's training queries with states of all-MiniLM-L6-v2 in passages of 16 tokens: nDCG@10 .610 and .730, without
 # focus .468 and .722.
 FOCUS = 15.0
 HEADS = ("focus", "cosine", "classifier")
+POSITIONS = ("mean", "repeat")
+REPEAT_FROM = 64  # rows of the position table before it are those of most queries, and do not repeat
 # Parameters of the last linear of every head: scaling these scales the logits.
 LOGIT_PARAMETERS = {f"{name}.{kind}" for name in ("classifier", "classifier.out_proj") for kind in ("weight", "bias")}
 LOGIT_PARAMETERS |= {"head.scale", "head.bias"}
@@ -164,6 +167,7 @@ def from_bert(
     layers: int | Sequence[int] | None = None,
     slopes: str = "gentle",
     head: str = "focus",
+    positions: str = "mean",
     probes: Sequence[str] = (),
     max_length: int = 8192,
     seed: int = 0,
@@ -172,12 +176,17 @@ def from_bert(
 
     ``probes``: some texts of at least 50 tokens, on which heads are assigned to slopes. Without them heads keep their
     order, which loses much (mean pooled cosine .25 instead of .61 with the standard slopes). ``head``: one of HEADS,
-    see docs/model.md §3.5. Raises UnknownKeyError for unknown slopes or heads.
+    see docs/model.md §3.5. ``positions``: ``mean`` (for a bi-encoder) or ``repeat`` (for a cross-encoder, whose ranking
+    depends on them: docs/model.md §3.1; segments stay, too).
+
+    Raises UnknownKeyError for unknown slopes, heads or positions, InputError for a source with too few positions.
     """
     if slopes not in SLOPES:
         raise UnknownKeyError("slopes", slopes, SLOPES)
     if head not in HEADS:
         raise UnknownKeyError("head", head, HEADS)
+    if positions not in POSITIONS:
+        raise UnknownKeyError("positions", positions, POSITIONS)
     source = BiEncoder.load(folder)
     heads, c = source.config.num_attention_heads, source.config.hidden_size
     raw = dict(ALIBI) | {"alibi_slopes": list(SLOPES[slopes](heads)), "feed_forward_type": "original"}
@@ -186,10 +195,16 @@ def from_bert(
     raw |= {"type_vocab_size": 2, "layer_norm_eps": source.config.layer_norm_eps}
     raw["max_position_embeddings"] = max_length
     weights = {name: w.clone() for name, w in source.weights.items() if name.startswith(("embeddings", "encoder"))}
-    positions = weights.pop("embeddings.position_embeddings.weight")
-    kinds = weights["embeddings.token_type_embeddings.weight"]
-    weights[WORDS] += positions.mean(0) + kinds[0]
-    weights["embeddings.token_type_embeddings.weight"] = torch.zeros(2, c)
+    kinds = weights[SEGMENTS]
+    if positions == "repeat":
+        rows = len(weights[jinabert.POSITIONS])
+        if rows <= REPEAT_FROM:
+            raise InputError(f"expected a source with more than {REPEAT_FROM} positions to repeat, got {rows}")
+        raw |= {"repeat_positions_from": REPEAT_FROM} if rows < max_length else {"max_position_embeddings": rows}
+        weights[SEGMENTS] = kinds if len(kinds) == 2 else kinds[:1].repeat(2, 1)
+    else:
+        weights[WORDS] += weights.pop(jinabert.POSITIONS).mean(0) + kinds[0]
+        weights[SEGMENTS] = torch.zeros(2, c)
     weights |= _new_head(head, c, source.weights, torch.Generator().manual_seed(seed))
     student = Student(weights, raw, source.tokenizer)
     if probes:
@@ -333,8 +348,7 @@ def _layers(weights: dict[str, Tensor], config: ModelConfig, batch: PackedBatch)
     trace: list[Tensor] = []
     bounds: Any = batch.cu_seqlens
     with torch.no_grad():
-        x = torch_training.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # type: ignore[arg-type]
-        x = encoder.norm(weights, "embeddings.LayerNorm", x, config, torch_training)
+        x = jinabert.embed(weights, config, batch, torch_training)
         encoder.encode(weights, config, x, bounds, torch_training, first_only=False, trace=trace)
     return trace
 
