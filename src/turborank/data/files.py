@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -174,6 +174,46 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_together(folder: Path) -> Iterator[Path]:
+    """A hidden folder; on success its files replace those of the same names in ``folder``, other files stay.
+
+    All are replaced or, after an exception or Ctrl-C, none. Only a kill between two renames, which follow each other at
+    once, leaves new files beside old ones; a new folder appears whole.
+    """
+    if not folder.exists():
+        with replacing_folder(folder) as new:
+            yield new
+            _readable(new)
+        return
+    temporary = folder / ".partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        files = _readable(temporary)
+        try:
+            _move(files, folder)
+        except KeyboardInterrupt:
+            _move([path for path in files if path.exists()], folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _readable(folder: Path) -> list[Path]:
+    """The files of a folder, which others may read from now on; safetensors gives its own to the owner alone."""
+    files = sorted(folder.iterdir())
+    for path in files:
+        path.chmod(0o644)
+    return files
+
+
+def _move(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        os.replace(path, folder / path.name)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
