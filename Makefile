@@ -95,15 +95,16 @@ FAULTS_SECONDS   ?= 1200
 faults: $(READY)
 	$(BIN)/python tests/faults/everything.py $(FAULTS_PROCESSES) $(FAULTS_SECONDS)
 
-# What is found stays in FUZZ_FOLDER as found-TARGET-…; reduced, it becomes a row of tests/fuzz/cases.py.
+# One format after the other, each at most FUZZ_MEMORY MiB; continues what an earlier run with the same FUZZ_FOLDER began.
+# What is found stays there as found-TARGET-…; reduced, it becomes a row of tests/fuzz/cases.py.
 FUZZ_SECONDS ?= 60
+FUZZ_MEMORY  ?= 2048
 FUZZ_FOLDER  ?= build/fuzz
 FUZZ_TARGETS ?= config settings safetensors tokenizer run qrels beir llamaindex chunks csv tsv jsonl training calibration body
 
 fuzz: $(READY)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) atheris
-	@mkdir -p $(FUZZ_FOLDER)
-	for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) $(FUZZ_FOLDER) || exit 1; done
+	FUZZ_MEMORY=$(FUZZ_MEMORY) $(BIN)/python tests/fuzz/campaign.py $(FUZZ_FOLDER) $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
