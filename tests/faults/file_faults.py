@@ -142,6 +142,8 @@ def tree(folder: Path) -> Tree:
             continue
         if path.parent.name == "blobs" and path.name.startswith("tmp_"):  # of huggingface_hub
             continue
+        if path.name == "CACHEDIR.TAG":  # of huggingface_hub, too: tells backup programs to leave the folder out
+            continue
         if path.name.endswith((f"{SQLITE}-wal", f"{SQLITE}-shm", f"{SQLITE}-journal")):
             continue
         found[name] = _rows(path) if path.name.endswith(SQLITE) else path.read_bytes()
