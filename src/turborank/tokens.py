@@ -55,9 +55,9 @@ class Template(NamedTuple):
 def read_template(tokenizer: Tokenizer) -> Template:
     """The pair template of a tokenizer, found by encoding a pair and reading which tokens are special.
 
-    Raises CheckpointError when the encoded pair lacks one of its texts.
+    Raises CheckpointError when the encoded pair lacks one of its texts, or cannot be encoded.
     """
-    probe = tokenizer.encode("a", "b")
+    probe = _checked(tokenizer.encode, "a", "b")
     owners = probe.sequence_ids  # 0 for the query, 1 for the document, None for template tokens
     if 0 not in owners or 1 not in owners:
         raise CheckpointError("expected the tokenizer to encode a pair of texts, got a template without both texts")
@@ -146,6 +146,16 @@ def library_parallelism() -> bool:
     affinity and CPU quotas, is never released, and does not survive a fork. turborank's threads are used instead.
     """
     return os.environ.setdefault(PARALLELISM, "false").lower() not in ("", "0", "off", "false", "f", "no", "n")
+
+
+def _checked(encode: Callable[..., Any], *texts: Any, **options: bool) -> Any:
+    """``encode`` of texts. The library's errors have no type of their own; they become CheckpointError."""
+    try:
+        return encode(*texts, **options)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise CheckpointError(f"expected a tokenizer that encodes any text, got: {error}") from error
 
 
 def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
@@ -297,8 +307,8 @@ class PairEncoder:
         """One list for each pair: a single encoding, or the encodings of its windows in reading order.
 
         The tokenizer runs in parallel outside the GIL; each distinct query is tokenised once.
-        Raises TooLongError, with the pair's index, under the policy ``error``, and UnknownKeyError for an unknown
-        policy.
+        Raises TooLongError, with the pair's index, under the policy ``error``, UnknownKeyError for an unknown policy,
+        and CheckpointError for a tokenizer that cannot encode a text, say for lack of its unknown token.
         """
         if limits.policy not in (None, *LENGTH_POLICIES):
             raise UnknownKeyError("length", limits.policy, LENGTH_POLICIES)
@@ -355,6 +365,7 @@ class PairEncoder:
     ) -> list[tokenizers.Encoding]:
         """``encode`` of all texts, in as many threads as the amount of text justifies; it runs outside the GIL."""
         first, *others = _slices(texts, self.threads)
+        encode = functools.partial(_checked, encode)
         if not others:
             return encode(first, add_special_tokens=False)
         with ThreadPoolExecutor(len(others), thread_name_prefix="turborank-tokens") as pool:

@@ -9,12 +9,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+
+from safetensors import SafetensorError
 
 from turborank.errors import InputError
 from turborank.text import plain
@@ -201,6 +204,18 @@ def replacing_together(folder: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise what safetensors says of a file that cannot be written as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _readable(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from scipy.special import expit
 
 from turborank.checkpoint import verify
 from turborank.checkpoint.tensors import SCALE, quantise
-from turborank.data.files import replacing_together
+from turborank.data.files import os_errors, replacing_together
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.students import Student
 from turborank.distill.train import ServingOptions, held_out_logits
@@ -99,6 +99,6 @@ def write_int8(student: Student, folder: Path) -> None:
             tensors[name], tensors[name + SCALE] = quantise(value)
         else:
             tensors[name] = value
-    with replacing_together(folder) as new:
+    with replacing_together(folder) as new, os_errors(folder / verify.WEIGHTS):
         save_file(tensors, new / verify.WEIGHTS, metadata={"format": "np"})
         student.save_around(new)

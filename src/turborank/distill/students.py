@@ -25,7 +25,7 @@ from turborank import checkpoint
 from turborank.architectures import ARCHITECTURES, encoder, jinabert, recognise
 from turborank.checkpoint import verify
 from turborank.checkpoint.tensors import dense
-from turborank.data.files import replacing_together, write_json, write_text
+from turborank.data.files import os_errors, replacing_together, write_json, write_text
 from turborank.distill.biencoder import BiEncoder
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import torch_training
@@ -93,7 +93,7 @@ class Student:
     def save(self, folder: Path) -> None:
         """Write a model folder (three files, replaced together) that ``Reranker(folder)`` loads."""
         tensors = {name: w.detach().float().contiguous() for name, w in self.weights.items()}
-        with replacing_together(folder) as new:
+        with replacing_together(folder) as new, os_errors(folder / verify.WEIGHTS):
             save_file(tensors, new / verify.WEIGHTS, metadata={"format": "pt"})
             self.save_around(new)
 
