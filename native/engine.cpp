@@ -112,7 +112,7 @@ void check(const Shape& s, const Batch& b) {
     if (b.offsets[0] != 0) fail("cu_seqlens to begin with 0", b.offsets[0]);
     if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size())
         fail("cu_seqlens to end with the number of tokens (" + tokens + ")", b.offsets.back());
-    const int limit = s.positions > 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
+    const int limit = s.positions > 0 && s.repeat_from == 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
     const int types = s.cosine ? 2 : s.types;  // type ids are ignored if there is one segment only
     for (int p = 0; p < b.pairs(); ++p) {
         const std::string where = " at pair " + std::to_string(p);
@@ -192,7 +192,7 @@ struct Call {
         for (size_t i = 0; i < g.pairs.size(); ++i)
             for (int t = 0; t < batch.length(g.pairs[i]); ++t) {
                 const int at = g.starts[i] + t, from = batch.offsets[g.pairs[i]] + t;
-                m.ids.as<int32_t>()[at] = batch.ids[from], m.positions.as<int32_t>()[at] = t + s.position_offset;
+                m.ids.as<int32_t>()[at] = batch.ids[from], m.positions.as<int32_t>()[at] = s.row_of(t);
                 m.types.as<int32_t>()[at] = s.types > 1 || s.cosine ? batch.types[from] : 0;
             }
     }

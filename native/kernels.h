@@ -58,7 +58,7 @@ private:
 enum class Stored { f32, f16, bf16, i8 };
 
 struct Shape {
-    int vocab = 0, types = 0, positions = 0, position_offset = 0, max_length = 0;
+    int vocab = 0, types = 0, positions = 0, position_offset = 0, repeat_from = 0, max_length = 0;
     int C = 0, L = 0, H = 0, D = 0, F = 0;
     float eps = 0;
     bool geglu = false, cosine = false, alibi = false;
@@ -73,6 +73,10 @@ struct Shape {
     bool mixed = false;
     float least = 0;
 
+    // The row of the position table for the t-th token of a pair (docs/model.md, 3.1).
+    int row_of(int t) const {
+        return repeat_from == 0 || t < positions ? t + position_offset : repeat_from + (t - repeat_from) % (positions - repeat_from);
+    }
     // Whether the last layer's attention is attend_first(): of the first row only, without keys and values.
     bool keyless_last() const { return !cosine && !prenorm && relative == 0; }
     int whole_layers() const { return cosine || mean ? L : L - 1; }  // layers that are computed for every row

@@ -28,7 +28,7 @@ Shape shape_of(const Number& number) {
     const std::pair<const char*, int Shape::*> sizes[] = {
         {"vocab_size", &Shape::vocab}, {"hidden_size", &Shape::C}, {"num_hidden_layers", &Shape::L}, {"num_attention_heads", &Shape::H},
         {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
-        {"position_offset", &Shape::position_offset}, {"passage", &Shape::passage}, {"relative", &Shape::relative}, {"window", &Shape::window}};
+        {"position_offset", &Shape::position_offset}, {"repeat_from", &Shape::repeat_from}, {"passage", &Shape::passage}, {"relative", &Shape::relative}, {"window", &Shape::window}};
     const std::pair<const char*, bool Shape::*> flags[] = {
         {"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed},
         {"gelu_head", &Shape::gelu_head}, {"prenorm", &Shape::prenorm}, {"mean", &Shape::mean}};

@@ -31,6 +31,7 @@ Weights weights_of(const Shape& s, const Arrays& arrays, const Kernels& kernels)
     w.words = find("words", static_cast<size_t>(s.vocab) * static_cast<size_t>(s.C) * (scaled ? 1 : s.stored == Stored::f32 ? 4 : 2));
     if (scaled) w.word_scale = floats("words.scale", s.vocab);
     if (s.types > 0) w.types = floats("types", s.types * s.C);
+    if (s.repeat_from < 0 || (s.repeat_from > 0 && s.repeat_from >= s.positions)) throw std::invalid_argument("expected repeat_from below positions");
     if (s.positions > 0) w.positions = floats("positions", s.positions * s.C);
     w.slopes = floats("slopes", s.H);
     if (s.relative > 0) {

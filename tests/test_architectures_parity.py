@@ -74,6 +74,26 @@ def ours(
 # ---------------------------------------------------------------- parity
 
 
+@pytest.mark.parametrize("length", [40, 300, 900])
+def test_jinabert_with_positions_and_flat_slopes_is_bert(length: int) -> None:
+    """transformers' BERT with a table of 1,000 rows in which rows 16 … 255 repeat, as docs/model.md §3.1 says."""
+    places = np.r_[np.arange(256), np.resize(np.arange(16, 256), 744)]
+    weights = family_weights(family_config("bert", max_position_embeddings=256))
+    table = "embeddings.position_embeddings.weight"
+    wide = weights | {table: weights[table][places]}
+    model, batch = their_model("bert", wide, max_position_embeddings=1000), batch_of([length, 17])
+    raw = SMALL | {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "position_embedding_type": "alibi"}
+    raw |= {"max_position_embeddings": 1000, "alibi_slopes": [0.0] * 3, "repeat_positions_from": 16}
+    config = recognise(raw, {name: value.shape for name, value in weights.items()})
+    assert config.architecture == "jinabert"
+    expected = theirs("bert", model, batch)
+    assert ours(config, weights, batch) == pytest.approx(expected, abs=TOLERANCE)
+    from turborank.ops import torch as torch_ops
+
+    their_weights, moved = tensors(weights, batch)
+    assert ours(config, their_weights, moved, torch_ops).numpy() == pytest.approx(expected, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lengths", [[n] for n in LENGTHS] + [[17, 400, 3, 130, 17]], ids=str)
 def test_logits_are_those_of_transformers(family: str, lengths: list[int]) -> None:

@@ -58,6 +58,26 @@ def test_the_published_shape_gets_the_published_slopes() -> None:
         jinabert.recognise({**raw, "alibi_slopes": [1, 2]}, {})
 
 
+def test_rows_of_learned_positions_by_hand() -> None:
+    config = model_config(learned_positions=6, repeat_from=2)
+    rows = jinabert.position_rows(np.arange(12, dtype=np.int32), config)
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given"), [(512, None), (512, 512), (512, 0), (512, "64"), (8192, 64), (9000, None), (0, 64)]
+)
+def test_positions_without_a_row_are_refused(rows: int, given: object) -> None:
+    raw = {
+        "position_embedding_type": "alibi", "num_attention_heads": 12, "hidden_size": 384, "vocab_size": 500,
+        "num_hidden_layers": 4, "intermediate_size": 1536, "max_position_embeddings": 8192, "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12, "repeat_positions_from": given,
+    }  # fmt: skip
+    names = {jinabert.POSITIONS: (rows, 384)} if rows else {}
+    with pytest.raises(CheckpointError, match=f"got {rows} rows and repeat_positions_from {given!r} in config.json"):
+        jinabert.recognise(raw, names)
+
+
 @given(st.floats(-50, 50))
 def test_erf_and_gelu_are_exact(x: float) -> None:
     value = np.asarray([x], dtype=np.float64)

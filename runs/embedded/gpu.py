@@ -1,13 +1,13 @@
 """The same training in a quarter of an hour of a GPU.
 
-    python runs/embedded/gpu.py pack WORK PARTS          inputs in files of at most 38 MB
+    python runs/embedded/gpu.py pack WORK PARTS --first V1     inputs in files of at most 38 MB
     python runs/embedded/gpu.py run PARTS OUT --seconds 780 [--device cuda] [--student FOLDER]
     python runs/embedded/gpu.py unpack OUT FOLDER        the student, from files of at most 16 MiB
 
-``run`` needs torch, safetensors, tokenizers, numpy and scipy, no native engine and no network. It recovers for a
-third of the time and trains on lists for the rest, with tokens per second, memory and losses in OUT/log.jsonl as it
-goes; it writes the student every --save seconds, in int8 and in parts, and stops by itself. The first twenty steps
-are repeated in float32 on the same batches, so that bf16's losses can be compared with them.
+``run`` needs torch, safetensors, tokenizers, numpy and scipy, no native engine and no network. It trains as train.py
+does, with tokens per second, memory and losses in OUT/log.jsonl as it goes; it writes the student every --save seconds,
+in int8 and in parts, and stops by itself. The first twenty steps are repeated in float32 on the same batches, so that
+bf16's losses can be compared with them.
 
 Not run on a GPU so far. Rehearsed on a CPU for a minute, 512 tokens a step, from a recovered student (`--device cpu`):
 bf16 and float32 had the same losses to within .01.
@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from common import TorchCrossEncoder, load
 from safetensors.numpy import load_file, save_file
-from train import Corpus, Lists, Recovery, Student, make
+from train import Corpus, HiddenAndLists, Student, make
 
-from turborank.distill.ship import write_int8
+from turborank.distill.students import write_int8
 from turborank.distill.trainer import Run, Schedule
 
 PART, RESULT = 38_000_000, 16 * 2**20
 TEACHER = "ms-marco-MiniLM-L-12-v2"
+WEIGHTS = "model.safetensors"
+MODEL_FILES = ("config.json", "tokenizer.json", WEIGHTS)
 
 
 def cut(path: Path, out: Path, size: int) -> None:
@@ -50,8 +52,8 @@ def joined(folder: Path, out: Path) -> None:
         (out / first.stem).write_bytes(b"".join(part.read_bytes() for part in parts))
 
 
-def pack(work: Path, out: Path) -> None:
-    """Token ids, pools and the teacher in float16, in parts."""
+def pack(work: Path, out: Path, first: Path) -> None:
+    """Token ids, pools, the teacher in float16 and the first model, in parts."""
     out.mkdir(parents=True, exist_ok=True)
     teacher = work / "teachers" / TEACHER
     Corpus(work, teacher)
@@ -61,23 +63,26 @@ def pack(work: Path, out: Path) -> None:
     np.savez_compressed(whole / "pools-000.npz", **{n: np.concatenate([s[n] for s in shards]) for n in shards[0]})
     np.savez_compressed(whole / "tokens.npz", **load(work / "tokens.npz"))
     np.savez_compressed(whole / "pool.npz", **load(work / "pool.npz"))
-    (whole / "teacher").mkdir(exist_ok=True)
+    shutil.copyfile(work / "queries.jsonl", whole / "queries.jsonl")  # whose sources choose the weights of the teachers
     for name in ("config.json", "tokenizer.json"):
-        shutil.copyfile(teacher / name, whole / "teacher" / name)
-    half = {name: w.astype(np.float16) for name, w in load_file(teacher / "model.safetensors").items()}
-    save_file(half, whole / "teacher" / "model.safetensors", metadata={"format": "pt"})
-    for path in [*whole.glob("*.npz"), *(whole / "teacher").iterdir()]:
+        shutil.copyfile(teacher / name, whole / f"{TEACHER}.{name}")
+    half = {name: w.astype(np.float16) for name, w in load_file(teacher / WEIGHTS).items()}
+    save_file(half, whole / f"{TEACHER}.{WEIGHTS}", metadata={"format": "pt"})
+    for name in MODEL_FILES:
+        shutil.copyfile(first / name, whole / f"first.{name}")
+    for path in whole.iterdir():
         cut(path, out, PART)
     print(f"{len(list(out.iterdir()))} parts, {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.0f} MB")
 
 
 def unpack(parts: Path, work: Path) -> None:
     """The work folder of a run, from the parts."""
-    teacher = work / "teachers" / TEACHER
-    teacher.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     joined(parts, work)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.move(work / name, teacher / name)
+    for model, folder in ((TEACHER, work / "teachers" / TEACHER), ("first", work / "first")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in MODEL_FILES:
+            shutil.move(work / f"{model}.{name}", folder / name)
 
 
 class Clock:
@@ -152,12 +157,9 @@ def run(args) -> None:
     reader = TorchCrossEncoder(teacher, args.device, args.dtype)
     folder = args.student or work / "student"
     if not folder.is_dir():
-        drawn = np.random.default_rng(0).integers(0, corpus.trained, 16)
-        first = (corpus.document(int(corpus.places[corpus.bounds[q]]), 200) for q in drawn)
-        make(teacher, [(corpus.query(int(q)), d) for q, d in zip(drawn, first, strict=True)], folder)
-    student = Student.load(folder)
-    student = stage("recover", student, Recovery(corpus, reader, args.budget, 0), args.out, args.seconds / 3, args)
-    stage("lists", student, Lists(work, corpus, reader, args.budget, 0, 1.0), args.out, args.seconds * 2 / 3, args)
+        make(teacher, corpus.probes(), folder)
+    loss = HiddenAndLists(work, corpus, reader, work / "first", budget=args.budget, seed=0)
+    stage("train", Student.load(folder), loss, args.out, args.seconds, args)
 
 
 def options() -> argparse.Namespace:
@@ -167,6 +169,8 @@ def options() -> argparse.Namespace:
         kind = kinds.add_parser(name)
         kind.add_argument("source", type=Path)
         kind.add_argument("out", type=Path)
+        if name == "pack":
+            kind.add_argument("--first", type=Path, required=True, help="the folder of turborank-embedded-v1")
         if name == "run":
             kind.add_argument("--seconds", type=float, default=780)
             kind.add_argument("--save", type=float, default=120, help="seconds between two copies of the student")
@@ -181,7 +185,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     if args.what == "pack":
-        pack(args.source, args.out)
+        pack(args.source, args.out, args.first)
     elif args.what == "unpack":
         args.out.mkdir(parents=True, exist_ok=True)
         joined(args.source / "parts", args.out)

@@ -1,27 +1,25 @@
-"""Training: the teacher's hidden states and logits, pair by pair; lists, scored by several teachers.
+"""Training: the teacher's hidden states, and lists scored by three teachers, together.
 
-    python runs/embedded/train.py recover WORK --out WORK/recover
-    python runs/embedded/train.py lists WORK --student WORK/recover/final --out WORK/lists
-    python runs/embedded/train.py fused WORK --student EMBEDDED --out WORK/fused --lr 1.8e-4 --average 0.995
+    torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --first V1 --out WORK/run
 
-``recover``: of each pair, mean over layers of MSE / variance between the student's states and the teacher's
-(FitNets, arXiv 1412.6550; student layer i learns teacher layer 2i, the last one its first token only), plus the
-squared error of the logit / 25. ``lists``: the same states, and KL (T = 2), MarginMSE and squared error against the
-list's scores: L-12's logit + 25·(bge's cosine - .7). The teacher reads each batch beside the student, so nothing is
-stored.
+Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
+states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 1 to .3, and
+KL (T = 3), MarginMSE and squared error against
 
-``fused`` needs no hidden states and starts from the model that ships: KL and MarginMSE against (L-12's logit +
-a·(bge's cosine - .7) + b·the starting model's logit) / 3, with a and b by the question's source (WEIGHTS), because
-L-12 is the best of the three on web questions and the starting model on scientific ones.
+    L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
 
-Documents longer than the teacher reads are made by hiding a passage among others: the teacher reads them in
-windows, each with the question; the student's states of a window's tokens learn that window's, its question's those
-of the best one. Runs stop and go on by themselves: the same command continues from the newest checkpoint."""
+with a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
+scientific ones. The teachers read each batch beside the student, so nothing is stored.
+
+Documents longer than L-12 reads are made by hiding a passage among others: L-12 reads them in windows, each with the
+question, and its best window's logit counts. Word and position embeddings are not trained. Runs stop and go on by
+themselves: the same command continues from the newest checkpoint.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,30 +34,15 @@ from turborank import checkpoint, engines
 from turborank.distill.losses import Targets, mix
 from turborank.distill.students import Student
 from turborank.distill.trainer import Loss, Run, Schedule, StudentModel, tensors
-from turborank.types import PackedBatch
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300
-COSINE_WEIGHT, COSINE_CENTRE = (
-    25.0,
-    0.7,
-)  # of bge's cosines beside L-12's logits: read on DL 2021 and SciFact's train split
-LOGIT_SCALE = 25.0  # squared errors of logits are divided by it: their standard deviation in a list is 3.4
-LISTS_LOSS, LEVEL = "kl@2:0.25,margin_mse:0.04", 0.2
-K = 8  # documents of a list
-
-# ``fused``: weights of bge's cosine and of the starting model's logit; read on DL 2021 (web) and SciFact's train split.
+# Weights of bge's cosine and of the first model's logit; read on DL 2021 (web) and SciFact's train split.
 WEIGHTS = {"web": (22.0, 0.5), "science": (60.0, 2.0)}
-SCIENCE = (
-    "acl",
-    "pubmedqa",
-    "medquad",
-    "openstax",
-    "covid",
-    "made",
-    "stackexchange",
-    "reuters",
-)  # first words of sources
-FUSED_LOSS, FUSED_SCALE = "kl:1,margin_mse:0.05", 3.0
+SCIENCE = ("acl", "pubmedqa", "medquad", "openstax", "covid", "made", "stackexchange", "reuters")  # of sources' names
+COSINE_CENTRE = 0.7  # of bge's cosines
+LISTS_LOSS = "kl@3:0.11,margin_mse:0.006"
+LEVEL, LOGIT_SCALE = 0.2, 25.0  # of the squared error, so that scores stay comparable from question to question
+K = 8  # documents of a list
 
 Teacher = CrossEncoder | TorchCrossEncoder
 
@@ -87,7 +70,7 @@ class Corpus:
         found = load(path)
         self.q, self.qb, self.d, self.db = (found[name] for name in ("q", "qb", "d", "db"))
         pool = load(work / "pool.npz")
-        self.bounds, self.places, self.known = pool["bounds"], pool["places"], pool["known"]
+        self.bounds, self.places = pool["bounds"], pool["places"]
         self.trained = len(self.qb) - 1 - HELD_OUT  # questions to train on
 
     def query(self, at: int) -> list[int]:
@@ -103,199 +86,83 @@ class Corpus:
             parts.append(self.document(int(rng.integers(len(self.db) - 1))))
         return [token for part in rng.permutation(len(parts)) for token in parts[part]][:tokens]
 
-
-def hidden_loss(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """(layers,) MSE / variance."""
-    return torch.stack(
-        [F.mse_loss(x.float(), t.float()) / t.float().var() for x, t in zip(states, targets, strict=True)]
-    )
-
-
-def moved(batch: PackedBatch, model: StudentModel) -> PackedBatch:
-    """The batch as torch tensors where the model is."""
-    return tensors(batch, next(model.parameters()).device)
+    def probes(self, count: int = 24) -> list[IdPair]:
+        """Pairs on which heads are matched to slopes."""
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(0, self.trained, count)
+        return [(self.query(q), self.document(int(self.places[self.bounds[q] + rng.integers(5)]), 250)) for q in drawn]
 
 
-class Recovery:
-    """The loss of ``recover``, for :meth:`Run.train`."""
-
-    long_every, long_tokens, window = 24, (600, 1100, 2000), 400
-
-    def __init__(self, corpus: Corpus, teacher: Teacher, budget: int, seed: int) -> None:
-        self.corpus, self.teacher, self.budget, self.seed = corpus, teacher, budget, seed
-
-    def __call__(self, model: StudentModel, step: int) -> Loss:
-        rng = np.random.default_rng((self.seed, step))
-        if step % self.long_every == self.long_every - 1:
-            return self._long(model, rng)
-        batch = pack(self._pairs(rng))
-        states, logits = self.teacher(batch)
-        return self._loss(model, batch, [states[layer] for layer in TARGETS], logits)
-
-    def _pairs(self, rng: np.random.Generator) -> list[IdPair]:
-        corpus, out, used = self.corpus, list[IdPair](), 0
-        while used < self.budget:
-            query, kind = int(rng.integers(corpus.trained)), rng.random()
-            first, last = int(corpus.bounds[query]), int(corpus.bounds[query + 1])
-            if kind < 0.15 and corpus.known[query] >= 0:
-                place = int(corpus.known[query])
-            elif kind < 0.85:
-                place = int(corpus.places[first + int(rng.integers(min(12, last - first)))])
-            elif kind < 0.93:
-                place = int(corpus.places[int(rng.integers(first, last))])
-            else:
-                place = int(rng.integers(len(corpus.db) - 1))
-            out.append((corpus.query(query), corpus.document(place)))
-            used += sum(map(len, out[-1])) + 3
-        return out
-
-    def _loss(self, model: StudentModel, batch: PackedBatch, targets: Sequence[Tensor], logits: Tensor) -> Loss:
-        trace: list[Tensor] = []
-        have = model(moved(batch, model), trace)
-        hidden = hidden_loss(trace[1:], targets)
-        logit = F.mse_loss(have, logits) / LOGIT_SCALE
-        parts = {"hidden": hidden.mean().item(), "first_token": hidden[-1].item(), "logit": logit.item()}
-        return Loss(hidden.mean() + logit, parts, batch.tokens)
-
-    def _long(self, model: StudentModel, rng: np.random.Generator) -> Loss:
-        corpus, query = self.corpus, int(rng.integers(self.corpus.trained))
-        size, first = int(rng.choice(self.long_tokens)), int(corpus.bounds[query])
-        best = min(8, int(corpus.bounds[query + 1]) - first)
-        places = [
-            int(corpus.places[first + int(rng.integers(best))]) for _ in range(max(1, min(3, self.budget // size)))
-        ]
-        asked = corpus.query(query)
-        pairs = [(asked, corpus.among_strangers(place, size, rng)) for place in places]
-        states, logits, windows, spans = read_windows(self.teacher, pairs, self.window)
-        offsets, rows, top = windows.cu_seqlens, list[int](), list[int]()
-        for first_window, count in spans:
-            best_window = first_window + int(logits[first_window : first_window + count].argmax())
-            top.append(best_window)
-            rows += range(offsets[best_window], offsets[best_window] + len(asked) + 2)
-            for one in range(first_window, first_window + count):
-                rows += range(offsets[one] + len(asked) + 2, offsets[one + 1] - 1)
-            rows.append(offsets[best_window + 1] - 1)
-        targets = [*(states[layer][rows] for layer in TARGETS[:-1]), states[TARGETS[-1]][top]]
-        return self._loss(model, pack(pairs), targets, logits[top])
-
-
-def read_windows(
-    teacher: Teacher, pairs: Sequence[IdPair], window: int
-) -> tuple[list[Tensor], Tensor, PackedBatch, list[tuple[int, int]]]:
-    """The teacher's states and logits of all windows, their batch, and (first window, count) of each document."""
+def best_windows(teacher: Teacher, pairs: Sequence[IdPair], window: int) -> Tensor:
+    """(P,) the largest logit over the windows of each document."""
     read: list[IdPair] = []
-    spans: list[tuple[int, int]] = []
+    counts: list[int] = []
     for query, document in pairs:
         parts = [document[at : at + window] for at in range(0, len(document), window)]
-        spans.append((len(read), len(parts)))
+        counts.append(len(parts))
         read += [(query, part) for part in parts]
-    batch = pack(read)
-    states, logits = teacher(batch)
-    return states, logits, batch, spans
+    return torch.stack([logits.max() for logits in teacher(pack(read))[1].split(counts)])
 
 
-class Lists:
-    """The loss of ``lists``, for :meth:`Run.train`."""
-
-    long_every, long_tokens, window = 24, (500, 1000, 2000), 350
-    cuts = (110, 180, 300)  # tokens of a document; one is drawn for each step
-
-    def __init__(self, work: Path, corpus: Corpus, teacher: Teacher, budget: int, seed: int, hidden: float) -> None:
-        self.corpus, self.teacher, self.budget, self.seed, self.hidden = corpus, teacher, budget, seed, hidden
-        self.mix = mix(LISTS_LOSS)
-        shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
-        self.query, self.places, self.cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
-
-    def __call__(self, model: StudentModel, step: int) -> Loss:
-        rng = np.random.default_rng((self.seed, step, 7))
-        if step % self.long_every == self.long_every - 1:
-            return self._long(model, rng)
-        cut, pairs, cosines, used = int(rng.choice(self.cuts)), list[IdPair](), list[np.ndarray](), 0
-        while used < self.budget:
-            row = int(rng.integers(len(self.query)))
-            order = np.argsort(-self.cosines[row])
-            chosen = np.concatenate([rng.permutation(order[:8])[:5], rng.permutation(order[8:])[: K - 5]])
-            query = self.corpus.query(int(self.query[row]))
-            some = [(query, self.corpus.document(int(self.places[row, c]), cut)) for c in chosen]
-            used += sum(len(q) + len(d) + 3 for q, d in some)
-            pairs += some
-            cosines.append(self.cosines[row][chosen])
-        batch = pack(pairs)
-        states, logits = self.teacher(batch)
-        trace: list[Tensor] = []
-        have = model(moved(batch, model), trace).view(len(cosines), -1)
-        loss, parts = self._list_loss(have, logits.reshape(len(cosines), -1), np.stack(cosines))
-        if self.hidden:
-            hidden = hidden_loss(trace[1:], [states[layer] for layer in TARGETS]).mean()
-            loss, parts["hidden"] = loss + self.hidden * hidden, hidden.item()
-        return Loss(loss, parts, batch.tokens)
-
-    def _list_loss(self, have: Tensor, logits: Tensor, cosines: np.ndarray) -> tuple[Tensor, dict[str, float]]:
-        """Of (lists, documents)."""
-        wanted = logits.float() + COSINE_WEIGHT * (torch.from_numpy(cosines).to(logits.device) - COSINE_CENTRE)
-        real = torch.ones_like(wanted, dtype=torch.bool)
-        loss, parts = self.mix(have, Targets(wanted, None, real, real))
-        level = F.mse_loss(have, wanted) / LOGIT_SCALE  # so that scores stay comparable from question to question
-        return loss + LEVEL * level, parts | {"level": level.item()}
-
-    def _long(self, model: StudentModel, rng: np.random.Generator) -> Loss:
-        size, row = int(rng.choice(self.long_tokens)), int(rng.integers(len(self.query)))
-        order = np.argsort(-self.cosines[row])
-        count = max(4, min(K, 2 * self.budget // size)) if size < 2000 else 4
-        chosen = np.concatenate([order[:2], rng.permutation(order[2:])[: count - 2]])
-        query = self.corpus.query(int(self.query[row]))
-        pairs = [(query, self.corpus.among_strangers(int(self.places[row, c]), size, rng)) for c in chosen]
-        _, logits, _, spans = read_windows(self.teacher, pairs, self.window)
-        best = torch.stack([logits[first : first + many].max() for first, many in spans])
-        batch = pack(pairs)
-        loss, parts = self._list_loss(
-            model(moved(batch, model)).view(1, -1), best[None], self.cosines[row][chosen][None]
-        )
-        return Loss(loss, parts, batch.tokens)
-
-
-class FusedLists:
-    """The loss of ``fused``, for :meth:`Run.train`."""
+class HiddenAndLists:
+    """The loss, for :meth:`Run.train`. ``rank``: of this process; each draws lists of its own."""
 
     long_every, window = 32, 350
     cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
+    lists_from, lists_whole = 0.3, 300  # weight of the lists at step 0; the step from which it is 1
+    hidden_last, hidden_between = 0.3, (500, 1000)  # weight of the states at the end; steps between which it falls
 
-    def __init__(self, work: Path, corpus: Corpus, teacher: Teacher, start: Student, budget: int, seed: int) -> None:
-        self.corpus, self.teacher, self.budget, self.seed, self.mix = corpus, teacher, budget, seed, mix(FUSED_LOSS)
+    def __init__(
+        self, work: Path, corpus: Corpus, teacher: Teacher, first: Path, *, budget: int, seed: int, rank: int = 0
+    ) -> None:
+        self.corpus, self.teacher, self.budget, self.seeds = corpus, teacher, budget, (seed, rank)
+        self.mix = mix(LISTS_LOSS)
         shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
-        self.query, self.places, self.cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
-        trained = self.query < corpus.trained
-        self.query, self.places, self.cosines = self.query[trained], self.places[trained], self.cosines[trained]
+        query, places, cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
+        kept = query < corpus.trained
+        self.query, self.places, self.cosines = query[kept], places[kept], cosines[kept]
         sources = [row["source"] for row in lines(work / "queries.jsonl")]
         kinds = ["science" if sources[q].startswith(SCIENCE) else "web" for q in self.query]
         self.weights = np.array([WEIGHTS[kind] for kind in kinds], np.float32)  # (lists, 2)
-        weights = {name: w.detach().numpy() for name, w in start.weights.items()}
-        self.start = engines.prepare(weights, start.config, name="native", precision="int8", threads=1)
+        model = Student.load(first)
+        numbers = {name: w.detach().numpy() for name, w in model.weights.items()}
+        name, precision = engines.choose("torch" if torch.cuda.is_available() else "auto", config=model.config)
+        self.first = engines.prepare(numbers, model.config, name=name, precision=precision, threads=1)
 
     def __call__(self, model: StudentModel, step: int) -> Loss:
-        rows, members, pairs, is_long = self._draw(np.random.default_rng((self.seed, step, 13)), step)
-        batch = pack(pairs)
+        rows, members, pairs, is_long = self._draw(step)
+        batch, states = pack(pairs), None
         if is_long:
-            _, logits, _, spans = read_windows(self.teacher, pairs, self.window)
-            logits = torch.stack([logits[first : first + count].max() for first, count in spans])
+            logits = best_windows(self.teacher, pairs, self.window)
         else:
-            logits = self.teacher(batch)[1]
+            states, logits = self.teacher(batch)
         cosines = np.stack([self.cosines[row][chosen] for row, chosen in zip(rows, members, strict=True)])
-        own = self.start.logits(batch).reshape(cosines.shape)
+        own = self.first.logits(batch).reshape(cosines.shape)
         of_cosine, of_own = self.weights[rows].T[:, :, None]
-        fused = logits.reshape(cosines.shape).float() + torch.from_numpy(
-            of_cosine * (cosines - COSINE_CENTRE) + of_own * own
-        )
-        wanted = fused.float() / FUSED_SCALE
+        added = torch.from_numpy(of_cosine * (cosines - COSINE_CENTRE) + of_own * own)
+        wanted = logits.reshape(cosines.shape).float() + added.to(logits.device, torch.float32)
+        trace: list[Tensor] = []
+        have = model(tensors(batch, wanted.device), trace).view(wanted.shape)
         real = torch.ones_like(wanted, dtype=torch.bool)
-        have = model(moved(batch, model)).view(wanted.shape)
         loss, parts = self.mix(have, Targets(wanted, None, real, real))
+        loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
+        loss = loss * min(1.0, self.lists_from + (1 - self.lists_from) * step / self.lists_whole)
+        if states is not None:
+            targets = [states[layer].float() for layer in TARGETS]
+            each = [F.mse_loss(x.float(), t) / t.var() for x, t in zip(trace[1:], targets, strict=True)]
+            hidden = torch.stack(each).mean()
+            start, end = self.hidden_between
+            done = min(1.0, max(0.0, (step - start) / (end - start)))
+            loss, parts["hidden"] = loss + (1 + (self.hidden_last - 1) * done) * hidden, hidden.item()
         return Loss(loss, parts, batch.tokens)
 
-    def _draw(self, rng: np.random.Generator, step: int) -> tuple[list[int], list[np.ndarray], list[IdPair], bool]:
+    def _draw(self, step: int) -> tuple[list[int], list[np.ndarray], list[IdPair], bool]:
         """Lists of one step: row and members of each, all pairs, and whether the documents are long."""
+        seed, rank = self.seeds
+        rng = np.random.default_rng((seed, step, rank, 13))
         is_long = step % self.long_every == self.long_every - 1
-        cut, size = int(rng.choice(self.cuts)), int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
+        size = int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
+        cut = int(rng.choice(self.cuts))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         hard = 2 if is_long else 5
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
@@ -317,51 +184,42 @@ class FusedLists:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("recover", "lists", "fused"))
     parser.add_argument("work", type=Path)
-    parser.add_argument("--student", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--budget", type=int, default=4096, help="tokens of a step")
-    parser.add_argument("--average", type=float, default=0.0, help="of the exponential moving average of the weights")
-    parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states in `lists`")
-    parser.add_argument("--every", type=int, default=400, help="steps between two evaluations")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, required=True, help="the folder with eval/, for the development sets")
+    parser.add_argument("--first", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--student", type=Path, help="begin with this folder instead of the teacher's layers")
+    parser.add_argument("--steps", type=int, default=1850)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--budget", type=int, default=6144, help="tokens of a step in each process")
+    parser.add_argument("--every", type=int, default=200, help="steps between two evaluations")
+    parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
     teacher = args.work / "teachers" / "ms-marco-MiniLM-L-12-v2"
     corpus = Corpus(args.work, teacher)
     student = args.student or args.work / "student"
     if not student.is_dir():
-        drawn = np.random.default_rng(0).integers(0, corpus.trained, 16)
-        first = [corpus.document(int(corpus.places[corpus.bounds[q]]), 200) for q in drawn]
-        make(teacher, [(corpus.query(int(q)), document) for q, document in zip(drawn, first, strict=True)], student)
+        make(teacher, corpus.probes(), student)
     schedule = Schedule(
         args.steps,
         learning_rate=args.lr,
-        warmup=40,
+        warmup=60,
         decay="linear",
-        average=args.average,
-        save_every=200,
+        average=0.99,
+        save_every=100,
         evaluate_every=args.every,
     )
-    start = Student.load(student)
-    run = Run(start, args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
+    run = Run(Student.load(student), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
-    reader = CrossEncoder(teacher)
-    loss: Callable[[StudentModel, int], Loss]
-    if args.stage == "recover":
-        loss = Recovery(corpus, reader, args.budget, args.seed)
-    elif args.stage == "lists":
-        loss = Lists(args.work, corpus, reader, args.budget, args.seed, args.hidden)
-    else:
-        loss = FusedLists(args.work, corpus, reader, start, args.budget, args.seed)
-    run.train(
-        loss,
-        DevSets(args.data / "eval", args.work),
-        lambda row, steps: print(row, flush=True) if row["step"] % 20 == 0 else None,
+    loss = HiddenAndLists(
+        args.work, corpus, CrossEncoder(teacher), args.first, budget=args.budget, seed=args.seed, rank=run.rank
     )
+
+    def told(row: dict, steps: int) -> None:
+        if run.rank == 0 and row["step"] % 20 == 0:
+            print(row, flush=True)
+
+    run.train(loss, DevSets(args.data / "eval", args.work), told)
     run.finish(run.current())
 
 

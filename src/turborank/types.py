@@ -98,6 +98,8 @@ class ModelConfig:
     slopes: tuple[float, ...] = ()  # (H,) ALiBi constants; empty: the model has no ALiBi
     head: str = "classifier"  # "classifier": tanh pooler + linear; "cosine", "focus": see architectures.jinabert
     position_offset: int = 0  # first learned position (XLM-R counts from 2)
+    learned_positions: int = 0  # rows of a JinaBERT's position table (docs/model.md §3.1); 0: it has none
+    repeat_from: int = 0  # first of its rows that repeat for the positions after the last row
     position_buckets: int = 0  # relative positions to one side (DeBERTa); 0: the model has none
     max_relative_positions: int = 0  # larger distances share the last bucket
     half_window: int = 0  # keys on each side in sliding-window attention (ModernBERT); 0: full attention in all layers

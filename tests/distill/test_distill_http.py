@@ -19,9 +19,9 @@ from little import pairs, tree, write_lines
 import turborank
 from turborank.cli import main
 from turborank.distill import http_teacher, sources
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.http_teacher import CLIENTS, HttpOptions, HttpTeacher, Pacer, retry_after
-from turborank.distill.lists import build
 from turborank.distill.scores import score_pairs
 from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import InputError, UnknownKeyError
@@ -36,7 +36,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 def folder(tmp_path: Path) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
     plan = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
-    build(ListOptions((source,)), tmp_path / "lists", plan)
+    build_folder(ListOptions((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")
 
 

@@ -22,8 +22,8 @@ import turborank
 from turborank.cli import main
 from turborank.data.trec import read_run
 from turborank.distill import sources, teachers
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder, read_pairs
-from turborank.distill.lists import build
 from turborank.distill.scores import Question, key, open_cache, score_pairs
 from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import EngineError, InputError
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:24]))
-    build(ListOptions((source,)), tmp_path / "lists", PLAN)
+    build_folder(ListOptions((source,)), tmp_path / "lists", PLAN)
     return TrainingFolder.load(tmp_path / "lists")
 
 

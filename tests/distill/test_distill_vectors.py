@@ -8,8 +8,8 @@ import pytest
 from little import pairs, write_lines
 
 from turborank.distill import biencoder, sources, teachers
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.lists import build
 from turborank.distill.sources import ListOptions, TrainingSource
 
 families = pytest.importorskip("families", reason="needs torch and transformers")
@@ -45,7 +45,7 @@ def their_vectors(folder: Path, texts: list[str]) -> np.ndarray:
 def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
     plan = sources.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
-    build(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
+    build_folder(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
     return TrainingFolder.load(tmp_path / "lists")
 
 

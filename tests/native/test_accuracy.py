@@ -214,6 +214,27 @@ def test_windows_and_thetas_matter(change):
 
 
 @functools.cache
+def position_case(rows, repeated):
+    """Learned positions beside ALiBi: a row for each of 600 tokens, or 70 of which 60 repeat (docs/model.md §3.1)."""
+    model = shapes.config(hidden=128, heads=4, inner=64, layers=2, feed_forward="gelu", max_length=600)
+    model = dataclasses.replace(model, learned_positions=rows, repeat_from=repeated)
+    tensors, tokens = shapes.weights(model), shapes.batch([600, 71, 70, 1, 200])
+    places = np.arange(600) if not repeated else np.r_[np.arange(70), np.resize(np.arange(10, 70), 530)]
+    table = tensors["embeddings.position_embeddings.weight"][places]
+    wider = tensors | {"embeddings.position_embeddings.weight": table}
+    expected = shapes.reference_logits(wider, dataclasses.replace(model, learned_positions=600, repeat_from=0), tokens)
+    return model, tensors, tokens, expected
+
+
+@pytest.mark.parametrize(("isa", "precision"), ROWS, indirect=["isa"])
+@pytest.mark.parametrize(("rows", "repeated"), [(600, 0), (70, 10)])
+def test_learned_positions_beside_alibi(isa, precision, rows, repeated):
+    model, tensors, tokens, expected = position_case(rows, repeated)
+    error = native.prepare(tensors, model, precision=precision).logits(tokens) - expected
+    assert np.abs(error).max() <= (1e-4 if precision == "fp32" else 0.01)
+
+
+@functools.cache
 def steep_case():
     """Heads that fade within a key, within a few, and never; some scores are below what a float's exponent can hold."""
     model = dataclasses.replace(shapes.config(hidden=128, heads=4, inner=64, layers=2), slopes=(60.0, 8.0, 0.5, 0.0))

@@ -23,6 +23,7 @@ from turborank.errors import CheckpointError
 from turborank.ops import Array, Ops
 from turborank.types import ModelConfig, PackedBatch
 
+POSITIONS = "embeddings.position_embeddings.weight"
 COSINES = ("cosine", "focus")  # heads that read every token of the last layer
 PASSAGE = 16  # tokens of a passage in the "focus" head
 
@@ -67,14 +68,29 @@ def _slopes(raw: Mapping[str, Any], heads: int) -> tuple[float, ...]:
     return tuple(float(s) for s in given)
 
 
+def _repeat_from(raw: Mapping[str, Any], rows: int) -> int:
+    """The first row of the position table that repeats; 0 without a table, or with one for every position."""
+    given, length = raw.get("repeat_positions_from"), int(raw["max_position_embeddings"])
+    if rows in (0, length) and given is None:
+        return 0
+    if isinstance(given, int) and 0 < given < rows < length:
+        return given
+    raise CheckpointError(
+        f"expected {POSITIONS} to have {length} rows (max_position_embeddings), or fewer and repeat_positions_from, "
+        f"a row from 1 to the last, got {rows} rows and repeat_positions_from {given!r} in config.json"
+    )
+
+
 def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> ModelConfig | None:
     """The ModelConfig if ``config.json`` describes a JinaBERT, else None. Tensor names decide feed-forward and head.
 
-    Raises CheckpointError for ``alibi_slopes`` of an unknown rule or of a wrong length.
+    Raises CheckpointError for ``alibi_slopes`` of an unknown rule or of a wrong length, and for a position table that
+    leaves positions without a row.
     """
     if raw.get("position_embedding_type") != "alibi":
         return None
     heads = int(raw["num_attention_heads"])
+    learned = names[POSITIONS][0] if POSITIONS in names else 0
     gated = "encoder.layer.0.mlp.gated_layers.weight" in names
     return ModelConfig(
         architecture="jinabert",
@@ -88,6 +104,8 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
         layer_norm_eps=float(raw["layer_norm_eps"]),
         feed_forward="geglu" if gated else "gelu",
         slopes=_slopes(raw, heads),
+        learned_positions=learned,
+        repeat_from=_repeat_from(raw, learned),
         head="focus" if "head.focus" in names else "cosine" if "head.scale" in names else "classifier",
     )
 
@@ -99,6 +117,8 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "embeddings.word_embeddings.weight": (config.vocab_size, c),
         "embeddings.token_type_embeddings.weight": (config.type_vocab_size, c),
     }
+    if config.learned_positions:
+        shapes[POSITIONS] = (config.learned_positions, c)
     shapes.update(norm_shapes("embeddings.LayerNorm", c))
     for layer in range(config.num_hidden_layers):
         shapes.update(encoder.layer_shapes(config, layer))
@@ -111,13 +131,28 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def position_rows(positions: Array, config: ModelConfig) -> Array:
+    """The row of the position table for each position (T,): its own, or one that repeats (docs/model.md §3.1)."""
+    if not config.repeat_from:
+        return positions
+    period = config.learned_positions - config.repeat_from
+    return positions - period * ((positions - config.repeat_from) // period).clip(0)
+
+
+def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -> Array:
+    """LayerNorm of word + segment (+ position) embeddings: (T, C)."""
+    x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)
+    x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
+    if config.learned_positions:
+        x = x + ops.take(weights[POSITIONS], position_rows(ops.positions(batch.cu_seqlens), config))
+    return norm(weights, "embeddings.LayerNorm", x, config, ops)
+
+
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # (T, C)
-    x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
-    x = norm(weights, "embeddings.LayerNorm", x, config, ops)
+    x = embed(weights, config, batch, ops)
     cosine = config.head in COSINES
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=not cosine, trace=trace)
     if cosine:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 from turborank.errors import InputError, TooLongError
+from turborank.text import sentences
 from turborank.types import RerankerOptions
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ MAX_NOTES = 5  # truncated or empty documents that are named; the rest are count
 PATIENCE = 0.5  # seconds before the progress bar appears
 
 
-@options.with_compute
+@cli.with_compute
 def rank(
     query: Annotated[str, typer.Argument(help="The query, such as a question.", show_default=False)],
     files: Annotated[
@@ -45,7 +46,7 @@ def rank(
             show_default=False,
         ),
     ] = None,
-    model: options.Model = None,
+    model: cli.Model = None,
     top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Documents to show.", show_default="all")] = None,
     threshold: Annotated[
         str | None,
@@ -55,12 +56,12 @@ def rank(
             show_default="none",
         ),
     ] = None,
-    calibration: options.Calibration = None,
+    calibration: cli.Calibration = None,
     field: Annotated[
         list[str] | None, typer.Option(help="Field of a row to read; repeatable.", show_default="title, text")
     ] = None,
-    as_json: options.AsJson = False,
-    compute: RerankerOptions = options.DEFAULT,
+    as_json: cli.AsJson = False,
+    compute: RerankerOptions = cli.DEFAULT,
 ) -> None:
     """Rank documents by their relevance to a query.
 
@@ -203,7 +204,7 @@ def _print_table(words: Sequence[str], documents: Sequence[Named], ranking: Sequ
 
     if not ranking:
         return
-    width = options.width()
+    width = cli.width()
     name_width = min(max(len(documents[ranked.index].name) for ranked in ranking), width // 3)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("rank", justify="right")
@@ -264,12 +265,12 @@ def _stem(word: str) -> str:
 
 def passage(words: Sequence[str], text: str) -> str:
     """The sentence of ``text`` that shares most words with ``words``, weighted by rarity; ties go to the first."""
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip(" #*-=\n")] or [text]
+    pieces = [piece for piece in sentences(text) if piece.strip(" #*-=\n")] or [text]
     stems = [_stem(word) for word in words]
-    found = [{stem for stem in stems if re.search(rf"\b{re.escape(stem)}", sentence.lower())} for sentence in sentences]
+    found = [{stem for stem in stems if re.search(rf"\b{re.escape(stem)}", piece.lower())} for piece in pieces]
     frequency = Counter(stem for stems_here in found for stem in stems_here)
     weights = [sum(1 / frequency[stem] for stem in sorted(stems_here)) for stems_here in found]
-    return sentences[max(range(len(sentences)), key=lambda i: (weights[i], -i))]
+    return pieces[max(range(len(pieces)), key=lambda i: (weights[i], -i))]
 
 
 def printable(text: str) -> str:
@@ -322,11 +323,11 @@ EstimateOnly = Annotated[
 ]
 
 
-@options.with_compute
+@cli.with_compute
 def score(
     pairs: Pairs,
     out: Out = Path("scores"),
-    model: options.Model = None,
+    model: cli.Model = None,
     corpus: Corpus = None,
     query: Annotated[str, typer.Option(help="Column of the query's text.")] = "query",
     field: Field = None,
@@ -334,7 +335,7 @@ def score(
     shard: Shard = None,
     shard_pairs: ShardPairs = 20_000,
     no_texts: NoTexts = False,
-    compute: RerankerOptions = options.DEFAULT,
+    compute: RerankerOptions = cli.DEFAULT,
 ) -> int:
     """Score all pairs of a file, in bounded memory.
 
@@ -415,7 +416,7 @@ class _Report:
     def __call__(self, progress: Progress) -> None:
         self._first = self._first or progress
         now = time.monotonic()
-        if now - self._said < (0.2 if self._terminal else options.LOG_EVERY):
+        if now - self._said < (0.2 if self._terminal else cli.LOG_EVERY):
             return
         self._said = now
         done, first = progress.fraction - self._first.fraction, self._first

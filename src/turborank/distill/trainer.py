@@ -29,16 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from turborank.architectures import ARCHITECTURES
+from turborank.architectures.jinabert import POSITIONS
 from turborank.data.files import replacing_folder, write_text
-from turborank.distill.students import WORDS, Student
+from turborank.distill.students import LOGIT_PARAMETERS, WORDS, Student
 from turborank.errors import TrainingError
 from turborank.ops import torch_training
 from turborank.types import PackedBatch
 
 FLOAT32 = ("head.",)  # prefixes of parameters that are computed in float32: scalars of the head
-# Parameters of the last linear of every head: scaling these scales the logits.
-LOGIT_PARAMETERS = {f"{name}.{kind}" for name in ("classifier", "classifier.out_proj") for kind in ("weight", "bias")}
-LOGIT_PARAMETERS |= {"head.scale", "head.bias"}
 
 
 def tensors(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:
@@ -55,7 +53,7 @@ class StudentModel(nn.Module):
 
     The scale is trained with a higher learning rate and multiplied into the head when the model is saved, so that
     margin losses can rescale logits quickly. ``dtype`` is the type of activations and products; ``freeze_words`` keeps
-    the word embeddings fixed.
+    the word embeddings fixed, and the position table if its rows repeat.
     """
 
     def __init__(self, student: Student, *, dtype: torch.dtype = torch.float32, freeze_words: bool = False) -> None:
@@ -63,6 +61,8 @@ class StudentModel(nn.Module):
         self.config = student.config
         self.dtype = dtype
         self.frozen = {WORDS} if freeze_words else set[str]()
+        if freeze_words and self.config.repeat_from:
+            self.frozen.add(POSITIONS)  # short pairs would move the first rows away from those that repeat
         self.recompute = False  # gradient checkpointing per layer (arXiv 1604.06174)
         self.names = list(student.weights)
         for name, weight in student.weights.items():
@@ -174,7 +174,7 @@ class RunState:
 
 
 class Run:
-    """A student in training, and the folder of its run. See :class:`Model` for ``dtype`` and ``freeze_words``."""
+    """A student in training, and the folder of its run. ``dtype``, ``freeze_words``: see :class:`StudentModel`."""
 
     def __init__(
         self,

@@ -185,7 +185,7 @@ def _arrays(batch: PackedBatch) -> tuple[npt.NDArray[np.int32], ...]:
 def plain_config(config: ModelConfig) -> dict[str, Any]:
     """The fields of the config that the C++ side reads (native/module.cpp)."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_length",
-             "type_vocab_size", "layer_norm_eps", "position_offset")  # fmt: skip
+             "type_vocab_size", "layer_norm_eps", "position_offset", "repeat_from")  # fmt: skip
     plain: dict[str, Any] = {name: getattr(config, name) for name in names}
     plain["alibi"] = bool(config.slopes)
     plain["geglu"] = config.feed_forward == "geglu"
