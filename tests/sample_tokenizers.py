@@ -6,15 +6,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+PUBLISHED = SHARED / "reference/jina_tokenizer/tokenizer.json"
 WORDS = ("red", "blue", "bee", "tree")
 
 
 def published_tokenizer() -> Tokenizer:
     """The jina rerankers' tokenizer; the test is skipped where it is not available."""
-    path = SHARED / "reference/jina_tokenizer/tokenizer.json"
-    if not path.exists():
-        pytest.skip(f"needs the published tokenizer, {path.name}, which is not on this machine")
-    return Tokenizer.from_file(str(path))
+    if not PUBLISHED.exists():
+        pytest.skip(f"needs the published tokenizer, {PUBLISHED.name}, which is not on this machine")
+    return Tokenizer.from_file(str(PUBLISHED))
 
 
 def bpe_tokenizer() -> Tokenizer:

@@ -1,6 +1,6 @@
 """Commands that write, with a full disk, a read-only disk or a kill at every call that changes a file.
 
-python file_faults.py CASE FEW      FEW: calls of each kind that fail, 0 for all
+python file_faults.py CASE FEW      FEW: calls of each kind that fail, 0 for all. Prints a line for each fault.
 
 Each attempt is a forked process in a copy of the same folder. After it, every file is what it was before, or one of the
 contents it had in an undisturbed run; and the same command, run again, leaves what an undisturbed run leaves. The clock
@@ -9,6 +9,7 @@ is stopped, so that files with durations are equal, too.
 
 import contextlib
 import datetime
+import functools
 import io
 import json
 import os
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +93,7 @@ CASES = {
     "score": Case("score pairs.jsonl --model model --threads 1 --shard-pairs 3 --out out"),
     "distill lists": Case(LISTS),
     "distill score": Case(TEACHER, (LISTS,)),
+    "distill student": Case("distill student layers --from model --layers 1 --out student", whole="student"),
     "distill suspects": Case("distill suspects lists -t slow", (LISTS, TEACHER)),
     "Hub download": Case("acme/reranker", run=_hub),
     "checkpoint of a training run": Case("best", run=_replace, whole="best"),
@@ -140,6 +141,8 @@ def tree(folder: Path) -> Tree:
         if hidden or not path.is_file() or path.name.endswith(".incomplete"):
             continue
         if path.parent.name == "blobs" and path.name.startswith("tmp_"):  # of huggingface_hub
+            continue
+        if path.name == "CACHEDIR.TAG":  # of huggingface_hub, too: tells backup programs to leave the folder out
             continue
         if path.name.endswith((f"{SQLITE}-wal", f"{SQLITE}-shm", f"{SQLITE}-journal")):
             continue
@@ -279,14 +282,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="turborank-faults-") as root, hub(Path(root) / "hub"):
         os.environ["HF_HOME"] = str(Path(root).resolve() / "work" / "hub")
         sweep = Sweep(name, Path(root).resolve())
-        found: dict[str, Counter[str]] = {}
-        calls = {}
-        for kind in (injection.KILL, injection.FULL, injection.READ_ONLY):
-            total = calls[injection.NAMES[kind]] = sweep.calls(kind)
-            for first in injection.some(total, few, every=not few):
-                outcome = sweep.check(kind, first, injection.EVER)
-                found.setdefault(injection.NAMES[kind], Counter())[outcome] += 1
-    print(json.dumps({"outcomes": found, "calls": calls}))
+        calls = {
+            kind: injection.some(sweep.calls(kind), few, every=not few)
+            for kind in (injection.KILL, injection.FULL, injection.READ_ONLY)
+        }
+        for kind, places in calls.items():
+            injection.plan(f"{name}: {injection.NAMES[kind]}", len(places))
+        for kind, places in calls.items():
+            for first in places:
+                check = functools.partial(sweep.check, kind, first, injection.EVER)
+                injection.report(f"{name}: {injection.NAMES[kind]}", check)
 
 
 if __name__ == "__main__":
