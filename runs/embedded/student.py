@@ -1,4 +1,4 @@
-"""The student before it has learnt anything: six layers of ms-marco-MiniLM-L-12, its positions kept, ALiBi added.
+"""The student before it has learnt anything: nine layers of ms-marco-MiniLM-L-12, its positions kept, ALiBi added.
 
 The 512 learned positions stay, and rows 64 … 511 repeat for the tokens after them (docs/model.md §3.1), so that pairs
 of up to 512 tokens are read as the teacher reads them. ALiBi's slopes are assigned to heads, layer by layer, so that
@@ -22,8 +22,18 @@ from turborank.distill.students import ALIBI, Student, keep_layers
 from turborank.distill.trainer import tensors
 from turborank.ops import torch_training as training
 
-KEPT = (0, 2, 4, 6, 8, 11)  # the teacher's layers, from 0, whose weights the student begins with
-TARGETS = (2, 4, 6, 8, 11, 12)  # states that the student's layers learn: the input of the next kept layer; the last
+KEPT = (0, 1, 3, 4, 6, 7, 9, 10, 11)  # the teacher's layers, from 0, whose weights the student begins with
+TARGETS = (
+    1,
+    3,
+    4,
+    6,
+    7,
+    9,
+    10,
+    11,
+    12,
+)  # states that the student's layers learn: the input of the next kept layer; the last
 SLOPES = (*(2.0 ** -(4 + h / 2) for h in range(5)), *(2.0**-h for h in range(7, 13)), 0.0)
 REPEAT_FROM = 64  # positions before it belong to the query
 STATED = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "layer_norm_eps")

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --first V1 --out WORK/run
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
-states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .3, and
+states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .5, and
 KL (T = 3), MarginMSE and squared error against
 
     L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
@@ -11,8 +11,8 @@ KL (T = 3), MarginMSE and squared error against
 with a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
 scientific ones. The teachers read each batch beside the student, so nothing is stored.
 
-In the second phase half of the lists are scientific ones (a quarter before, as in the pool), and their states in the
-last two layers are free: what L-12 concludes there is not what is to be learnt.
+Half of the lists are scientific ones. Their states in the last layers are free: what L-12 concludes there is not what
+is to be learnt.
 
 Documents longer than L-12 reads are made by hiding a passage among others: L-12 reads them in windows, each with the
 question, and its best window's logit counts. Word and position embeddings are not trained. Runs stop and go on by
@@ -113,10 +113,9 @@ class HiddenAndLists:
     long_every, window = 32, 350
     cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
     lists_from, lists_whole = 0.3, 300  # weight of the lists at step 0; the step from which it is 1
-    phase = 700  # step at which the second phase begins
-    hidden = (0, phase - 1, phase, 1300), (3.0, 3.0, 1.0, 0.3)  # steps, and the weight of the states at each
-    science = 0.25, 0.5  # share of scientific lists in each phase
-    free = 2  # last layers whose states scientific lists do not learn in the second phase
+    hidden = (60, 240), (3.0, 0.5)  # steps, and the weight of the states before, between and after them
+    science = 0.5  # share of scientific lists
+    free = 5  # last layers whose states scientific lists do not learn
 
     def __init__(
         self, work: Path, corpus: Corpus, teacher: Teacher, first: Path, *, budget: int, seed: int, rank: int = 0
@@ -155,7 +154,7 @@ class HiddenAndLists:
         loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
         loss = loss * min(1.0, self.lists_from + (1 - self.lists_from) * step / self.lists_whole)
         if states is not None:
-            science = np.isin(rows, self.of_kind["science"]) & (step >= self.phase)
+            science = np.isin(rows, self.of_kind["science"])
             learning = torch.from_numpy(np.repeat(~science, [len(some) for some in members])).to(wanted.device)
             hidden = self._hidden(trace[1:], [states[layer] for layer in TARGETS], learning, np.diff(batch.cu_seqlens))
             loss, parts["hidden"] = loss + float(np.interp(step, *self.hidden)) * hidden, hidden.item()
@@ -184,10 +183,9 @@ class HiddenAndLists:
         cut = int(rng.choice(self.cuts))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         hard = 2 if is_long else 5
-        share = self.science[int(step >= self.phase)]
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
-            kind = self.of_kind["science" if rng.random() < share else "web"]
+            kind = self.of_kind["science" if rng.random() < self.science else "web"]
             row = int(kind[rng.integers(len(kind))])
             order = np.argsort(-self.cosines[row])
             chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
@@ -210,11 +208,11 @@ def main() -> None:
     parser.add_argument("--first", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--student", type=Path, help="begin with this folder instead of the teacher's layers")
-    parser.add_argument("--steps", type=int, default=1850)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--steps", type=int, default=460)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--budget", type=int, default=6144, help="tokens of a step in each process")
-    parser.add_argument("--every", type=int, default=200, help="steps between two evaluations")
-    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--every", type=int, default=115, help="steps between two evaluations")
+    parser.add_argument("--seed", type=int, default=21)
     args = parser.parse_args()
     teacher = args.work / "teachers" / "ms-marco-MiniLM-L-12-v2"
     corpus = Corpus(args.work, teacher)
@@ -224,9 +222,9 @@ def main() -> None:
     schedule = Schedule(
         args.steps,
         learning_rate=args.lr,
-        warmup=60,
+        warmup=25,
         decay="linear",
-        average=0.99,
+        average=0.98,
         save_every=100,
         evaluate_every=args.every,
     )
