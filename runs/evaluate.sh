@@ -36,6 +36,7 @@ evaluate() { # name of the part, then the command's arguments
 evaluate trec-dl21 trec-dl21-pool --run "$DATA/trec-dl21-pool/runs/bm25.txt"
 evaluate meetings-512 qmsum --depth "$MEETINGS" --skip-constant --max-length 512
 evaluate passages npl med wikiqa cisi
+evaluate open "$DATA/hotpotqa-hipporag" "$DATA/clapnq-dev" "$DATA/liveqa-med-nist"
 evaluate rag chunking_evaluation anthropic-docs-rag --depth 10
 evaluate saturated pubmedqa-l --depth 10
 evaluate aerodynamics cranfield

@@ -21,7 +21,7 @@ KEPT = (
 )  # fmt: skip
 COLUMNS = ("nDCG@10", "R@100", "MRR@10", "MAP", "Success@1", "Success@5", "Success@10")
 PARTS = (
-    "science", "trec-dl21", "passages", "aerodynamics", "articles", "saturated", "rag",
+    "science", "trec-dl21", "passages", "aerodynamics", "articles", "open", "saturated", "rag",
     "meetings-512", "meetings-passages", "meetings-truncated", "meetings-windows",
 )  # fmt: skip
 # Rows of the small tables, and the collections whose nDCG@10 they show.

@@ -20,6 +20,7 @@ ROWS: list[dict[str, Any]] = json.loads((RUNS / "results" / "evaluation.json").r
 
 def test_every_available_collection_is_in_the_table() -> None:
     at_hand = {name for name, row in DATASETS.items() if row.group in ("collections", "rag")} | {"scifact"}
+    at_hand |= {"hotpotqa-hipporag", "clapnq-dev", "liveqa-med-nist"}  # folders in BEIR layout, without a row
     assert {row["name"] for row in ROWS} == at_hand
     script = (RUNS / "evaluate.sh").read_text()
     assert all(name in script for name in at_hand)
