@@ -1,4 +1,4 @@
-"""Tokenizers for tests: the published one where it is at hand, and two tiny ones with real templates."""
+"""Tokenizers for tests: the published one where it is available, and two tiny ones with real templates."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ WORDS = ("red", "blue", "bee", "tree")
 
 
 def published_tokenizer() -> Tokenizer:
-    """The jina rerankers' own; the test is skipped where it is not at hand."""
+    """The jina rerankers' tokenizer; the test is skipped where it is not available."""
     if not PUBLISHED.exists():
         pytest.skip(f"needs the published tokenizer, {PUBLISHED.name}, which is not on this machine")
     return Tokenizer.from_file(str(PUBLISHED))

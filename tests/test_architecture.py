@@ -1,6 +1,6 @@
-"""The shape of the code, as tests: who may import whom, how long things may grow, what is public.
+"""Architecture rules: allowed imports, sizes of files and functions, the public interface.
 
-The ladder below is the one statement of the layers; docs/architecture.md explains it.
+LADDER defines the layers; docs/architecture.md explains them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def unit(module: str) -> str:
 
 
 def imported(module: str) -> Iterator[tuple[str, str]]:
-    """Every import statement of a module, wherever it stands, as (top-level library, module inside turborank)."""
+    """Every import of a module, also inside functions, as (top-level library, module inside turborank)."""
     for node in ast.walk(TREES[module]):
         names: list[str] = []
         if isinstance(node, ast.Import):

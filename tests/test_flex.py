@@ -1,4 +1,4 @@
-"""The GPU attention, run on the CPU: the same kernel source, block tables and bound, compiled for another target."""
+"""FlexAttention compiled for the CPU: the same kernel source, block tables and bound as on a GPU."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_blocks_out_of_reach_are_not_visited() -> None:
 
 
 def test_reach_keeps_its_promise() -> None:
-    """The mass a row really has beyond its head's reach, in float64, against eps times the row's mass."""
+    """The softmax mass of each row beyond its head's reach, in float64, against eps times the row's mass."""
     q, k, _, _ = tensors()
     slopes, eps = standard_slopes(4), 1e-3
     heads = [torch.from_numpy(np.ascontiguousarray(x.reshape(-1, 4, 16).transpose(1, 0, 2))) for x in (q, k)]

@@ -75,7 +75,7 @@ def test_attention_equals_the_reference_for_any_lengths(lengths: list[int], scal
 
 
 def test_keys_out_of_reach_are_not_read() -> None:
-    """Values far away are NaN: whoever multiplies them, even by zero, gets NaN. Steep heads do not, flat ones do."""
+    """Distant values are NaN; reading them gives NaN, even with weight 0. Steep heads skip them, flat ones do not."""
     slopes = (1.0, 1e-4)
     q, k, v = random_qkv([1024], 2, 1.0)
     _, where = layout([1024])
@@ -86,7 +86,7 @@ def test_keys_out_of_reach_are_not_read() -> None:
 
 
 def test_a_key_that_matters_is_read_however_far() -> None:
-    """One key far away with the largest norm of all, straight along the first query: exp(40) outweighs the distance."""
+    """One distant key has the largest norm and the first query's direction: exp(40) outweighs the distance."""
     q, k, v = random_qkv([1024], 1, 0.05)
     q[0], k[900] = 0.0, 0.0
     q[0, 0], k[900, 0] = 32**0.5, 2.0**-5 * 900 + 40  # slope 2^-5: score less distance is 40
@@ -117,7 +117,7 @@ def test_rows_equal_the_reference(width: int) -> None:
 
 
 def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> triton_ops.GraphRunner:
-    """What engines.torch makes on a GPU."""
+    """The runner that engines.torch creates on a GPU."""
     moved = converted(weights, getattr(torch, dtype), DEVICE)
     forward = ARCHITECTURES[config.architecture].forward
     fill = config.head == "classifier" and config.architecture != "deberta"

@@ -47,7 +47,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def interrupting(line: int) -> Callable[[], bool]:
-    """Press Ctrl-C at the n-th line of data/files.py that runs from now on; whether it came to that."""
+    """Press Ctrl-C at the n-th line of data/files.py from now on; returns a function that tells if it was reached."""
     passed = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -241,7 +241,7 @@ def test_distill_score(collection: Path, tmp_path: Path) -> None:
 
 
 def test_distill_train(collection: Path, tmp_path: Path) -> None:
-    """The last checkpoint stays complete, and the same command continues from it."""
+    """The last checkpoint is complete, and the same command continues from it."""
     for library in ("bm25s", "accelerate", "ir_measures"):
         pytest.importorskip(library, reason=f"{library} is not installed in this environment")
     lists, run = tmp_path / "lists", tmp_path / "run"

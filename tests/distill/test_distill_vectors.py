@@ -50,7 +50,7 @@ def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
 
 
 def test_a_bi_encoder_s_scores_are_cosines(tmp_path, model):
-    """Computed in bfloat16, whose rounding (2^-9) a cosine of unit vectors shows about once."""
+    """Computed in bfloat16; a cosine of unit vectors is off by about one rounding (2^-9)."""
     folder = made(tmp_path, model)
     teachers.score(folder, teachers.parse(f"mini=biencoder:{model}"))
     queries, documents = their_vectors(model, folder.queries), their_vectors(model, folder.texts)
@@ -62,7 +62,7 @@ def test_a_bi_encoder_s_scores_are_cosines(tmp_path, model):
 
 
 def test_pools_hold_the_bi_encoder_s_best(tmp_path, model):
-    """Where its best is further before the fourth than bfloat16 can err."""
+    """For queries whose best cosine exceeds the fourth by more than bfloat16's error."""
     folder = made(tmp_path, model)
     queries, documents = their_vectors(model, folder.queries), their_vectors(model, folder.texts)
     clear = 0

@@ -1,10 +1,10 @@
-"""Commands that write, with a full disk, a read-only disk, or a kill, at every call that changes a file.
+"""Commands that write, with a full disk, a read-only disk or a kill at every call that changes a file.
 
 python file_faults.py CASE FEW      FEW: calls of each kind that fail, 0 for all. Prints a line for each fault.
 
 Each attempt is a forked process in a copy of the same folder. After it, every file is what it was before, or one of the
 contents it had in an undisturbed run; and the same command, run again, leaves what an undisturbed run leaves. The clock
-stands still, so that files which tell how long something took are equal as well.
+is stopped, so that files with durations are equal, too.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def _hub(arguments: list[str]) -> int:
-    """Load a repository of the stand-in Hub; 2, and a message, where that is refused."""
+    """Load a repository of the stand-in Hub; 2 and a message if that fails."""
     from turborank import checkpoint
     from turborank.errors import TurborankError
 
@@ -122,7 +122,7 @@ def hub(folder: Path) -> Iterator[None]:
 
 
 def stage(folder: Path) -> None:
-    """What a case begins with."""
+    """Create the folder of a case."""
     write_checkpoint(folder / "model", native_config())
     write_mini(folder / "mini")
     (folder / "best").mkdir()
@@ -226,7 +226,7 @@ class Sweep:
         os.chdir(here)
 
     def fresh(self) -> None:
-        """A copy of what the case begins with."""
+        """A copy of the case's initial folder."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.pristine, self.work, symlinks=True)
 
@@ -234,13 +234,13 @@ class Sweep:
         return (self.root / "stderr").read_text(errors="replace")
 
     def calls(self, kind: int) -> int:
-        """Calls of an undisturbed run that ``kind`` could strike."""
+        """Number of calls of an undisturbed run at which a fault of ``kind`` can be injected."""
         self.fresh()
         assert attempt(self.case, self.work, (kind, 0, 0)) == 0, self.said()
         return int((self.root / "count").read_text())
 
     def check(self, kind: int, first: int, last: int) -> str:
-        """One fault, what it left, and the same command again."""
+        """Inject one fault, check the files, and run the same command again."""
         self.fresh()
         code, what = attempt(self.case, self.work, (kind, first, last)), f"{injection.NAMES[kind]} at {first}"
         if kind == injection.KILL:

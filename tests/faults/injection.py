@@ -1,4 +1,4 @@
-"""faults.c from Python: built once, preloaded into processes of their own, armed and counted."""
+"""faults.c from Python: builds it once, preloads it into child processes, arms it and counts faults."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def outcomes(done: subprocess.CompletedProcess[str]) -> dict[str, Counter[str]]:
 
 
 class Injector:
-    """The library in the process that it was preloaded into."""
+    """The preloaded library of this process."""
 
     def __init__(self) -> None:
         self._library: Any = ctypes.CDLL(os.environ[VARIABLE])
@@ -117,11 +117,11 @@ class Injector:
         self.count = 0  # calls that the last ``armed`` was about
 
     def arm(self, kind: int, first: int = 0, last: int = 0, below: str = "", record: str = "") -> None:
-        """From now on the calls ``first`` to ``last`` of those that ``kind`` is about fail; (0, 0) counts them only."""
+        """Let the calls ``first`` to ``last`` of ``kind`` fail from now on; (0, 0) only counts calls."""
         self._library.faults_arm(kind, first, last, below.encode(), record.encode())
 
     def disarm(self) -> int:
-        """Nothing fails any more; the calls since ``arm``."""
+        """Stop failing calls; number of calls since ``arm``."""
         self.count = int(self._library.faults_disarm())
         return self.count
 

@@ -1,4 +1,4 @@
-"""Every allocation of the native engine fails in turn. Prints a line for each fault.
+"""Lets every allocation of the native engine fail in turn. Prints a line for each fault.
 
 python native_memory.py FEW [KIND]      FEW: allocations of each case that fail, 0 for all; KIND: 0 to 2, a row of KINDS
 """
@@ -23,7 +23,7 @@ BATCH = packed([5, 40, 700, 9, 1200, 64], vocab_size=100)
 
 
 def resident() -> float:
-    """MiB of this process."""
+    """Resident MiB of this process."""
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -44,7 +44,7 @@ class Case:
         return [engine.logits(BATCH).tobytes()]
 
     def attempt(self, first: int, last: int) -> str:
-        """What became of the call while allocations ``first`` to ``last`` failed."""
+        """The outcome of the call while allocations ``first`` to ``last`` fail."""
         engine = None if self.call == "prepare" else self.prepared()
         outcome = "survived"
         with FAULTS.armed(injection.MEMORY, first, last):

@@ -1,4 +1,4 @@
-"""Inputs that fuzzing found to raise something else than an error of the hierarchy, reduced; (target, input)."""
+"""Reduced inputs, found by fuzzing, that raised errors outside the hierarchy: (target, input)."""
 
 DIGITS, DEEP = b"9" * 5000, b"[" * 100_000  # more than json.loads takes: ValueError, RecursionError
 TOKENIZER = (
