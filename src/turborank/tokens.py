@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from turborank.errors import CheckpointError, InputError, TooLongError, UnknownK
 from turborank.text import plain
 from turborank.types import Encoding, Int32, PackedBatch, Pair
 
+_Result = TypeVar("_Result")
 LENGTH_POLICIES = ("truncate", "windows", "error")
 WINDOW_OVERLAP = 0.25  # share of a window's document tokens that the next window repeats
 CHARACTERS_PER_TOKEN = 12  # a text of more than max_length times as many characters is expected to be cut
@@ -148,7 +149,7 @@ def library_parallelism() -> bool:
     return os.environ.setdefault(PARALLELISM, "false").lower() not in ("", "0", "off", "false", "f", "no", "n")
 
 
-def _checked(encode: Callable[..., Any], *texts: Any, **options: bool) -> Any:
+def _checked(encode: Callable[..., _Result], *texts: Any, **options: bool) -> _Result:
     """``encode`` of texts. The library's errors have no type of their own; they become CheckpointError."""
     try:
         return encode(*texts, **options)

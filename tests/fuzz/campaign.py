@@ -9,6 +9,7 @@ found-TARGET-… what failed. Exit code 1 if anything was found.
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 COUNTS = {"inputs": "number_of_executed_units", "MiB": "peak_rss_mb"}  # ours -> libFuzzer's
 PATIENCE = 300  # seconds beyond the time given, to import and to end, on a busy machine
+ENDING = 30  # seconds to end after Ctrl-C
 FOUND = ("crash", "timeout", "oom", "leak")  # what libFuzzer names its findings
 
 Counts = dict[str, dict[str, float]]
@@ -32,10 +34,11 @@ def fuzz(target: str, seconds: float, folder: Path) -> dict[str, float]:
             process.wait(seconds + PATIENCE)
         except KeyboardInterrupt:
             stopped = True
+            process.send_signal(signal.SIGINT)
         except subprocess.TimeoutExpired:
             process.kill()
         try:
-            process.wait(PATIENCE)
+            process.wait(ENDING)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -61,7 +64,7 @@ def findings(target: str, folder: Path) -> list[str]:
 def row(target: str, spent: dict[str, float], found: list[str]) -> str:
     return (
         f"{target:12} {spent['seconds']:8,.0f} s {spent['inputs']:12,.0f} inputs {spent['MiB']:7,.0f} MiB"
-        f"  {', '.join(found) or 'nothing found'}"
+        f"  {', '.join(found) or ('nothing found' if spent['inputs'] else 'not run')}"
     )
 
 

@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from safetensors import SafetensorError
-
 from turborank.errors import InputError, UnknownKeyError
 from turborank.text import plain
 
@@ -214,13 +212,14 @@ def replacing_together(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Raise what safetensors says of a file that cannot be written as the OSError that it was."""
+    """Raise an error of safetensors about a file that cannot be written as the OSError that it was."""
     try:
         yield
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
+    except Exception as error:
+        number = None if isinstance(error, OSError) else re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _readable(folder: Path) -> list[Path]:
