@@ -56,6 +56,11 @@ def supports(config: ModelConfig) -> bool:
     return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
+def build() -> str:
+    """The compiler of the engine and its level of optimisation, as ``GNU 12.2.0 -O3``."""
+    return str(getattr(_native, "build", "unknown"))
+
+
 def isas() -> list[str]:
     """Instruction-set rows that this machine can run, best first."""
     return [] if _native is None else list(_native.isas())
