@@ -13,8 +13,7 @@ import pytest
 from turborank.cli import documents
 from turborank.data import datasets, trec
 from turborank.data.corpus import JsonlCorpus
-from turborank.data.files import read_records
-from turborank.data.rows import RowReader
+from turborank.data.files import RowReader, read_records
 from turborank.distill import formats
 from turborank.errors import InputError
 from turborank.evaluate import calibrate

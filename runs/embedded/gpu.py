@@ -27,7 +27,7 @@ from common import TorchCrossEncoder, load
 from safetensors.numpy import load_file, save_file
 from train import Corpus, HiddenAndLists, Student, make
 
-from turborank.distill.ship import write_int8
+from turborank.distill.students import write_int8
 from turborank.distill.trainer import Run, Schedule
 
 PART, RESULT = 38_000_000, 16 * 2**20

@@ -15,8 +15,7 @@ import numpy as np
 from common import HELD_OUT, lines, load
 
 from turborank import engines
-from turborank.distill.ship import platt, scale_logits, write_int8
-from turborank.distill.students import Student
+from turborank.distill.students import Student, platt, scale_logits, write_int8
 from turborank.scheduler import score
 from turborank.tokens import PairEncoder
 from turborank.types import Pair

@@ -20,8 +20,20 @@ import numpy as np
 
 from turborank.calibration import sigmoid
 from turborank.data.corpus import JsonlCorpus
-from turborank.data.files import NOT_JSON, check_folder, check_inputs, file_hash, identity, replacing, write_json
-from turborank.data.rows import Columns, Record, RowReader, RowWriter, writer
+from turborank.data.files import (
+    NOT_JSON,
+    Columns,
+    Record,
+    RowReader,
+    RowWriter,
+    check_folder,
+    check_inputs,
+    file_hash,
+    identity,
+    replacing,
+    write_json,
+    writer,
+)
 from turborank.errors import InputError, TooLongError
 from turborank.reranker import Reranker
 from turborank.text import DEFAULT_FIELDS, document_text

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 pytest.importorskip("torch", reason="distillation needs pip install 'turborank[train]'")
 
 from turborank import Reranker
-from turborank.distill.ship import RIDGE, average, platt, scale_logits, write_int8
+from turborank.distill.students import RIDGE, average, platt, scale_logits, write_int8
 from turborank.errors import InputError
 
 PAIRS = [("which bee", "a bee of the trees"), ("which bee", "rents rose in the city")]

@@ -13,7 +13,7 @@ from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.recover import ReadingOptions, RecoveryLoss, Texts, check, joint_batch
 from turborank.distill.trainer import Run, Schedule, StudentModel, tensors
-from turborank.errors import CheckpointError, InputError
+from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import reference, torch_training
 from turborank.ops import torch as torch_ops
 from turborank.types import Pair
@@ -30,7 +30,7 @@ def bert_folder(tmp_path_factory):
     tokenizer = students.train_tokenizer(TEXTS, size=200)
     config = transformers.BertConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=96, max_position_embeddings=64,
+        intermediate_size=96, max_position_embeddings=96,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.BertModel(config).eval()
@@ -88,6 +88,27 @@ def test_heads_move_with_everything_that_belongs_to_them(bert_folder):
     for student in (plain, matched):
         student.raw_config["alibi_slopes"] = [0.01] * 4
     torch.testing.assert_close(StudentModel(plain)(batch), StudentModel(matched)(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_repeated_positions_leave_the_source_as_it_is(bert_folder):
+    """With flat slopes every state is that of transformers' own class, which reads the pair with its segments."""
+    folder, theirs = bert_folder
+    student = students.from_bert(folder, positions="repeat", head="classifier", max_length=1000)
+    student.raw_config["alibi_slopes"] = [0.0] * 4
+    assert (student.config.learned_positions, student.config.repeat_from, student.config.max_length) == (96, 64, 1000)
+    batch, trace = tensors_of(student, TEXTS[0], TEXTS[1]), []
+    StudentModel(student)(batch, trace)
+    with torch.no_grad():
+        read = theirs(
+            batch.input_ids[None].long(), token_type_ids=batch.type_ids[None].long(), output_hidden_states=True
+        )
+    for ours, other in zip(trace[:-1], read.hidden_states, strict=False):
+        torch.testing.assert_close(ours.detach(), other[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(trace[-1][0].detach(), read.hidden_states[-1][0, 0], atol=2e-5, rtol=1e-4)
+    frozen = StudentModel(student, freeze_words=True)
+    assert frozen.frozen == {students.WORDS, "embeddings.position_embeddings.weight"}
+    with pytest.raises(UnknownKeyError, match="positions"):
+        students.from_bert(folder, positions="last")
 
 
 def tensors_of(student, query, document):

@@ -11,10 +11,10 @@ import pytest
 from mini import DOCUMENTS, append
 
 from turborank import InputError, UnknownKeyError
-from turborank.data.corpus import JsonlCorpus, MemoryCorpus
+from turborank.data.bm25 import bm25_run
+from turborank.data.corpus import JsonlCorpus, MemoryCorpus, cut, holder
 from turborank.data.dataset_table import PUBLISHED
-from turborank.data.datasets import bm25_run, expand, load
-from turborank.data.layouts import cut, holder
+from turborank.data.datasets import expand, load
 from turborank.data.trec import Scored, read_qrels, read_run, write_run
 from turborank.evaluate import DATASETS, GROUPS
 from turborank.evaluate.measures import means, per_query

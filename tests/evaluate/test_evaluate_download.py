@@ -16,9 +16,9 @@ from mini import write_mini
 
 from turborank import InputError
 from turborank.data import datasets
+from turborank.data.corpus import LAYOUTS
 from turborank.data.dataset_table import DatasetRow, Download
 from turborank.data.datasets import fetch, obtain
-from turborank.data.layouts import LAYOUTS
 from turborank.evaluate import DATASETS
 
 

@@ -8,9 +8,9 @@ import pytest
 from mini import DOCUMENTS
 
 from turborank import InputError
-from turborank.data.bm25 import BM25, Analyzer
+from turborank.data.bm25 import BM25, Analyzer, bm25_run
 from turborank.data.corpus import MemoryCorpus
-from turborank.data.datasets import bm25_run, load
+from turborank.data.datasets import load
 from turborank.data.trec import read_run
 from turborank.evaluate import EvaluateOptions, evaluate
 from turborank.evaluate.measures import means, per_query

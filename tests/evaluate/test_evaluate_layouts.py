@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from turborank import InputError
+from turborank.data.corpus import LAYOUTS
 from turborank.data.datasets import load
-from turborank.data.layouts import LAYOUTS
 from turborank.evaluate import DATASETS
 from turborank.evaluate.record import QueryScores, appending, read
 

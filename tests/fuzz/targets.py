@@ -22,7 +22,7 @@ from sample_tokenizers import wordpiece_tokenizer
 
 from turborank import calibration, checkpoint
 from turborank.cli import documents as named_files
-from turborank.data import layouts, rows, trec
+from turborank.data import corpus, files, trec
 from turborank.distill import formats
 from turborank.errors import TurborankError
 from turborank.tokens import PairEncoder
@@ -128,20 +128,20 @@ def beir(data: bytes) -> None:
     parts = [*data.split(b"\n---\n"), b"", b""]
     for name, part in zip(("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"), parts, strict=False):
         SCRATCH.write(f"beir/{name}", part)
-    found = layouts.LAYOUTS["beir"](SCRATCH.path() / "beir", "test", None)
+    found = corpus.LAYOUTS["beir"](SCRATCH.path() / "beir", "test", None)
     assert len(list(found.corpus.texts())) == len(found.corpus)
 
 
 def llamaindex(data: bytes) -> None:
     """LlamaIndex's JSON."""
-    layouts.LAYOUTS["llamaindex"](SCRATCH.write("llama.json", data), "", None)
+    corpus.LAYOUTS["llamaindex"](SCRATCH.write("llama.json", data), "", None)
 
 
 def chunks(data: bytes) -> None:
     """questions_df.csv beside a text."""
     SCRATCH.write("chunks/corpora/bees.md", b"bees choose a home " * 50)
     SCRATCH.write("chunks/questions_df.csv", data)
-    layouts.LAYOUTS["chunks"](SCRATCH.path() / "chunks", "", None)
+    corpus.LAYOUTS["chunks"](SCRATCH.path() / "chunks", "", None)
 
 
 def _table(name: str) -> Callable[[bytes], None]:
@@ -149,7 +149,7 @@ def _table(name: str) -> Callable[[bytes], None]:
         path = SCRATCH.write(name, data)
         with contextlib.suppress(TurborankError):
             named_files.read([str(path)], io.BytesIO())
-        for _ in rows.RowReader(path):
+        for _ in files.RowReader(path):
             pass
 
     return read

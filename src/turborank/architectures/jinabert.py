@@ -139,15 +139,20 @@ def position_rows(positions: Array, config: ModelConfig) -> Array:
     return positions - period * ((positions - config.repeat_from) // period).clip(0)
 
 
+def embed(weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops) -> Array:
+    """LayerNorm of word + segment (+ position) embeddings: (T, C)."""
+    x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)
+    x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
+    if config.learned_positions:
+        x = x + ops.take(weights[POSITIONS], position_rows(ops.positions(batch.cu_seqlens), config))
+    return norm(weights, "embeddings.LayerNorm", x, config, ops)
+
+
 def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x = ops.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # (T, C)
-    x = x + ops.take(weights["embeddings.token_type_embeddings.weight"], batch.type_ids)
-    if config.learned_positions:
-        x = x + ops.take(weights[POSITIONS], position_rows(ops.positions(batch.cu_seqlens), config))
-    x = norm(weights, "embeddings.LayerNorm", x, config, ops)
+    x = embed(weights, config, batch, ops)
     cosine = config.head in COSINES
     x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=not cosine, trace=trace)
     if cosine:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 from turborank.types import RerankerOptions
 
 LISTS_EXAMPLES = (
@@ -173,7 +173,7 @@ def lists(
         seed=seed,
     )
     plan = PoolPlan(bm25, bm25_depth, dense if dense_model else 0, dense_depth, random)
-    with options.progress() as progress:
+    with cli.progress() as progress:
         manifest = build(what, out, plan, dense=dense_model, progress=progress)
     counts = manifest["counts"]
     print(
@@ -186,12 +186,12 @@ def lists(
         print(f"  left out: {count:,} {what}")
 
 
-@options.with_compute
+@cli.with_compute
 def score(
     folder: Folder,
     teacher: Teachers,
     cache: Cache = None,
-    compute: RerankerOptions = options.DEFAULT,
+    compute: RerankerOptions = cli.DEFAULT,
     http_model: HttpModel = None,
     key_env: KeyEnv = "TURBORANK_TEACHER_KEY",
     scale: Scale = "auto",
@@ -212,7 +212,7 @@ def score(
     specs = [teachers.parse(text) for text in teacher]
     http = http_teacher.HttpOptions(http_model, key_env, scale, documents, parallel, rate, timeout, attempts)
     how = teachers.TeacherOptions(vars(compute), http)
-    with options.progress() as progress:
+    with cli.progress() as progress:
         lists = TrainingFolder.load(folder)
         for spec in specs:
             print(teachers.score(lists, spec, how, cache=cache, progress=progress))
@@ -244,7 +244,7 @@ def suspects(folder: Folder, teacher: Ensemble, margin: Margin = 0.0, out: Table
         share = row.suspects / row.unlabelled if row.unlabelled else 0.0
         counts = (f"{row.queries:,}", f"{row.with_suspects / row.queries:.1%}", f"{row.suspects:,}", f"{share:.1%}")
         table.add_row(row.source or "–", *counts)
-    Console(width=options.width(), highlight=False, markup=False).print(table)
+    Console(width=cli.width(), highlight=False, markup=False).print(table)
     print(f"\n{path}")
 
 

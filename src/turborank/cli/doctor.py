@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 from turborank.errors import TurborankError
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ EXAMPLES = (
 
 
 def doctor(
-    model: options.Model = None,
-    engine: options.Engine = "auto",
-    precision: options.Precision = "auto",
-    as_json: options.AsJson = False,
+    model: cli.Model = None,
+    engine: cli.Engine = "auto",
+    precision: cli.Precision = "auto",
+    as_json: cli.AsJson = False,
 ) -> int:
     """Check this installation: versions, CPU, engines, model files, and the scores of two documents.
 
@@ -241,10 +241,10 @@ Fast = Annotated[
 def bench(
     workload: Workloads = None,
     rounds: Rounds = 3,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
     peers: Peers = None,
     no_error: Fast = False,
-    as_json: options.AsJson = False,
+    as_json: cli.AsJson = False,
 ) -> None:
     """Measure speed in tokens per second, and the error against the reference engine.
 
@@ -265,7 +265,7 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=options.width(), highlight=False, markup=False)
+    console = Console(width=cli.width(), highlight=False, markup=False)
     for name, rows in found["workloads"].items():
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column(benchmark.title(name), overflow="fold")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 from turborank.errors import InputError
 from turborank.types import RerankerOptions
 
@@ -79,7 +79,7 @@ KeepUnknown = Annotated[
 Listed = Annotated[bool, typer.Option("--list", help="List the datasets known by name, and exit.")]
 
 
-@options.with_compute
+@cli.with_compute
 def evaluate(
     datasets: Datasets = None,
     models: Models = None,
@@ -93,7 +93,7 @@ def evaluate(
     sample: Sample = None,
     skip_constant: SkipConstant = False,
     keep_unknown: KeepUnknown = False,
-    compute: RerankerOptions = options.DEFAULT,
+    compute: RerankerOptions = cli.DEFAULT,
     listed: Listed = False,
 ) -> None:
     """Measure models on datasets: rerank the results of a first stage, compare, report.
@@ -119,7 +119,7 @@ def evaluate(
         offline=bool(compute.offline), measures=[name.strip() for name in (measures or "").split(",") if name.strip()],
         sample=sample, skip_constant=skip_constant, keep_unknown=keep_unknown,
     )  # fmt: skip
-    with options.progress() as progress:
+    with cli.progress() as progress:
         evaluation = evaluate(datasets, wanted or [FIRST_STAGE], how, out=out, progress=progress)
     _print(evaluation, out, partial=shard is not None)
 
@@ -153,7 +153,7 @@ def _print(evaluation: Evaluation, out: Path, *, partial: bool) -> None:
     for line in summary(evaluation):
         cells = ("–" if value is None else f"{value:.4f}" for value in line.values)
         table.add_row(f"{line.system} (published)" if line.source else line.system, *cells)
-    Console(width=options.width(), highlight=False, markup=False).print(table)
+    Console(width=cli.width(), highlight=False, markup=False).print(table)
     for result in evaluation.results:
         for remark in result.remarks:
             print(f"{result.dataset.name}: {remark}")
@@ -172,7 +172,7 @@ def _list() -> None:
     for row in DATASETS.values():
         counts = ("–" if count is None else f"{count:,}" for count in (row.queries, row.documents))
         table.add_row(row.name, row.group, *counts, row.licence, "download" if row.files else "manual")
-    Console(width=options.width(), highlight=False, markup=False).print(table)
+    Console(width=cli.width(), highlight=False, markup=False).print(table)
     print(f"\ngroups: {', '.join(GROUPS)}")
 
 
@@ -190,7 +190,7 @@ CALIBRATE_EXAMPLES = (
 TARGETS = ("precision=0.8", "precision=0.9", "precision=0.95", "recall=0.8", "recall=0.9", "recall=0.95")
 
 
-@options.with_compute
+@cli.with_compute
 def calibrate(
     pairs: Annotated[
         Path,
@@ -199,7 +199,7 @@ def calibrate(
             show_default=False,
         ),
     ],
-    model: options.Model = None,
+    model: cli.Model = None,
     out: Annotated[
         Path | None, typer.Option(help="Calibration file to write.", show_default="calibration.json of the model")
     ] = None,
@@ -208,8 +208,8 @@ def calibrate(
         typer.Option(help="Threshold to report, for example precision=0.9; repeatable.", show_default="six"),
     ] = None,
     relevant_from: Annotated[float, typer.Option(help="Minimum label of a relevant document.")] = 1,
-    as_json: options.AsJson = False,
-    compute: RerankerOptions = options.DEFAULT,
+    as_json: cli.AsJson = False,
+    compute: RerankerOptions = cli.DEFAULT,
 ) -> None:
     """Fit probabilities and thresholds to judged pairs, and write them to the model's folder.
 
@@ -276,6 +276,6 @@ def _print_findings(findings: Findings, path: Path) -> None:
     for one in findings.targets:
         score = "not reached" if one.logit is None else f"{sigmoid(one.logit):.4f}"
         table.add_row(one.target, score, _share(one.precision), _share(one.recall))
-    Console(width=options.width(), highlight=False, markup=False).print(table)
+    Console(width=cli.width(), highlight=False, markup=False).print(table)
     print("precision and recall are measured out of fold, on queries that the threshold was not chosen on")
     print(f"{path}, {path.with_suffix('.svg').name}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 
 SHORT = {"English": "en", "English, Chinese": "en zh", "multilingual": "many"}  # for a narrow table
 
@@ -17,7 +17,7 @@ EXAMPLES = (
 )
 
 
-def models(as_json: options.AsJson = False) -> None:
+def models(as_json: cli.AsJson = False) -> None:
     """List the models known by name: size, speed, length, languages, licence, published quality, location.
 
     A model folder or a Hugging Face id can be used instead of a name. docs/models.md has the sources of the quality
@@ -77,7 +77,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             row["where"],
         ]
         table.add_row(*cells)
-    Console(width=options.width(), highlight=False, markup=False).print(table)
+    Console(width=cli.width(), highlight=False, markup=False).print(table)
     print("\n* the default. A folder or a Hugging Face id can be used instead of a name.")
     print("† no commercial use.")
     print("speed: by operations per token; fast: like MiniLM-L6. MTEB: published nDCG@10, English.\n")
@@ -126,7 +126,7 @@ To = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder to write; must be new.")]
 
 
-def export(model: Model, to: To, out: Out, offline: options.Offline = False) -> None:
+def export(model: Model, to: To, out: Out, offline: cli.Offline = False) -> None:
     """Convert a model to the format of another program.
 
     onnx needs torch; if ONNX Runtime is installed, the graph's logits are compared with turborank's.

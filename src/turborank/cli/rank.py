@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 from turborank.errors import InputError, TooLongError
 from turborank.types import RerankerOptions
 
@@ -34,7 +34,7 @@ MAX_NOTES = 5  # truncated or empty documents that are named; the rest are count
 PATIENCE = 0.5  # seconds before the progress bar appears
 
 
-@options.with_compute
+@cli.with_compute
 def rank(
     query: Annotated[str, typer.Argument(help="The query, such as a question.", show_default=False)],
     files: Annotated[
@@ -45,7 +45,7 @@ def rank(
             show_default=False,
         ),
     ] = None,
-    model: options.Model = None,
+    model: cli.Model = None,
     top_n: Annotated[int | None, typer.Option("--top-n", "-n", help="Documents to show.", show_default="all")] = None,
     threshold: Annotated[
         str | None,
@@ -55,12 +55,12 @@ def rank(
             show_default="none",
         ),
     ] = None,
-    calibration: options.Calibration = None,
+    calibration: cli.Calibration = None,
     field: Annotated[
         list[str] | None, typer.Option(help="Field of a row to read; repeatable.", show_default="title, text")
     ] = None,
-    as_json: options.AsJson = False,
-    compute: RerankerOptions = options.DEFAULT,
+    as_json: cli.AsJson = False,
+    compute: RerankerOptions = cli.DEFAULT,
 ) -> None:
     """Rank documents by their relevance to a query.
 
@@ -203,7 +203,7 @@ def _print_table(words: Sequence[str], documents: Sequence[Named], ranking: Sequ
 
     if not ranking:
         return
-    width = options.width()
+    width = cli.width()
     name_width = min(max(len(documents[ranked.index].name) for ranked in ranking), width // 3)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("rank", justify="right")
@@ -322,11 +322,11 @@ EstimateOnly = Annotated[
 ]
 
 
-@options.with_compute
+@cli.with_compute
 def score(
     pairs: Pairs,
     out: Out = Path("scores"),
-    model: options.Model = None,
+    model: cli.Model = None,
     corpus: Corpus = None,
     query: Annotated[str, typer.Option(help="Column of the query's text.")] = "query",
     field: Field = None,
@@ -334,7 +334,7 @@ def score(
     shard: Shard = None,
     shard_pairs: ShardPairs = 20_000,
     no_texts: NoTexts = False,
-    compute: RerankerOptions = options.DEFAULT,
+    compute: RerankerOptions = cli.DEFAULT,
 ) -> int:
     """Score all pairs of a file, in bounded memory.
 
@@ -415,7 +415,7 @@ class _Report:
     def __call__(self, progress: Progress) -> None:
         self._first = self._first or progress
         now = time.monotonic()
-        if now - self._said < (0.2 if self._terminal else options.LOG_EVERY):
+        if now - self._said < (0.2 if self._terminal else cli.LOG_EVERY):
             return
         self._said = now
         done, first = progress.fraction - self._first.fraction, self._first

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from turborank.cli import options
+from turborank import cli
 
 if TYPE_CHECKING:
     from turborank.distill.trainer import Schedule
@@ -141,6 +141,10 @@ def student(
     slopes: Annotated[
         str | None, typer.Option(help="ALiBi slopes: gentle, standard or halved-tail.", show_default="the recipe's")
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(help="For alibi: mean (added to the words), or repeat (for cross-encoders).", show_default="mean"),
+    ] = None,
     shape: Annotated[str, typer.Option(help="Shape, for scratch: turbo, tiny, embedded or micro.")] = "tiny",
     texts: Annotated[
         Path | None,
@@ -161,7 +165,10 @@ def student(
         raise UnknownKeyError("recipe", recipe, students.RECIPES)
     if recipe != "scratch" and source is None:
         raise InputError(f"expected --from for recipe {recipe!r}: {students.RECIPES[recipe].note}")
-    chosen: dict[str, Any] = {name: value for name, value in (("head", head), ("slopes", slopes)) if value is not None}
+    if positions is not None and recipe != "alibi":
+        raise InputError(f"expected --positions with recipe 'alibi', got recipe {recipe!r}")
+    given = ("head", head), ("slopes", slopes), ("positions", positions)
+    chosen: dict[str, Any] = {name: value for name, value in given if value is not None}
     if recipe == "layers":
         made = students.from_layers(source or "", layers=_layers("4" if layers is None else layers))
     elif recipe == "alibi":
@@ -169,15 +176,8 @@ def student(
             source or "", layers=None if layers is None else _layers(layers), probes=_probes(texts), seed=seed, **chosen
         )
     else:
-        from turborank.distill import students as vocabularies
-
-        if texts is None:
-            raise InputError("expected --texts for recipe 'scratch': a training folder to make a vocabulary from")
-        count = None if layers is None else _layers(layers)
-        if isinstance(count, list):
-            raise InputError(f"expected a number of layers for recipe 'scratch', got {layers!r}")
-        tokenizer = vocabularies.train_tokenizer(_all_texts(texts), kind=vocabulary, size=vocabulary_size)
-        made = students.from_scratch(tokenizer, shape=shape, layers=count, seed=seed, **chosen)
+        tokenizer = students.train_tokenizer(_words_of(texts), kind=vocabulary, size=vocabulary_size)
+        made = students.from_scratch(tokenizer, shape=shape, layers=_number_of(layers), seed=seed, **chosen)
     made.save(out)
     print(
         f"{out}: {sum(w.numel() for w in made.weights.values()):,} parameters, {made.config.num_hidden_layers} layers"
@@ -204,7 +204,7 @@ def recover(
     ] = "1024,2048,4096",
     bf16: Bf16 = True,
     recompute: Recompute = False,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Train an ALiBi student, layer by layer, to reproduce the hidden states of its source BERT.
@@ -253,7 +253,7 @@ def train(
     bf16: Bf16 = True,
     recompute: Recompute = False,
     train_words: TrainWords = False,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Train a student on lists of documents with labels, teacher scores, or both.
@@ -299,20 +299,19 @@ def ship(
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Store matrices as int8, in a quarter of the bytes.")] = False,
     max_length: Annotated[int, typer.Option(help="Maximum tokens of a pair in calibration.")] = 512,
-    threads: options.Threads = None,
+    threads: cli.Threads = None,
 ) -> None:
     """Average trained models, calibrate their scores, and write a folder that Reranker can load."""
-    from turborank.distill import ship as shipping
+    from turborank.distill import students, train
     from turborank.distill.folder import TrainingFolder
-    from turborank.distill.train import ServingOptions
 
-    student = shipping.average(models)
+    student = students.average(models)
     if calibrate is not None:
-        serving = ServingOptions(max_length=max_length, threads=threads)
-        factor, bias = shipping.calibrate(student, TrainingFolder.load(calibrate), serving)
+        serving = train.ServingOptions(max_length=max_length, threads=threads)
+        factor, bias = train.calibrate(student, TrainingFolder.load(calibrate), serving)
         print(f"logits × {factor:.4g} {bias:+.4g}")
     if int8:
-        shipping.write_int8(student, out)
+        students.write_int8(student, out)
     else:
         student.save(out)
     print(out)
@@ -323,6 +322,15 @@ def _write_report(out: Path) -> None:
 
     if os.environ.get("RANK", "0") == "0":  # the first of the processes that accelerate or torchrun started
         write_report(out)
+
+
+def _number_of(layers: str | None) -> int | None:
+    from turborank.errors import InputError
+
+    count = None if layers is None else _layers(layers)
+    if isinstance(count, list):
+        raise InputError(f"expected a number of layers for recipe 'scratch', got {layers!r}")
+    return count
 
 
 def _layers(text: str) -> int | list[int]:
@@ -365,6 +373,14 @@ def _probes(texts: Path | None) -> Sequence[str]:
         return ()
     found = [text for text in _all_texts(texts) if len(text.split()) >= 50]
     return found[:: max(1, len(found) // 16)][:16]
+
+
+def _words_of(texts: Path | None) -> list[str]:
+    from turborank.errors import InputError
+
+    if texts is None:
+        raise InputError("expected --texts for recipe 'scratch': a training folder to make a vocabulary from")
+    return _all_texts(texts)
 
 
 def _all_texts(path: Path) -> list[str]:

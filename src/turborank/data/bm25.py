@@ -8,15 +8,18 @@ retrieved; equal scores keep the order of the collection, as in Lucene.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from array import array
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from turborank.data.corpus import Corpus
-from turborank.data.trec import Scored
+from turborank.data.corpus import Corpus, Dataset
+from turborank.data.files import NOT_JSON, file_hash, write_json
+from turborank.data.trec import Run, Scored, read_run, write_run
 from turborank.types import Float32, Progress
 
 K1, B = 0.9, 0.4
@@ -99,3 +102,35 @@ def parameters() -> dict[str, Any]:
         "method": "BM25", "library": f"bm25s {bm25s.__version__}", "k1": K1, "b": B, "idf": "lucene",
         "analysis": "UAX 29 words, lower case, Lucene stop words, Porter", "text": "title + ' ' + text",
     }  # fmt: skip
+
+
+def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
+    """The BM25 run of a dataset's queries, and the SHA-256 of its file.
+
+    The folder ``cache`` keeps the run as ``bm25.trec`` and its parameters, dataset and depth as ``bm25.json``; if any
+    of these differs, the run is computed again.
+    """
+    path, about = cache / "bm25.trec", cache / "bm25.json"
+    made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
+    if path.exists() and about.exists():
+        known = _read_about(about)
+        if known.get("made_from") == made_from and known.get("sha256") == file_hash(path):
+            return read_run(path), known["sha256"]
+    index = BM25(dataset.corpus, progress=progress)
+    run: Run = {}
+    for query_id, query in dataset.queries.items():
+        without = query_id if dataset.queries_are_documents else None
+        run[query_id] = index.search(query, depth, without)
+    write_run(path, run, "bm25")
+    digest = file_hash(path)
+    write_json(about, {"made_from": made_from, "sha256": digest})
+    return read_run(path), digest
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """The inputs that a run was made from; empty if the file is damaged, so that the run is made again."""
+    try:
+        known = json.loads(path.read_bytes())
+    except NOT_JSON:
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -33,7 +33,7 @@ class DatasetRow:
     judgements: int | None
     licence: str
     files: tuple[Download, ...] = ()
-    layout: str = "beir"  # a key of turborank.data.layouts.LAYOUTS
+    layout: str = "beir"  # a key of turborank.data.corpus.LAYOUTS
     folder: str = ""  # inside the archive
     split: str = "test"
     queries_are_documents: bool = False  # queries are documents of the corpus; a query's own document is left out

@@ -13,17 +13,13 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
-from turborank.data.bm25 import BM25, parameters
-from turborank.data.corpus import Corpus
+from turborank.data.corpus import LAYOUTS, Dataset, Parts
 from turborank.data.dataset_table import DATASETS, GROUPS, DatasetRow, Download
-from turborank.data.files import NOT_JSON, file_hash, write_json
-from turborank.data.layouts import LAYOUTS, Parts
-from turborank.data.trec import Qrels, Run, line_of, read_run, write_run
+from turborank.data.files import file_hash
+from turborank.data.trec import line_of
 from turborank.errors import InputError, UnknownKeyError
 from turborank.types import Progress, StartProgress, no_progress
 
@@ -143,22 +139,6 @@ def obtain(row: DatasetRow, data_dir: Path, *, offline: bool, progress: StartPro
 
 
 SHOWN = 3  # examples in a message
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Queries with judgements, over a corpus."""
-
-    name: str
-    split: str
-    queries: dict[str, str]  # the judged ones, in the order of the judgements
-    qrels: Qrels
-    corpus: Corpus
-    fingerprint: str  # changes whenever a query or a document does
-    row: DatasetRow | None = None  # None: the user's own data
-    notes: tuple[str, ...] = ()  # what was found, and how it is counted
-    queries_are_documents: bool = False
-    relevant_from: int = 1
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -293,35 +273,3 @@ def _assert_counts(row: DatasetRow, parts: Parts) -> None:
         raise InputError(
             f"expected {row.name} with {'; '.join(wrong)}", hint="the files are not the published collection"
         )
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    """The inputs that a run was made from; empty if the file is damaged, so that the run is made again."""
-    try:
-        known = json.loads(path.read_bytes())
-    except NOT_JSON:
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def bm25_run(dataset: Dataset, depth: int, cache: Path, *, progress: Progress | None = None) -> tuple[Run, str]:
-    """The BM25 run of a dataset's queries, and the SHA-256 of its file.
-
-    The folder ``cache`` keeps the run as ``bm25.trec`` and its parameters, dataset and depth as ``bm25.json``; if any
-    of these differs, the run is computed again.
-    """
-    path, about = cache / "bm25.trec", cache / "bm25.json"
-    made_from = {**parameters(), "dataset": dataset.fingerprint, "depth": depth}
-    if path.exists() and about.exists():
-        known = _read_about(about)
-        if known.get("made_from") == made_from and known.get("sha256") == file_hash(path):
-            return read_run(path), known["sha256"]
-    index = BM25(dataset.corpus, progress=progress)
-    run: Run = {}
-    for query_id, query in dataset.queries.items():
-        without = query_id if dataset.queries_are_documents else None
-        run[query_id] = index.search(query, depth, without)
-    write_run(path, run, "bm25")
-    digest = file_hash(path)
-    write_json(about, {"made_from": made_from, "sha256": digest})
-    return read_run(path), digest

@@ -1,10 +1,15 @@
 """Students: the models training starts from. RECIPES has one row per way to make one.
 
 ``layers``   some layers of a cross-encoder (as DistilBERT, arXiv 1910.01108)
-``alibi``    a BERT with learned positions, turned into an ALiBi model (arXiv 2108.12409) for long input: the mean
-             position is added to the word embeddings, and each ALiBi slope is assigned to the head whose attention it
-             changes least. :mod:`turborank.distill.recover` then restores the quality lost.
+``alibi``    a BERT with learned positions, turned into an ALiBi model (arXiv 2108.12409) for long input: each slope is
+             assigned to the head whose attention it changes least. The positions either stay, and their last rows
+             repeat, or their mean is added to the word embeddings; :mod:`turborank.distill.recover` then restores the
+             quality lost.
 ``scratch``  random weights (normal, standard deviation 0.02) of a named shape, with a vocabulary of your own
+
+After training, :func:`average` takes the mean of the weights of runs that started from the same student (model soups,
+arXiv 2203.05482), :func:`platt` fits scale and bias of the logits, and :func:`write_int8` quantises to a quarter of the
+bytes.
 """
 
 from __future__ import annotations
@@ -15,29 +20,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, root
+from scipy.special import expit
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from turborank import checkpoint
 from turborank.architectures import ARCHITECTURES, encoder, jinabert, recognise
 from turborank.checkpoint import verify
-from turborank.checkpoint.tensors import dense
+from turborank.checkpoint.tensors import SCALE, dense, quantise
 from turborank.data.files import replacing_path, write_json, write_text
 from turborank.distill.biencoder import BiEncoder
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import torch_training
 from turborank.types import ModelConfig, PackedBatch
 
-WORDS = "embeddings.word_embeddings.weight"
+WORDS, SEGMENTS = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
 COSINE_SCALE = 20.0  # initial logit of a cosine of 1
 # Initial weight of a passage's cosine in the document's mean (docs/model.md §3.5). Chosen on QMSum's validation and
 # SciFact's training queries with states of all-MiniLM-L6-v2 in passages of 16 tokens: nDCG@10 .610 and .730, without
 # focus .468 and .722.
 FOCUS = 15.0
 HEADS = ("focus", "cosine", "classifier")
+POSITIONS = ("mean", "repeat")
+REPEAT_FROM = 64  # rows of the position table before it are those of most queries, and do not repeat
+# Parameters of the last linear of every head: scaling these scales the logits.
+LOGIT_PARAMETERS = {f"{name}.{kind}" for name in ("classifier", "classifier.out_proj") for kind in ("weight", "bias")}
+LOGIT_PARAMETERS |= {"head.scale", "head.bias"}
+RIDGE = 1e-6  # L2 penalty that keeps the regression of Platt scaling finite on separable data
+Float64 = npt.NDArray[np.float64]
 
 # 2^-4 to 2^-9.5. Heads of trained BERTs attend far: for each of all-MiniLM-L6-v2's 72 heads the slope that explains its
 # attention best (KL) is between 0 and 0.03. With ALiBi's standard slopes (0.7 to 0.004) the pooled vectors of the
@@ -151,6 +167,7 @@ def from_bert(
     layers: int | Sequence[int] | None = None,
     slopes: str = "gentle",
     head: str = "focus",
+    positions: str = "mean",
     probes: Sequence[str] = (),
     max_length: int = 8192,
     seed: int = 0,
@@ -159,12 +176,17 @@ def from_bert(
 
     ``probes``: some texts of at least 50 tokens, on which heads are assigned to slopes. Without them heads keep their
     order, which loses much (mean pooled cosine .25 instead of .61 with the standard slopes). ``head``: one of HEADS,
-    see docs/model.md §3.5. Raises UnknownKeyError for unknown slopes or heads.
+    see docs/model.md §3.5. ``positions``: ``mean`` (for a bi-encoder) or ``repeat`` (for a cross-encoder, whose ranking
+    depends on them: docs/model.md §3.1; segments stay, too).
+
+    Raises UnknownKeyError for unknown slopes, heads or positions, InputError for a source with too few positions.
     """
     if slopes not in SLOPES:
         raise UnknownKeyError("slopes", slopes, SLOPES)
     if head not in HEADS:
         raise UnknownKeyError("head", head, HEADS)
+    if positions not in POSITIONS:
+        raise UnknownKeyError("positions", positions, POSITIONS)
     source = BiEncoder.load(folder)
     heads, c = source.config.num_attention_heads, source.config.hidden_size
     raw = dict(ALIBI) | {"alibi_slopes": list(SLOPES[slopes](heads)), "feed_forward_type": "original"}
@@ -173,10 +195,16 @@ def from_bert(
     raw |= {"type_vocab_size": 2, "layer_norm_eps": source.config.layer_norm_eps}
     raw["max_position_embeddings"] = max_length
     weights = {name: w.clone() for name, w in source.weights.items() if name.startswith(("embeddings", "encoder"))}
-    positions = weights.pop("embeddings.position_embeddings.weight")
-    kinds = weights["embeddings.token_type_embeddings.weight"]
-    weights[WORDS] += positions.mean(0) + kinds[0]
-    weights["embeddings.token_type_embeddings.weight"] = torch.zeros(2, c)
+    kinds = weights[SEGMENTS]
+    if positions == "repeat":
+        rows = len(weights[jinabert.POSITIONS])
+        if rows <= REPEAT_FROM:
+            raise InputError(f"expected a source with more than {REPEAT_FROM} positions to repeat, got {rows}")
+        raw |= {"repeat_positions_from": REPEAT_FROM} if rows < max_length else {"max_position_embeddings": rows}
+        weights[SEGMENTS] = kinds if len(kinds) == 2 else kinds[:1].repeat(2, 1)
+    else:
+        weights[WORDS] += weights.pop(jinabert.POSITIONS).mean(0) + kinds[0]
+        weights[SEGMENTS] = torch.zeros(2, c)
     weights |= _new_head(head, c, source.weights, torch.Generator().manual_seed(seed))
     student = Student(weights, raw, source.tokenizer)
     if probes:
@@ -320,8 +348,7 @@ def _layers(weights: dict[str, Tensor], config: ModelConfig, batch: PackedBatch)
     trace: list[Tensor] = []
     bounds: Any = batch.cu_seqlens
     with torch.no_grad():
-        x = torch_training.take(weights["embeddings.word_embeddings.weight"], batch.input_ids)  # type: ignore[arg-type]
-        x = encoder.norm(weights, "embeddings.LayerNorm", x, config, torch_training)
+        x = jinabert.embed(weights, config, batch, torch_training)
         encoder.encode(weights, config, x, bounds, torch_training, first_only=False, trace=trace)
     return trace
 
@@ -380,3 +407,75 @@ def _bpe(texts: Sequence[str], size: int) -> Tokenizer:
         single="<s> $A </s>", pair="<s> $A </s> </s> $B:1 </s>:1", special_tokens=[("<s>", begin), ("</s>", end)]
     )
     return tokenizer
+
+
+# ---------------------------------------------------------------- from training runs to a published folder
+
+
+def average(folders: Sequence[str | Path]) -> Student:
+    """The mean of several models of equal shapes. Raises InputError where shapes differ or there is no model."""
+    if not folders:
+        raise InputError("expected at least one model to ship, got none")
+    students = [Student.load(Path(folder)) for folder in folders]
+    first = students[0]
+    shapes = {name: w.shape for name, w in first.weights.items()}
+    for folder, other in zip(folders, students, strict=True):
+        if {name: w.shape for name, w in other.weights.items()} != shapes:
+            raise InputError(f"expected models of one shape to average, got another at {folder}")
+    for name in shapes:
+        first.weights[name] = sum(s.weights[name] for s in students) / len(students)  # type: ignore[assignment]
+    return first
+
+
+def platt(logits: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """(factor, bias) of the class-balanced logistic regression of ``labels`` (N,) on ``logits`` (N,).
+
+    Platt scaling (J. Platt, "Probabilistic outputs for support vector machines", 1999). With balanced classes, a score
+    of ½ means that a labelled document and a candidate from its pool are equally likely. The factor is positive, so the
+    ranking does not change.
+
+    Raises InputError for labels of one class only, and for a factor that is not positive: the model ranks backwards.
+    """
+    if labels.all() or not labels.any():
+        raise InputError("expected labelled and other documents to calibrate on, got only one kind")
+    x = np.stack([logits, np.ones_like(logits)], axis=1).astype(np.float64)
+    y = labels.astype(np.float64)
+    weight = np.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
+
+    def gradient(w: Float64) -> Float64:
+        return np.asarray(x.T @ (weight * (expit(x @ w) - y)) + RIDGE * w)
+
+    def hessian(w: Float64) -> Float64:
+        p = expit(x @ w)
+        return np.asarray((x.T * (weight * p * (1 - p))) @ x + RIDGE * np.eye(2))
+
+    # The loss is strictly convex: the one root of its gradient is the minimum, to more digits than its value shows.
+    factor, bias = map(float, root(gradient, np.zeros(2), jac=hessian, method="lm", tol=1e-12).x)
+    if not factor > 0:
+        raise InputError(
+            f"expected logits that rise with relevance, got a factor of {factor:.3g}: the model ranks backwards"
+        )
+    return factor, bias
+
+
+def scale_logits(student: Student, factor: float, bias: float) -> None:
+    """Multiply ``factor`` and add ``bias`` to every logit, in place, in the last layer of the head."""
+    for name in LOGIT_PARAMETERS & set(student.weights):
+        student.weights[name] = student.weights[name] * factor
+    for name in ("head.bias", "classifier.bias", "classifier.out_proj.bias"):
+        if name in student.weights:
+            student.weights[name] = student.weights[name] + bias
+
+
+def write_int8(student: Student, folder: Path) -> None:
+    """Write a model folder with int8 matrices, one scale per row (docs/model.md §2.3)."""
+    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    for name, weight in sorted(student.weights.items()):
+        value = weight.detach().float().numpy()
+        if value.ndim == 2:
+            tensors[name], tensors[name + SCALE] = quantise(value)
+        else:
+            tensors[name] = value
+    with replacing_path(folder / verify.WEIGHTS) as path:
+        save_arrays(tensors, path, metadata={"format": "np"})
+    student.save_around(folder)

@@ -32,7 +32,7 @@ from turborank.distill.biencoder import BiEncoder
 from turborank.distill.folder import TrainingFolder, run_path
 from turborank.distill.losses import Mix, Targets, attention_relations, hidden_states, layer_map, mix, projection
 from turborank.distill.recover import ReadingOptions, RecoveryLoss, Texts, check
-from turborank.distill.students import Student
+from turborank.distill.students import Student, platt, scale_logits
 from turborank.distill.teachers import WeightedTeacher, fuse, parse_weighted
 from turborank.distill.trainer import Loss, Run, Schedule, StepCallback, StudentModel, tensors
 from turborank.errors import InputError
@@ -158,6 +158,14 @@ def held_out_logits(
 # Losses on a teacher's hidden states and attention, for a teacher that reads the same tokens as the student.
 
 KINDS = ("hidden", "relations")
+
+
+def calibrate(student: Student, folder: TrainingFolder, serving: ServingOptions) -> tuple[float, float]:
+    """Fit Platt scaling on the held-out queries of ``folder``, apply it to the head in place; (factor, bias)."""
+    logits, labels = held_out_logits(student, folder, serving)
+    factor, bias = platt(logits, labels > 0)
+    scale_logits(student, factor, bias)
+    return factor, bias
 
 
 class IntermediateSpec(NamedTuple):

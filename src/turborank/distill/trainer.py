@@ -31,15 +31,12 @@ from torch import Tensor, nn
 from turborank.architectures import ARCHITECTURES
 from turborank.architectures.jinabert import POSITIONS
 from turborank.data.files import replacing_folder, write_text
-from turborank.distill.students import WORDS, Student
+from turborank.distill.students import LOGIT_PARAMETERS, WORDS, Student
 from turborank.errors import TrainingError
 from turborank.ops import torch_training
 from turborank.types import PackedBatch
 
 FLOAT32 = ("head.",)  # prefixes of parameters that are computed in float32: scalars of the head
-# Parameters of the last linear of every head: scaling these scales the logits.
-LOGIT_PARAMETERS = {f"{name}.{kind}" for name in ("classifier", "classifier.out_proj") for kind in ("weight", "bias")}
-LOGIT_PARAMETERS |= {"head.scale", "head.bias"}
 
 
 def tensors(batch: PackedBatch, device: torch.device | str = "cpu") -> PackedBatch:

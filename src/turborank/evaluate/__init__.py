@@ -4,8 +4,9 @@
 >>> evaluate(["scifact"], out="results")  # doctest: +SKIP
 """
 
+from turborank.data.corpus import Dataset
 from turborank.data.dataset_table import DATASETS, GROUPS
-from turborank.data.datasets import Dataset, load
+from turborank.data.datasets import load
 from turborank.evaluate.measures import MEASURES, Comparison, paired_bootstrap
 from turborank.evaluate.pipeline import EvaluateOptions, evaluate
 from turborank.evaluate.record import Evaluation, Result, System

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.calibration import Calibration, sigmoid
-from turborank.data.files import read_records
-from turborank.data.rows import RowReader
+from turborank.data.files import RowReader, read_records
 from turborank.errors import InputError
 from turborank.reranker import Reranker
 from turborank.text import document_text

@@ -21,8 +21,9 @@ import numpy as np
 
 from turborank import checkpoint as checkpoints
 from turborank import depth as depths
-from turborank.data.bm25 import parameters
-from turborank.data.datasets import Dataset, bm25_run, called, default_data_dir, expand, load
+from turborank.data.bm25 import bm25_run, parameters
+from turborank.data.corpus import Dataset
+from turborank.data.datasets import called, default_data_dir, expand, load
 from turborank.data.files import check_folder, file_hash, read_lines, write_json, write_text
 from turborank.data.trec import Qrels, Run, Scored, read_run, write_run
 from turborank.errors import InputError

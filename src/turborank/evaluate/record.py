@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from turborank.data.corpus import Dataset
 from turborank.data.dataset_table import PUBLISHED
-from turborank.data.datasets import Dataset
 from turborank.data.files import check_inputs, parse_object, read_lines
 from turborank.data.trec import Qrels, Run
 from turborank.errors import InputError
