@@ -1,6 +1,8 @@
-// AVX2: the byte product of this instruction set, vpmaddubsw, adds two products in 16 bits and saturates. Activations of 7 bits
-// and weights of which four of one sign never add up to more than 258 (native_weights.py) make four products fit: 127 * 258 is
-// 32,766. Three multiplications form 64 products; widened to 16 bits they would take four, and twice the additions.
+// AVX2. The byte product of this instruction set, vpmaddubsw, adds two products in 16 bits and saturates, so there are two ways:
+// `wide` widens activations to 16 bits when they are quantised and weights when they are read; vpmaddwd is exact, so the integer
+// sums equal those of the other rows. `seven` has activations of 7 bits and weights of which four of one sign never add up to
+// more than 258 (native_weights.py): four products fit, 127 * 258 is 32,766. Three multiplications then form 64 products instead of
+// four, with half the additions. native.py chooses it for the models whose heads are served by two-term rows.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -8,6 +10,44 @@
 namespace turborank {
 namespace {
 
+constexpr int kBlockRows = 96;
+void nothing() {}
+
+namespace wide {
+using Int8 = int16_t;
+constexpr int kInt8Group = 2, kInt8Offset = 0;
+
+#include "avx2.inl"
+
+TR_INLINE void store_int8(Int8* p, F x) {
+    const __m256i n = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1)));
+}
+
+template <class Op>
+TR_INLINE auto load_right(const std::byte* p) {
+    if constexpr (same_type<Op, Int8>) return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    else return load(reinterpret_cast<const float*>(p));
+}
+
+// In assembly, because gcc 12 keeps many products in registers at once and spills the sums.
+TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, __m256i w0, __m256i w1) {
+    __m256i all, product;
+    __asm__("vpbroadcastd %4, %2\n\tvpmaddwd %5, %2, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %6, %2, %2\n\tvpaddd %2, %1, %1"
+            : "+x"(left), "+x"(right), "=&x"(all), "=&x"(product)
+            : "m"(*reinterpret_cast<const int32_t*>(a)), "x"(w0), "x"(w1));
+}
+
+#include "blocks.inl"
+#include "float_words.inl"
+#include "attention.inl"
+#include "attention_lanes.inl"
+#include "kernels.inl"
+constexpr Kernels kInt8 = table<Int8, float>("vpmaddwd", kBlockRows, nothing, nothing);
+constexpr Kernels kFloat = table<float, float>("vfmadd ymm", kBlockRows, nothing, nothing);
+}  // namespace wide
+
+namespace seven {
 using Int8 = uint8_t;
 constexpr int kInt8Group = 4, kInt8Offset = 64;
 #define TR_TWO_WORDS  // blocks.inl: one step of the depth multiplies two words
@@ -48,16 +88,16 @@ TR_INLINE void dot(__m256i& left, __m256i& right, const Int8* a, const TwoWords&
 #include "attention.inl"
 #include "attention_lanes.inl"
 #include "kernels.inl"
-
-constexpr int kBlockRows = 96;
-void nothing() {}
+#undef TR_TWO_WORDS
 constexpr Kernels kInt8 = table<Int8, float>("vpmaddubsw", kBlockRows, nothing, nothing);
-constexpr Kernels kFloat = table<float, float>("vfmadd ymm", kBlockRows, nothing, nothing);
+}  // namespace seven
 
 }  // namespace
 
 const Kernels* avx2_kernels(Precision precision, unsigned) {
-    return precision == Precision::int8 ? &kInt8 : precision == Precision::fp32 ? &kFloat : nullptr;
+    return precision == Precision::int8 ? &wide::kInt8 : precision == Precision::fp32 ? &wide::kFloat : nullptr;
 }
+
+const Kernels* avx2_seven_kernels(Precision precision, unsigned) { return precision == Precision::int8 ? &seven::kInt8 : nullptr; }
 
 }  // namespace turborank

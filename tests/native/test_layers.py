@@ -74,10 +74,18 @@ def test_layers_and_logits_follow_the_reference(prepare, isa, precision, kind):
     assert (engine.isa, engine.precision) == (isa, precision)
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="an instruction set of x86-64 that is not among those tested")
+@pytest.mark.parametrize(("kind", "kernel"), [("turbo", "vpmaddwd"), ("cosine", "vpmaddubsw"), ("focus", "vpmaddubsw")])
+def test_seven_bits_are_for_cosine_heads(prepare, kind, kernel):
+    model = shapes.config(**MODELS[kind] | {"layers": 1})
+    engine = prepare("avx2", "int8", shapes.weights(model), model)
+    assert (engine.isa, engine.kernel) == ("avx2", kernel)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_sums_of_weights_of_one_sign(prepare, isa):
-    """Where the instruction adds products in 16 bits (AVX2), these sums are the largest."""
-    model = shapes.config(**MODELS["small"])
+    """Where the instruction adds products in 16 bits (AVX2 with this head), these sums are the largest."""
+    model = shapes.config(**MODELS["small"] | {"head": "cosine"})
     tensors = shapes.weights(model)
     for name in tensors:
         if name.endswith("output.dense.weight"):  # the products whose channels are not mixed
@@ -116,7 +124,7 @@ def test_the_forced_row_is_the_one_that_runs(prepare, isa):
         "amx": "tdpbssd",
         "avx512vnni": "vpdpbusd",
         "avxvnni": "vpdpbusd ymm" if not cpu or "avx_vnni" in cpu.split() else "vpdpbusd ymm, EVEX",
-        "avx2": "vpmaddubsw",
+        "avx2": "vpmaddwd",
         "armi8mm": "smmla",
         "armdot": "sdot",
         "portable": "int8 multiply-add",
