@@ -81,38 +81,30 @@ sanitize: $(READY)
 emulate: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/emulate.sh
 
-# What an installation with these extras brings, in an environment of its own, and the tools that look at it in another.
-AUDITED := serve eval onnx
-AUDIT   := .venv-audit
-REQUIREMENTS := import sys, tomllib; \
-	project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	print(*project["dependencies"], *(one for extra in sys.argv[1:] for one in project["optional-dependencies"][extra]), sep="\n")
+# In environments of their own. Says what could not be checked, and ends after AUDIT_SECONDS.
+AUDIT_SECONDS ?= 900
 
 audit:
-	@test -x $(AUDIT)/tools/bin/python || $(PYTHON) -m venv $(AUDIT)/tools
-	@test -x $(AUDIT)/installed/bin/python || $(PYTHON) -m venv --without-pip $(AUDIT)/installed
-	@mkdir -p dist && $(PYTHON) -c '$(REQUIREMENTS)' $(AUDITED) > dist/requirements.txt
-	@$(AUDIT)/tools/bin/python -m pip --quiet --disable-pip-version-check --no-input install 'pip-audit==2.*' 'cyclonedx-bom==7.*'
-	@$(AUDIT)/tools/bin/python -m pip --quiet --disable-pip-version-check --python $(AUDIT)/installed/bin/python install \
-		--requirement dist/requirements.txt
-	$(AUDIT)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
-		--output-format JSON --output-file dist/sbom.json $(AUDIT)/installed/bin/python
-	$(AUDIT)/tools/bin/pip-audit --progress-spinner off \
-		--path "$$($(AUDIT)/installed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(PYTHON) deploy/audit.py .venv-audit $(AUDIT_SECONDS)
 
-# All of the faults of which an ordinary run takes a few; figures for docs/reliability.md.
+# All of the faults of which an ordinary run takes a few; figures for docs/reliability.md. Several processes; ends after
+# FAULTS_SECONDS with the counts so far.
+FAULTS_PROCESSES ?= $(shell nproc 2>/dev/null || echo 2)
+FAULTS_SECONDS   ?= 1200
+
 faults: $(READY)
-	TURBORANK_FAULTS=all $(BIN)/python -m pytest tests/faults tests/serve/test_serve_faults.py $(ARGS)
+	$(BIN)/python tests/faults/everything.py $(FAULTS_PROCESSES) $(FAULTS_SECONDS)
 
-# What is found stays in FUZZ_FOLDER as found-TARGET-…; reduced, it becomes a row of tests/fuzz/cases.py.
+# One format after the other, each at most FUZZ_MEMORY MiB; continues what an earlier run with the same FUZZ_FOLDER began.
+# What is found stays there as found-TARGET-…; reduced, it becomes a row of tests/fuzz/cases.py.
 FUZZ_SECONDS ?= 60
+FUZZ_MEMORY  ?= 2048
 FUZZ_FOLDER  ?= build/fuzz
 FUZZ_TARGETS ?= config settings safetensors tokenizer run qrels beir llamaindex chunks csv tsv jsonl training calibration body
 
 fuzz: $(READY)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) atheris
-	@mkdir -p $(FUZZ_FOLDER)
-	for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) $(FUZZ_FOLDER) || exit 1; done
+	FUZZ_MEMORY=$(FUZZ_MEMORY) $(BIN)/python tests/fuzz/campaign.py $(FUZZ_FOLDER) $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -41,7 +41,7 @@ def their_config(family: str, **changes: Any) -> Any:
 
 
 def family_config(family: str, **changes: Any) -> ModelConfig:
-    """What turborank makes of that config.json."""
+    """The ModelConfig that turborank reads from that config.json."""
     return recognise(their_config(family, **changes).to_dict(), {})
 
 

@@ -1,15 +1,19 @@
-"""Faults that tests inject, counted for the summary of `make faults`; an ordinary run injects a few of each kind."""
+"""Faults that tests inject, counted for `make faults`; an ordinary run injects a few of each kind."""
 
+import json
 import os
 from collections import Counter
 
 EVERY = os.environ.get("TURBORANK_FAULTS") == "all"  # set by `make faults`: each of them, not a few of each kind
+LINES = os.environ.get("TURBORANK_FAULTS_LINES") == "1"  # print a line for each call of count()
 injected: Counter[str] = Counter()  # what -> faults; each of them was survived, or its test failed
 
 
 def count(what: str, faults: int) -> None:
     """Add faults that a test injected and found survived."""
     injected[what] += faults
+    if LINES:
+        print(f"\n{json.dumps(['survived', what, faults])}", flush=True)
 
 
 def summary() -> list[str]:

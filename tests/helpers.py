@@ -30,7 +30,7 @@ def small_config(**changes: Any) -> ModelConfig:
 
 
 def native_config(**changes: Any) -> ModelConfig:
-    """The same, of sizes that the native engine runs, too: the engine whose bits are the same in every process."""
+    """The same in sizes that the native engine supports, whose bits are equal in every process."""
     return small_config(hidden_size=64, num_attention_heads=2, slopes=(0.25, 0.0625), **changes)
 
 
@@ -71,7 +71,7 @@ def stored(values: npt.NDArray[Any], dtype: str) -> tuple[str, npt.NDArray[Any]]
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, npt.NDArray[Any]]]) -> None:
     """Stored name -> (dtype, the array whose bytes are stored), by the format's own description: the library's numpy
-    half writes no bfloat16, and its torch half wants torch."""
+    interface cannot write bfloat16, and its torch interface needs torch."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = bytearray()
     for name, (dtype, array) in tensors.items():
@@ -84,7 +84,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, npt.NDArray[A
 
 
 def stored_name(name: str, prefix: str = "bert.") -> str:
-    """As published: the encoder's and the pooler's tensors are prefixed, the head's are not."""
+    """The published name: tensors of encoder and pooler have a prefix, those of the head have none."""
     return name if name.startswith(("classifier.", "head.")) else prefix + name
 
 
@@ -131,14 +131,14 @@ def reconfigure(folder: Path, **changes: Any) -> Path:
 
 
 def refusal(folder: Path, **options: Any) -> str:
-    """What the CheckpointError says."""
+    """The message of the CheckpointError."""
     with pytest.raises(CheckpointError) as caught:
         load(folder, **options)
     return str(caught.value)
 
 
 def cache_copy(home: Path, repo: str, revision: str, folder: Path) -> None:
-    """A repository in huggingface_hub's cache, as it lays files out."""
+    """A repository in the layout of huggingface_hub's cache."""
     root = home / f"models--{repo.replace('/', '--')}"
     shutil.copytree(folder, root / "snapshots" / revision)
     (root / "refs").mkdir()

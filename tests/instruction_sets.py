@@ -1,5 +1,5 @@
-"""What the native engine runs here: every row of the instruction-set table that this machine has, best first; or the
-one row that ``TURBORANK_ISA`` forces on the whole run. Read before any test changes the variable."""
+"""Instruction sets of the native engine on this machine, best first; or the one that ``TURBORANK_ISA`` forces on the
+whole run. Read before any test changes the variable."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Tokenizers for tests: the published one where it is at hand, and two tiny ones with real templates."""
+"""Tokenizers for tests: the published one where it is available, and two tiny ones with real templates."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+PUBLISHED = SHARED / "reference/jina_tokenizer/tokenizer.json"
 WORDS = ("red", "blue", "bee", "tree")
 
 
 def published_tokenizer() -> Tokenizer:
-    """The jina rerankers' own; the test is skipped where it is not at hand."""
-    path = SHARED / "reference/jina_tokenizer/tokenizer.json"
-    if not path.exists():
-        pytest.skip(f"needs the published tokenizer, {path.name}, which is not on this machine")
-    return Tokenizer.from_file(str(path))
+    """The jina rerankers' tokenizer; the test is skipped where it is not available."""
+    if not PUBLISHED.exists():
+        pytest.skip(f"needs the published tokenizer, {PUBLISHED.name}, which is not on this machine")
+    return Tokenizer.from_file(str(PUBLISHED))
 
 
 def bpe_tokenizer() -> Tokenizer:

@@ -1,4 +1,4 @@
-"""One line at the end of a run that counts the skipped tests by reason."""
+"""Count the skipped tests by reason, in one line at the end of a run."""
 
 import re
 from collections import Counter
@@ -19,12 +19,12 @@ LACKING = {
 
 
 def lacking(reason: str) -> str:
-    """What the skipped test lacks, or its own reason."""
+    """What the skipped test needs, or its stated reason."""
     return next((what for what, pattern in LACKING.items() if re.search(pattern, reason)), reason)
 
 
 def summary(reasons: Iterable[str]) -> str:
-    """Numbers of skipped tests by what they lack (a module that is skipped as a whole counts once)."""
+    """Numbers of skipped tests by what they need (a module that is skipped as a whole counts once)."""
     counts = Counter(lacking(reason.removeprefix("Skipped: ")) for reason in reasons)
     known = [f"{counts.pop(what)} need {what}" for what in LACKING if what in counts]
     return ", ".join([*known, *(f"{count}: {reason}" for reason, count in counts.items())])

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the right tokens, the right numbers, every contestant in its own process."""
+"""The benchmark counts the right tokens, computes the right figures and runs each contestant in its own process."""
 
 import importlib.util
 import json
@@ -131,7 +131,7 @@ def peers() -> object:
 @pytest.mark.parametrize("cls", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_peers_torch_module_is_the_same_model(model: Path, cls: bool, fused: bool) -> None:
-    """What all peers are exported from agrees with the reference, padded, in any batch."""
+    """The module that all peers are exported from agrees with the reference, padded, in any batch."""
     import torch
 
     table = peers()
@@ -243,7 +243,7 @@ def test_results_on_record_hold_every_workload() -> None:
 
 
 def test_a_gpus_page_is_what_its_figures_say(tmp_path: Path) -> None:
-    """The page is made anew, and its ratios are checked by division."""
+    """The page is generated again, and its ratios are checked by division."""
     (file,) = (f for f in (ROOT / "bench" / "results").glob("*.json") if "device" in json.loads(f.read_text()))
     copy = tmp_path / file.name
     shutil.copyfile(file, copy)

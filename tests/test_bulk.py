@@ -187,7 +187,7 @@ def test_a_run_killed_repeatedly_loses_no_pair(reranker: Reranker, folder: Path,
 
 
 def test_interruption_prints_how_to_continue(folder: Path, tmp_path: Path) -> None:
-    """As Ctrl-C does: exit code 130, one line, no traceback, nothing half-written; the same command goes on."""
+    """Like Ctrl-C: exit code 130, one line, no traceback, no incomplete file; the same command continues."""
     rows = [{**row, "document": "a bee in the trees " * 80, "id": str(n)} for n in range(120) for row in ROWS[:1]]
     write_jsonl(tmp_path / "pairs.jsonl", rows * 40)
     arguments = ["score", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--model", str(folder)]
@@ -289,7 +289,7 @@ def test_long_pairs_and_unknown_documents_are_reported_with_file_and_line(
 
 
 def test_an_estimate_of_tokens_is_within_15_percent(reranker: Reranker, tmp_path: Path) -> None:
-    """Of a file whose rows grow longer and longer, so that no part is like the whole; a third is sampled."""
+    """The rows of the file grow longer, so that no part is representative; a third is sampled."""
     rows = [{"query": "bee", "document": "a " * (1 + n // 200)} for n in range(3 * bulk.SAMPLE_ROWS)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     truth = sum(2 * (1 + n // 200) for n in range(len(rows)))  # a token a letter and one a blank, at most

@@ -117,7 +117,7 @@ def model(tmp_path):
 
 
 def judged(path, reranker, *, flip=False):
-    """A file in which the upper half of each query's documents, by this model, is relevant, with a few exceptions."""
+    """A file in which the upper half of each query's documents in this model's ranking is relevant, with exceptions."""
     lines = []
     for number in range(12):
         query = f"question {chr(97 + number)}"

@@ -86,7 +86,7 @@ STATED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("row", [r for r in MODELS.values() if r.architecture in STATED and not r.embedded], ids=str)
 def test_a_row_s_shape_has_its_parameters(row: catalog.Model) -> None:
-    """The arithmetic of the family's tensor table; deberta's vocabulary differs from row to row and is left out."""
+    """The sum over the family's tensor table; deberta, whose vocabulary differs between rows, is left out."""
     raw = STATED[row.architecture] | {
         "hidden_size": row.hidden_size, "num_hidden_layers": row.layers, "num_attention_heads": 4,
         "intermediate_size": row.intermediate_size, "layer_norm_eps": 1e-12,

@@ -1,4 +1,4 @@
-"""Model folders that are refused: every fault named, with what was expected and what came."""
+"""Model folders that are refused; the error lists every fault with what was expected and what was found."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_a_pickle_is_refused_with_a_way_to_convert_it_that_works(random_checkpoi
 
 
 def run_hint(message: str, folder: Path) -> None:
-    """Runs the command an error message gives."""
+    """Run the command that an error message suggests."""
     command = re.search(r'python -c "(.+)"$', message)
     assert command, message
     subprocess.run([sys.executable, "-c", command[1]], cwd=folder, check=True, timeout=120)

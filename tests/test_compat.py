@@ -135,7 +135,7 @@ THEIRS_ALONE = {
 
 @pytest.mark.parametrize("method", ["__init__", "predict", "rank"])
 def test_parameters_equal_those_of_sentence_transformers(folder: Path, ours: CrossEncoder, method: str) -> None:
-    """By keyword, each with their default, the scores are the same."""
+    """Every parameter, passed by keyword with its default, gives the same scores."""
     parameters = list(inspect.signature(getattr(sentence_transformers.CrossEncoder, method)).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in THEIRS_ALONE}
     assert len(defaults) > 7

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import write_checkpoint
 
-from turborank import InputError, Reranker, depth
+from turborank import InputError, Reranker, scheduler
 
 
 def falling(size, *, high, low):
@@ -17,21 +17,25 @@ def falling(size, *, high, low):
 def test_the_estimate_is_the_formula():
     logits = falling(40, high=10, low=30)
     gap = (5.0 - 0.0) / 1.0  # n-th best, mean and standard deviation of the last twenty
-    want = 1 / (1 + math.exp(-(depth.INTERCEPT + depth.LEFT * math.log(60 / 100) + depth.GAP * gap)))
-    assert depth.to_come(logits, 10, 100) == pytest.approx(want, rel=1e-6)
-    assert depth.to_come(logits, 10, 40) == 0.0
-    assert depth.to_come(logits[:9], 10, 100) == 1.0
+    want = 1 / (
+        1 + math.exp(-(scheduler.STOP_INTERCEPT + scheduler.STOP_LEFT * math.log(60 / 100) + scheduler.STOP_GAP * gap))
+    )
+    assert scheduler.expected_share(logits, 10, 100) == pytest.approx(want, rel=1e-6)
+    assert scheduler.expected_share(logits, 10, 40) == 0.0
+    assert scheduler.expected_share(logits[:9], 10, 100) == 1.0
 
 
 def test_the_scale_of_the_logits_does_not_matter():
     logits = falling(30, high=10, low=20)
-    assert depth.to_come(logits * 8 + 64, 10, 100) == pytest.approx(depth.to_come(logits, 10, 100), rel=1e-5)
+    assert scheduler.expected_share(logits * 8 + 64, 10, 100) == pytest.approx(
+        scheduler.expected_share(logits, 10, 100), rel=1e-5
+    )
 
 
 def test_a_clear_gap_stops_early_and_a_flat_list_late():
     def read(logits):
-        steps = range(depth.BLOCK, 101, depth.BLOCK)
-        return next(d for d in steps if d == 100 or depth.enough(logits[:d], 10, 100))
+        steps = range(scheduler.DEPTH_BLOCK, 101, scheduler.DEPTH_BLOCK)
+        return next(d for d in steps if d == 100 or scheduler.deep_enough(logits[:d], 10, 100))
 
     assert read(np.concatenate([falling(10, high=10, low=0) * 10, falling(90, high=0, low=90)])) <= 30
     assert read(np.linspace(0, 1, 100, dtype=np.float32)) >= 90  # ever better

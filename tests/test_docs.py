@@ -85,7 +85,7 @@ def test_sections_of_the_model_page_refer_to_one_another():
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -205,7 +205,7 @@ def for_gpu(folder: Path) -> None:
 
 
 class Page(NamedTuple):
-    """How the code of a page is run: its files, names of its Python code, and text that is replaced to stay small."""
+    """How the code of a page is run: its files, names for its Python code, and text replaced to keep the run small."""
 
     prepare: Callable[[Path], None]
     names: Mapping[str, Any] = MappingProxyType({})

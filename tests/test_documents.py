@@ -140,7 +140,7 @@ def test_a_file_too_large_is_a_fault(tmp_path, monkeypatch):
 
 @pytest.fixture
 def nobodys():
-    """A folder of a user for whom not everything is readable; where tests run as root, they are another one here."""
+    """A folder with unreadable files; where tests run as root, as another user."""
     if root := os.geteuid() == 0:
         os.seteuid(65534)
     try:

@@ -1,4 +1,4 @@
-"""The scripts of examples/, run as a user runs them; their output is checked."""
+"""The scripts of examples/ are run as a user runs them, and their output is checked."""
 
 import os
 import re

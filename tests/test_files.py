@@ -1,4 +1,4 @@
-"""One behaviour of every reader for what files of other programs hold: the table of docs/evaluation.md."""
+"""Every reader treats the peculiarities of other programs' files alike: the table of docs/evaluation.md."""
 
 import gzip
 import io
@@ -75,7 +75,7 @@ def write(folder: Path, name: str, data: bytes) -> Path:
 
 
 def plainly(folder: Path, reader: Reader) -> Any:
-    """What the reader makes of its valid file."""
+    """The reader's result for its valid file."""
     (folder / "valid").mkdir()
     return reader.read(write(folder / "valid", reader.name, "\n".join([*reader.lines, ""]).encode()))
 

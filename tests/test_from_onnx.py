@@ -1,4 +1,4 @@
-"""Weights from ONNX files: graphs built as exporters build them, in float and quantised by ONNX Runtime."""
+"""Weights from ONNX files: graphs in the form that exporters write, in float and quantised by ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from random_models import model_config, packed, random_weights  # noqa: E402
 
 from turborank.architectures import ARCHITECTURES  # noqa: E402
 from turborank.architectures.jinabert import standard_slopes  # noqa: E402
-from turborank.engines import cuda_graphs  # noqa: E402
 from turborank.engines.reference import ReferenceEngine  # noqa: E402
 from turborank.engines.torch import converted  # noqa: E402
 from turborank.ops import reference  # noqa: E402
@@ -76,7 +75,7 @@ def test_attention_equals_the_reference_for_any_lengths(lengths: list[int], scal
 
 
 def test_keys_out_of_reach_are_not_read() -> None:
-    """Values far away are NaN: whoever multiplies them, even by zero, gets NaN. Steep heads do not, flat ones do."""
+    """Distant values are NaN; reading them gives NaN, even with weight 0. Steep heads skip them, flat ones do not."""
     slopes = (1.0, 1e-4)
     q, k, v = random_qkv([1024], 2, 1.0)
     _, where = layout([1024])
@@ -87,7 +86,7 @@ def test_keys_out_of_reach_are_not_read() -> None:
 
 
 def test_a_key_that_matters_is_read_however_far() -> None:
-    """One key far away with the largest norm of all, straight along the first query: exp(40) outweighs the distance."""
+    """One distant key has the largest norm and the first query's direction: exp(40) outweighs the distance."""
     q, k, v = random_qkv([1024], 1, 0.05)
     q[0], k[900] = 0.0, 0.0
     q[0, 0], k[900, 0] = 32**0.5, 2.0**-5 * 900 + 40  # slope 2^-5: score less distance is 40
@@ -117,12 +116,12 @@ def test_rows_equal_the_reference(width: int) -> None:
 # ------------------------------------------------------------------------------------------- whole models
 
 
-def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> cuda_graphs.GraphRunner:
-    """What engines.torch makes on a GPU."""
+def engine(config: ModelConfig, weights: dict[str, Float32], dtype: str = "float32") -> triton_ops.GraphRunner:
+    """The runner that engines.torch creates on a GPU."""
     moved = converted(weights, getattr(torch, dtype), DEVICE)
     forward = ARCHITECTURES[config.architecture].forward
     fill = config.head == "classifier" and config.architecture != "deberta"
-    return cuda_graphs.GraphRunner(
+    return triton_ops.GraphRunner(
         lambda batch: forward(moved, config, batch, triton_ops), torch.device(DEVICE), fill=fill
     )
 
@@ -180,7 +179,7 @@ def test_logits_in_half_precision_are_near_the_reference(
 
 
 def test_sizes_beyond_those_kept_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "KEPT", 1)
+    monkeypatch.setattr(triton_ops, "MAX_GRAPHS", 1)
     config = CONFIGS["bert"]
     weights = family_weights(config)
     numpy_engine, ours = ReferenceEngine(weights, config, 1), engine(config, weights)
@@ -222,9 +221,9 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu() -> None:
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
 def test_a_size_has_room_for_its_batches(lengths: list[int]) -> None:
     cu = np.cumsum([0, *lengths]).astype(np.int32)
-    tokens, pairs, longest = cuda_graphs.rounded(int(cu[-1]), len(lengths), max(lengths))
+    tokens, pairs, longest = triton_ops.rounded(int(cu[-1]), len(lengths), max(lengths))
     assert tokens >= cu[-1]
-    assert tokens <= max(cu[-1] * 17 / 16 + 1, cu[-1] + cuda_graphs.FEWEST_TOKENS)
+    assert tokens <= max(cu[-1] * 17 / 16 + 1, cu[-1] + triton_ops.MIN_TOKENS)
     assert pairs >= len(lengths)
     assert longest >= max(lengths)
     assert (longest > triton_ops.SKIP_FROM) == (max(lengths) > triton_ops.SKIP_FROM)

@@ -1,8 +1,8 @@
 """Published scores against published weights, for every model of the table that is on this machine.
 
 The records are facts with their sources (``golden_scores.json`` and ``golden_families.json`` in
-``../shared/reference``); the weights are looked for in the Hugging Face cache only. What is not here is skipped by
-name. Run: ``pytest -m golden -rs``.
+``../shared/reference``); the weights are looked for in the Hugging Face cache only. Models that are not there are
+skipped by name. Run: ``pytest -m golden -rs``.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ ENGINE_NAMES = ("reference", "torch", "native")
 
 
 def records(*uses: str) -> Any:
-    """One case a record of these uses, or one that skips where the file is not at hand."""
+    """One case for each record with these uses, or one skipped case where the file is not available."""
     chosen = [pytest.param(record, id=record["id"]) for record in RECORDS if record["use"] in uses]
     names = " and ".join(path.name for path in RECORDS_FILES)
     absent = pytest.mark.skip(reason=f"needs the published scores, {names}, which are not on this machine")
@@ -75,7 +75,7 @@ def in_kind(logits: Float32, kind: str) -> np.ndarray[Any, np.dtype[np.float64]]
 
 
 def error(logits: Float32, record: dict[str, Any]) -> float:
-    """The largest distance from the published scores; an unpublished one counts for nothing."""
+    """The largest distance from the published scores; documents without a published score are ignored."""
     published = np.asarray([np.nan if score is None else score for score in record["scores"]])
     return float(np.nanmax(np.abs(in_kind(logits, record["kind"]) - published)))
 
@@ -138,7 +138,7 @@ def test_models_of_other_tables_are_named(record: dict[str, Any]) -> None:
 
 @records("reference", "discriminator", "known-buggy")
 def test_every_record_can_be_judged(record: dict[str, Any]) -> None:
-    """Runs without weights: a record with another kind or without its parts would be checked against nothing."""
+    """Runs without weights. A record of unknown kind or with missing parts would not be checked at all."""
     assert record["kind"] in ("logit", "sigmoid")
     assert record["tolerance"] > 0
     assert any(score is not None for score in record["scores"])

@@ -1,5 +1,5 @@
-"""Texts that break other programs: scores are finite, spans are slices in code points, limits that do not bind change
-no bit. On the native and the reference engine, with four kinds of tokenizers."""
+"""Texts that break other programs: scores are finite, spans are slices in code points, and a limit that is not reached
+changes no bit. On the native and the reference engine, with four kinds of tokenizers."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def unigram() -> Tokenizer:
-    """As XLM-RoBERTa's: NFKC, which makes many characters of one, and the mark of a word's beginning."""
+    """Like XLM-RoBERTa's: NFKC, which can expand one character to several, and a word-boundary mark."""
     pieces = [(special, 0.0) for special in SPECIALS] + [("▁bee", -4.0)]
     tokenizer = Tokenizer(models.Unigram(pieces + [(one, -8.0) for one in ("▁", *string.ascii_letters)], unk_id=3))
     tokenizer.normalizer = normalizers.NFKC()
@@ -33,7 +33,7 @@ def unigram() -> Tokenizer:
 
 
 def bytes_of_utf_8() -> Tokenizer:
-    """As the jina rerankers': a token is a byte, so a character may be cut between its bytes."""
+    """Like the jina rerankers': a token is a byte, so a cut may fall inside a character."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*SPECIALS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -103,8 +103,7 @@ def test_scores_are_finite_and_spans_are_slices(kind: str, engine: str, query: s
 @settings(max_examples=50, deadline=None)
 @given(document=TEXTS)
 def test_windows_leave_no_character_out(kind: str, document: str) -> None:
-    """The spans of a document's windows begin with its first token and end with its last, and none begins later than
-    the one before ends."""
+    """The spans of a document's windows reach from its first token to its last, without gaps."""
     encoder = reranker(kind, "native", "windows", 32).encoder
     [windows] = encoder.encode([Pair("bee", document)])
     if len(windows) > 1:
@@ -152,7 +151,7 @@ def test_a_lone_surrogate_is_the_replacement_character() -> None:
 
 @EACH
 def test_a_word_without_end(kind: str) -> None:
-    """One word of a million letters: read as far as the model reads, and counted to its end."""
+    """One word of a million letters: the model reads up to its limit, and all tokens are counted."""
     size = 1_000_000
     scores = reranker(kind, "native").score_detailed([Pair("bee", "b" * size)])
     assert np.isfinite(scores.logits).all()

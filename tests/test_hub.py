@@ -103,7 +103,7 @@ def hub() -> Iterator[Hub]:
 
 @dataclass
 class Said:
-    """What a process that loaded a model printed."""
+    """Output of a process that loaded a model."""
 
     result: dict[str, Any]
     notice: str  # standard error

@@ -1,4 +1,4 @@
-"""Layouts that users have: shards, module chains, renamed tensors, two labels, ONNX alone, missing keys."""
+"""Layouts of model folders: shards, module chains, renamed tensors, two labels, ONNX only, missing keys."""
 
 import dataclasses
 import hashlib
@@ -435,8 +435,8 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**1
 @pytest.mark.parametrize(("engine", "precision"), [("native", "int8"), ("reference", "fp32"), ("torch", "fp32")])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_large_table_of_words_is_never_copied(tmp_path: Path, engine: str, precision: str, dtype: str) -> None:
-    """200 MiB of words in 16 bits, 400 in float32. Beside the same model with few words, the process's peak may grow by
-    the pages of the file that are in memory while they are looked at, and by nothing else."""
+    """200 MiB of word embeddings in 16 bits, 400 in float32. Compared with the same model with few words, the process's
+    peak may only grow by the pages of the file that are resident while they are checked."""
     if (reason := ENGINES[engine].available()) is not None:
         pytest.skip(reason)
     peaks, logits = [], []

@@ -349,7 +349,7 @@ def write_plain(folder: Path, raw: dict[str, Any], weights: dict[str, Float32]) 
 
 
 def write_modules(folder: Path, raw: dict[str, Any], weights: dict[str, Float32], pooling: str = "cls") -> Path:
-    """sentence-transformers' chain, as the Ettin rerankers are published; classifier_pooling in config.json lies."""
+    """The published Ettin rerankers' chain of modules; config.json has a wrong classifier_pooling."""
     folder.mkdir(exist_ok=True)
     trunk = {n: ("F32", w) for n, w in weights.items() if not n.startswith(("head.", "classifier."))}
     write_safetensors(folder / "model.safetensors", trunk)
@@ -409,7 +409,7 @@ def test_a_checkpoint_in_transformers_layout_ranks_as_it_does_there(tmp_path: Pa
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_the_module_layout_is_the_same_model(tmp_path: Path, pooling: str) -> None:
-    """Composed by hand from transformers' bare encoder and torch's own layers, as sentence-transformers would."""
+    """Composed from transformers' bare encoder and torch's layers, as sentence-transformers does."""
     config = recognise(V5, {modernbert.HEAD_BIAS: (64,)})
     weights = sharp(config)
     folder = write_modules(tmp_path / "m", V5, weights, pooling)

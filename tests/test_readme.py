@@ -1,8 +1,8 @@
 """README's commands are run and their output is compared with what README prints.
 
 A fenced ``console`` block holds commands after ``$ ``, each followed by its output; ``python`` blocks are run as well.
-Words have to be the same and in the same order. Numbers with a decimal point may differ in the last digits, because an
-instruction set rounds in its own way; what depends on the machine (seconds, engine) is left out.
+Words must be equal and in the same order. Numbers with a decimal point may differ in the last digits, because
+instruction sets round differently; what depends on the machine (seconds, engine) is left out.
 """
 
 import os

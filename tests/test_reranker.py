@@ -176,7 +176,7 @@ def test_nothing_is_not_a_list(reranker: Reranker) -> None:
 
 
 def test_what_is_too_long_is_named(folder: Path) -> None:
-    """The last one is in a later chunk of the scheduler's than the first."""
+    """The last pair is in a later chunk of the scheduler than the first."""
     reranker = Reranker(folder, engine="reference", max_length=64, length="error")
     documents = ["bee"] * 8000 + ["bee " * 200]
     with pytest.raises(TooLongError, match=r"^documents\[1\]: expected a pair of at most 64 tokens"):
@@ -225,7 +225,7 @@ def test_torch_engine_agrees(folder: Path, reranker: Reranker) -> None:
 
 
 def test_bf16_in_torch_rounds_neither_norms_nor_the_numbers_of_a_cosine_head() -> None:
-    """Rounded, they move these logits by -.02 on average and by .058 at most, of a standard deviation of 2.8."""
+    """Rounding them moves these logits, whose standard deviation is 2.8, by -.02 on average and by .058 at most."""
     pytest.importorskip("torch")
     texts = [path.read_text()[:500] for path in sorted((Path(__file__).parents[1] / "examples").rglob("*.md"))]
     pairs = [("how do bees decide where to build a new home?", text) for text in texts]

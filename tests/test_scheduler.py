@@ -1,4 +1,4 @@
-"""Order, neighbours, budgets and chunks must not change a score, to the bit."""
+"""Order, other pairs of the batch, budgets and chunks must not change a bit of a score."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def square(lengths: list[int]) -> scheduler.Work:
     st.floats(0, 1e-2),
 )
 def test_pace_finds_both_terms_of_an_engine(batches: list[list[int]], each: float, ratio: float) -> None:
-    """An engine of each x tokens + each x ratio x squares; batches of 32, 512 and 2,048 tokens tell the terms apart."""
+    """The engine takes each x tokens + each x ratio x squares seconds; batches of 32, 512 and 2,048 tokens."""
     pace = scheduler.Pace()
     assert (pace.known, pace.speed, pace.seconds(square([100]))) == (False, None, 0.0)
     for batch in [*batches, *[[32] * 8, [512] * 4, [2048]] * 20]:
@@ -119,7 +119,7 @@ def test_chunks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_windows_take_the_best_and_point_at_it() -> None:
-    """Each window scored by itself as a short document: the pair's logit is the maximum, its span that window's."""
+    """Each window is scored as a short document: the pair has the maximal logit and the span of that window."""
     engine = prepared("reference", "fp32")
     words = np.random.default_rng(3).choice(WORDS, size=60)
     text = " ".join(words)

@@ -1,4 +1,4 @@
-"""The score cache: hits have the bits of a computed score, keys hold all that a score depends on, the bound holds."""
+"""The score cache: hits have the bits of a computed score, keys include all that scores depend on, size is bounded."""
 
 import sqlite3
 import threading

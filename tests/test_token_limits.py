@@ -1,4 +1,4 @@
-"""What one request may ask of the length policy: every expected count is arithmetic on one token per letter."""
+"""Limits of one request for the length policies; expected counts are arithmetic on one token per letter."""
 
 import pytest
 from sample_tokenizers import bpe_tokenizer

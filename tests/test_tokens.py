@@ -1,4 +1,4 @@
-"""Templates, the published truncation rule, windows, and text that tries to break the encoder."""
+"""Templates, the published truncation rule, windows, and adversarial text."""
 
 import itertools
 import json

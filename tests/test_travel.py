@@ -1,4 +1,4 @@
-"""Rerankers in other threads and processes: the same bits, one model a process, no hang, nothing on standard error."""
+"""Rerankers in threads and processes: the same bits, one model per process, no hang, nothing on standard error."""
 
 import concurrent.futures
 import copy
@@ -124,7 +124,7 @@ def test_closing_frees_the_weights(folder: Path) -> None:
 @needs_native
 @pytest.mark.parametrize("start", ["spawn", pytest.param("fork", marks=needs_fork), "forkserver"])
 def test_worker_processes(folder: Path, start: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """After use in the parent, with threads: a fork inherits none of them, a spawned worker opens the model once."""
+    """After use in the parent with threads: a fork inherits no thread, a spawned worker opens the model once."""
     if start not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {start}")
     reranker = Reranker(folder, engine="native", threads=3)
@@ -207,7 +207,7 @@ def python(code: str, *arguments: str, environment: dict[str, str] | None = None
 @needs_native
 @needs_fork
 def test_a_fork_while_other_threads_compute(folder: Path) -> None:
-    """The engine's lock is held by a thread that the child does not have."""
+    """At the fork, a thread that does not exist in the child holds the engine's lock."""
     ended = python(FORKED_WHILE_BUSY, str(folder))
     assert (ended.returncode, ended.stderr) == (0, "")
 
@@ -228,7 +228,7 @@ print(len(os.listdir("/proc/self/task")), os.environ["TOKENIZERS_PARALLELISM"])
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list threads")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_after_a_list_are_those_requested(folder: Path, threads: int) -> None:
-    """Of the engine: the tokenizer's end with the list. Without a bound the library would start one for each core."""
+    """Threads of the engine; the tokenizer's end with the list. Without a limit there would be one for each core."""
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "7"}
     ended = subprocess.run(
@@ -249,7 +249,7 @@ ENDS = {
 @needs_native
 @pytest.mark.parametrize("end", ENDS)
 def test_nothing_is_printed_at_exit(folder: Path, end: str) -> None:
-    """Whatever still holds a reranker: a pool that runs, a module, a traceback."""
+    """While a running pool, a module or a traceback still refers to a reranker."""
     code = (
         "import concurrent.futures, sys, builtins\nfrom turborank import Reranker\n"
         "reranker = builtins.reranker = Reranker(sys.argv[1], engine='native')\n"
@@ -281,7 +281,7 @@ def test_memory_stays_flat_over_short_calls(folder: Path) -> None:
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not tell resident memory")
 def test_memory_after_a_burst_is_one_work_space_and_close_releases_it() -> None:
-    """The work space of the largest batch is kept (docs/scale.md); it does not grow, and close gives it back."""
+    """The work space of the largest batch is kept (docs/scale.md); it does not grow, and close releases it."""
     code = (
         "import gc, sys\nfrom pathlib import Path\nfrom turborank import Reranker\n"
         "def resident():\n"
@@ -334,7 +334,7 @@ def test_rank_many_reports_faults_with_their_index(folder: Path) -> None:
 
 
 def test_columns_of_text(folder: Path) -> None:
-    """A Series, an array of numpy or Arrow: what their elements say, not what their library calls them."""
+    """A Series, a numpy or an Arrow array: converted by their elements' values."""
     reranker = Reranker(folder, engine="reference")
     expected = reranker.rank(QUERY, DOCUMENTS[:5])
     columns = [np.array(DOCUMENTS[:5]), np.array(DOCUMENTS[:5], dtype=object), iter(DOCUMENTS[:5])]
@@ -350,7 +350,7 @@ def test_columns_of_text(folder: Path) -> None:
 
 
 class Table:
-    """As wide as pandas' and polars' DataFrame and pyarrow's Table are: two dimensions, and columns to iterate over."""
+    """Like a DataFrame of pandas or polars and a Table of pyarrow: two dimensions, iterates over columns."""
 
     shape = (3, 2)
 

@@ -3,13 +3,16 @@
     torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --first V1 --out WORK/run
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
-states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 1 to .3, and
+states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .3, and
 KL (T = 3), MarginMSE and squared error against
 
     L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
 
 with a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
 scientific ones. The teachers read each batch beside the student, so nothing is stored.
+
+In the second phase half of the lists are scientific ones (a quarter before, as in the pool), and their states in the
+last two layers are free: what L-12 concludes there is not what is to be learnt.
 
 Documents longer than L-12 reads are made by hiding a passage among others: L-12 reads them in windows, each with the
 question, and its best window's logit counts. Word and position embeddings are not trained. Runs stop and go on by
@@ -110,7 +113,10 @@ class HiddenAndLists:
     long_every, window = 32, 350
     cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
     lists_from, lists_whole = 0.3, 300  # weight of the lists at step 0; the step from which it is 1
-    hidden_last, hidden_between = 0.3, (500, 1000)  # weight of the states at the end; steps between which it falls
+    phase = 700  # step at which the second phase begins
+    hidden = (0, phase - 1, phase, 1300), (3.0, 3.0, 1.0, 0.3)  # steps, and the weight of the states at each
+    science = 0.25, 0.5  # share of scientific lists in each phase
+    free = 2  # last layers whose states scientific lists do not learn in the second phase
 
     def __init__(
         self, work: Path, corpus: Corpus, teacher: Teacher, first: Path, *, budget: int, seed: int, rank: int = 0
@@ -124,6 +130,7 @@ class HiddenAndLists:
         sources = [row["source"] for row in lines(work / "queries.jsonl")]
         kinds = ["science" if sources[q].startswith(SCIENCE) else "web" for q in self.query]
         self.weights = np.array([WEIGHTS[kind] for kind in kinds], np.float32)  # (lists, 2)
+        self.of_kind = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in WEIGHTS}
         model = Student.load(first)
         numbers = {name: w.detach().numpy() for name, w in model.weights.items()}
         name, precision = engines.choose("torch" if torch.cuda.is_available() else "auto", config=model.config)
@@ -148,13 +155,25 @@ class HiddenAndLists:
         loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
         loss = loss * min(1.0, self.lists_from + (1 - self.lists_from) * step / self.lists_whole)
         if states is not None:
-            targets = [states[layer].float() for layer in TARGETS]
-            each = [F.mse_loss(x.float(), t) / t.var() for x, t in zip(trace[1:], targets, strict=True)]
-            hidden = torch.stack(each).mean()
-            start, end = self.hidden_between
-            done = min(1.0, max(0.0, (step - start) / (end - start)))
-            loss, parts["hidden"] = loss + (1 + (self.hidden_last - 1) * done) * hidden, hidden.item()
+            science = np.isin(rows, self.of_kind["science"]) & (step >= self.phase)
+            learning = torch.from_numpy(np.repeat(~science, [len(some) for some in members])).to(wanted.device)
+            hidden = self._hidden(trace[1:], [states[layer] for layer in TARGETS], learning, np.diff(batch.cu_seqlens))
+            loss, parts["hidden"] = loss + float(np.interp(step, *self.hidden)) * hidden, hidden.item()
         return Loss(loss, parts, batch.tokens)
+
+    def _hidden(
+        self, states: Sequence[Tensor], targets: Sequence[Tensor], learning: Tensor, lengths: np.ndarray
+    ) -> Tensor:
+        """Mean over layers of MSE / variance; in the last ``free`` layers of the pairs that are ``learning`` (P,)."""
+        tokens = learning.repeat_interleave(torch.from_numpy(lengths).to(learning.device))
+        each: list[Tensor] = []
+        for layer, (x, t) in enumerate(zip(states, targets, strict=True)):
+            have, wanted, spread = x.float(), t.float(), t.float().var()
+            if layer >= len(states) - self.free:
+                kept = tokens if len(x) == len(tokens) else learning
+                have, wanted = have[kept], wanted[kept]
+            each.append(F.mse_loss(have, wanted) / spread if len(have) else have.sum())
+        return torch.stack(each).mean()
 
     def _draw(self, step: int) -> tuple[list[int], list[np.ndarray], list[IdPair], bool]:
         """Lists of one step: row and members of each, all pairs, and whether the documents are long."""
@@ -165,9 +184,11 @@ class HiddenAndLists:
         cut = int(rng.choice(self.cuts))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         hard = 2 if is_long else 5
+        share = self.science[int(step >= self.phase)]
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
-            row = int(rng.integers(len(self.query)))
+            kind = self.of_kind["science" if rng.random() < share else "web"]
+            row = int(kind[rng.integers(len(kind))])
             order = np.argsort(-self.cosines[row])
             chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
             asked, places = self.corpus.query(int(self.query[row])), self.places[row][chosen]

@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from turborank import calibration as calibrations
 from turborank import checkpoint as checkpoints
-from turborank import depth as depths
-from turborank import engines
+from turborank import engines, scheduler
 from turborank.calibration import Calibration, sigmoid
 from turborank.checkpoint import Checkpoint
 from turborank.checkpoint.tensors import TensorFile
@@ -389,20 +388,20 @@ class Reranker:
     ) -> tuple[int | None, float | None, int | str | None]:
         """Validate the options of a ranking; return (top_n, threshold as a relevance score, depth)."""
         top_n = None if top_n is None else whole("top_n", top_n)
-        return top_n, self.least_score(threshold), depths.checked(depth, top_n)
+        return top_n, self.least_score(threshold), scheduler.checked_depth(depth, top_n)
 
     def _scores(
         self, pairs: Sequence[Pair], top_n: int | None, depth: int | str | None, progress: Progress | None
     ) -> Scores:
         """Scores of one query's first pairs, as many as ``depth`` selects."""
-        if depth == depths.AUTO and top_n is not None:
+        if depth == scheduler.AUTO_DEPTH and top_n is not None:
             return self.score_adaptively(pairs, top_n, progress=progress)
         return self.score_detailed(pairs if depth is None else pairs[: int(depth)], progress=progress)
 
     def _scores_many(
         self, lists: Sequence[Sequence[Pair]], top_n: int | None, depth: int | str | None, progress: Progress | None
     ) -> list[Scores]:
-        if depth is not None and depth != depths.AUTO:
+        if depth is not None and depth != scheduler.AUTO_DEPTH:
             lists = [one[: int(depth)] for one in lists]
         bounds = list(itertools.accumulate((len(one) for one in lists), initial=0))
         first, done = 0, 0  # with depth="auto": the list that is being scored, and the pairs before it
@@ -412,7 +411,7 @@ class Reranker:
                 progress(done + now, bounds[-1])
 
         try:
-            if depth == depths.AUTO:
+            if depth == scheduler.AUTO_DEPTH:
                 found = []
                 for one in lists:
                     found.append(self._scores(one, top_n, depth, step))
@@ -456,18 +455,18 @@ class Reranker:
         return self.cache.complete(found, computed)
 
     def score_adaptively(self, pairs: Sequence[Pair], top_n: int, *, progress: Progress | None = None) -> Scores:
-        """Scores of the first pairs, computed in blocks until :func:`turborank.depth.enough` is true for ``top_n``.
+        """Scores of the first pairs, in blocks until few of the ``top_n`` are expected among the rest (docs/depth.md).
 
         The pairs must be one query's, in the order of a first stage. The result covers a prefix of them.
         """
         parts: list[Scores] = []
         done = 0
-        while done < len(pairs) and not (parts and depths.enough(joined(parts).logits, top_n, len(pairs))):
+        while done < len(pairs) and not (parts and scheduler.deep_enough(joined(parts).logits, top_n, len(pairs))):
             try:
-                parts.append(self.score_detailed(pairs[done : done + depths.BLOCK]))
+                parts.append(self.score_detailed(pairs[done : done + scheduler.DEPTH_BLOCK]))
             except TooLongError as error:
                 raise error.at(done + error.place, f"pairs[{done + error.place}]") from None
-            done = min(done + depths.BLOCK, len(pairs))
+            done = min(done + scheduler.DEPTH_BLOCK, len(pairs))
             if progress is not None:
                 progress(done, len(pairs))
         return joined(parts) if parts else self.score_detailed([])

@@ -20,7 +20,8 @@ LONGEST_SENTENCE = MAX_WORDS - MIN_WORDS  # words; longer sentences (transcripts
 # Brackets as the Penn Treebank spells them, and the written brackets.
 _TREEBANK = {"-lrb-": "(", "-rrb-": ")", "-lsb-": "[", "-rsb-": "]", "-lcb-": "{", "-rcb-": "}"}
 _TREEBANK_TOKEN = re.compile("|".join(_TREEBANK), flags=re.IGNORECASE)
-_SENTENCE_END = re.compile(r"(?<=[.?!]) (?=[A-Z\"(])")
+_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n\s*\n")
+_OPENING = "\"'“‘«¿¡(["  # may begin a sentence
 
 
 def plain(text: str) -> str:
@@ -104,9 +105,26 @@ def cleaner(names: Iterable[str]) -> Callable[[str], str]:
     return clean
 
 
-def sentences(text: str) -> list[str]:
-    """Split a one-line text after ``.``, ``?`` or ``!`` and a space before a capital letter, ``"`` or ``(``."""
-    return _SENTENCE_END.split(text)
+def sentence_ends(text: str, *, strict: bool = False) -> Iterator[int]:
+    """Offsets behind each sentence and the white space that follows it.
+
+    A sentence ends with ``.``, ``!`` or ``?``, closing quotation marks or brackets and white space; with ``。``, ``！``
+    or ``？``; or with an empty line. ``strict``: only before an upper-case or caseless letter or an opening quotation
+    mark or bracket, so that "e.g. this" and "Fig. 3" stay whole.
+    """
+    # Both modes are needed: queries made from sentences must be whole ones, hence strict. The passages of a document
+    # must also be found in text without capitals (chats, transcripts); a false end only makes a passage shorter.
+    for match in _END.finditer(text):
+        following = text[match.end() : match.end() + 1]
+        if not strict or following in _OPENING or (following.isalpha() and not following.islower()):
+            yield match.end()
+
+
+def sentences(text: str, *, strict: bool = False) -> list[str]:
+    """The sentences of ``text`` without surrounding white space; ``strict`` as for :func:`sentence_ends`."""
+    bounds = [0, *sentence_ends(text, strict=strict), len(text)]
+    pieces = (text[start:end].strip() for start, end in itertools.pairwise(bounds))
+    return [piece for piece in pieces if piece]
 
 
 def cut(text: str, rng: np.random.Generator) -> Iterator[str]:
@@ -126,7 +144,7 @@ def cut(text: str, rng: np.random.Generator) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[list[str]]:
-    for sentence in sentences(text):
+    for sentence in sentences(text, strict=True):
         words = sentence.split()
         for start in range(0, len(words), LONGEST_SENTENCE):
             yield words[start : start + LONGEST_SENTENCE]
@@ -136,7 +154,6 @@ def _pieces(text: str) -> Iterator[list[str]]:
 
 SHORTEST, LONGEST = 40, 600  # characters of a passage
 MOST = 64  # maximum number of passages of a document; longer documents get longer passages
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[。！？])|\n\s*\n")
 _SPACE = re.compile(r"\s+")
 
 
@@ -149,8 +166,7 @@ def passages(text: str) -> list[tuple[int, int]]:
     longest = max(LONGEST, shortest)
     cuts: list[int] = []
     start = 0
-    for match in _END.finditer(text):
-        end = match.end()
+    for end in sentence_ends(text):
         if end - start >= shortest:
             cuts += [*_split(text, start, end, longest), end]
             start = end

@@ -12,15 +12,19 @@ to pairs of more than ``max_length`` tokens; the :class:`Encoding` counts the to
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from turborank.errors import CheckpointError, InputError, TooLongError, UnknownKeyError
 from turborank.text import plain
@@ -31,6 +35,7 @@ WINDOW_OVERLAP = 0.25  # share of a window's document tokens that the next windo
 CHARACTERS_PER_TOKEN = 12  # a text of more than max_length times as many characters is expected to be cut
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # the library's variable: whether it starts threads of its own
 THREAD_CHARACTERS = 10_000  # minimum text per thread; starting a thread costs about 50 µs
+PIECE_CHARACTERS = 100_000  # a longer text is tokenised in pieces, because the library takes 200 bytes per character
 MIN_LENGTH = 16  # minimum max_length: the special tokens and a few tokens of query and document
 
 
@@ -50,9 +55,9 @@ class Template(NamedTuple):
 def read_template(tokenizer: Tokenizer) -> Template:
     """The pair template of a tokenizer, found by encoding a pair and reading which tokens are special.
 
-    Raises CheckpointError when the encoded pair lacks one of its texts.
+    Raises CheckpointError when the encoded pair lacks one of its texts, or cannot be encoded.
     """
-    probe = tokenizer.encode("a", "b")
+    probe = _checked(tokenizer.encode, "a", "b")
     owners = probe.sequence_ids  # 0 for the query, 1 for the document, None for template tokens
     if 0 not in owners or 1 not in owners:
         raise CheckpointError("expected the tokenizer to encode a pair of texts, got a template without both texts")
@@ -111,15 +116,27 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+class _Offsets:
+    """Offsets (N, 2) of a text tokenised in pieces, with the method of tokenizers.Encoding that is used here."""
+
+    def __init__(self, spans: npt.NDArray[np.int64]) -> None:
+        self._spans = spans
+
+    def token_to_chars(self, token: int) -> tuple[int, int]:
+        """Character offsets (start, end) of a token."""
+        start, end = self._spans[token].tolist()
+        return start, end
+
+
 class _Text:
-    """A text, its token ids after tokenisation, and the tokenizer's encoding when offsets will be needed."""
+    """A text, its token ids after tokenisation, and the tokens' characters when they will be needed."""
 
     __slots__ = ("ids", "offsets", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.ids: Int32 = np.empty(0, np.int32)
-        self.offsets: tokenizers.Encoding | None = None
+        self.offsets: tokenizers.Encoding | _Offsets | None = None
 
 
 def library_parallelism() -> bool:
@@ -129,6 +146,16 @@ def library_parallelism() -> bool:
     affinity and CPU quotas, is never released, and does not survive a fork. turborank's threads are used instead.
     """
     return os.environ.setdefault(PARALLELISM, "false").lower() not in ("", "0", "off", "false", "f", "no", "n")
+
+
+def _checked(encode: Callable[..., Any], *texts: Any, **options: bool) -> Any:
+    """``encode`` of texts. The library's errors have no type of their own; they become CheckpointError."""
+    try:
+        return encode(*texts, **options)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise CheckpointError(f"expected a tokenizer that encodes any text, got: {error}") from error
 
 
 def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
@@ -142,11 +169,96 @@ def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
     return [texts[start:end] for start, end in itertools.pairwise([*cuts, len(texts)]) if start < end]
 
 
-def _characters(offsets: tokenizers.Encoding, token: int) -> tuple[int, int]:
+def _characters(offsets: tokenizers.Encoding | _Offsets, token: int) -> tuple[int, int]:
     """Character offsets (start, end) of a token in its text."""
     span = offsets.token_to_chars(token)
     assert span is not None  # only special tokens have no offsets, and the text was encoded without them
     return span
+
+
+# Tokenising a text in pieces. A cut is in front of a space between two words. Tokens do not depend on what is on the
+# other side, except those of a piece's first word, which some tokenizers treat as the beginning of a text. So a piece
+# begins one word before its cut, and the tokens of that word are dropped.
+
+# A letter or digit that is its own grapheme cluster: no mark, nothing that normalisation combines with a space.
+_LETTER = "[0-9A-Za-z\\u00c0-\\u024f\\u0391-\\u0482\\u048a-\\u0556\\u05d0-\\u05ea\\u0620-\\u064a\\uac00-\\ud7a3]"
+_CUT = re.compile(f"(?<={_LETTER}) (?={_LETTER})")
+
+
+class Piece(NamedTuple):
+    """Characters ``start`` to ``end`` of a text; the tokens from ``cut`` on are the piece's own."""
+
+    start: int
+    cut: int
+    end: int
+
+
+def pieces(text: str, size: int) -> list[Piece]:
+    """Pieces of about ``size`` characters, more where there is no cut. Their tokens are those of the text if the
+    tokenizer is one of :func:`splits_at_spaces`."""
+    found, start, cut = [], 0, 0
+    while before := _CUT.search(text, cut + size):
+        after = _CUT.search(text, before.end())
+        if after is None:
+            break
+        found.append(Piece(start, cut, after.start()))
+        start, cut = before.start(), after.start()
+    return [*found, Piece(start, cut, len(text))]
+
+
+_CHARACTERWISE = (
+    "BertNormalizer",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Lowercase",
+    "StripAccents",
+    "Strip",
+    "Nmt",
+    "Precompiled",
+)
+_AT_SPACES = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "ByteLevel", "Metaspace")
+_FURTHER = (*_AT_SPACES, "Punctuation", "Digits")
+_SPACES = ({"String": " "}, {"Regex": " {2,}"})  # patterns of Replace that concern spaces only
+
+
+def splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens on one side of a cut of :func:`pieces` do not depend on the text on the other side.
+
+    True if normalisation is by character or by grapheme cluster, the text is split into words at spaces, the model
+    reads one word at a time without sampling, and no added token takes characters from both sides.
+    """
+    normalizers = _steps(tokenizer.normalizer, "normalizers")
+    splits = _steps(tokenizer.pre_tokenizer, "pretokenizers")
+    model = tokenizer.model
+    added = tokenizer.get_added_tokens_decoder().values()
+    return (
+        all(one["type"] in _CHARACTERWISE or _replaces_spaces(one) for one in normalizers)
+        and all(one["type"] in _FURTHER for one in splits)
+        and any(
+            one["type"] in _AT_SPACES and one.get("split", True) and one.get("use_regex", True) for one in splits[:1]
+        )
+        and isinstance(model, models.WordPiece | models.BPE | models.Unigram | models.WordLevel)
+        and not getattr(model, "dropout", None)
+        and not any(
+            token.rstrip or any(map(str.isspace, token.content.lstrip()))
+            for token in added
+            if not (token.special and tokenizer.encode_special_tokens)
+        )
+    )
+
+
+def _steps(component: Any, name: str) -> list[dict[str, Any]]:
+    """The settings of a normalizer's or pre-tokenizer's steps; [] for None."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    return list(state.get(name, [state]))  # a sequence within a sequence has no type of the tables above
+
+
+def _replaces_spaces(step: dict[str, Any]) -> bool:
+    return step["type"] == "Replace" and step["pattern"] in _SPACES
 
 
 class PairEncoder:
@@ -195,8 +307,8 @@ class PairEncoder:
         """One list for each pair: a single encoding, or the encodings of its windows in reading order.
 
         The tokenizer runs in parallel outside the GIL; each distinct query is tokenised once.
-        Raises TooLongError, with the pair's index, under the policy ``error``, and UnknownKeyError for an unknown
-        policy.
+        Raises TooLongError, with the pair's index, under the policy ``error``, UnknownKeyError for an unknown policy,
+        and CheckpointError for a tokenizer that cannot encode a text, say for lack of its unknown token.
         """
         if limits.policy not in (None, *LENGTH_POLICIES):
             raise UnknownKeyError("length", limits.policy, LENGTH_POLICIES)
@@ -219,18 +331,41 @@ class PairEncoder:
         Tokenising without offsets is faster; a shorter text that is cut after all is tokenised again.
         """
         limit = CHARACTERS_PER_TOKEN * self.max_length
-        long, short = ([text for text in texts if (len(text.text) > limit) is is_long] for is_long in (True, False))
+        whole = [text for text in texts if not self._in_pieces(text)]
+        long, short = ([text for text in whole if (len(text.text) > limit) is is_long] for is_long in (True, False))
         for group, encode in ((long, self.tokenizer.encode_batch), (short, self.tokenizer.encode_batch_fast)):
             encodings = self._each_slice(encode, [text.text for text in group]) if group else []
             for text, encoding in zip(group, encodings, strict=True):
                 text.ids = np.asarray(encoding.ids, dtype=np.int32)
                 text.offsets = encoding if group is long else None
 
+    @functools.cached_property
+    def _splits(self) -> bool:
+        return splits_at_spaces(self.tokenizer)
+
+    def _in_pieces(self, text: _Text) -> bool:
+        """Tokenise a text of more than PIECE_CHARACTERS in pieces, if that gives the same tokens; whether it does."""
+        if len(text.text) <= PIECE_CHARACTERS or not self._splits:
+            return False
+        parts = pieces(text.text, PIECE_CHARACTERS)
+        ids, spans = [], []
+        for first in range(0, len(parts), self.threads):
+            group = parts[first : first + self.threads]
+            encodings = self._each_slice(self.tokenizer.encode_batch, [text.text[p.start : p.end] for p in group])
+            for part, encoding in zip(group, encodings, strict=True):
+                offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + part.start
+                own = offsets[:, 0] >= part.cut
+                ids.append(np.asarray(encoding.ids, dtype=np.int32)[own])
+                spans.append(offsets[own])
+        text.ids, text.offsets = np.concatenate(ids), _Offsets(np.concatenate(spans))
+        return True
+
     def _each_slice(
         self, encode: Callable[..., list[tokenizers.Encoding]], texts: Sequence[str]
     ) -> list[tokenizers.Encoding]:
         """``encode`` of all texts, in as many threads as the amount of text justifies; it runs outside the GIL."""
         first, *others = _slices(texts, self.threads)
+        encode = functools.partial(_checked, encode)
         if not others:
             return encode(first, add_special_tokens=False)
         with ThreadPoolExecutor(len(others), thread_name_prefix="turborank-tokens") as pool:
@@ -276,7 +411,7 @@ class PairEncoder:
         self,
         query: Int32,
         document: Int32,
-        offsets: tokenizers.Encoding,
+        offsets: tokenizers.Encoding | _Offsets,
         full: tuple[int, int],
         room: int,
         max_windows: int | None,

@@ -1,8 +1,8 @@
-"""Clients, peers and tools, each in an environment of its own, because they cannot be installed together.
+"""Environments of clients, peers and tools; each has its own, because they cannot be installed together.
 
 CLIENTS of the service are each driven by a script in ``clients/``. PEERS are libraries that evaluate or score; one of
-our test files runs beside each. TOOLS look at what we serve and deploy. FRAMEWORKS are those that our adapters
-(turborank.integrations) run inside. The environments live in the folder that
+our test files runs beside each. TOOLS check the OpenAPI document and the files of deploy/. FRAMEWORKS are those that
+our adapters (turborank.integrations) run inside. The environments live in the folder that
 TURBORANK_CONFORMANCE names, are made when missing, and are never part of this repository.
 """
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent / "clients"
 
 
 class Environment(NamedTuple):
-    """What to install, what drives it (a client's script, a peer's tests), if it is one of the core five.
+    """Packages to install, the script or tests to run, and whether it belongs to the core five.
 
     ``forced`` packages are installed last, in the place of others and without their dependencies.
     """

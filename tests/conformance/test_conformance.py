@@ -1,6 +1,6 @@
-"""Real clients against a real server: every client gets the library's scores, and is told what went wrong.
+"""Real clients against a real server: every client receives the library's scores and the server's error messages.
 
-The snippets of docs/clients are run as well: what a page tells its reader to type is what is tested.
+The snippets of docs/clients are executed, too.
 
 TURBORANK_CONFORMANCE=~/.cache/turborank-conformance pytest tests/conformance          all clients
 TURBORANK_CONFORMANCE=~/.cache/turborank-conformance pytest tests/conformance -m core  the core five
@@ -78,7 +78,7 @@ def library(folder: Path) -> Reranker:
 
 @pytest.fixture(scope="module")
 def cases(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
-    """Name of a case -> what to ask, against a server, or another one that refuses long pairs."""
+    """Name of a case -> request and server: the ordinary one, or one that refuses long pairs."""
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     good, spent = auth.new(file, "good"), auth.new(file, "spent", tokens=1)
     with running(folder, keys=str(file)) as up, running(folder, keys=str(file), length="error") as strict:
@@ -119,7 +119,7 @@ def expected(case: str, asked: dict[str, Any], library: Reranker, way: str = "")
 
 
 def drive(name: str, cases: dict[str, Any]) -> dict[str, Any]:
-    """What a client's ways to rank, and the snippets of its page, made of the cases."""
+    """Results of all cases from a client's ranking functions and the snippets of its page."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     command = [str(python(name)), "-W", "ignore", str(HERE / CLIENTS[name].script)]
     given = {**cases, "patience": {**cases["patience"], "key": cases["patience"]["key"][name]}}
@@ -156,7 +156,7 @@ def test_client(name: str, cases: dict[str, Any], library: Reranker) -> None:
 
 
 def judge(way: str, case: str, asked: dict[str, Any], happened: dict[str, Any], library: Reranker) -> str | None:
-    """What is wrong with what a client made of a case; None when nothing is."""
+    """Describe how a client's result of a case differs from the expected one; None if it does not."""
     if "cannot" in happened:
         return None if case in DECLINABLE else f"expected every client to be able to say this, got {happened['cannot']}"
     if case not in REFUSALS:

@@ -1,4 +1,4 @@
-"""sentence-transformers' own CrossEncoder loads what ``turborank export`` wrote, and gives our scores.
+"""sentence-transformers' CrossEncoder loads the folder that ``turborank export`` wrote and returns the same scores.
 
 Needs an environment with sentence-transformers beside turborank (passes with 5.1.0 and 6.2.0); skipped elsewhere.
 """
@@ -32,7 +32,7 @@ PAIRS = [
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A random model in the layout that students are saved in: canonical names, three files, no word of labels."""
+    """A random model in the layout that students are saved in: canonical names, three files, no labels."""
     folder = tmp_path / "student"
     save_family(folder, request.param)
     tensors = load_file(folder / "model.safetensors")
@@ -55,7 +55,7 @@ def test_cross_encoder_scores_as_we_do(model: Path, tmp_path: Path) -> None:
 
 
 def test_every_tensor_finds_its_place(model: Path, tmp_path: Path) -> None:
-    """A name transformers does not know would be left at random values without an error."""
+    """transformers initialises tensors whose names it does not know at random, without an error."""
     from transformers import AutoModelForSequenceClassification
 
     export(str(model), "sentence-transformers", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Our table of BEIR against the one that ir_datasets ships: addresses, checksums, counts.
+"""DATASETS against the BEIR table of ir_datasets: addresses, checksums, counts.
 
 Needs an environment with ir-datasets; skipped elsewhere. Nothing is downloaded.
 """
@@ -22,7 +22,7 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 def described(row: DatasetRow) -> dict[str, Any]:
-    """What ir_datasets says of the split we evaluate."""
+    """ir_datasets' description of the split we evaluate."""
     name = row.name.replace("cqadupstack-", "cqadupstack/").replace("webis-touche2020", "webis-touche2020/v2")
     about, name = shipped("metadata"), f"beir/{name}"
     split: dict[str, Any] = about[f"{name}/{row.split}"] if f"{name}/{row.split}" in about else about[name]

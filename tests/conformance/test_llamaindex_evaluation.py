@@ -29,7 +29,7 @@ WORDS = ("sea", "moon", "tide", "salt", "bread", "yeast", "dough", "flour", "win
 
 
 class Questions(NamedTuple):
-    """What LlamaIndex's EmbeddingQAFinetuneDataset holds."""
+    """The fields of LlamaIndex's EmbeddingQAFinetuneDataset."""
 
     queries: dict[str, str]
     corpus: dict[str, str]
@@ -77,7 +77,7 @@ def make_dataset(seed: int) -> Questions:
 
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 def test_hit_rate_and_mrr_on_random_lists(k: int) -> None:
-    """Lists of twelve; every third query has a relevant document first, so that each cutoff sees hits and misses."""
+    """Lists of twelve; every third query has a relevant document first, so that each cut-off has hits and misses."""
     dataset, rng = make_dataset(k), random.Random(k)
     run: Run = {}
     for number, (query, relevant) in enumerate(dataset.relevant_docs.items()):

@@ -1,4 +1,4 @@
-"""What well-known tools make of the served OpenAPI document and of deploy/: schemathesis, Helm, Kubernetes' schemas,
+"""Validators over the served OpenAPI document and deploy/: schemathesis, Helm, Kubernetes' schemas,
 hadolint and the Compose specification, each in an environment beside those of the clients.
 
 TURBORANK_CONFORMANCE=~/.cache/turborank-conformance pytest tests/conformance/test_tools.py
@@ -43,7 +43,7 @@ def tool(environment: str, name: str, *arguments: str, **given: Any) -> subproce
 
 
 def test_schemathesis_finds_no_500(tmp_path: Path) -> None:
-    """Over the OpenAPI document as served, by examples, by the edges of every schema, and at random."""
+    """With the served OpenAPI document: its examples, boundary values of every schema, and random requests."""
     with running(write_checkpoint(tmp_path / "bees")) as up:
         arguments = ("--checks", CHECKS, "--max-examples", EXAMPLES, "--seed", "1")
         done = tool("schemathesis", "schemathesis", "run", f"{up.url}/openapi.json", *arguments)

@@ -13,7 +13,7 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def word_folder(tmp_path_factory):
-    """24 queries (6 held out) × pools of 6: one labelled document holds the query's word; a teacher likes it, too."""
+    """24 queries (6 held out) × pools of 6: the labelled one has the query's word and the highest teacher score."""
     folder = tmp_path_factory.mktemp("words")
     rng = np.random.default_rng(0)
     corpus, queries, train, dev, pools, scores = [], [], [], [], [], []

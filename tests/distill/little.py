@@ -30,7 +30,7 @@ def pairs() -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> Path:
-    """Records as JSON lines (strings as they are), packed where the name says so."""
+    """Records as JSON lines (strings unchanged), gzipped if the name ends in .gz."""
     text = "".join((one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)) + "\n" for one in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())

@@ -64,7 +64,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
 
 
 def padded_inputs(batch, session, fill=0):
-    """The batch as a user pads it; places behind a pair hold ``fill`` and are masked."""
+    """The batch as a user pads it; positions after a pair hold ``fill`` and are masked."""
     lengths = np.diff(batch.cu_seqlens)
     shape = len(lengths), int(lengths.max())
     arrays = {
@@ -98,7 +98,7 @@ def test_onnx_runtime_computes_our_logits(name, exported):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_batches_would_tell_models_apart(name, exported):
-    """The comparison above means something: logits differ from pair to pair by far more than the tolerance."""
+    """Logits differ between pairs by far more than the tolerance of the comparison above."""
     source, folder = exported(name)
     session = session_of(folder)
     (logits,) = session.run(["logits"], padded_inputs(packed(BATCHES[4], source.config.vocab_size, 4), session))
@@ -170,7 +170,7 @@ def test_a_graph_of_other_weights_does_not_pass_the_check(exported):
 
 
 def test_the_embedded_model_from_text_to_logits(tmp_path, capsys):
-    """As a user does: the command; then tokenizers and onnxruntime, and nothing of ours. Its weights are int8."""
+    """Run the command, then only tokenizers and onnxruntime, without turborank. The model's weights are int8."""
     assert main.run(["export", catalog.DEFAULT, "--to", "onnx", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{tmp_path / 'out'}: config.json, model.onnx, tokenizer.json, tokenizer_config.json"

@@ -64,7 +64,7 @@ def test_flagembedding(tmp_path):
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["lists", "lists in strings"])
 def test_pylate(tmp_path, as_text):
-    """PyLate's tables hold ids as numbers, and the lists sometimes as text."""
+    """PyLate's tables store ids as numbers, and lists sometimes as text."""
     row = {"query_id": 7, "document_ids": [3, 1], "scores": [0.9, 0.125]}
     if as_text:
         row = {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""HTTP teachers: against turborank's own service in every dialect, and against an endpoint that misbehaves."""
+"""HTTP teachers: against turborank's service in every dialect, and against an endpoint with injected failures."""
 
 import json
 import sys
@@ -19,9 +19,9 @@ from little import pairs, tree, write_lines
 import turborank
 from turborank.cli import main
 from turborank.distill import http_teacher, sources
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder
 from turborank.distill.http_teacher import CLIENTS, HttpOptions, HttpTeacher, Pacer, retry_after
-from turborank.distill.lists import build
 from turborank.distill.scores import score_pairs
 from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import InputError, UnknownKeyError
@@ -36,7 +36,7 @@ QUICK = {"timeout": 300.0, "documents": 3, "parallel": 2}
 def folder(tmp_path: Path) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:12]))
     plan = sources.PoolPlan(bm25=4, bm25_depth=8, dense=0, dense_depth=0, random=3)
-    build(ListOptions((source,)), tmp_path / "lists", plan)
+    build_folder(ListOptions((source,)), tmp_path / "lists", plan)
     return TrainingFolder.load(tmp_path / "lists")
 
 
@@ -161,7 +161,7 @@ def status(code: int, headers: dict[str, str] | None = None, body: Any = None) -
 
 
 def replaced(change: Callable[[list[dict[str, Any]]], Any]) -> Any:
-    """A good answer with something changed."""
+    """A valid answer with some fields replaced."""
     return lambda handler, asked: answer(handler, 200, {"results": change(results(asked))})
 
 
@@ -207,7 +207,7 @@ PASSING = {
 
 @pytest.mark.parametrize("misdeed", PASSING)
 def test_transient_errors_are_retried(folder, misdeed):
-    """The first and the third request go wrong; every score comes, and none is asked for once it was answered."""
+    """The first and the third request fail; all scores arrive, and no answered pair is requested again."""
     good = lambda handler, asked: False  # noqa: E731
     with endpoint(PASSING[misdeed], good, PASSING[misdeed]) as up:
         found = scores(f"jina:{up.url}", folder, timeout=0.3 if misdeed == "timeout" else 300.0)
@@ -270,7 +270,7 @@ def test_giving_up_keeps_what_was_answered_and_the_next_run_asks_only_for_the_re
 
 
 def test_a_fault_of_one_request_does_not_lose_the_others(folder):
-    """Two under way: one is refused at once, the other answers later; its answer is kept."""
+    """Of two concurrent requests one is refused at once, the other answers later; its answer is kept."""
     with endpoint(sleepy, status(422)) as up:
         with pytest.raises(InputError, match="HTTP 422"):
             scores(f"jina:{up.url}", folder)

@@ -11,8 +11,8 @@ from turborank import evaluate
 from turborank.cli import main
 from turborank.data.trec import read_run
 from turborank.distill import sources
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.lists import build
 from turborank.distill.sources import ListOptions, TrainingSource, collect
 from turborank.errors import InputError
 
@@ -36,7 +36,7 @@ def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
         {"query": "Who sleeps?", "passage": "Bees do.", "label": 3},
         {"query": "who sleeps?", "passage": "Cats do.", "label": 0},
     ]
-    build(recipe(TrainingSource("a", write_lines(tmp_path / "a.jsonl", rows))), tmp_path / "out", PLAN)
+    build_folder(recipe(TrainingSource("a", write_lines(tmp_path / "a.jsonl", rows))), tmp_path / "out", PLAN)
     assert [row["text"] for row in read_lines(tmp_path / "out" / "corpus.jsonl")] == ["Bees do.", "Cats do."]
     assert [row["text"] for row in read_lines(tmp_path / "out" / "queries.jsonl")] == ["who sleeps?", "who flies?"]
     labels = (tmp_path / "out" / "qrels" / "train.tsv").read_text().splitlines()[1:]
@@ -44,7 +44,7 @@ def test_equal_texts_are_one_and_keep_all_labels(tmp_path):
 
 
 def test_pools_hold_labelled_bm25_and_random_documents(tmp_path, source):
-    build(recipe(source), tmp_path / "out", PLAN)
+    build_folder(recipe(source), tmp_path / "out", PLAN)
     folder = TrainingFolder.load(tmp_path / "out")
     assert len(folder) == len(pairs())
     index = sources.index(folder.texts)
@@ -69,22 +69,22 @@ def test_pools_hold_labelled_bm25_and_random_documents(tmp_path, source):
 def test_the_same_command_makes_the_same_bytes_and_another_seed_others(tmp_path, source):
     made = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        build(recipe(source, seed=seed, pseudo={"sentence": 5, "keywords": 5}), tmp_path / name, PLAN)
+        build_folder(recipe(source, seed=seed, pseudo={"sentence": 5, "keywords": 5}), tmp_path / name, PLAN)
         made[name] = tree(tmp_path / name)
     assert made["a"] == made["b"]
     assert made["a"]["candidates.trec"] != made["c"]["candidates.trec"]
 
 
 def test_a_complete_folder_is_not_made_again_and_another_is_not_overwritten(tmp_path, source):
-    build(recipe(source), tmp_path / "out", PLAN)
+    build_folder(recipe(source), tmp_path / "out", PLAN)
     (tmp_path / "out" / "corpus.jsonl").unlink()  # would come back if it were made again
-    build(recipe(source), tmp_path / "out", PLAN)
+    build_folder(recipe(source), tmp_path / "out", PLAN)
     assert not (tmp_path / "out" / "corpus.jsonl").exists()
     with pytest.raises(InputError, match=r"got another seed, held_out at .*manifest.json"):
-        build(recipe(source, seed=1, held_out=0.1), tmp_path / "out", PLAN)
+        build_folder(recipe(source, seed=1, held_out=0.1), tmp_path / "out", PLAN)
     write_lines(source.path, pairs()[:-1])
     with pytest.raises(InputError, match="got another sources"):
-        build(recipe(source), tmp_path / "out", PLAN)
+        build_folder(recipe(source), tmp_path / "out", PLAN)
 
 
 def test_what_is_held_out_and_kept_under_a_cap_does_not_depend_on_the_order(tmp_path, source):
@@ -101,7 +101,7 @@ def test_what_is_held_out_and_kept_under_a_cap_does_not_depend_on_the_order(tmp_
 
 
 def test_held_out_queries_are_measured_over_a_first_stage_and_never_trained_on(tmp_path, source):
-    manifest = build(recipe(source, held_out=0.25, pseudo={"sentence": 20}), tmp_path / "out", PLAN)
+    manifest = build_folder(recipe(source, held_out=0.25, pseudo={"sentence": 20}), tmp_path / "out", PLAN)
     dev = evaluate.load(str(tmp_path / "out"), split="dev")
     train = evaluate.load(str(tmp_path / "out"), split="train")
     assert not set(dev.queries) & set(train.queries)
@@ -123,7 +123,7 @@ def test_long_documents_become_passages_and_queries(tmp_path):
     rows = [{"query": "what is the plot?", "passage": story}] * 3
     long = TrainingSource("stories", write_lines(tmp_path / "stories.jsonl", rows), long=True)
     made = {"sentence": 6, "span": 4, "keywords": 3}
-    build(recipe(long, caps={"stories": 12}, pseudo=made, words=100), tmp_path / "out", PLAN)
+    build_folder(recipe(long, caps={"stories": 12}, pseudo=made, words=100), tmp_path / "out", PLAN)
     corpus = {row["_id"]: row["text"] for row in read_lines(tmp_path / "out" / "corpus.jsonl")}
     assert len(corpus) == 12
     assert all(text in story and 40 <= len(text.split()) <= 100 for text in corpus.values())
@@ -176,7 +176,7 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
     ]
     source = TrainingSource("mine", write_lines(tmp_path / "a.jsonl", rows))
     only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
-    build(recipe(source), tmp_path / "out", only_given)
+    build_folder(recipe(source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert folder.teachers() == ["given"]
     values = folder.scores("given")
@@ -189,7 +189,9 @@ def test_scores_that_came_along_become_a_teacher(tmp_path):
         ("who flies?", "bees"): 7.0, ("who flies?", "dogs"): -8.25,
     }  # fmt: skip
     assert folder.labels.tolist() == [1 if folder.texts[place] == "bees" else 0 for place in folder.doc_index]
-    manifest = build(recipe(source), tmp_path / "mined", sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2))
+    manifest = build_folder(
+        recipe(source), tmp_path / "mined", sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, random=2)
+    )
     assert TrainingFolder.load(tmp_path / "mined").teachers() == []  # a stranger among them has no score
     assert any("came with the data" in why for why in manifest["left_out"])
 
@@ -209,7 +211,7 @@ def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection
     run = write_lines(tmp_path / "first.trec", lines)
     source = TrainingSource("mine", collection, run=run)
     only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
-    build(recipe(source, depth=4), tmp_path / "out", only_given)
+    build_folder(recipe(source, depth=4), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     for at, query in enumerate(folder.query_ids):
         number = int(query.removeprefix("ask-"))
@@ -219,7 +221,7 @@ def test_a_collection_with_its_own_candidates_keeps_its_ids(tmp_path, collection
 
 
 def test_a_collection_is_mined_whole(tmp_path, collection):
-    build(recipe(TrainingSource("mine", collection)), tmp_path / "out", PLAN)
+    build_folder(recipe(TrainingSource("mine", collection)), tmp_path / "out", PLAN)
     folder = TrainingFolder.load(tmp_path / "out")
     assert folder.doc_ids == [f"doc-{n}" for n in range(72)]
     assert min(np.diff(folder.bounds)) >= PLAN.bm25
@@ -227,7 +229,7 @@ def test_a_collection_is_mined_whole(tmp_path, collection):
 
 def test_ids_of_several_sources_cannot_clash(tmp_path, collection, source):
     only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
-    build(recipe(TrainingSource("one", collection), source), tmp_path / "out", only_given)
+    build_folder(recipe(TrainingSource("one", collection), source), tmp_path / "out", only_given)
     folder = TrainingFolder.load(tmp_path / "out")
     assert {"one:doc-0", "one:ask-0"} <= {*folder.doc_ids, *folder.query_ids}
     assert len(folder.texts) == len(passages())  # the pairs' passages are the collection's
@@ -283,18 +285,18 @@ def test_a_run_that_did_not_finish_leaves_nothing_to_the_next(tmp_path):
     rows = [{**row, "score": 1.0, "label": 1} for row in pairs()]
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", rows))
     only_given = sources.PoolPlan(bm25=0, bm25_depth=0, dense=0, dense_depth=0, random=0)
-    build(recipe(source, held_out=0.3), tmp_path / "out", only_given)
+    build_folder(recipe(source, held_out=0.3), tmp_path / "out", only_given)
     (tmp_path / "out" / "manifest.json").unlink()
-    build(recipe(source, held_out=0.0), tmp_path / "out", PLAN)
-    build(recipe(source, held_out=0.0), tmp_path / "fresh", PLAN)
+    build_folder(recipe(source, held_out=0.0), tmp_path / "out", PLAN)
+    build_folder(recipe(source, held_out=0.0), tmp_path / "fresh", PLAN)
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
 def test_a_folder_is_made_where_one_can_be(tmp_path, source, collection):
     for out in (source.path, source.path / "below"):
         with pytest.raises(InputError, match=r"expected a folder to write to, got a file at .*animals.jsonl.gz"):
-            build(recipe(source), out, PLAN)
+            build_folder(recipe(source), out, PLAN)
     before = tree(collection)
     with pytest.raises(InputError, match="expected another folder than a source to write to"):
-        build(recipe(TrainingSource("mine", collection)), collection, PLAN)
+        build_folder(recipe(TrainingSource("mine", collection)), collection, PLAN)
     assert tree(collection) == before

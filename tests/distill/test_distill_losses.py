@@ -152,7 +152,7 @@ def test_bce_of_three_documents():
 
 @pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if row.needs == LABELS])
 def test_a_suspected_document_is_left_out(name):
-    """The second one is not judged and not trusted: the list is as if it were not there."""
+    """The second document is neither judged nor trusted: the loss equals that of the list without it."""
     known = targets(labels=[[1.0, -1.0, 0.0]], trusted=[[True, False, True]])
     assert value(name, [[0.5, 3.0, -0.25]], known) == pytest.approx(
         value(name, [[0.5, -0.25]], targets(labels=[[1.0, 0.0]]))
@@ -215,7 +215,7 @@ def test_places_without_a_document_change_nothing_and_get_no_gradient(name, junk
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_right_order_of_given_scores_is_the_cheapest(name):
-    """Labels and teacher agree here, all grades differ, and the logits are as far apart as the teacher's scores."""
+    """Labels and teacher agree, all grades differ, and the logits have the same gaps as the teacher's scores."""
     known = targets(teacher=[[3.0, 1.5, 0.0, -1.5]], labels=[[3.0, 2.0, 1.0, 0.0]])
     if name in ("infonce", "bce"):  # which tell positive from negative only
         known = known._replace(labels=table([[1.0, 0.0, 0.0, 0.0]]))

@@ -1,4 +1,4 @@
-"""Our losses beside those of sentence-transformers, on the same logits; skipped where it is not installed."""
+"""The losses against those of sentence-transformers on the same logits; skipped where it is not installed."""
 
 from types import SimpleNamespace
 

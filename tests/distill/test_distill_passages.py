@@ -79,6 +79,25 @@ def test_spans_are_consecutive_sentences():
     assert query.text in (f"{first} {second}", f"{second} {third}", f"{first} {second} {third}")
 
 
+ENDS = [  # text, its sentences, those of strict mode; by hand
+    ("One ends. Two! Three?", ["One ends.", "Two!", "Three?"], ["One ends.", "Two!", "Three?"]),
+    ("See Fig. 3, e.g. the bee.", ["See Fig.", "3, e.g.", "the bee."], ["See Fig. 3, e.g. the bee."]),
+    ("no capitals. here either.", ["no capitals.", "here either."], ["no capitals. here either."]),
+    ('He said "go." She went.', ['He said "go."', "She went."], ['He said "go."', "She went."]),
+    ("Fin. (Ende.) Élan. «Oui.» ж", ["Fin.", "(Ende.)", "Élan.", "«Oui.» ж"], ["Fin.", "(Ende.)", "Élan.", "«Oui.» ж"]),
+    ("蜂は飛ぶ。花は咲く。", ["蜂は飛ぶ。", "花は咲く。"], ["蜂は飛ぶ。", "花は咲く。"]),
+    ("A heading\n\nText.", ["A heading", "Text."], ["A heading", "Text."]),
+    (" 3.14 is pi ", ["3.14 is pi"], ["3.14 is pi"]),
+    ("", [], []),
+]
+
+
+@pytest.mark.parametrize(("text", "loose", "strict"), ENDS)
+def test_ends_of_sentences(text, loose, strict):
+    assert texts.sentences(text) == loose
+    assert texts.sentences(text, strict=True) == strict
+
+
 def words_of(text):
     return list(dict.fromkeys(text.lower().replace(",", "").replace(".", "").split()))
 

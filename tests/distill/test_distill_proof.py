@@ -103,10 +103,10 @@ def test_the_novice_knows_every_word_and_nothing_else(world):
 
 @pytest.mark.slow
 def test_a_teacher_teaches_more_than_labels(world, tmp_path):
-    """The committed table (runs/results/distillation.md) in small: one seed, a tenth of the work.
+    """The experiment of runs/results/distillation.md at a tenth of its size, with one seed.
 
-    Measured where this was written: .770 and .870. The student of labels may choose its best evaluation; the
-    other's last one counts.
+    Measured: .770 and .870. For the student of labels the best evaluation counts, for the
+    other the last one.
     """
     path, words = world
     proof.novice(words, seed=0).save(tmp_path / "novice")

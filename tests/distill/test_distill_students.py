@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_bi_encoder(bert_folder, tmp_path):
 
 
 def test_heads_move_with_everything_that_belongs_to_them(bert_folder):
-    """Whatever order heads come in, a model whose slopes are all equal computes the same."""
+    """With equal slopes, any permutation of the heads leaves the logits unchanged."""
     folder, _ = bert_folder
     plain = students.from_bert(folder)
     matched = students.from_bert(folder, probes=TEXTS[:3])
@@ -169,7 +169,7 @@ def test_a_student_from_scratch_has_a_layer(layers):
 
 
 def test_what_the_source_reads_of_a_pair():
-    """Tokens of the student and of the source, one beside the other; a document longer than the source in windows."""
+    """Tokens of the student and of the source side by side; the source reads longer documents in windows."""
 
     class Source:
         max_tokens, prefix, suffix = 6, [101], [102]

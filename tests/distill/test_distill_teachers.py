@@ -22,8 +22,8 @@ import turborank
 from turborank.cli import main
 from turborank.data.trec import read_run
 from turborank.distill import sources, teachers
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder, read_pairs
-from turborank.distill.lists import build
 from turborank.distill.scores import Question, key, open_cache, score_pairs
 from turborank.distill.sources import ListOptions, TrainingSource
 from turborank.errors import EngineError, InputError
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:24]))
-    build(ListOptions((source,)), tmp_path / "lists", PLAN)
+    build_folder(ListOptions((source,)), tmp_path / "lists", PLAN)
     return TrainingFolder.load(tmp_path / "lists")
 
 
@@ -135,7 +135,7 @@ def test_what_was_answered_before_a_fault_is_not_asked_again(folder):
 
 
 def test_equal_texts_under_other_ids_are_asked_about_once(tmp_path):
-    """Three documents, the first two the same; two queries, the same."""
+    """Three documents, of which two are equal, and two equal queries."""
     lists = tmp_path / "lists"
     write_lines(lists / "corpus.jsonl", [{"_id": i, "text": t} for i, t in (("a", "x"), ("b", "x"), ("c", "y z"))])
     write_lines(lists / "queries.jsonl", [{"_id": i, "text": "why?"} for i in "pq"])
@@ -206,8 +206,8 @@ sys.exit(main.run(sys.argv[1:]))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_a_killed_run_goes_on_to_the_same_bytes(folder, model, monkeypatch, capsys):
-    """The process is killed without warning, twice; every pair that it had kept is not scored again. The bytes are the
-    native engine's: numpy's last bits may differ from process to process."""
+    """The process is killed twice; no cached pair is scored again. The scores are computed by the
+    native engine, because numpy's last bits may differ between processes."""
     monkeypatch.setattr(teachers, "PAIRS_PER_CALL", 16)
     arguments = ["distill", "score", str(folder.path), "-t", f"slow=checkpoint:{model}", "--engine", "native"]
     kept = 0
@@ -352,7 +352,7 @@ def test_read_pairs_keeps_the_bits(folder):
 
 
 def test_loading_is_quick(tmp_path):
-    """A hundred thousand pool entries: arrays, not objects. A bound of ten times what it takes."""
+    """A hundred thousand pool entries; the bound is ten times the measured time."""
     lists = tmp_path / "lists"
     write_lines(lists / "corpus.jsonl", [{"_id": f"d{n}", "text": f"text {n}"} for n in range(5000)])
     write_lines(lists / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(2500)])
@@ -368,7 +368,7 @@ def test_loading_is_quick(tmp_path):
 @given(stops=st.lists(st.integers(0, 40), max_size=6), max_documents=st.integers(1, 9))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_wherever_it_stops_and_however_much_is_asked_at_once_the_bytes_are_the_same(folder, stops, max_documents):
-    """Any number of interruptions after any number of answers: every pair once, and the uninterrupted run's bytes."""
+    """After any interruptions, each pair is scored once and the file equals that of an uninterrupted run."""
     whole = score_pairs(Counting(), folder, folder.path / "whole", no_progress)
     with tempfile.TemporaryDirectory() as cache:
         asked: list[tuple[str, str]] = []

@@ -43,7 +43,7 @@ def test_hidden_states_are_averaged_over_layers():
 
 
 def test_a_projection_is_learnt_and_can_make_the_error_vanish():
-    """The teacher is a linear function of the student: least squares by gradient finds it."""
+    """The teacher is a linear function of the student: minimising the error brings it to zero."""
     student = random(64, 3)
     teacher = student @ random(5, 3, seed=1).T
     matrix = projection(3, 5, seed=2).requires_grad_()
@@ -112,7 +112,7 @@ def test_relations_by_hand():
 
 
 def naive(student, teacher, bounds, heads):
-    """As the paper writes it, one token and head at a time, in float64 with torch's own KL."""
+    """As the paper writes it, one token and head at a time, in float64 with torch's KL."""
     total = 0.0
     for start, end in itertools.pairwise(bounds):
         for head in range(heads):
@@ -145,7 +145,7 @@ def test_relations_stay_within_a_pair():
 
 
 def test_relations_are_invariant_to_a_rotation_within_heads():
-    """Dot products survive an orthogonal change of basis, which is why widths need no projection."""
+    """Dot products do not change under an orthogonal transformation; different widths therefore need no projection."""
     x, basis = random(10, 8), torch.linalg.qr(random(4, 4, seed=1)).Q
     turned = torch.cat([x[:, :4] @ basis, x[:, 4:] @ basis], dim=1)
     assert relations(turned, x, torch.tensor([0, 10]), 2).item() == pytest.approx(0.0, abs=1e-6)

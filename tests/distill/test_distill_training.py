@@ -143,7 +143,7 @@ def test_development_folders_of_one_name_are_both_measured(word_folder, student,
 
 
 def test_a_relevant_document_that_no_pool_holds_counts_against_the_measure(word_folder, student, tmp_path):
-    """One of two relevant documents found at rank r: of the most possible, 1 + 1/log2(3), instead of 1."""
+    """One of two relevant documents at rank r; the ideal DCG is 1 + 1/log2(3) instead of 1."""
     shutil.copytree(word_folder, tmp_path / "folder")
     [query] = held_out(TrainingFolder.load(word_folder), 1)
     folder = TrainingFolder.load(tmp_path / "folder")
@@ -264,7 +264,7 @@ def test_a_better_unlabelled_document_is_not_a_negative(word_folder, student):
 
 
 def test_two_processes_train_one_student(word_folder, student, tmp_path):
-    """torchrun, gloo on one CPU: both ranks draw their own lists, and their gradients are averaged."""
+    """torchrun, gloo on one CPU: each rank samples its own lists, and gradients are averaged."""
     import subprocess
     import sys
 

@@ -8,8 +8,8 @@ import pytest
 from little import pairs, write_lines
 
 from turborank.distill import biencoder, sources, teachers
+from turborank.distill.batches import build_folder
 from turborank.distill.folder import TrainingFolder
-from turborank.distill.lists import build
 from turborank.distill.sources import ListOptions, TrainingSource
 
 families = pytest.importorskip("families", reason="needs torch and transformers")
@@ -45,12 +45,12 @@ def their_vectors(folder: Path, texts: list[str]) -> np.ndarray:
 def made(tmp_path: Path, model: Path | None) -> TrainingFolder:
     source = TrainingSource("animals", write_lines(tmp_path / "animals.jsonl", pairs()[:30]))
     plan = sources.PoolPlan(bm25=2, bm25_depth=8, dense=3, dense_depth=3, random=1)
-    build(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
+    build_folder(ListOptions((source,)), tmp_path / "lists", plan, dense=model)
     return TrainingFolder.load(tmp_path / "lists")
 
 
 def test_a_bi_encoder_s_scores_are_cosines(tmp_path, model):
-    """Computed in bfloat16, whose rounding (2^-9) a cosine of unit vectors shows about once."""
+    """Computed in bfloat16; a cosine of unit vectors is off by about one rounding (2^-9)."""
     folder = made(tmp_path, model)
     teachers.score(folder, teachers.parse(f"mini=biencoder:{model}"))
     queries, documents = their_vectors(model, folder.queries), their_vectors(model, folder.texts)
@@ -62,7 +62,7 @@ def test_a_bi_encoder_s_scores_are_cosines(tmp_path, model):
 
 
 def test_pools_hold_the_bi_encoder_s_best(tmp_path, model):
-    """Where its best is further before the fourth than bfloat16 can err."""
+    """For queries whose best cosine exceeds the fourth by more than bfloat16's error."""
     folder = made(tmp_path, model)
     queries, documents = their_vectors(model, folder.queries), their_vectors(model, folder.texts)
     clear = 0

@@ -8,7 +8,7 @@ from helpers import write_checkpoint
 
 pytest.importorskip("bm25s")
 
-from turborank import InputError, Reranker, depth
+from turborank import InputError, Reranker, scheduler
 from turborank.evaluate import EvaluateOptions, evaluate
 from turborank.types import Pair
 
@@ -25,14 +25,14 @@ def collection(folder: Path) -> Path:
 
 
 def test_what_is_read_is_what_the_rule_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depth, "STOP", 0.4)  # so that a list of sixty stops somewhere in its middle
+    monkeypatch.setattr(scheduler, "STOP_SHARE", 0.4)  # so that a list of sixty stops somewhere in its middle
     model = Reranker(write_checkpoint(tmp_path / "tiny"), engine="reference")
     found = evaluate([str(collection(tmp_path / "bees"))], [model], EvaluateOptions(depth="auto"), out=tmp_path / "out")
     first, system = found.results[0].systems
     corpus = found.results[0].dataset.corpus
     candidates = [one.doc_id for one in first.run["q"]]
     logits = model.score_detailed([Pair("bees", corpus.text(name)) for name in candidates]).logits
-    read = next(d for d in range(10, 61, 10) if d == 60 or depth.to_come(logits[:d], 10, 60) < 0.4)
+    read = next(d for d in range(10, 61, 10) if d == 60 or scheduler.expected_share(logits[:d], 10, 60) < 0.4)
     assert read < 60
     assert system.manifest["pairs"] == read
     assert system.manifest["adaptive_depth"] is True

@@ -23,7 +23,7 @@ from turborank.evaluate import DATASETS
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``contents`` by path, ``content`` being /file.zip; may cut connections short and may not know ranges."""
+    """Serves ``contents`` by path, ``content`` as /file.zip; can cut connections and ignore range requests."""
 
     contents: dict[str, bytes]
     cut_at: int | None = None  # close each connection after so many bytes
@@ -171,7 +171,7 @@ def packed_zip(files: dict[str, str]) -> bytes:
 
 
 def stand_in(row: DatasetRow, folder: Path) -> dict[str, bytes]:
-    """File name -> content: a tiny collection, packed as the row's own is."""
+    """File name -> content: a small collection, packed like the row's archive."""
     if row.layout == "beir":
         source = write_mini(folder)
         (source / "qrels" / "test.tsv").rename(source / "qrels" / f"{row.split}.tsv")
@@ -203,7 +203,7 @@ DOWNLOADED = [row for row in DATASETS.values() if row.files]
 
 @pytest.mark.parametrize("row", DOWNLOADED, ids=lambda row: row.name)
 def test_every_row_is_fetched_unpacked_and_read(server: Server, tmp_path: Path, row: DatasetRow) -> None:
-    """By the address's own file name, into the folder where the row's layout looks; only the host is another."""
+    """Under the published file name, into the folder that the row's layout reads; only the host is replaced."""
     contents = stand_in(row, tmp_path / "source")
     base = f"http://127.0.0.1:{server.server_address[1]}/"
     files = []

@@ -23,7 +23,7 @@ MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "MAP": "AP", "Success@1": "
 
 @pytest.fixture
 def folder(mini: Path, tmp_path: Path) -> Path:
-    """Results of a random model, and the judgements in TREC's four columns."""
+    """Results of a random model, and judgements in TREC's four columns."""
     model = Reranker(write_checkpoint(tmp_path / "tiny"), engine="reference")
     evaluate([str(mini)], [model], EvaluateOptions(measures=list(MEASURES)), out=tmp_path / "out")
     (tmp_path / "out" / "qrels.trec").write_text("".join(f"{query} 0 {doc} {grade}\n" for query, doc, grade in QRELS))

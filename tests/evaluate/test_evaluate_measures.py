@@ -20,7 +20,7 @@ TREC = {
 
 
 def random_case(seed: int, level: int = 1) -> tuple[Qrels, Run]:
-    """Judgements in -1 … 3 and runs full of ties, some equal only in 32 bits; one query missing from the run."""
+    """Judgements of -1 … 3 and runs with many ties, some only in 32 bits; one query is missing from the run."""
     rng = random.Random(seed)
     names = [f"d{n}" for n in range(30)] + ["é", "z", "Z", "d1é"]
     qrels: Qrels = {}

@@ -101,7 +101,7 @@ HOSTILE = """<script>{{6*7}}$\\a$"&amp;'"""
 
 
 def test_every_name_is_escaped(mini: Path, model: Reranker, tmp_path: Path) -> None:
-    """Names of datasets, systems, measures' sources and manifests are text: no HTML, no template, no mathematics."""
+    """Names of datasets, systems, sources and manifests are shown as text, not as HTML, template or TeX."""
     found = evaluate([str(mini)], [model], out=tmp_path)
     result = found.results[0]
     queries = dict.fromkeys(result.dataset.queries, f"query {HOSTILE}")
@@ -329,7 +329,7 @@ evaluate([sys.argv[1]], [Reranker(sys.argv[2], engine="native")], out=sys.argv[3
 def test_a_killed_evaluation_resumes_to_the_same_bytes(
     mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the native engine: numpy's last bits may differ from process to process."""
+    """With the native engine, because numpy's last bits may differ between processes."""
     folder = write_checkpoint(tmp_path / "native" / "tiny", native_config())
     model = Reranker(folder, engine="native")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

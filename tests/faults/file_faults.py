@@ -1,14 +1,15 @@
-"""Commands that write, with a full disk, a read-only disk, or a kill, at every call that changes a file.
+"""Commands that write, with a full disk, a read-only disk or a kill at every call that changes a file.
 
-python file_faults.py CASE FEW      FEW: calls of each kind that fail, 0 for all
+python file_faults.py CASE FEW      FEW: calls of each kind that fail, 0 for all. Prints a line for each fault.
 
 Each attempt is a forked process in a copy of the same folder. After it, every file is what it was before, or one of the
 contents it had in an undisturbed run; and the same command, run again, leaves what an undisturbed run leaves. The clock
-stands still, so that files which tell how long something took are equal as well.
+is stopped, so that files with durations are equal, too.
 """
 
 import contextlib
 import datetime
+import functools
 import io
 import json
 import os
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def _hub(arguments: list[str]) -> int:
-    """Load a repository of the stand-in Hub; 2, and a message, where that is refused."""
+    """Load a repository of the stand-in Hub; 2 and a message if that fails."""
     from turborank import checkpoint
     from turborank.errors import TurborankError
 
@@ -93,6 +93,7 @@ CASES = {
     "score": Case("score pairs.jsonl --model model --threads 1 --shard-pairs 3 --out out"),
     "distill lists": Case(LISTS),
     "distill score": Case(TEACHER, (LISTS,)),
+    "distill student": Case("distill student layers --from model --layers 1 --out student", whole="student"),
     "distill suspects": Case("distill suspects lists -t slow", (LISTS, TEACHER)),
     "Hub download": Case("acme/reranker", run=_hub),
     "checkpoint of a training run": Case("best", run=_replace, whole="best"),
@@ -121,7 +122,7 @@ def hub(folder: Path) -> Iterator[None]:
 
 
 def stage(folder: Path) -> None:
-    """What a case begins with."""
+    """Create the folder of a case."""
     write_checkpoint(folder / "model", native_config())
     write_mini(folder / "mini")
     (folder / "best").mkdir()
@@ -140,6 +141,8 @@ def tree(folder: Path) -> Tree:
         if hidden or not path.is_file() or path.name.endswith(".incomplete"):
             continue
         if path.parent.name == "blobs" and path.name.startswith("tmp_"):  # of huggingface_hub
+            continue
+        if path.name == "CACHEDIR.TAG":  # of huggingface_hub, too: tells backup programs to leave the folder out
             continue
         if path.name.endswith((f"{SQLITE}-wal", f"{SQLITE}-shm", f"{SQLITE}-journal")):
             continue
@@ -223,7 +226,7 @@ class Sweep:
         os.chdir(here)
 
     def fresh(self) -> None:
-        """A copy of what the case begins with."""
+        """A copy of the case's initial folder."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.pristine, self.work, symlinks=True)
 
@@ -231,13 +234,13 @@ class Sweep:
         return (self.root / "stderr").read_text(errors="replace")
 
     def calls(self, kind: int) -> int:
-        """Calls of an undisturbed run that ``kind`` could strike."""
+        """Number of calls of an undisturbed run at which a fault of ``kind`` can be injected."""
         self.fresh()
         assert attempt(self.case, self.work, (kind, 0, 0)) == 0, self.said()
         return int((self.root / "count").read_text())
 
     def check(self, kind: int, first: int, last: int) -> str:
-        """One fault, what it left, and the same command again."""
+        """Inject one fault, check the files, and run the same command again."""
         self.fresh()
         code, what = attempt(self.case, self.work, (kind, first, last)), f"{injection.NAMES[kind]} at {first}"
         if kind == injection.KILL:
@@ -279,14 +282,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="turborank-faults-") as root, hub(Path(root) / "hub"):
         os.environ["HF_HOME"] = str(Path(root).resolve() / "work" / "hub")
         sweep = Sweep(name, Path(root).resolve())
-        found: dict[str, Counter[str]] = {}
-        calls = {}
-        for kind in (injection.KILL, injection.FULL, injection.READ_ONLY):
-            total = calls[injection.NAMES[kind]] = sweep.calls(kind)
-            for first in injection.some(total, few, every=not few):
-                outcome = sweep.check(kind, first, injection.EVER)
-                found.setdefault(injection.NAMES[kind], Counter())[outcome] += 1
-    print(json.dumps({"outcomes": found, "calls": calls}))
+        calls = {
+            kind: injection.some(sweep.calls(kind), few, every=not few)
+            for kind in (injection.KILL, injection.FULL, injection.READ_ONLY)
+        }
+        for kind, places in calls.items():
+            injection.plan(f"{name}: {injection.NAMES[kind]}", len(places))
+        for kind, places in calls.items():
+            for first in places:
+                check = functools.partial(sweep.check, kind, first, injection.EVER)
+                injection.report(f"{name}: {injection.NAMES[kind]}", check)
 
 
 if __name__ == "__main__":

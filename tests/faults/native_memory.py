@@ -1,9 +1,9 @@
-"""Every allocation of the native engine fails in turn. Prints, as JSON, how many did and what became of each.
+"""Lets every allocation of the native engine fail in turn. Prints a line for each fault.
 
-python native_memory.py FEW      FEW: allocations of each case that fail, 0 for all
+python native_memory.py FEW [KIND]      FEW: allocations of each case that fail, 0 for all; KIND: 0 to 2, a row of KINDS
 """
 
-import json
+import functools
 import os
 import sys
 
@@ -23,7 +23,7 @@ BATCH = packed([5, 40, 700, 9, 1200, 64], vocab_size=100)
 
 
 def resident() -> float:
-    """MiB of this process."""
+    """Resident MiB of this process."""
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -44,7 +44,7 @@ class Case:
         return [engine.logits(BATCH).tobytes()]
 
     def attempt(self, first: int, last: int) -> str:
-        """What became of the call while allocations ``first`` to ``last`` failed."""
+        """The outcome of the call while allocations ``first`` to ``last`` fail."""
         engine = None if self.call == "prepare" else self.prepared()
         outcome = "survived"
         with FAULTS.armed(injection.MEMORY, first, last):
@@ -64,29 +64,42 @@ class Case:
         return outcome
 
 
-def sweep(case: Case) -> dict[str, int]:
+KINDS = (("classifier", "int8", 1), ("classifier", "int8", 2), ("cosine", "fp32", 2))
+CALLS = ("prepare", "logits", "layers", "renew")
+GROWN = 1.0  # MiB that the process may grow by while all faults are injected once more
+
+
+def faults(case: Case) -> list[tuple[int, int]]:
+    """(first, last) allocation of each fault: one alone, and with all that follow."""
     case.attempt(0, 0)
-    total, outcomes = FAULTS.count, {}
-    for last in (0, injection.EVER):
-        for first in injection.some(total, FEW, every=not FEW):
-            outcome = case.attempt(first, last or first)
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    return outcomes
+    places = injection.some(FAULTS.count, FEW, every=not FEW)
+    return [(first, last or first) for last in (0, injection.EVER) for first in places]
+
+
+def flat(cases: list[tuple[Case, list[tuple[int, int]]]]) -> str:
+    """Inject all faults once more, but those of ``renew``, which leaves the old engine to the parent process."""
+    before = resident()
+    for case, places in cases:
+        for first, last in places:
+            case.attempt(first, last)
+    grown = resident() - before
+    assert grown < GROWN, f"grown by {grown:.2f} MiB"
+    return f"{grown:.2f} MiB"
 
 
 def main() -> None:
-    kinds = [("classifier", "int8", 1), ("classifier", "int8", 2), ("cosine", "fp32", 2)]
-    cases = {
-        f"{head} {precision} {threads} {call}": Case(head, precision, threads, call)
-        for head, precision, threads in kinds
-        for call in ("prepare", "logits", "layers", "renew")
-    }
-    found = {name: sweep(case) for name, case in cases.items()}
-    before = resident()
-    for name, case in cases.items():
-        if not name.endswith("renew"):  # which leaves the old engine to the parent process, by design
-            sweep(case)
-    print(json.dumps({"outcomes": found, "grown": resident() - before}))
+    chosen = KINDS[int(sys.argv[2]) :][:1] if len(sys.argv) > 2 else KINDS
+    cases = [(call, Case(*kind, call)) for kind in chosen for call in CALLS]
+    planned = [(call, case, faults(case)) for call, case in cases]
+    for call, _, places in planned:
+        injection.plan(f"native engine, {call}: an allocation or thread", len(places))
+    for call, case, places in planned:
+        for first, last in places:
+            check = functools.partial(case.attempt, first, last)
+            injection.report(f"native engine, {call}: an allocation or thread", check)
+    injection.plan("native engine, memory after as many again", 1)
+    again = [(case, places) for call, case, places in planned if call != "renew"]
+    injection.report("native engine, memory after as many again", lambda: flat(again))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""Inputs that fuzzing found to raise something else than an error of the hierarchy, reduced; (target, input)."""
+"""Reduced inputs, found by fuzzing, that raised errors outside the hierarchy: (target, input)."""
 
 DIGITS, DEEP = b"9" * 5000, b"[" * 100_000  # more than json.loads takes: ValueError, RecursionError
+TOKENIZER = (
+    b'{"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "post_processor": {"type": "RobertaProcessing", '
+    b'"sep": ["</s>", 2], "cls": ["<s>", 0], "trim_offsets": true, "add_prefix_space": false}, '
+    b'"model": {"type": "BPE", "unk_token": "<unk>", "vocab": {"<s>": 0, "</s>": 2, %b}, "merges": []}}'
+)
 
 CASES: tuple[tuple[str, bytes], ...] = (
     ("config", b'{"model_type": "modernbert", "num_hidden_layers": 2, "num_attention_heads": 0, "hidden_size": 48}'),
@@ -12,6 +17,8 @@ CASES: tuple[tuple[str, bytes], ...] = (
                  b'{"path": "2_Dense", "type": "x.Dense"}, {"path": "3_LayerNorm", "type": "x.LayerNorm"}, '
                  b'{"path": "4_Dense", "type": "x.Dense"}]'),
     ("safetensors", b"RAW\xff\xff\xff" + b"\0" * 5 + DEEP),
+    ("tokenizer", TOKENIZER % b'"a": 5'),  # no unknown token: "b" cannot be encoded
+    ("tokenizer", TOKENIZER % b'"a": 5, "b": 6'),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DIGITS),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DEEP),
     ("beir", b'{"_id": "d1", "text": "x"}\n---\n{"_id": "q", "text": %b}\n---\nq\td1\t1' % DIGITS),

@@ -18,6 +18,9 @@ with atheris.instrument_imports(include=["turborank", "targets"]):
     import targets
 
 
+MEMORY = os.environ.get("FUZZ_MEMORY", "2048")  # MiB of the process; more is a finding
+
+
 def mutate(data: bytes, most: int, seed: int) -> bytes:
     """A change of a JSON value at a random place, or one of libFuzzer's own."""
     changed = mutations.mutated(data, random.Random(seed)) if seed % 2 else None
@@ -37,7 +40,7 @@ def main() -> None:
 
     arguments = [
         sys.argv[0], f"-max_total_time={seconds}", f"-artifact_prefix={folder}/found-{name}-", "-max_len=16384",
-        f"-timeout={3 * targets.BOUND:.0f}", "-rss_limit_mb=4096", "-print_final_stats=1", str(corpus),
+        f"-timeout={3 * targets.BOUND:.0f}", f"-rss_limit_mb={MEMORY}", "-print_final_stats=1", str(corpus),
     ]  # fmt: skip
     atheris.Setup(arguments, attempt, custom_mutator=mutate)
     atheris.Fuzz()

@@ -55,9 +55,9 @@ def changed(value: Any, draw: random.Random) -> Any:
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes | None:
-    """``data`` with a JSON value in it changed; None where there is none. A first byte and separators stay.
+    """``data`` with a JSON value in it changed; None where there is none. The first byte and separators are kept.
 
-    What was LARGE already stays as it is, so that doubling ends.
+    Values of LARGE size are not doubled again, so that doubling ends.
     """
     if len(data) > LARGE:
         return None

@@ -1,4 +1,4 @@
-"""TARGETS: what is fuzzed, one row a format. Each reads bytes as the product does, in a folder of its own.
+"""TARGETS: the fuzzed formats, one row for each. Each reads bytes with the package's reader, in its own folder.
 
 An input is either read or refused with an error of turborank.errors' hierarchy (an HTTP body: with a Problem below
 500); any other exception is a fault, and so is an input that takes longer than BOUND seconds.
@@ -66,7 +66,7 @@ SCRATCH = _Folder()
 
 
 def _model(name: str, data: bytes) -> checkpoint.Checkpoint:
-    """The model folder with one file replaced; afterwards it is whole again."""
+    """The model folder with one file replaced, which is restored afterwards."""
     folder = SCRATCH.path() / "model"
     kept = (folder / name).read_bytes()
     SCRATCH.write(f"model/{name}", data)
@@ -303,7 +303,7 @@ TARGETS: dict[str, Target] = {
 
 
 def attempt(name: str, data: bytes) -> float:
-    """Read ``data`` as the target ``name``; the seconds it took. Raises whatever is a fault."""
+    """Read ``data`` as the target ``name``; the seconds it took. Raises exceptions that count as faults."""
     SCRATCH.path()
     started = time.monotonic()
     with contextlib.suppress(TurborankError):

@@ -1,6 +1,6 @@
-"""Damaged inputs of every format (targets.py): what fuzzing found, and a few changes of well-formed ones.
+"""Damaged inputs of every format (targets.py): cases that fuzzing found, and a few mutations of well-formed inputs.
 
-`make fuzz` looks for more, as long as it is told to.
+`make fuzz` searches for more, for a given time.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The DSPy adapter beside the real framework; skipped where dspy is not installed."""
+"""The DSPy adapter with the real framework; skipped where dspy is not installed."""
 
 import asyncio
 

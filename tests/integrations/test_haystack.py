@@ -1,4 +1,4 @@
-"""The Haystack adapter beside the real framework; skipped where haystack-ai is not installed."""
+"""The Haystack adapter with the real framework; skipped where haystack-ai is not installed."""
 
 import asyncio
 

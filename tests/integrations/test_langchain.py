@@ -1,4 +1,4 @@
-"""The LangChain adapter beside the real framework; skipped where langchain-core is not installed."""
+"""The LangChain adapter with the real framework; skipped where langchain-core is not installed."""
 
 import asyncio
 from typing import Any

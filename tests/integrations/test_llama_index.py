@@ -1,4 +1,4 @@
-"""The LlamaIndex adapter beside the real framework; skipped where llama-index-core is not installed."""
+"""The LlamaIndex adapter with the real framework; skipped where llama-index-core is not installed."""
 
 import asyncio
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Every adapter's page is run by the test of its framework, and is in the index."""
+"""The page of every adapter is executed by its framework's test and listed in the index."""
 
 from pages import PAGES
 

@@ -55,7 +55,7 @@ def expected(tmp_path: Path) -> str:
 
 @contextlib.contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[Path]:
-    """A program of ``python -m``, stopped at the end; the file of what it says."""
+    """Run ``python -m`` with a program and stop it at the end; the file with its output."""
     said = folder / "said"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "C_FORCE_ROOT": "1"}
     with said.open("wb") as out:

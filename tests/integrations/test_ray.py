@@ -1,4 +1,4 @@
-"""Rerankers in a real local Ray: the library's bits, one model an actor, and no pair lost with a killed worker."""
+"""Rerankers in a local Ray: the library's bits, one model per actor, and no pair lost when a worker is killed."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Any]:
 
 
 class Watched(BatchReranker):
-    """Notes the process and its models; the first one to score row 5,000 is killed, once."""
+    """Records the process and its models; the first process that scores row 1,500 is killed, once."""
 
     def __init__(self, model: Any, killed: str | None = None) -> None:
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""Rerankers in a real local Spark: the library's bits, one model a worker process, no pair lost with a killed one."""
+"""Rerankers in a local Spark: the library's bits, one model per process, no pair lost when a worker is killed."""
 
 import os
 import shutil

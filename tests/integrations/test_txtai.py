@@ -1,4 +1,4 @@
-"""The txtai adapter beside the real framework; skipped where txtai is not installed."""
+"""The txtai adapter with the real framework; skipped where txtai is not installed."""
 
 import pytest
 

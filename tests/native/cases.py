@@ -49,7 +49,7 @@ Layouts = dict[tuple[str, str], native_weights.Packing]
 
 
 def layouts(path: str | None) -> Layouts:
-    """Of each row of the instruction-set table and precision: this machine's, or those that a file names."""
+    """Layouts of each instruction set and precision: those of this machine, or those that a file names."""
     if path is None:
         return {(isa, p): native.layout(isa, p) for isa in native.isas() for p in native.precisions(isa)}
     rows = [line.split() for line in Path(path).read_text().splitlines()]
@@ -62,7 +62,7 @@ def layouts(path: str | None) -> Layouts:
 def write_model(
     file: BinaryIO, model: ModelConfig, tensors: dict, isa: str, precision: str, layout: native_weights.Packing
 ) -> None:
-    """What one row of the instruction-set table reads."""
+    """Write the weights in the layout of one instruction set."""
     packed, facts = native_weights.pack(tensors, model, layout)
     config = native.plain_config(model) | facts
     numbers = [f"{name} {float(value):.9g}" for name, value in config.items()]

@@ -1,4 +1,4 @@
-"""Random checkpoints and batches for the native tests. Nothing here comes from an engine."""
+"""Random checkpoints and batches for the native tests; no engine computes them."""
 
 from __future__ import annotations
 

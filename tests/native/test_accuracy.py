@@ -29,7 +29,7 @@ def spearman(a, b):
 
 
 def distinct(model, seed=0, wide=3.0):
-    """Weights whose logits differ from pair to pair more than the initialiser's do, as trained ones do."""
+    """Weights whose logits differ between pairs as much as trained ones do, more than the initialiser's."""
     tensors = shapes.weights(model, seed)
     tensors["embeddings.word_embeddings.weight"] *= wide
     return tensors
@@ -79,14 +79,14 @@ def test_int8_error_and_order(isa):
 
 
 def test_outlier_channels(isa):
-    """Six channels of every norm's gain ten times larger, as trained encoders have them."""
+    """Six channels of every norm have ten times the gain, as in trained encoders."""
     model, tensors, tokens, expected = turbo_case(True)
     assert spearman(native.prepare(tensors, model, precision="int8").logits(tokens), expected) >= 0.997
 
 
 @functools.cache
 def stored_case(feed_forward):
-    """One layer whose weights int8 holds exactly, so that only rows are rounded; and its output by the reference."""
+    """One layer whose weights int8 represents exactly, so only activations are rounded; and the reference's output."""
     model = shapes.config(layers=1, head="cosine", feed_forward=feed_forward)
     tensors, tokens = shapes.weights(model), shapes.batch([90, 41, 200])
     given = dict(tensors)
@@ -100,7 +100,7 @@ def stored_case(feed_forward):
 
 @pytest.mark.parametrize("feed_forward", ["gelu", "geglu"])
 def test_rows_that_the_head_reads_are_rounded_more_finely(isa, feed_forward):
-    """The cosine heads' first mean is of type 0 alone: a few rows, whose errors nothing else averages away."""
+    """The cosine heads' first mean is over type 0 only: a few rows, so rounding errors do not average out."""
     model, given, tokens, expected = stored_case(feed_forward)
     got = native.prepare(given, model, precision="int8").layers(tokens)[-1]
     squares = ((got - expected) ** 2).mean(axis=1)
@@ -110,7 +110,7 @@ def test_rows_that_the_head_reads_are_rounded_more_finely(isa, feed_forward):
 
 @functools.cache
 def long_queries_case():
-    """All tokens but the last are the query's: every row of every block is rounded twice."""
+    """All tokens but the last belong to the query: two-term int8 is used for every row of every block."""
     model = shapes.config(hidden=128, heads=4, inner=256, layers=2, head="focus")
     tensors, tokens = shapes.weights(model), shapes.batch([1300, 700, 90])
     types = np.zeros_like(tokens.type_ids)
@@ -127,7 +127,7 @@ def test_queries_of_any_length(isa):
 
 @pytest.mark.parametrize("factor", [1, 8, 40])
 def test_wide_logits_stay_exact_with_skipping(isa, factor):
-    """Query and key weights times `factor`: scores beyond the range of a fixed offset, blocks still skipped rightly."""
+    """Query and key weights times `factor`: scores exceed the range of a fixed offset; skipped blocks do not matter."""
     model, tensors, tokens, expected = wide_case(factor)
     got = native.prepare(tensors, model, precision="fp32").logits(tokens)
     assert np.abs(got - expected).max() <= 1e-4
@@ -156,7 +156,7 @@ def relative_case(factor, buckets, furthest):
 
 @pytest.mark.parametrize(("factor", "buckets", "furthest"), [(1, 256, 512), (8, 256, 512), (40, 20, 400)])
 def test_relative_positions_at_any_distance(isa, factor, buckets, furthest):
-    """Near and far rows of the table, tables that are no multiple of 32, scores beyond the range of a fixed offset."""
+    """Near and far rows of the table, table sizes not divisible by 32, scores beyond the range of a fixed offset."""
     model, tensors, tokens, expected = relative_case(factor, buckets, furthest)
     engine = native.prepare(tensors, model, precision="fp32", threads=2)
     assert engine.isa == isa
@@ -206,7 +206,7 @@ def test_modernbert_follows_the_reference_layer_by_layer(isa, kind, precision):
     "change", [{"half_window": 63}, {"half_window": 65}, {"global_layers": (0, 2)}, {"local_theta": 160_000.0}]
 )
 def test_windows_and_thetas_matter(change):
-    """What the test above allows is less than what a wrong window, kind of layer or base frequency does."""
+    """A wrong window, kind of layer or base frequency changes logits by more than the tolerance of the test above."""
     model, tensors, tokens, _, states = modern_case("published window")
     wrong = native.prepare(tensors, dataclasses.replace(model, **change), precision="fp32").layers(tokens)
     worst = max(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) for got, want in zip(wrong, states, strict=True))
@@ -236,7 +236,7 @@ def test_learned_positions_beside_alibi(isa, precision, rows, repeated):
 
 @functools.cache
 def steep_case():
-    """Heads that fade within a key, within a few, and never; some scores are below what a float's exponent can hold."""
+    """Slopes that limit attention to one key, to a few, and not at all; some weights underflow."""
     model = dataclasses.replace(shapes.config(hidden=128, heads=4, inner=64, layers=2), slopes=(60.0, 8.0, 0.5, 0.0))
     tensors, tokens = shapes.weights(model), shapes.batch([100, 128, 129, 300])
     return model, tensors, tokens, shapes.reference_logits(tensors, model, tokens)

@@ -80,7 +80,7 @@ def test_work_space_may_be_given_back_between_calls_and_during_them():
 
 
 def test_all_rows_quantise_to_the_same_integers():
-    """int8 arithmetic is exact on every row, so rows differ only by the rounding of what lies between products."""
+    """int8 products are exact on every instruction set; they differ only by rounding between the products."""
     tokens = shapes.batch([20, 90])
     logits = [engine((isa, "int8"), 1).logits(tokens) for isa in native.isas()]
     spread = np.max(logits, axis=0) - np.min(logits, axis=0)

@@ -1,4 +1,4 @@
-"""The whole process at full length, from the file to the logit; what a call at full length adds to it."""
+"""Memory of the whole process at full length, from file to logit, and of one call at full length."""
 
 import json
 import os
@@ -71,7 +71,7 @@ print(peak, read("VmRSS") - resident)
 def test_8192_tokens_need_no_matrix_of_scores(family, precision):
     """One head's scores of 8,192 tokens would be 256 MiB of float32; two threads work on one pair here.
 
-    The work space can be given back; the allocator may keep some of it.
+    The work space can be released; the allocator may keep a part of it.
     """
     if native.available() is not None:
         pytest.skip(str(native.available()))

@@ -1,4 +1,4 @@
-"""Bad input raises an exception with what was expected; floating-point mode and memory are unchanged."""
+"""Invalid input raises an exception that says what was expected; floating-point mode and memory are unchanged."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_ten_thousand_calls_leave_no_memory_behind(engine):
 
 
 def test_denormals_survive_a_call(engine):
-    """The kernels treat denormals as zero; the caller's arithmetic must not."""
+    """The kernels treat denormals as zero; the caller's arithmetic still computes with them."""
     engine.logits(shapes.batch([3, 20], vocab=100))
     assert np.float32(1e-38) / np.float32(10) > 0
 

@@ -153,7 +153,7 @@ def lists(
     Identical texts are merged; labels in the data are kept. The folder has BEIR layout and a TREC run, so that
     turborank evaluate can read it. The same command writes the same bytes.
     """
-    from turborank.distill.lists import build
+    from turborank.distill.batches import build_folder
     from turborank.distill.sources import ListOptions, PoolPlan, TrainingSource
 
     runs = {name: Path(path) for name, path in _named(candidates, "--candidates")}
@@ -174,7 +174,7 @@ def lists(
     )
     plan = PoolPlan(bm25, bm25_depth, dense if dense_model else 0, dense_depth, random)
     with cli.progress() as progress:
-        manifest = build(what, out, plan, dense=dense_model, progress=progress)
+        manifest = build_folder(what, out, plan, dense=dense_model, progress=progress)
     counts = manifest["counts"]
     print(
         f"{out}: {counts['queries']:,} queries, {counts['passages']:,} passages, {counts['pool_places']:,} pool places"

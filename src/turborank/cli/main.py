@@ -56,7 +56,7 @@ class Command(NamedTuple):
 
 
 AGAIN = "the same command continues from what is complete"
-UNWRITTEN_YET = "nothing was written; run it again"
+UNWRITTEN_YET = "nothing incomplete was written; run it again"
 
 COMMANDS: dict[str, Command] = {
     "rank": Command(rank, RANK_EXAMPLES),
@@ -67,14 +67,14 @@ COMMANDS: dict[str, Command] = {
     "calibrate": Command(calibrate, CALIBRATE_EXAMPLES, UNWRITTEN_YET),
     "distill lists": Command(lists, LISTS_EXAMPLES, AGAIN),
     "distill score": Command(score, SCORE_EXAMPLES, AGAIN),
-    "distill suspects": Command(suspects, SUSPECTS_EXAMPLES),
+    "distill suspects": Command(suspects, SUSPECTS_EXAMPLES, UNWRITTEN_YET),
     "distill student": Command(student, STUDENT_EXAMPLES, UNWRITTEN_YET),
     "distill recover": Command(recover, RECOVER_EXAMPLES, AGAIN),
     "distill train": Command(train, TRAIN_EXAMPLES, AGAIN),
     "distill report": Command(report, REPORT_EXAMPLES),
-    "distill ship": Command(ship, SHIP_EXAMPLES),
+    "distill ship": Command(ship, SHIP_EXAMPLES, UNWRITTEN_YET),
     "export": Command(export, EXPORT_EXAMPLES, UNWRITTEN_YET),
-    "import": Command(import_model, IMPORT_EXAMPLES),
+    "import": Command(import_model, IMPORT_EXAMPLES, UNWRITTEN_YET),
     "bench": Command(bench, BENCH_EXAMPLES),
     "models": Command(models, MODELS_EXAMPLES),
     "doctor": Command(doctor, DOCTOR_EXAMPLES),

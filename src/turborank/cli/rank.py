@@ -14,6 +14,7 @@ import typer
 
 from turborank import cli
 from turborank.errors import InputError, TooLongError
+from turborank.text import sentences
 from turborank.types import RerankerOptions
 
 if TYPE_CHECKING:
@@ -264,12 +265,12 @@ def _stem(word: str) -> str:
 
 def passage(words: Sequence[str], text: str) -> str:
     """The sentence of ``text`` that shares most words with ``words``, weighted by rarity; ties go to the first."""
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip(" #*-=\n")] or [text]
+    pieces = [piece for piece in sentences(text) if piece.strip(" #*-=\n")] or [text]
     stems = [_stem(word) for word in words]
-    found = [{stem for stem in stems if re.search(rf"\b{re.escape(stem)}", sentence.lower())} for sentence in sentences]
+    found = [{stem for stem in stems if re.search(rf"\b{re.escape(stem)}", piece.lower())} for piece in pieces]
     frequency = Counter(stem for stems_here in found for stem in stems_here)
     weights = [sum(1 / frequency[stem] for stem in sorted(stems_here)) for stems_here in found]
-    return sentences[max(range(len(sentences)), key=lambda i: (weights[i], -i))]
+    return pieces[max(range(len(pieces)), key=lambda i: (weights[i], -i))]
 
 
 def printable(text: str) -> str:

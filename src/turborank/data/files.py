@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -22,6 +23,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+
+from safetensors import SafetensorError
 
 from turborank.errors import InputError, UnknownKeyError
 from turborank.text import plain
@@ -181,6 +184,56 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_together(folder: Path) -> Iterator[Path]:
+    """A hidden folder; on success its files replace those of the same names in ``folder``, other files stay.
+
+    All are replaced or, after an exception or Ctrl-C, none; only a kill between two renames leaves a mixture.
+    """
+    if not folder.exists():
+        with replacing_folder(folder) as new:
+            yield new
+            _readable(new)
+        return
+    temporary = folder / ".partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        files = _readable(temporary)
+        try:
+            _move(files, folder)
+        except KeyboardInterrupt:
+            _move([path for path in files if path.exists()], folder)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise what safetensors says of a file that cannot be written as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+
+
+def _readable(folder: Path) -> list[Path]:
+    """The files of a folder, which others may read from now on; safetensors gives its own to the owner alone."""
+    files = sorted(folder.iterdir())
+    for path in files:
+        path.chmod(0o644)
+    return files
+
+
+def _move(files: Iterable[Path], folder: Path) -> None:
+    for path in files:
+        os.replace(path, folder / path.name)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ TRANSIENT = frozenset({408, 409, 424, 425, 429, 498, 500, 502, 503, 504, 520, 52
 MAX_RETRY_AFTER = 600.0  # seconds; an endpoint that asks for more ends the run
 MAX_BYTES = 64 << 20  # of a response
 CLIP = 1e-7  # probabilities are kept this far from 0 and 1: the resolution of float32 near 1
+LAST_WAIT = 3.0  # seconds for which Ctrl-C waits for the responses to requests under way
 SHOWN = 300  # characters of an endpoint's message in an error
 BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, min=0.25, max=60)  # seconds, random against bursts
 
@@ -193,38 +194,45 @@ class HttpTeacher:
     def answer(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Float32]]:
         """Scores in the order of completion, with up to ``parallel`` concurrent requests.
 
-        Raises InputError for a permanent failure, after the responses to all requests under way were yielded.
+        Raises InputError for a permanent failure, after the responses to all requests under way were yielded. They may
+        have been paid for: Ctrl-C waits for them, too, but at most LAST_WAIT seconds, and a second Ctrl-C ends at once.
         """
-        pacer = Pacer(self.options.rate)
+        pacer, http = Pacer(self.options.rate), self._open()
         waiting: dict[Future[Float32], Question] = {}
         coming = iter(questions)
-        faults: list[Exception] = []
-        with self._open() as http, ThreadPoolExecutor(self.options.parallel) as threads:
-            try:
-                while True:
-                    while not faults and len(waiting) < 2 * self.options.parallel:
-                        question = next(coming, None)
-                        if question is None:
-                            break
-                        waiting[threads.submit(self._retry, http, question, pacer)] = question
-                    if not waiting:
+        faults: list[BaseException] = []
+        ends: float | None = None  # when waiting ends, after Ctrl-C
+        try:
+            while True:
+                while not faults and len(waiting) < self.options.parallel:
+                    question = next(coming, None)
+                    if question is None:
                         break
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        question = waiting.pop(future)
-                        if future.cancelled():
-                            continue
-                        try:
-                            answer = future.result()
-                        except Exception as error:  # requests under way may have been paid for: wait for them
-                            faults.append(error)
-                            pacer.stop()
-                            for other in waiting:
-                                other.cancel()
-                        else:
-                            yield question, answer
-            finally:
-                pacer.stop()
-                threads.shutdown(wait=True, cancel_futures=True)
+                    waiting[_started(self._retry, http, question, pacer)] = question
+                try:
+                    left = None if ends is None else max(0.0, ends - time.monotonic())
+                    done = wait(waiting, left, FIRST_COMPLETED).done
+                except KeyboardInterrupt as stop:
+                    if faults:
+                        raise
+                    faults.append(stop)
+                    pacer.stop()
+                    ends = time.monotonic() + LAST_WAIT
+                    continue
+                if not done:  # all are answered, or Ctrl-C came LAST_WAIT ago
+                    break
+                for future in done:
+                    question = waiting.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        yield question, future.result()
+                    else:
+                        faults.append(error)
+                        pacer.stop()
+        finally:
+            pacer.stop()
+            if not waiting:  # a thread that still reads would be left with a closed socket
+                http.close()
         if faults:
             raise next((fault for fault in faults if not isinstance(fault, _StoppedError)), faults[0])
 
@@ -326,6 +334,24 @@ class HttpTeacher:
             )
         kept = np.clip(scores, CLIP, 1 - CLIP)
         return np.log(kept) - np.log1p(-kept)
+
+
+def _started(ask: Callable[..., Float32], *arguments: Any) -> Future[Float32]:
+    """The result of ``ask``, which runs in a thread of its own.
+
+    The thread is a daemon, because the process must be able to end while an endpoint is silent; it would wait for the
+    threads of a ThreadPoolExecutor.
+    """
+    future: Future[Float32] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(ask(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="turborank-teacher", daemon=True).start()
+    return future
 
 
 def _delay(state: tenacity.RetryCallState) -> float:

@@ -412,11 +412,11 @@ def _pick(options: Sequence[str], rng: np.random.Generator) -> str | None:
 
 
 def _sentence(text: str, rng: np.random.Generator, counts: Mapping[str, int]) -> str | None:
-    return _pick([one for one in sentences(text) if len(one.split()) in SENTENCE_WORDS], rng)
+    return _pick([one for one in sentences(text, strict=True) if len(one.split()) in SENTENCE_WORDS], rng)
 
 
 def _span(text: str, rng: np.random.Generator, counts: Mapping[str, int]) -> str | None:
-    parts = sentences(text)
+    parts = sentences(text, strict=True)
     spans = [" ".join(parts[at : at + size]) for size in (2, 3) for at in range(len(parts) - size + 1)]
     return _pick([span for span in spans if len(span.split()) in SPAN_WORDS], rng)
 

@@ -34,7 +34,7 @@ from turborank import checkpoint
 from turborank.architectures import ARCHITECTURES, encoder, jinabert, recognise
 from turborank.checkpoint import verify
 from turborank.checkpoint.tensors import SCALE, dense, quantise
-from turborank.data.files import replacing_path, write_json, write_text
+from turborank.data.files import os_errors, replacing_together, write_json, write_text
 from turborank.distill.biencoder import BiEncoder
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.ops import torch_training
@@ -107,11 +107,11 @@ class Student:
         return cls(weights, copy.deepcopy(loaded.raw_config), loaded.tokenizer)
 
     def save(self, folder: Path) -> None:
-        """Write a model folder (three files) that ``Reranker(folder)`` loads."""
+        """Write a model folder (three files, replaced together) that ``Reranker(folder)`` loads."""
         tensors = {name: w.detach().float().contiguous() for name, w in self.weights.items()}
-        with replacing_path(folder / verify.WEIGHTS) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
-        self.save_around(folder)
+        with replacing_together(folder) as new, os_errors(folder / verify.WEIGHTS):
+            save_file(tensors, new / verify.WEIGHTS, metadata={"format": "pt"})
+            self.save_around(new)
 
     def save_around(self, folder: Path) -> None:
         """Write ``config.json`` and ``tokenizer.json``, the files of a model folder beside the weights."""
@@ -476,6 +476,6 @@ def write_int8(student: Student, folder: Path) -> None:
             tensors[name], tensors[name + SCALE] = quantise(value)
         else:
             tensors[name] = value
-    with replacing_path(folder / verify.WEIGHTS) as path:
-        save_arrays(tensors, path, metadata={"format": "np"})
-    student.save_around(folder)
+    with replacing_together(folder) as new, os_errors(folder / verify.WEIGHTS):
+        save_arrays(tensors, new / verify.WEIGHTS, metadata={"format": "np"})
+        student.save_around(new)

@@ -95,14 +95,13 @@ class TorchEngine:
 
         CUDA graphs are used only if no op mixes rows of different pairs, because graphs need padded batches.
         """
-        from turborank.engines import cuda_graphs
         from turborank.ops import triton as triton_ops
 
         if not triton_ops.supports(self.config):
             return None
         forward = ARCHITECTURES[self.config.architecture].forward
         fill = self.config.head == "classifier" and self.config.architecture != "deberta"
-        return cuda_graphs.GraphRunner(
+        return triton_ops.GraphRunner(
             lambda batch: forward(self.weights, self.config, batch, triton_ops), self.device, fill=fill
         )
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from turborank import checkpoint as checkpoints
-from turborank import depth as depths
+from turborank import scheduler
 from turborank.data.bm25 import bm25_run, parameters
 from turborank.data.corpus import Dataset
 from turborank.data.datasets import called, default_data_dir, expand, load
@@ -53,7 +53,7 @@ class EvaluateOptions:
 
     Args:
         depth: number of candidates of each query that are reranked; "auto": early stopping in a list of 100
-            (turborank.depth).
+            (docs/depth.md).
         run: a TREC run to rerank instead of BM25, or several, which are fused; with one dataset only.
         shard: (k, n): evaluate the k-th of n consecutive parts of the queries, k from 1. The parts' run files
             concatenate to the whole run; another evaluation without ``shard`` joins them and reports.
@@ -84,8 +84,8 @@ class EvaluateOptions:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the depth is chosen per query by early stopping (turborank.depth)."""
-        return self.depth == depths.AUTO
+        """Whether the depth is chosen per query by early stopping (docs/depth.md)."""
+        return self.depth == scheduler.AUTO_DEPTH
 
     @property
     def candidates(self) -> int:
@@ -149,7 +149,7 @@ def _check(plan: EvaluateOptions, out: Path, names: Sequence[str], models: Seque
     if not names:
         raise InputError("expected at least one dataset, got none")
     if isinstance(plan.depth, str) and not plan.adaptive:
-        raise InputError(f"expected depth to be a positive integer or {depths.AUTO!r}, got {plan.depth!r}")
+        raise InputError(f"expected depth to be a positive integer or {scheduler.AUTO_DEPTH!r}, got {plan.depth!r}")
     if plan.candidates < 1:
         raise InputError(f"expected depth to be a positive integer, got {plan.candidates}")
     if plan.sample is not None and plan.sample < 1:
@@ -344,7 +344,7 @@ def _rerank(
 ) -> System:
     """Rerank one dataset's candidates with one model, compare it with the earlier systems and write to ``folder``."""
     header = score_header(model, dataset, facts["first_stage"]["sha256"], plan.candidates)
-    header |= {"adaptive_depth": depths.STOP if plan.adaptive else None}
+    header |= {"adaptive_depth": scheduler.STOP_SHARE if plan.adaptive else None}
     known = record.read_all(folder, header)
     part = "" if plan.shard is None else f".{plan.shard[0]:0{len(str(plan.shard[1]))}d}-of-{plan.shard[1]}"
     qrels = {query_id: dataset.qrels[query_id] for query_id in candidates}

@@ -21,7 +21,7 @@ from turborank import checkpoint
 from turborank.checkpoint import Checkpoint
 from turborank.checkpoint.tensors import dense
 from turborank.checkpoint.verify import CONFIG, TOKENIZER, WEIGHTS
-from turborank.data.files import write_json
+from turborank.data.files import os_errors, write_json
 from turborank.errors import CheckpointError, InputError, UnknownKeyError
 from turborank.tokens import read_template
 from turborank.types import Float32, ModelConfig
@@ -126,7 +126,8 @@ def to_sentence_transformers(source: Checkpoint, folder: Path) -> str:
         name if name.startswith("classifier.") or _is_pooler_of_deberta(name, architecture) else prefix + name: value
         for name, value in dense(source.weights).items()
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with os_errors(folder / WEIGHTS):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     raw = {name: value for name, value in source.raw_config.items() if name not in ("auto_map", "quantization_config")}
     pad = _pad(source.tokenizer, source.raw_config)[1]
     config = {
@@ -229,7 +230,8 @@ def import_onnx(
     tensors = read_onnx(source)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        with os_errors(folder / WEIGHTS):
+            save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         for name, path in found.items():
             shutil.copyfile(path, folder / name)
         return checkpoint.read(folder)

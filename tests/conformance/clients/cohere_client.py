@@ -35,7 +35,7 @@ def v1(call):
 
 
 def v1_fields(call):
-    """Mappings, and which of their fields are read."""
+    """Documents as mappings, with ``rank_fields``."""
     documents = [one if isinstance(one, dict) else {"text": one, "id": "7"} for one in call.documents]
     asked = {**given(call), "documents": documents}
     fields = ["title", "text"]
@@ -43,7 +43,7 @@ def v1_fields(call):
 
 
 def patient(call):
-    """Twice, the second time too soon: its own retry waits as long as Retry-After says."""
+    """Two requests; the second exceeds the rate limit, and the client's retry waits for Retry-After."""
     client = cohere.ClientV2(call.key, base_url=call.base)
     client.rerank(**given(strings(call)), request_options=ONCE)
     return read(client.rerank(**given(call), request_options=RequestOptions(max_retries=1)))

@@ -3,7 +3,7 @@ from probe import main, strings
 
 
 def openai_compatible(call):
-    """Dify rescales the scores of each answer to 0 … 1, so only the order is told."""
+    """Dify rescales the scores of each answer to 0 … 1, so only the order is compared."""
     credentials = {"endpoint_url": f"{call.base}/v1", "api_key": call.key, "endpoint_model_name": call.model}
     ranker = OAICompatRerankModel(model_schemas=[])
     found = ranker._invoke(call.model, credentials, call.query, strings(call).documents, top_n=call.top_n)

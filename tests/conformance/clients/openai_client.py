@@ -28,7 +28,7 @@ def models(call):
 
 
 def patient(call):
-    """Twice, the second time too soon: its own retry waits as long as Retry-After says."""
+    """Two requests; the second exceeds the rate limit, and the client's retry waits for Retry-After."""
     asking = client(call, retries=1)
     asking.post("/rerank", cast_to=httpx2.Response, body=body(call))
     return read(asking.post("/rerank", cast_to=httpx2.Response, body=body(call)))

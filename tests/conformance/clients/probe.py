@@ -1,4 +1,4 @@
-"""Runs inside a client's own environment: the same cases through each of its ways to rank, what happened as JSON.
+"""Runs in a client's own environment: every case through each of the client's ranking functions, results as JSON.
 
 A way to rank takes a Call and returns [(index, score or None)], best first, or raises whatever the client raises, or
 Cannot for what the client has no means to say. The snippets of the client's page in docs/clients are ways as well: each
@@ -30,11 +30,11 @@ class Call(NamedTuple):
 
 
 class Cannot(Exception):
-    """The client has no means to say this."""
+    """The client cannot express this case."""
 
 
 def plain(call):
-    """For clients whose documents are strings and whose number of results has to be one."""
+    """For clients that accept only strings as documents and require a number of results."""
     if call.top_n is None:
         raise Cannot("its number of results is no null")
     return strings(call)
@@ -47,7 +47,7 @@ def strings(call):
 
 
 def own_top(call):
-    """For clients that send no number of results but cut the list themselves: none for which that would differ."""
+    """For clients that cut the list themselves and send no number of results; raises Cannot where that differs."""
     if call.top_n is not None and call.top_n < 1:
         raise Cannot("it sends no number of results")
     return call
@@ -77,7 +77,7 @@ def attempt(rank, call):
 
 
 def snippets(page, call):
-    """Block number -> the ranking it prints. A page's first block sets what a reader would change; we change it."""
+    """Block number -> the ranking it prints. Assignments of names that a reader replaces are replaced here, too."""
     ours = {"BASE": call.base, "KEY": call.key, "MODEL": call.model, "query": call.query, "documents": call.documents}
     scope, found = dict(ours), {}
     for number, block in enumerate(BLOCK.findall((PAGES / page).read_text(encoding="utf-8")), 1):
