@@ -234,7 +234,8 @@ def peaks(state: State, arguments: argparse.Namespace) -> None:
     print(state.part("peaks"))
 
 
-PEAK_OF = {"tdpbssd": "tdpbssd", "vpdpbusd": "vpdpbusd", "vpmaddwd": "vpmaddwd_ymm"}  # int8 kernel -> peak.c's name
+# int8 kernel -> peak.c's name.
+PEAK_OF = {"tdpbssd": "tdpbssd", "vpdpbusd": "vpdpbusd", "vpmaddwd": "vpmaddwd_ymm", "vpmaddubsw": "vpmaddubsw_ymm"}
 # Instruction set and type of attention -> peak.c's name.
 ATTENTION_PEAK = {
     ("amx", "bf16"): "tdpbf16ps", ("avx512vnni", "bf16"): "vdpbf16ps", ("avx512vnni", "fp32"): "fma_zmm",

@@ -21,6 +21,7 @@ from turborank import catalog
 from turborank.architectures import ARCHITECTURES
 from turborank.cli.main import COMMANDS, build
 from turborank.engines import ENGINES
+from turborank.engines.native import SEVEN_BITS
 from turborank.types import ModelConfig
 
 HERE = Path(__file__).resolve().parent
@@ -244,7 +245,10 @@ def instruction_sets() -> dict[str, dict[str, str]]:
     """Row of native/isa_table.cpp -> precision -> instruction, read from the C++ tables: no machine has all rows."""
     table = (NATIVE / "isa_table.cpp").read_text(encoding="utf-8")
     sources = [path.read_text(encoding="utf-8") for path in sorted(NATIVE.glob("isa_*.cpp"))]
-    return {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", [\w |]+, (\w+)\}', table)}
+    rows = {isa: _kernels(choose, sources) for isa, choose in re.findall(r'\{"(\w+)", [\w |]+, (\w+)\}', table)}
+    for isa, seven in SEVEN_BITS.items():
+        rows[isa]["int8"] += f"; with the cosine heads {rows.pop(seven)['int8']}"
+    return rows
 
 
 def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
@@ -253,10 +257,8 @@ def _kernels(choose: str, sources: list[str]) -> dict[str, str]:
     body = source.partition(f"Kernels* {choose}(Precision")[2].partition("\n}")[0]
     tables = r'constexpr Kernels (\w+) = table<[^>]*>\("([^"]+)"'
     instructions = dict(re.findall(tables, source))
-    instructions |= {
-        f"{space}::{name}": said
-        for space, name, said in re.findall(r"namespace (\w+) \{\n(?:#[^\n]*\n)*" + tables, source)
-    }
+    for space, inside in re.findall(r"namespace (\w+) \{\n(?=(.*?)\n\}  // namespace \1\n)", source, re.DOTALL):
+        instructions |= {f"{space}::{name}": said for name, said in re.findall(tables, inside)}
     found = {}
     if handed := re.search(r"return (\w+_kernels)\(", body):
         found.update(_kernels(handed[1], sources))

@@ -4,8 +4,8 @@
 //   load_right<Op>(bytes)        loads W words of one row of a panel
 //   dot(left, right, a, w0, w1)  adds the products of one word of `a` with the words w0 and w1 of W columns to two sums
 //   kRowsAtOnce                  rows of a tile: as many as have two sums each in registers
-// A word is the part of a row's depth that one instruction multiplies: 4 int8 (8 with smmla), 2 bf16 (or widened int8) or
-// 1 float.
+// A word is the part of a row's depth that one instruction multiplies: 4 int8 (8 with smmla), 2 bf16 or 1 float. With
+// TR_TWO_WORDS (AVX2) it is what one step multiplies, two of int8; load_right() and dot() take both.
 
 template <class Op> using Sum = ForInt8<Op, Integers, F>;
 template <class Op> using Number = ForInt8<Op, int32_t, float>;  // type of a sum in memory
@@ -34,11 +34,16 @@ TR_INLINE void in_tiles(int rows, const Part& part) {
     }
 }
 
-template <class Op> constexpr int kWord = same_type<Op, Int8> ? kInt8Group : 4 / static_cast<int>(sizeof(Op));
+#ifdef TR_TWO_WORDS
+constexpr int kInt8Words = 2;
+#else
+constexpr int kInt8Words = 1;
+#endif
+template <class Op> constexpr int kWord = same_type<Op, Int8> ? kInt8Words * kInt8Group : 4 / static_cast<int>(sizeof(Op));
 
 // Bytes from one word of the depth to the next in a panel of 32 columns, and from one vector of columns to the next.
-template <class Op> constexpr int kRightRow = kPanel * (same_type<Op, Int8> ? kInt8Group : 4);
-template <class Op> constexpr int kRightVector = kRightRow<Op> / kPanel * W;
+template <class Op> constexpr int kRightRow = kPanel * (same_type<Op, Int8> ? kInt8Words * kInt8Group : 4);
+template <class Op> constexpr int kRightVector = W * (same_type<Op, Int8> ? kInt8Group : 4);
 
 struct Nothing {
     template <class... A>

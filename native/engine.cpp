@@ -354,16 +354,18 @@ void Engine::logits(const Batch& batch, int threads, float* out, std::vector<std
     }
     if (together.tokens) call.gather(together, state.memory[0]);
 
-    Team team(threads);
+    Team::Shared shared;
     std::atomic<size_t> next{0};
     state.pool.run(threads, [&](int id) {
         const FloatMode mode;
+        Team team(shared);
         kernels_->enter();
         Scratch& scratch = state.scratch[id];
         if (together.tokens) call.run(together, state.memory[0], team, threads, scratch);
-        Team self(1);
         Memory& own = state.memory[id + 1];
         for (size_t g; (g = next.fetch_add(1)) < alone.size();) {
+            Team::Shared own_phases;
+            Team self(own_phases);
             call.gather(alone[g], own);
             call.run(alone[g], own, self, 1, scratch);
         }

@@ -118,6 +118,7 @@ const std::vector<IsaRow>& isa_table() {
         {"avx512vnni", kVnni, avx512_kernels},
         {"avxvnni", kVnni256, avxvnni_kernels},
         {"avx2", kAvx2, avx2_kernels},
+        {"avx2seven", kAvx2, avx2_seven_kernels},  // in place of avx2, for some models (native.py)
 #if defined(TR_STAND_IN)
         {"avxvnni-evex", kVnni, evex_kernels},
         {"avxvnni-standin", kAvx2, stand_in_kernels},

@@ -205,7 +205,7 @@ struct Kernels {
     size_t exchange_bytes;   // bytes of an element of q, k, v, attention output and hidden: 2 is bf16, 4 is float
     bool tiles;              // int8 and bf16 weights are packed for matrix tiles (see Linear)
     int int8_group;          // int8 weights of one column in a word
-    int int8_offset;         // added to int8 activations when they are stored
+    int int8_offset;         // added to int8 activations when they are stored; 64: they have 7 bits
     int lanes;               // floats in a vector (see Layer::up)
     int row_tile, lowest_tile;  // rows of the usual and of the smallest tile of a product
     int block_rows;          // rows that go through the feed-forward together; chosen by the size of the caches
@@ -248,6 +248,7 @@ const Kernels* amx_kernels(Precision, unsigned);
 const Kernels* avx512_kernels(Precision, unsigned);
 const Kernels* avxvnni_kernels(Precision, unsigned);
 const Kernels* avx2_kernels(Precision, unsigned);
+const Kernels* avx2_seven_kernels(Precision, unsigned);  // isa_avx2.cpp, `seven`
 const Kernels* armi8mm_kernels(Precision, unsigned);
 const Kernels* armdot_kernels(Precision, unsigned);
 const Kernels* portable_kernels(Precision, unsigned);

@@ -1,17 +1,19 @@
 // The kernels of the table in kernels.h, written once against the names that each isa_*.cpp defines first: the vector F
 // with its operations, multiply() (blocks.inl, or the tiles of isa_amx.cpp) and attention.
 
+constexpr float kHalf = kInt8Offset == 64 ? 64.0f : 128.0f;  // int8 activations are between -kHalf and kHalf - 1
+
 // Quantises a row (w.in,) to int8 as row r of the operand. Symmetric: value = scale * int8, scale = max|row| / 127. If the
 // operand has a lower bound (w.least), this row's bound is `least` and value = least + scale * (int8 + 128); the initial sums
-// account for the 128 and the bias for w.least (native_weights.py). Padding columns are multiplied by zero weights. With
+// account for the 128 and the bias for w.least (native_weights.py). AVX2 has 7 bits: 63 for 127 and 64 for 128. Padding columns are multiplied by zero weights. With
 // `keep`, the residual of the rounding is written to s.mixed, which may be the row itself; with a bound it is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
     const bool centred = w.least == 0.0f;
-    const float range = centred ? largest<true>(row, w.in) : largest<false>(row, w.in) - least, steps = centred ? 127.0f : 255.0f;
+    const float range = centred ? largest<true>(row, w.in) : largest<false>(row, w.in) - least, steps = centred ? kHalf - 1 : 2 * kHalf - 1;
     const float scale = s.row_scale.as<float>()[r] = range / steps;
-    const F inverse = set(range > 0.0f ? steps / range : 0.0f), start = set(centred ? 0.0f : -least * steps / range - (keep ? 128.5f : 128.0f));
-    const F step = set(scale), zero = set(centred ? 0.0f : least + 128.0f * scale);  // used with `keep` only
+    const F inverse = set(range > 0.0f ? steps / range : 0.0f), start = set(centred ? 0.0f : -least * steps / range - (keep ? kHalf + 0.5f : kHalf));
+    const F step = set(scale), zero = set(centred ? 0.0f : least + kHalf * scale);  // used with `keep` only
     Int8* to = s.operand.as<Int8>() + int8_row(r, w.depth);
     float* rest = s.mixed.as<float>();
     for (int c = 0; c < w.in; c += W) {

@@ -116,6 +116,7 @@ NB_MODULE(_native, m) {
     // nanobind's report of what still lived would tell a user nothing.
     nb::set_leak_warnings(false);
     m.doc() = "turborank's C++ engine; see turborank.engines.native and docs/kernels.md.";
+    m.attr("build") = TR_BUILD;  // the compiler and its level of optimisation, from CMakeLists.txt
     nb::class_<Model>(m, "Model")
         .def(nb::init<const nb::dict&, const nb::dict&, const std::string&, const std::string&>(), nb::arg("config"), nb::arg("packed"),
              nb::arg("precision"), nb::arg("isa"))

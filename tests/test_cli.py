@@ -273,6 +273,7 @@ def test_doctor_says_what_runs_and_what_it_computes(turborank_command, model):
     assert all(row["well"] for row in findings.values())
     for name, digest in hashes(read(model)).items():
         assert findings["model", name]["value"] == f"sha256 {digest}"
+    assert findings["engines", "compiled by"]["value"].endswith("-O3")
     for name, row in engines.ENGINES.items():
         assert (row.available() is None) == findings["engines", name]["value"].startswith("usable")
     answer = turborank.Reranker(model).score(

@@ -366,12 +366,12 @@ class PairEncoder:
     ) -> list[tokenizers.Encoding]:
         """``encode`` of all texts, in as many threads as the amount of text justifies; it runs outside the GIL."""
         first, *others = _slices(texts, self.threads)
-        encode = functools.partial(_checked, encode)
+        checked: Callable[..., list[tokenizers.Encoding]] = functools.partial(_checked, encode)
         if not others:
-            return encode(first, add_special_tokens=False)
+            return checked(first, add_special_tokens=False)
         with ThreadPoolExecutor(len(others), thread_name_prefix="turborank-tokens") as pool:
-            running = [pool.submit(encode, slice_, add_special_tokens=False) for slice_ in others]
-            encodings = encode(first, add_special_tokens=False)
+            running = [pool.submit(checked, slice_, add_special_tokens=False) for slice_ in others]
+            encodings = checked(first, add_special_tokens=False)
             return [*encodings, *itertools.chain.from_iterable(task.result() for task in running)]
 
     def _fit(self, query: Int32, source: _Text, limits: Limits) -> list[Encoding]:

@@ -12,6 +12,7 @@ import shapes
 from instruction_sets import ISAS, ROWS
 
 from turborank.engines import native
+from turborank.engines.native_weights import Packing, pack
 
 if native.available() is not None:
     pytest.skip(str(native.available()), allow_module_level=True)
@@ -73,6 +74,48 @@ def test_layers_and_logits_follow_the_reference(prepare, isa, precision, kind):
     assert (engine.isa, engine.precision) == (isa, precision)
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="an instruction set of x86-64 that is not among those tested")
+@pytest.mark.parametrize(("kind", "kernel"), [("turbo", "vpmaddwd"), ("cosine", "vpmaddubsw"), ("focus", "vpmaddubsw")])
+def test_seven_bits_are_for_cosine_heads(prepare, kind, kernel):
+    model = shapes.config(**MODELS[kind] | {"layers": 1})
+    engine = prepare("avx2", "int8", shapes.weights(model), model)
+    assert (engine.isa, engine.kernel) == ("avx2", kernel)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_weights_of_one_sign(prepare, isa):
+    """Where the instruction adds products in 16 bits (AVX2 with this head), these sums are the largest."""
+    model = shapes.config(**MODELS["small"] | {"head": "cosine"})
+    tensors = shapes.weights(model)
+    for name in tensors:
+        if name.endswith("output.dense.weight"):  # the products whose channels are not mixed
+            tensors[name] = np.abs(tensors[name])
+    tokens, states = shapes.batch([5, 40, 129]), []
+    shapes.reference_logits(tensors, model, tokens, states)
+    layers = prepare(isa, "int8", tensors, model).layers(tokens)
+    for got, want in zip(layers, states, strict=True):
+        assert rms(got - want) <= TOLERANCE["int8"][1] * rms(want)
+
+
+@pytest.mark.parametrize("one_sign", [False, True])
+def test_four_products_of_avx2_fit_16_bits(one_sign):
+    model = shapes.config(**MODELS["small"])
+    tensors = shapes.weights(model)
+    if one_sign:
+        tensors = {name: np.abs(value) for name, value in tensors.items()}
+    packed, _ = pack(tensors, model, Packing("int8", 4, False, 64, 8, 4))
+    for name, rows in (("1.out", 96), ("1.down", 160)):
+        panels = packed[name + ".panels"].reshape(3, -1)[:, :-128].view(np.int8)  # the last bytes are initial sums
+        words = panels.reshape(3, -1, 2, 32, 2, 2).astype(np.int64)  # panel, eight of the depth, half, column, two, two
+        for sign in (1, -1):  # an activation is at most 127
+            assert 127 * np.maximum(sign * words, 0).sum(axis=(2, 5)).max() <= np.iinfo(np.int16).max
+        codes = words.transpose(0, 3, 1, 2, 4, 5).reshape(96, -1)[:, :rows]
+        which = "attention.output" if name == "1.out" else "output"
+        want = tensors[f"encoder.layer.1.{which}.dense.weight"]
+        scale = packed[name + ".scale"].view(np.float32)[:, None]
+        assert np.abs(codes * scale - want).max() <= 1.01 * scale.max()  # rounded twice: half a step of each
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_forced_row_is_the_one_that_runs(prepare, isa):
     engine = prepare(isa, "int8", shapes.weights(shapes.config(layers=1)), shapes.config(layers=1))
@@ -91,3 +134,7 @@ def test_the_forced_row_is_the_one_that_runs(prepare, isa):
     fast_bf16 = isa in ("amx", "armi8mm") or (isa == "avx512vnni" and amd and "bf16" in native.precisions(isa))
     assert engine.attention == ("bf16" if fast_bf16 else "fp32")
     assert os.environ["TURBORANK_ISA"] == engine.isa
+
+
+def test_the_engine_is_compiled_with_optimisation():
+    assert native.build().endswith("-O3"), "kernels of another level are several times slower: build the engine anew"

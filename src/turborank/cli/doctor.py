@@ -134,7 +134,9 @@ def _cpu() -> tuple[str, set[str]]:
 
 def available_engines() -> Iterator[Finding]:
     from turborank import engines
+    from turborank.engines import native
 
+    yield Finding("engines", "compiled by", native.build())
     for name, row in engines.ENGINES.items():
         reason = row.available()
         usable = f"usable: {', '.join(row.precisions)}; {row.note}"

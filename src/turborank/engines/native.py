@@ -36,6 +36,9 @@ else:
 ARCHITECTURES = ("jinabert", "bert", "xlm_roberta", "deberta", "modernbert", "electra")
 PRECISIONS = ("int8", "fp32", "bf16")
 ISA_VARIABLE = "TURBORANK_ISA"
+# Row of the table -> the one that replaces it for cosine heads in int8. Its activations have 7 bits; two-term rows
+# make up for it (docs/kernels.md, "Seven bits with AVX2").
+SEVEN_BITS = {"avx2": "avx2seven"}
 
 
 def available() -> str | None:
@@ -56,9 +59,14 @@ def supports(config: ModelConfig) -> bool:
     return known and (not config.position_buckets or bool(max(np.diff(deberta.relative_rows(config))) <= 1))
 
 
+def build() -> str:
+    """The compiler of the engine and its level of optimisation, as ``GNU 12.2.0 -O3``."""
+    return str(getattr(_native, "build", "unknown"))
+
+
 def isas() -> list[str]:
     """Instruction-set rows that this machine can run, best first."""
-    return [] if _native is None else list(_native.isas())
+    return [] if _native is None else [row for row in _native.isas() if row not in SEVEN_BITS.values()]
 
 
 def better(isa: str, precision: str) -> dict[str, str]:
@@ -68,6 +76,8 @@ def better(isa: str, precision: str) -> dict[str, str]:
     for row, lacks in table.items():
         if row == isa:
             break
+        if row in SEVEN_BITS.values():
+            continue
         if lacks:
             reasons[row] = f"this machine lacks {lacks}"
         elif precision not in precisions(row):
@@ -270,8 +280,9 @@ def prepare(
         raise InputError(f"expected threads to be at least 1, got {threads}")
     _check(config)
     isa = _isa(precision)
-    packed, facts = native_weights.pack(weights, config, layout(isa, precision))
-    make = partial(_native.Model, plain_config(config) | facts, packed, precision, isa)
+    row = SEVEN_BITS.get(isa, isa) if precision == "int8" and config.head in COSINES else isa
+    packed, facts = native_weights.pack(weights, config, layout(row, precision))
+    make = partial(_native.Model, plain_config(config) | facts, packed, precision, row)
     if isinstance(weights, TensorFile):
         weights.release()  # what is packed; word embeddings stay in the file and are read there
     return NativeEngine(make, config, precision, isa, threads or cores.allowed())

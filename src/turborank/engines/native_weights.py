@@ -32,6 +32,10 @@ SLACK_DISTANCES = 128  # kernels.h, kSlackDistances
 MIXED_CHANNELS = 16  # native/mix.inl: channels of a group; mixing combines equal positions of several groups
 LEAST_GELU = -0.171875  # lower bound: the minimum of GELU is gelu(-0.75) = -0.16997, and the kernels' error is 5e-4
 _LINE, _HUGE_PAGE, _BLOCK = 64, 2 << 20, 32 << 20  # bytes; pages of a block that are never written use no memory
+# AVX2 (native/isa_avx2.cpp): activations of 7 bits are stored plus 64. Each sum of four products must fit 16 bits;
+# it is largest if the activation is 127 wherever the weight has one sign and 0 elsewhere.
+SEVEN_BITS = 64
+MOST_WEIGHT = 32767 // 127
 _ONE = np.float32(1.0)
 
 
@@ -245,13 +249,16 @@ class _Packer:
         return Columns(_bf16(rows) if precision == "bf16" else rows, np.ones(out, np.float32), bias * factor)
 
     def _linear(self, to: str, columns: Columns, least: float = 0.0, precision: str | None = None) -> None:
-        precision = precision or self._layout.precision
+        precision, offset = precision or self._layout.precision, self._layout.offset
+        if precision == "int8" and offset == SEVEN_BITS:
+            columns = _bounded(columns)
         group = {"int8": self._layout.group, "bf16": 2, "fp32": 1}[precision]
         panels = _panels(columns.codes, group, self._layout.tiles and precision != "fp32")
         if precision == "int8":
-            # Undo the activations' `offset`. With a lower bound, int8 codes are the steps above the bound, minus 128.
+            # Undo the activations' `offset`. With a lower bound, int8 codes are steps above the bound, minus `half`.
+            half = SEVEN_BITS if offset == SEVEN_BITS else 128
             sums = columns.codes.sum(axis=1, dtype=np.int32)
-            starts = sums * np.int32((128 if least else 0) - self._layout.offset)
+            starts = sums * np.int32((half if least else 0) - offset)
             panels = np.concatenate([panels, starts.view(np.uint8).reshape(len(panels), -1)], axis=1)
             columns = columns._replace(bias=columns.bias + np.float32(least) * columns.scale * sums.astype(np.float32))
         self._put(to + ".panels", panels)
@@ -358,6 +365,21 @@ def _int8(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
     largest = np.abs(rows).max(axis=1)
     inverse = np.divide(np.float32(127.0), largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(rows * inverse[:, None]).astype(np.int8), largest / np.float32(127.0)
+
+
+def _bounded(columns: Columns) -> Columns:
+    """The same columns, rounded anew with a larger scale where four weights of a sum of 16 bits exceed MOST_WEIGHT.
+
+    The four are those that native/isa_avx2.cpp adds: of eight neighbours the first two of each half, or the last two.
+    """
+    fours = columns.codes.reshape(len(columns.codes), -1, 2, 2, 2).astype(np.int16)  # eight, half, first or last, two
+    sums = [np.maximum(sign * fours, 0).sum(axis=(2, 4)).max(axis=(1, 2)) for sign in (np.int16(1), np.int16(-1))]
+    worst = np.maximum(*sums)
+    room = MOST_WEIGHT - 2  # rounding adds at most a half to each of the four
+    factor = np.where(worst > MOST_WEIGHT, room / np.maximum(worst, 1), 1.0).astype(np.float32)
+    return columns._replace(
+        codes=np.rint(columns.codes * factor[:, None]).astype(np.int8), scale=columns.scale / factor
+    )
 
 
 def _groups(width: int) -> int:
