@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --first V1 --out WORK/run
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
-states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .5, and
+states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .3, and
 KL (T = 3), MarginMSE and squared error against
 
     L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
@@ -11,7 +11,7 @@ KL (T = 3), MarginMSE and squared error against
 with a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
 scientific ones. The teachers read each batch beside the student, so nothing is stored.
 
-Half of the lists are scientific ones. Their states in the last layers are free: what L-12 concludes there is not what
+Half of the lists, at the end three quarters, are scientific ones. Their states in the last layers are free: what L-12 concludes there is not what
 is to be learnt.
 
 Documents longer than L-12 reads are made by hiding a passage among others: L-12 reads them in windows, each with the
@@ -113,8 +113,9 @@ class HiddenAndLists:
     long_every, window = 32, 350
     cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
     lists_from, lists_whole = 0.3, 300  # weight of the lists at step 0; the step from which it is 1
-    hidden = (60, 240), (3.0, 0.5)  # steps, and the weight of the states before, between and after them
-    science = 0.5  # share of scientific lists
+    # Steps, and what there is at each; between them it changes evenly.
+    hidden = (60, 240, 299, 300), (3.0, 0.5, 0.5, 0.3)  # weight of the states
+    science = (299, 300), (0.5, 0.75)  # share of scientific lists
     free = 5  # last layers whose states scientific lists do not learn
 
     def __init__(
@@ -185,7 +186,7 @@ class HiddenAndLists:
         hard = 2 if is_long else 5
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
-            kind = self.of_kind["science" if rng.random() < self.science else "web"]
+            kind = self.of_kind["science" if rng.random() < np.interp(step, *self.science) else "web"]
             row = int(kind[rng.integers(len(kind))])
             order = np.argsort(-self.cosines[row])
             chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
