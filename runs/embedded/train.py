@@ -11,8 +11,8 @@ KL (T = 3), MarginMSE and squared error against
 with a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
 scientific ones. The teachers read each batch beside the student, so nothing is stored.
 
-Half of the lists, at the end three quarters, are scientific ones. Their states in the last layers are free: what L-12 concludes there is not what
-is to be learnt.
+Half of the lists, at the end three quarters, are scientific ones. Their states in the last layers are free: what L-12
+concludes there is not what is to be learnt.
 
 Documents longer than L-12 reads are made by hiding a passage among others: L-12 reads them in windows, each with the
 question, and its best window's logit counts. Word and position embeddings are not trained. Runs stop and go on by
