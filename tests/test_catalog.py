@@ -121,7 +121,8 @@ def test_work_is_that_of_the_shape(name: str) -> None:
 def test_speed_classes_and_picks() -> None:
     speeds = {name: row.speed for name, row in MODELS.items()}
     assert speeds["ettin-reranker-17m-v1"] == speeds["ms-marco-TinyBERT-L-2-v2"] == "very fast"
-    assert speeds["ms-marco-MiniLM-L-6-v2"] == speeds[catalog.DEFAULT] == "fast"
+    assert speeds["ms-marco-MiniLM-L-6-v2"] == "fast"
+    assert speeds["ms-marco-MiniLM-L-12-v2"] == speeds[catalog.DEFAULT] == "medium"
     assert (speeds["ettin-reranker-150m-v1"], speeds["bge-reranker-v2-m3"]) == ("slow", "very slow")
     assert all(name in MODELS for _, name in catalog.PICKS)
     assert not any(MODELS[name].noncommercial for _, name in catalog.PICKS)
