@@ -1,7 +1,7 @@
 """What int8 costs in nDCG@10: the embedded model in int8 and in fp32 over the same queries and candidates of every set,
 and in bf16 where they differ.
 
-python runs/precision.py OUT [DATA]      DATA: ../shared/data/eval; what is done in OUT is kept
+python runs/precision.py OUT [DATA [SET ...]]      DATA: ../shared/data/eval; what is done in OUT is kept
 
 Writes runs/results/precision.md. Large collections by a sample of their queries and a shorter list (the table says
 which), because fp32 reads about 8,000 tokens a second on two cores; an hour in all.
@@ -109,7 +109,7 @@ def noise(row: Row, out: Path, data: Path) -> Noise:
     return Noise(size / spread, moved)
 
 
-def main(out: Path, data: Path) -> None:
+def main(out: Path, data: Path, names: list[str]) -> None:
     lines = [
         "# int8 beside fp32", "",
         f"{MEASURE} of the embedded model in the native engine, the same queries and candidates (BM25's best, or the",
@@ -121,7 +121,7 @@ def main(out: Path, data: Path) -> None:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]  # fmt: skip
     differences, chances = [], np.ones(len(SIZES))
-    for row in ROWS:
+    for row in [row for row in ROWS if row.name in (names or [row.name])]:
         found = {precision: evaluate(row, precision, out, data) for precision in PRECISIONS}
         values = [found[precision]["measures"][MEASURE] for precision in PRECISIONS]
         queries = found["int8"]["manifest"]["queries_evaluated"]
@@ -151,4 +151,5 @@ def main(out: Path, data: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else HERE.parent.parent / "shared" / "data" / "eval"))
+    data = Path(sys.argv[2] if len(sys.argv) > 2 else HERE.parent.parent / "shared" / "data" / "eval")
+    main(Path(sys.argv[1]), data, sys.argv[3:])
