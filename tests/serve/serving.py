@@ -81,7 +81,7 @@ def running(model: Path, /, *, wait: bool = True, **settings: Any) -> Iterator[R
 
 
 def until(happened: Any, seconds: float = 20.0) -> None:
-    """Wait for something to be true."""
+    """Wait until the condition is true."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "expected it to happen in time"

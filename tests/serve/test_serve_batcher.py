@@ -51,7 +51,7 @@ class Queue:
         self.batcher = Batcher(**bounds, observe=self.observed.append)
 
     def told(self, speed: float) -> None:
-        """Let the batcher believe in a speed, in tokens per second."""
+        """Set the speed that the batcher has measured, in tokens per second."""
         self.batcher.pace(self.engine).measure(Work(1, 1), 1 / speed)
 
     def ask(self, *lengths: int, engine=None, expected: int | None = None):
@@ -62,7 +62,7 @@ class Queue:
         return ticket
 
     async def hold(self):
-        """Close the gate with a first batch behind it, so that what comes next has to queue."""
+        """Close the gate with a first batch behind it, so that later requests queue."""
         self.engine.gate.clear()
         ticket = self.ask(1)
         while not ticket.running:
@@ -327,7 +327,7 @@ class Steps:
         self.engine.now = self.long.due
 
     async def step(self, *lengths: int):
-        """Let the batch that waits be computed, after a request has arrived."""
+        """Release the waiting batch after a request has arrived."""
         await asyncio.to_thread(self.engine.entered.wait, 20)
         self.engine.entered.clear()
         ticket = self.queue.ask(*lengths) if lengths else None

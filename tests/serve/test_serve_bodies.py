@@ -1,4 +1,4 @@
-"""Bodies that cost more memory than they have bytes: refused before they become objects, in each dialect's format."""
+"""Bodies whose decoded form is much larger than their bytes: refused before decoding, in each dialect's format."""
 
 import json
 import os
@@ -48,7 +48,7 @@ COSTLY = {
 
 @pytest.fixture(scope="module")
 def process(model, tmp_path_factory):
-    """(process, port) of a server of its own, whose memory is nobody else's."""
+    """(process, port) of a server in a process of its own, so that its memory can be measured."""
     command = [sys.executable, "-m", "turborank", "serve", "--model", str(model), "--engine", "reference"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

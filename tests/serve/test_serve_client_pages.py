@@ -32,7 +32,7 @@ REPLAYS = [
 
 
 def follow(path: str, value: object) -> list[object]:
-    """What a JSON path of names and [*] finds."""
+    """The values that a JSON path of names and [*] finds."""
     found = [value]
     for step in re.findall(r"\[\*\]|\.(\w+)", path.removeprefix("$")):
         found = [one[step] for one in found] if step else [inner for one in found for inner in one]

@@ -29,7 +29,7 @@ ROUNDS = 20 if fault_counts.EVERY else 1
 
 
 def received(connection: socket.socket) -> bytes:
-    """All bytes until the server hangs up or nothing has come for a while."""
+    """All bytes until the server closes the connection or sends nothing for a while."""
     found = b""
     with contextlib.suppress(TimeoutError, ConnectionResetError):
         while part := connection.recv(65_536):

@@ -1,4 +1,4 @@
-"""The playground page in a real browser: what a person does, by mouse, by keyboard and with a screen reader's eyes.
+"""The playground page in a real browser: by mouse, by keyboard and by the accessibility tree that screen readers use.
 
 SCREENSHOTS may name a folder, where each look at the page is kept as a picture.
 """
