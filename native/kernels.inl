@@ -5,8 +5,9 @@ constexpr float kHalf = kInt8Offset == 64 ? 64.0f : 128.0f;  // int8 activations
 
 // Quantises a row (w.in,) to int8 as row r of the operand. Symmetric: value = scale * int8, scale = max|row| / 127. If the
 // operand has a lower bound (w.least), this row's bound is `least` and value = least + scale * (int8 + 128); the initial sums
-// account for the 128 and the bias for w.least (native_weights.py). AVX2 has 7 bits: 63 for 127 and 64 for 128. Padding columns are multiplied by zero weights. With
-// `keep`, the residual of the rounding is written to s.mixed, which may be the row itself; with a bound it is never negative.
+// account for the 128 and the bias for w.least (native_weights.py). With activations of 7 bits (isa_avx2.cpp, `seven`) 127 is 63 and
+// 128 is 64. Padding columns are multiplied by zero weights. With `keep`, the residual of the rounding is written to s.mixed,
+// which may be the row itself; with a bound it is never negative.
 template <bool keep, class E>
 void quantise(const E* row, const Linear& w, float least, int r, Scratch& s) {
     const bool centred = w.least == 0.0f;

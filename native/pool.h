@@ -29,8 +29,8 @@ inline void wait_change(const std::atomic<unsigned>& value, unsigned old) {
 }
 
 // Threads that run phases together. A phase is a number of tasks, taken in order by whichever thread is free; it ends when
-// all are done. No thread is waited for that holds no task: one that comes late, because it had to be woken or another
-// process has its core, skips what has been done without it. Each thread has a Team of its own on the same Shared, and all
+// all are done, and only threads that compute a task are waited for: a thread that starts late, because it had to be woken or
+// another process uses its core, skips the phases that ended before. Each thread has a Team of its own on the same Shared, and all
 // call the same phases.
 class Team {
 public:

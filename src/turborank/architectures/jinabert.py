@@ -90,7 +90,7 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
     if raw.get("position_embedding_type") != "alibi":
         return None
     heads = int(raw["num_attention_heads"])
-    learned = names[POSITIONS][0] if POSITIONS in names else 0
+    learned = names.get(POSITIONS, (0,))[0]
     gated = "encoder.layer.0.mlp.gated_layers.weight" in names
     return ModelConfig(
         architecture="jinabert",
