@@ -2,7 +2,7 @@
 
 The 512 learned positions stay, and rows 64 … 511 repeat for the tokens after them (docs/model.md §3.1), so that pairs
 of up to 512 tokens are read as the teacher reads them. ALiBi's slopes are assigned to heads, layer by layer, so that
-each is served by the head whose attention it changes least (Hungarian algorithm on the cross entropy). Segments,
+each is served by the head whose attention it changes least (least total cross entropy). Segments,
 pooler and classifier are kept. Without positions the teacher's ranking is lost: runs/results/students.md.
 """
 
@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from common import IdPair, pack
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from turborank.architectures import encoder
 from turborank.distill.biencoder import BiEncoder
-from turborank.distill.students import ALIBI, Student, keep_layers
+from turborank.distill.students import ALIBI, Student, assign_heads, keep_layers
 from turborank.distill.trainer import tensors
 from turborank.ops import torch_training as training
 
@@ -75,12 +74,4 @@ def match_heads(weights: dict[str, Tensor], source: BiEncoder, probes: Sequence[
                 biased = torch.log_softmax(scores - slope * distance, dim=-1)
                 cost[layer, :, column] -= (attention * biased).sum(-1).mean(-1)
     for layer in range(config.num_hidden_layers):
-        name = f"encoder.layer.{layer}.attention"
-        chosen, places = linear_sum_assignment(cost[layer].numpy())
-        order = torch.empty(heads, dtype=torch.long)
-        order[torch.as_tensor(places)] = torch.as_tensor(chosen)  # slope h gets the old head order[h]
-        rows = (order[:, None] * size + torch.arange(size)).flatten()
-        for part in encoder.PROJECTIONS:
-            for kind in ("weight", "bias"):
-                weights[f"{name}.self.{part}.{kind}"] = weights[f"{name}.self.{part}.{kind}"][rows]
-        weights[f"{name}.output.dense.weight"] = weights[f"{name}.output.dense.weight"][:, rows]
+        assign_heads(weights, f"encoder.layer.{layer}.attention", cost[layer])

@@ -307,19 +307,24 @@ def match_heads(weights: dict[str, Tensor], config: ModelConfig, source: BiEncod
     least total cost is found by the Hungarian algorithm (scipy).
     """
     batches = [source.pack([ids]) for ids in source.token_ids(texts, PROBE_TOKENS)]
-    size = config.head_size
     for layer in range(config.num_hidden_layers):
         name = f"encoder.layer.{layer}.attention"
         cost = sum(_costs(weights, config, source, name, layer, batch) for batch in batches)
-        heads, slopes = linear_sum_assignment(cost.numpy())  # type: ignore[union-attr]
-        order = torch.empty(len(heads), dtype=torch.long)
-        order[torch.as_tensor(slopes)] = torch.as_tensor(heads)  # slope h gets the old head order[h]
-        rows = (order[:, None] * size + torch.arange(size)).flatten()
-        for part in encoder.PROJECTIONS:
-            for kind in ("weight", "bias"):
-                key = f"{name}.self.{part}.{kind}"
-                weights[key] = weights[key][rows]
-        weights[f"{name}.output.dense.weight"] = weights[f"{name}.output.dense.weight"][:, rows]
+        assign_heads(weights, name, cost)  # type: ignore[arg-type]
+
+
+def assign_heads(weights: dict[str, Tensor], name: str, cost: Tensor) -> None:
+    """Permute the heads of the attention ``name`` in place, for the least total of ``cost`` (H heads, H slopes)."""
+    heads, slopes = linear_sum_assignment(cost.numpy())
+    order = torch.empty(len(heads), dtype=torch.long)
+    order[torch.as_tensor(slopes)] = torch.as_tensor(heads)  # slope h gets the old head order[h]
+    size = len(weights[f"{name}.self.query.bias"]) // len(heads)
+    rows = (order[:, None] * size + torch.arange(size)).flatten()
+    for part in encoder.PROJECTIONS:
+        for kind in ("weight", "bias"):
+            key = f"{name}.self.{part}.{kind}"
+            weights[key] = weights[key][rows]
+    weights[f"{name}.output.dense.weight"] = weights[f"{name}.output.dense.weight"][:, rows]
 
 
 def _costs(
