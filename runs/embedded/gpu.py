@@ -9,8 +9,8 @@ does, with tokens per second, memory and losses in OUT/log.jsonl as it goes; it 
 in int8 and in parts, and stops by itself. The first twenty steps are repeated in float32 on the same batches, so that
 bf16's losses can be compared with them.
 
-Not run on a GPU so far. Rehearsed on a CPU for a minute, 512 tokens a step, from a recovered student (`--device cpu`):
-bf16 and float32 had the same losses to within .01.
+Not run on a GPU so far. Rehearsed on a CPU for 90 seconds, 512 tokens a step (`--device cpu`): over the first twenty
+steps the losses of bf16 differ from those of float32 by at most .08, in the first four by at most .01.
 """
 
 from __future__ import annotations
