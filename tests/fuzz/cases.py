@@ -6,6 +6,14 @@ TOKENIZER = (
     b'"sep": ["</s>", 2], "cls": ["<s>", 0], "trim_offsets": true, "add_prefix_space": false}, '
     b'"model": {"type": "BPE", "unk_token": "<unk>", "vocab": {"<s>": 0, "</s>": 2, %b}, "merges": []}}'
 )
+TEMPLATE = (
+    b'{"added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "post_processor": {"type": "TemplateProcessing", '
+    b'"single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], '
+    b'"pair": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, '
+    b'{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}, '
+    b'{"SpecialToken": {"id": "a", "type_id": 1}}], "special_tokens": {"a": {"id": "a", %b}}}, '
+    b'"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b": 1}}}'
+)
 
 CASES: tuple[tuple[str, bytes], ...] = (
     ("config", b'{"model_type": "modernbert", "num_hidden_layers": 2, "num_attention_heads": 0, "hidden_size": 48}'),
@@ -19,6 +27,8 @@ CASES: tuple[tuple[str, bytes], ...] = (
     ("safetensors", b"RAW\xff\xff\xff" + b"\0" * 5 + DEEP),
     ("tokenizer", TOKENIZER % b'"a": 5'),  # no unknown token: "b" cannot be encoded
     ("tokenizer", TOKENIZER % b'"a": 5, "b": 6'),
+    ("tokenizer", TEMPLATE % b'"ids": [0, 1], "tokens": ["a"]'),
+    ("tokenizer", TEMPLATE % b'"ids": [0], "tokens": ["a", "b"]'),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DIGITS),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DEEP),
     ("beir", b'{"_id": "d1", "text": "x"}\n---\n{"_id": "q", "text": %b}\n---\nq\td1\t1' % DIGITS),
