@@ -68,6 +68,9 @@ class Calibration:
         return reached[-1]
 
 
+MOST_PAIRS = 2**53  # integers up to it are exact in float64
+
+
 def parse_target(text: str) -> tuple[str, float]:
     """Parse a target: "precision=0.9" gives ("precision", 0.9). Raises InputError for anything else."""
     found = _TARGET.fullmatch(text.strip())
@@ -103,6 +106,8 @@ def read(path: Path, weights: str) -> Calibration:
             raise ValueError("expected a slope above 0 and a curve")
         if not isinstance(made.weights, str):
             raise TypeError("expected the sha256 of the weights")
+        if not all(0 <= found <= kept <= made.pairs <= MOST_PAIRS for _, kept, found in made.curve):
+            raise ValueError("expected a curve of counts that are at most the number of pairs")
         if made.curve[-1][2] != made.relevant:
             raise ValueError("expected a curve that ends with all relevant pairs")
     except OSError as error:

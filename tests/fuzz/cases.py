@@ -29,6 +29,7 @@ CASES: tuple[tuple[str, bytes], ...] = (
     ("tokenizer", TOKENIZER % b'"a": 5, "b": 6'),
     ("tokenizer", TEMPLATE % b'"ids": [0, 1], "tokens": ["a"]'),
     ("tokenizer", TEMPLATE % b'"ids": [0], "tokens": ["a", "b"]'),
+    ("tokenizer", TEMPLATE.replace(b'"a", "type_id": 1', b'"", "type_id": 1') % b'"ids": [0], "tokens": ["a"]'),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DIGITS),
     ("beir", b'{"_id": "d1", "text": %b}\n---\n{"_id": "q", "text": "y"}\n---\nq\td1\t1' % DEEP),
     ("beir", b'{"_id": "d1", "text": "x"}\n---\n{"_id": "q", "text": %b}\n---\nq\td1\t1' % DIGITS),
@@ -42,6 +43,8 @@ CASES: tuple[tuple[str, bytes], ...] = (
     ("training", b'{"query": "q", "documents": "%b"}' % DEEP),
     ("jsonl", b'{"text": "a", "n": %b}' % DIGITS),
     ("calibration", DEEP),
+    ("calibration", b'{"format": 1, "slope": 1, "intercept": 0, "weights": "%b", "pairs": 1, "relevant": 1, '
+                    b'"curve": [[0, 1%b, 1]], "about": {}}' % (b"0" * 64, b"0" * 400)),
     ("calibration", b'{"format": 1, "slope": 1, "intercept": 0, "weights": 1, "pairs": 1, "relevant": 1, '
                     b'"curve": [[0, 1, 1]], "about": {}}'),
     ("calibration", b'{"format": 1, "slope": 1, "intercept": 0, "weights": "x", "pairs": 1, "relevant": 1, '

@@ -190,7 +190,12 @@ def tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
             f"expected token ids below {model.vocab_size}, the rows of the word embeddings, "
             f"got {loaded.id_to_token(last)!r} with id {last} in {path}; it belongs to another model"
         )
-    pair = loaded.encode("", "")
+    try:
+        pair = loaded.encode("", "")
+    except BaseException as error:  # a panic in the library's Rust code is no Exception
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"expected a tokenizer that encodes a pair, got {error} at {path}") from error
     wrong = [
         f"{token!r} with id {id_}"
         for token, id_ in itertools.zip_longest(pair.tokens, pair.ids)  # a damaged template has more of one
