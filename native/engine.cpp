@@ -286,8 +286,12 @@ struct Call {
             std::copy_n(x, C, first_x(i));
             if (s.keyless_last()) return k.attend_first(w, x, batch.length(g.pairs[i]), attention(i), scratch);
             k.project_heads(s, w.layers.back(), Columns::queries, x, nullptr, m.positions.as<int32_t>() + g.starts[i], 1, m.heads(), g.starts[i], scratch);
-            for (int h = 0; h < s.H; ++h) k.attend(job(s.L - 1, g, {i, h, 0, 1}, m, m.first_attention, static_cast<size_t>(i)), scratch);
         });
+        // A phase of its own: attend() loads a whole tile of queries, which may reach into the next pair's.
+        if (!s.mean && !s.keyless_last())
+            team.phase(pairs, [&](int i) {
+                for (int h = 0; h < s.H; ++h) k.attend(job(s.L - 1, g, {i, h, 0, 1}, m, m.first_attention, static_cast<size_t>(i)), scratch);
+            });
         team.phase((pairs + kTile - 1) / kTile, [&](int b) {
             const int from = b * kTile, count = std::min(kTile, pairs - from);
             float found[kTile];

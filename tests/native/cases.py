@@ -5,6 +5,7 @@ python tests/native/cases.py FOLDER [COUNT [SEED [LAYOUTS]]]     LAYOUTS: what `
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +38,8 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
             head=str(rng.choice(["classifier", "cosine", "focus"])),
             alibi=bool(rng.random() < 0.8),
         )
+        if rng.random() < 0.5:
+            model = dataclasses.replace(model, learned_positions=30, repeat_from=int(rng.integers(1, 30)))
     elif family == "deberta":
         model = shapes.deberta(**sizes, max_length=400, buckets=int(rng.integers(2, 50)), furthest=300)
     else:
@@ -48,10 +51,16 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
 Layouts = dict[tuple[str, str], native_weights.Packing]
 
 
-def layouts(path: str | None) -> Layouts:
-    """Layouts of each instruction set and precision: those of this machine, or those that a file names."""
+def layouts(path: str | None, model: ModelConfig) -> Layouts:
+    """Layouts of each row and precision that computes a model: those of this machine, or those that a file names."""
     if path is None:
-        return {(isa, p): native.layout(isa, p) for isa in native.isas() for p in native.precisions(isa)}
+        rows = {
+            (row, p)
+            for isa in native.isas()
+            for p in native.precisions(isa)
+            for row in (isa, native.row_of(isa, p, model))
+        }
+        return {(row, p): native.layout(row, p) for row, p in sorted(rows)}
     rows = [line.split() for line in Path(path).read_text().splitlines()]
     return {
         (isa, p): native_weights.Packing(p, int(group), bool(int(tiles)), int(offset), int(lanes), int(exchange))
@@ -97,7 +106,7 @@ def main(folder: str, count: str = "8", seed: str = "0", rows: str | None = None
         tokens = shapes.batch(lengths, model.vocab_size, i)
         expected = shapes.reference_logits(dense(tensors), model, tokens)
         with (Path(folder) / f"case{i}.bin").open("wb") as file:
-            write(file, model, tokens, tensors, expected, layouts(rows))
+            write(file, model, tokens, tensors, expected, layouts(rows, model))
 
 
 if __name__ == "__main__":

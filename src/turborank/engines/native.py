@@ -69,6 +69,11 @@ def isas() -> list[str]:
     return [] if _native is None else [row for row in _native.isas() if row not in SEVEN_BITS.values()]
 
 
+def row_of(isa: str, precision: str, config: ModelConfig) -> str:
+    """The row of the table that computes a model where the instruction set is ``isa``."""
+    return SEVEN_BITS.get(isa, isa) if precision == "int8" and config.head in COSINES else isa
+
+
 def better(isa: str, precision: str) -> dict[str, str]:
     """Rows of this build that would be preferred to ``isa``, best first, each with the reason why it was not chosen."""
     table: dict[str, str] = {} if _native is None else dict(_native.rows())
@@ -280,7 +285,7 @@ def prepare(
         raise InputError(f"expected threads to be at least 1, got {threads}")
     _check(config)
     isa = _isa(precision)
-    row = SEVEN_BITS.get(isa, isa) if precision == "int8" and config.head in COSINES else isa
+    row = row_of(isa, precision, config)
     packed, facts = native_weights.pack(weights, config, layout(row, precision))
     make = partial(_native.Model, plain_config(config) | facts, packed, precision, row)
     if isinstance(weights, TensorFile):
