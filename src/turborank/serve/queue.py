@@ -251,11 +251,10 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._wake:
-                batch = self._pick()
-                while not batch and not self._closing:
+                self._shrink()
+                while not (batch := self._pick()) and not self._closing:
                     self._wake.wait(SHRINK_SECONDS if self._large else None)
                     self._shrink()
-                    batch = self._pick()
                 if self._closing:
                     return
             self._compute(batch)
@@ -288,8 +287,6 @@ class Batcher:
         seconds, tokens = now - started, dict.fromkeys(tickets, 0)
         if packed.tokens > LARGE_TOKENS:
             self._large[tickets[0].engine] = now
-        elif self._large:
-            self._shrink()
         with self._wake:
             if error is None:
                 pace = self.pace(tickets[0].engine)
