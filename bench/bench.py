@@ -125,8 +125,8 @@ def elsewhere(code: str) -> None:
     """Run Python code in a separate process: exporters use gigabytes and leave threads running."""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise EngineError(said[-1] if said else f"exit code {done.returncode}")
+        said = done.stderr.strip().splitlines() or [""]
+        raise EngineError(f"exit code {done.returncode}: {said[-1]}")  # -9 when memory did not suffice
 
 
 def write_shape(row: catalog.Model, folder: Path, arguments: argparse.Namespace, *, half: bool = False) -> None:
@@ -408,16 +408,18 @@ def families(state: State, arguments: argparse.Namespace) -> None:
         contestants = [*ours("none", {}, arguments.precisions)[:FAMILY_PRECISIONS], *theirs(names, {})]
         workloads = fitting(family, arguments.family_workloads)
         measure_family(state, family, contestants, [w for w in workloads if w != LONG], arguments)
-        for contestant in contestants if LONG in workloads else []:
+        for contestant in [c for c in contestants if LONG in workloads and "/" not in c.name]:
             heads = shapes.configuration(row)["num_attention_heads"]
             needed = NEEDED_GB.get(contestant.name, 1) * heads / NEEDED_HEADS
             key = f"{contestant.name} at {LONG}"
-            if free_gb() < needed:
-                left_out[key] = f"{needed:.0f} GB needed, {free_gb():.0f} GB free"
-                print(f"{family}: left out {key}: {left_out[key]}", flush=True)
-            elif "/" not in contestant.name:
-                left_out.pop(key, None)
+            try:
+                if free_gb() < needed:
+                    raise EngineError(f"{needed:.0f} GB needed, {free_gb():.0f} GB free")
                 measure_family(state, family, [contestant], [LONG], arguments)
+                left_out.pop(key, None)
+            except EngineError as error:
+                left_out[key] = str(error)
+                print(f"{family}: left out {key}: {error}", flush=True)
         state.save()
 
 
