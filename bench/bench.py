@@ -8,10 +8,13 @@ Stages can be resumed and are short, so that the machine must be idle only for m
     long      one pair of 8,192 tokens, one process at a time: speed and peak memory
     peaks     peak throughput of the processor's instructions (peak.c)
     gemms     each matrix product of the native engine on one core, compared with its instruction's peak
-    families  the other architectures in the shapes of published rerankers, compared with transformers
+    prepare-families  random checkpoints in the shapes of --families, transformers' logits, the peers' formats
+    families  those shapes, ours and the peers of peers.FAMILY_PEERS, each with batches of 32 and of --sizes
+    catalog   the speed of ours on every model of the catalog, in its shape
     text      turborank from text to scores; load time; memory
     report    JSON, a Markdown table and docs/roofline.svg
 
+prepare-families, families and catalog keep what they have found and continue there when they are called again.
 ``--cap avx512vnni`` or ``--cap avx2`` makes tune, run and long use no newer instructions (caps.py).
 runs/bench.sh has the commands behind the committed results.
 """
@@ -25,17 +28,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import caps
 import peers
 import report
-from peers import PEERS
+import shapes
+from peers import FAMILY_PEERS, PEERS
 
-from turborank import benchmark
+from turborank import benchmark, catalog
 from turborank.benchmark import BATCH, LONG, WORKLOADS, Contestant, Process, Turn
+from turborank.errors import EngineError
 
 HERE = Path(__file__).resolve().parent
 SHORT = tuple(w for w in WORKLOADS if w != LONG)
@@ -47,10 +52,12 @@ NEEDED_GB = {
     "ort-int8": 23,
     "ort-int8-cls": 23,
     "torch": 9,
+    "transformers": 9,
     "ov": 5,
     "ov-cls": 5,
     "ov-weights": 5,
-}  # at 8,192
+}  # at 8,192 tokens and NEEDED_HEADS
+NEEDED_HEADS = 12
 
 
 class State:
@@ -100,27 +107,49 @@ def ours(cap: str, env: dict[str, str], wanted: list[str]) -> list[Contestant]:
 
 def theirs(names: list[str], envs: Mapping[str, dict[str, str]]) -> list[Contestant]:
     """The peers, once for every number of streams: "ov" and "ov/2"."""
+    table = PEERS | FAMILY_PEERS
     return [
         Contestant(
             name if streams == 1 else f"{name}/{streams}",
-            PEERS[name].label,
-            f"{HERE / 'peers.py'}:{PEERS[name].load.__name__}",
-            PEERS[name].options | {"streams": streams},
+            table[name].label,
+            f"{HERE / 'peers.py'}:{table[name].load.__name__}",
+            table[name].options | {"streams": streams},
             envs.get(name, {}),
         )
         for name in names
-        for streams in PEERS[name].streams
+        for streams in table[name].streams
     ]
+
+
+def elsewhere(code: str) -> None:
+    """Run Python code in a separate process: exporters use gigabytes and leave threads running."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [""]
+        raise EngineError(f"exit code {done.returncode}: {said[-1]}")  # -9 when memory did not suffice
+
+
+def write_shape(row: catalog.Model, folder: Path, arguments: argparse.Namespace, *, half: bool = False) -> None:
+    """A checkpoint of the row's shape with random weights."""
+    code = f"import pathlib, shapes; row = shapes.catalog.lookup({row.name!r}); shapes.write(row, "
+    code += f"pathlib.Path({str(folder)!r}), pathlib.Path({str(tokenizer_file(arguments.tokenizer))!r}), half={half})"
+    elsewhere(code)
+
+
+def convert(name: str, model: Path) -> None:
+    """Prepare the checkpoint for a peer, if it needs that."""
+    if (PEERS | FAMILY_PEERS)[name].prepare is not None:
+        table = "PEERS" if name in PEERS else "FAMILY_PEERS"
+        elsewhere(
+            f"import pathlib, peers; p = peers.{table}[{name!r}]; p.prepare(pathlib.Path({str(model)!r}), p.options)"
+        )
 
 
 def prepare(state: State, arguments: argparse.Namespace) -> None:
     if not (state.model / "model.safetensors").exists():
         benchmark.write_model(state.model, tokenizer_file(arguments.tokenizer))
     for name in arguments.peers:
-        if PEERS[name].prepare is not None:  # in a separate process: exporters use gigabytes and leave threads running
-            code = f"import pathlib, peers; p = peers.PEERS[{name!r}]; p.prepare(pathlib.Path({str(state.model)!r}), "
-            code += "p.options)"
-            subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+        convert(name, state.model)
     exact = state.part("exact")
     for workload in WORKLOADS:
         if workload not in exact:
@@ -131,8 +160,6 @@ def prepare(state: State, arguments: argparse.Namespace) -> None:
 def tokenizer_file(given: Path | None) -> Path:
     """The embedded model's tokenizer, unless another is given."""
     if given is None:
-        from turborank import catalog
-
         given = catalog.lookup(catalog.DEFAULT).folder / "tokenizer.json"
     return given
 
@@ -146,7 +173,7 @@ def tune(state: State, arguments: argparse.Namespace) -> None:
     for contestant in theirs(arguments.peers, envs):
         with benchmark.processes([contestant], state.model, arguments.threads) as running:
             for workload in arguments.workloads:
-                sizes = [b for b in arguments.sizes if b <= len(WORKLOADS[workload].lengths)]
+                sizes = [b for b in arguments.sizes or SIZES if b <= len(WORKLOADS[workload].lengths)]
                 found = state.part("tuned", arguments.cap, workload, contestant.name)
                 for size in sizes:
                     first = running[contestant.name].time(workload, size, 0.0)
@@ -270,70 +297,166 @@ def gemms(state: State, arguments: argparse.Namespace) -> None:
     state.save()
 
 
-# The rerankers of these architectures in the catalog, as transformers' configuration names them.
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ms-marco-MiniLM-L-6-v2": ("BertConfig", "BertForSequenceClassification", {
-        "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-        "intermediate_size": 1536}),
-    "bge-reranker-base": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", {
-        "vocab_size": 250002, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
-    "mxbai-rerank-xsmall-v1": ("DebertaV2Config", "DebertaV2ForSequenceClassification", {
-        "vocab_size": 128100, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
-        "intermediate_size": 1536, "max_position_embeddings": 512, "type_vocab_size": 0, "layer_norm_eps": 1e-7,
-        "relative_attention": True, "position_buckets": 256, "max_relative_positions": -1, "share_att_key": True,
-        "norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p", "position_biased_input": False,
-        "pooler_hidden_act": "gelu", "pooler_dropout": 0}),
-    "ettin-reranker-17m-v1": ("ModernBertConfig", "ModernBertForSequenceClassification", {
-        "vocab_size": 50368, "hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 4,
-        "intermediate_size": 384, "max_position_embeddings": 7999, "classifier_pooling": "cls"}),
-    "gte-reranker-modernbert-base": ("ModernBertConfig", "ModernBertForSequenceClassification", {
-        "vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12,
-        "intermediate_size": 1152, "classifier_pooling": "mean"}),
-}  # fmt: skip
-FAMILY_WORKLOADS = ("32x128", "8x512", "1x64", "2x2048")  # those that fit the model's positions
-POSITIONS = {"BertConfig": 512, "XLMRobertaConfig": 512, "ModernBertConfig": 8192}  # if the shape has none
-FAMILY_BATCHES = (BATCH, 4)
+FAMILIES = ( # each family's best-known model, and of ModernBERT a small one too
+    "ms-marco-MiniLM-L-6-v2", "ettin-reranker-17m-v1", "mxbai-rerank-xsmall-v1", "bge-reranker-base",
+    "gte-reranker-modernbert-base",
+)  # fmt: skip
+FAMILY_WORKLOADS = ("ragged", "8x512", "1x64", LONG)
+FAMILY_SIZES = (2, 8)
+EXACT_BATCH = 8
+FAMILY_PRECISIONS = 2  # of ours, the fastest first
 
 
-def random_checkpoint(folder: Path, family: str, tokenizer: Path) -> None:
-    """A model of transformers' class with its initial weights, saved by transformers. The tokenizer is not used."""
-    import torch
-    import transformers
+def fitting(family: str, wanted: list[str]) -> list[str]:
+    """The workloads of which the model's positions reach more than half; longer pairs are cut there."""
+    most = catalog.lookup(family).max_length
+    return [w for w in FAMILY_WORKLOADS if w in wanted and 2 * most >= max(WORKLOADS[w].lengths)]
 
-    torch.manual_seed(0)
-    config, model, values = FAMILIES[family]
-    getattr(transformers, model)(getattr(transformers, config)(num_labels=1, **values)).save_pretrained(folder)
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+def prepare_families(state: State, arguments: argparse.Namespace) -> None:
+    for family in arguments.families:
+        folder = state.path.parent / family
+        if not (folder / "model.safetensors").exists():
+            write_shape(catalog.lookup(family), folder, arguments)
+        left_out = state.part("families", family, "left_out")
+        for name in arguments.family_peers:
+            try:
+                convert(name, folder)
+                left_out.pop(name, None)
+            except EngineError as error:
+                left_out[name] = str(error)
+                print(f"{family}: left out {name}: {error}", flush=True)
+        exact = state.part("exact_families", family)
+        missing = [w for w in fitting(family, arguments.family_workloads) if w not in exact]
+        if missing:  # of transformers, because the reference engine takes minutes for the larger shapes
+            with benchmark.processes(theirs(["transformers"], {}), folder, arguments.threads) as running:
+                exact |= {workload: running["transformers"].logits(workload, EXACT_BATCH) for workload in missing}
+        state.save()
+        print(f"{family}: prepared", flush=True)
+
+
+@contextlib.contextmanager
+def started(
+    contestants: list[Contestant], folder: Path, threads: int, left_out: dict[str, str]
+) -> Iterator[dict[str, Process]]:
+    """Like ``benchmark.processes``, of those that can be loaded; for the others ``left_out`` gets the reason."""
+    running: dict[str, Process] = {}
+    try:
+        for contestant in contestants:
+            try:
+                running[contestant.name] = Process(contestant, folder, threads)
+                running[contestant.name].signal("SIGSTOP")
+            except EngineError as error:
+                left_out[contestant.name] = str(error)
+                print(f"left out {contestant.name}: {error}", flush=True)
+        yield running
+    finally:
+        for process in running.values():
+            process.close()
+
+
+def family_turns(contestants: list[Contestant], workload: str, sizes: list[int]) -> list[Turn]:
+    """Every contestant with batches of 32, and the peers also with smaller ones; streams only for many batches."""
+    pairs = len(WORKLOADS[workload].lengths)
+    turns = []
+    for contestant in contestants:
+        ours = contestant.name.startswith("turborank")
+        tried = [] if ours else [size for size in sizes if size < min(pairs, BATCH)]
+        if pairs > 1 or "/" not in contestant.name:
+            turns += [(contestant.name, size) for size in (BATCH, *tried)]
+    return turns
+
+
+def measure_family(
+    state: State, family: str, contestants: list[Contestant], workloads: list[str], arguments: argparse.Namespace
+) -> None:
+    """Measure the workloads that are not yet measured, the contestants alternating."""
+    folder, found = state.path.parent / family, state.part("families", family, "runs")
+    longest = catalog.lookup(family).max_length
+    turns = {workload: family_turns(contestants, workload, arguments.sizes or FAMILY_SIZES) for workload in workloads}
+    left_out = state.part("families", family, "left_out")
+    turns = {
+        workload: each
+        for workload, each in turns.items()
+        if any(f"{name} b{batch}" not in found.get(workload, {}) for name, batch in each if name not in left_out)
+    }
+    if not turns:
+        return
+    labels = {contestant.name: contestant.label for contestant in contestants}
+    with started(contestants, folder, arguments.threads, left_out) as running:
+        for workload, each in turns.items():
+            each = [turn for turn in each if turn[0] in running]
+            took = benchmark.in_turns(running, {workload: each}, arguments.rounds)[workload]
+            errors: dict[str, dict[str, float | None]] = {}
+            for name, batch in sorted(took, key=lambda turn: min(took[turn])):
+                if name not in errors:  # once, because the batch changes only the padding
+                    logits = running[name].logits(workload, batch)
+                    errors[name] = benchmark.error(logits, state.part("exact_families", family)[workload])
+                row = benchmark.speed(workload, took[name, batch], longest) | errors[name] | {"label": labels[name]}
+                row["peak_bytes"] = running[name].peak()
+                state.part("families", family, "runs", workload)[f"{name} b{batch}"] = row
+            state.save()
+            print(f"{family} {workload}: done, {', '.join(running)}", flush=True)
 
 
 def families(state: State, arguments: argparse.Namespace) -> None:
-    """Other architectures: turborank and transformers' class in float32, sorted by length, in two batch sizes."""
-    theirs = Contestant("transformers", "transformers, torch fp32", f"{HERE / 'peers.py'}:load_transformers")
-    for family in FAMILIES:
-        folder = state.path.parent / family
-        if not (folder / "model.safetensors").exists():
-            random_checkpoint(folder, family, tokenizer_file(arguments.tokenizer))
-        found = state.part("families", family)
-        contestants = [*ours("none", {}, arguments.precisions), theirs]
-        turns = [(c.name, BATCH) for c in contestants] + [(theirs.name, size) for size in FAMILY_BATCHES[1:]]
-        with benchmark.processes(contestants, folder, arguments.threads) as running:
-            for workload in FAMILY_WORKLOADS:
-                lengths = benchmark.WORKLOADS[workload].lengths
-                if max(lengths) > FAMILIES[family][2].get("max_position_embeddings", POSITIONS[FAMILIES[family][0]]):
-                    continue
-                pairs = len(lengths)
-                each = [turn for turn in turns if turn[1] == BATCH or turn[1] < pairs]
-                took = benchmark.in_turns(running, {workload: each}, arguments.rounds)[workload]
-                exact = benchmark.exact_logits(folder, workload)
-                found[workload] = {
-                    f"{name} b{batch}": benchmark.speed(workload, seconds)
-                    | benchmark.error(running[name].logits(workload, batch), exact)
-                    | {"label": next(c.label for c in contestants if c.name == name)}
-                    for (name, batch), seconds in took.items()
-                }
-                print(f"{family} {workload}: done", flush=True)
-                state.save()
+    """8,192 tokens one process at a time, as in ``long``, the other workloads in turns."""
+    for family in arguments.families:
+        row, left_out = catalog.lookup(family), state.part("families", family, "left_out")
+        state.part("families", family)["longest"] = row.max_length
+        names = [name for name in arguments.family_peers if name not in left_out]
+        contestants = [*ours("none", {}, arguments.precisions)[:FAMILY_PRECISIONS], *theirs(names, {})]
+        workloads = fitting(family, arguments.family_workloads)
+        measure_family(state, family, contestants, [w for w in workloads if w != LONG], arguments)
+        for contestant in [c for c in contestants if LONG in workloads and "/" not in c.name]:
+            heads = shapes.configuration(row)["num_attention_heads"]
+            needed = NEEDED_GB.get(contestant.name, 1) * heads / NEEDED_HEADS
+            key = f"{contestant.name} at {LONG}"
+            try:
+                if free_gb() < needed:
+                    raise EngineError(f"{needed:.0f} GB needed, {free_gb():.0f} GB free")
+                measure_family(state, family, [contestant], [LONG], arguments)
+                left_out.pop(key, None)
+            except EngineError as error:
+                left_out[key] = str(error)
+                print(f"{family}: left out {key}: {error}", flush=True)
+        state.save()
+
+
+CATALOG_WORKLOAD = "32x128"
+
+
+def catalog_gb(row: catalog.Model) -> float:
+    """Memory to write the shape in bfloat16 and to load it as int8, with some for the rest."""
+    return 1 + 6e-9 * row.parameters
+
+
+def catalog_speed(state: State, arguments: argparse.Namespace) -> None:
+    """ours in int8 on every model that can be had; the embedded one as it is, the others with random weights."""
+    found, left_out = state.part("catalog", "rows"), state.part("catalog", "left_out")
+    (contestant,) = ours("none", {}, ["int8"])
+    for row in shapes.RELEASED:
+        if row.name in found:
+            continue
+        folder = row.folder if row.embedded else state.path.parent / "catalog" / row.name
+        try:
+            if free_gb() < catalog_gb(row):
+                raise EngineError(f"{catalog_gb(row):.0f} GB needed, {free_gb():.0f} GB free")
+            if not row.embedded:
+                write_shape(row, folder, arguments, half=True)
+            with benchmark.processes([contestant], folder, arguments.threads) as running:
+                turn = (contestant.name, BATCH)
+                took = benchmark.in_turns(running, {CATALOG_WORKLOAD: [turn]}, arguments.rounds)[CATALOG_WORKLOAD]
+            found[row.name] = benchmark.speed(CATALOG_WORKLOAD, took[turn])
+            left_out.pop(row.name, None)
+            print(f"{row.name}: {found[row.name]['tokens_s']:,.0f} tokens/s", flush=True)
+        except EngineError as error:
+            left_out[row.name] = str(error)
+            print(f"left out {row.name}: {error}", flush=True)
+        finally:
+            if not row.embedded:
+                shutil.rmtree(folder, ignore_errors=True)
+        state.save()
 
 
 def text(state: State, arguments: argparse.Namespace) -> None:
@@ -360,7 +483,8 @@ def text(state: State, arguments: argparse.Namespace) -> None:
 
 STAGES = {
     "prepare": prepare, "tune": tune, "run": run, "long": long, "peaks": peaks, "gemms": gemms,
-    "families": families, "text": text, "report": report.write,
+    "prepare-families": prepare_families, "families": families, "catalog": catalog_speed, "text": text,
+    "report": report.write,
 }  # fmt: skip
 
 
@@ -371,10 +495,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cap", choices=caps.CAPS, default="none")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--precisions", nargs="*", default=["int8", "bf16", "fp32"], help="of ours, for run and long")
-    parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES), help="batch sizes that tune tries")
+    every = PEERS | FAMILY_PEERS
+    parser.add_argument("--peers", nargs="*", default=list(every), choices=list(every))
+    parser.add_argument(
+        "--precisions", nargs="*", default=["int8", "bf16", "fp32"], help="of ours, for run, long and families"
+    )
+    parser.add_argument(
+        "--sizes", nargs="*", type=int, help=f"batch sizes to try: tune {SIZES}, families {FAMILY_SIZES}"
+    )
     parser.add_argument("--workloads", nargs="*", default=list(SHORT), choices=SHORT)
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=shapes.FAMILIES)
+    parser.add_argument("--family-workloads", nargs="*", default=list(FAMILY_WORKLOADS), choices=FAMILY_WORKLOADS)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--out", type=Path, help="results without their suffix; by default results/DATE-PROCESSOR")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "roofline.svg")
@@ -382,10 +513,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work = arguments.work.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in arguments.peers if peers.installed(PEERS[name]) is None]
+    missing = [name for name in arguments.peers if peers.installed(every[name]) is None]
     for name in missing:
-        print(f"left out {name}: it needs {', '.join(PEERS[name].needs)}", file=sys.stderr)
-    arguments.peers = [name for name in arguments.peers if name not in missing]
+        print(f"left out {name}: it needs {', '.join(every[name].needs)}", file=sys.stderr)
+    ready = [name for name in arguments.peers if name not in missing]
+    arguments.peers = [name for name in ready if name in PEERS]
+    arguments.family_peers = [name for name in ready if name in FAMILY_PEERS]
     state = State(arguments.work)
     for stage in arguments.stage:
         STAGES[stage](state, arguments)

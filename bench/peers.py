@@ -1,6 +1,7 @@
 """PEERS: other libraries that run the same model on a CPU, one row each.
 
 ``prepare`` converts the checkpoint to the peer's format once (export, quantisation); ``load`` returns a scorer.
+Checkpoints of the turbo shape are run as the torch module below, the others (FAMILY_PEERS) as transformers' class.
 A row is used if the distributions it ``needs`` are installed. All peers pad, so all sort by length and batch.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 
 OPSET = 17
 CALIBRATION = 32  # random pairs for NNCF's calibration
+TOLERANCE = 1e-3  # of a float32 graph's logits
 
 
 class Peer(NamedTuple):
@@ -149,15 +151,61 @@ def _state(weights: Any, layers: int) -> dict[str, Any]:
     return state
 
 
-def example(pairs: int, longest: int, vocabulary: int, seed: int = 1) -> dict[str, np.ndarray]:
+def example(pairs: int, longest: int, vocabulary: int, types: int = 2, seed: int = 1) -> dict[str, np.ndarray]:
     """A padded batch of random ids."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(longest // 2, longest + 1, pairs)
     lengths[0] = longest
     mask = (np.arange(longest)[None, :] < lengths[:, None]).astype(np.int64)
     ids = np.where(mask == 1, rng.integers(5, vocabulary, mask.shape), 1)
-    types = ((np.arange(longest)[None, :] >= lengths[:, None] // 3) & (mask == 1)).astype(np.int64)
-    return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    second = ((np.arange(longest)[None, :] >= lengths[:, None] // 3) & (mask == 1)).astype(np.int64)
+    return {"input_ids": ids, "token_type_ids": second * (types > 1), "attention_mask": mask}
+
+
+class Network(NamedTuple):
+    """A checkpoint as a torch module from the named inputs to logits, and what bounds its token ids."""
+
+    module: Any
+    inputs: tuple[str, ...]
+    vocabulary: int
+    types: int
+
+    def example(self, pairs: int, longest: int, seed: int = 1) -> dict[str, np.ndarray]:
+        batch = example(pairs, longest, self.vocabulary, self.types, seed)
+        return {name: batch[name] for name in self.inputs}
+
+
+def transformers_module(model: Path, **options: Any) -> tuple[Any, tuple[str, ...]]:
+    """transformers' class of the checkpoint, and those of our inputs that it takes: ModernBERT has no token types."""
+    from transformers import AutoModelForSequenceClassification
+
+    module = AutoModelForSequenceClassification.from_pretrained(model, dtype="float32", **options).eval()
+    known = inspect.signature(module.forward).parameters
+    return module, tuple(name for name in ("input_ids", "token_type_ids", "attention_mask") if name in known)
+
+
+def network(model: Path, *, cls: bool) -> Network:
+    """The module to export: without fused attention, which exporters support less well."""
+    from torch import nn
+
+    from turborank import benchmark, checkpoint
+
+    given = checkpoint.read(model)
+    vocabulary, types, _ = benchmark.sizes(model)
+    if given.config.architecture == "jinabert":
+        every = ("input_ids", "token_type_ids", "attention_mask")
+        return Network(jinabert(given, cls=cls, fused=False), every, vocabulary, types)
+    inner, inputs = transformers_module(model, attn_implementation="eager")
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *values: Any) -> Any:
+            return self.inner(**dict(zip(inputs, values, strict=True))).logits[:, 0]
+
+    return Network(Logits().eval(), inputs, vocabulary, types)
 
 
 # --- torch, as sentence-transformers runs it -----------------------------------------------------------------------
@@ -182,15 +230,12 @@ def load_torch(model: Path, threads: int, options: dict[str, Any]) -> Callable[.
 def load_transformers(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
     """Like ``load_torch``, with transformers' class of the checkpoint's architecture."""
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     torch.set_num_threads(threads)
-    module = AutoModelForSequenceClassification.from_pretrained(model).eval()
-
-    known = inspect.signature(module.forward).parameters  # ModernBERT takes no token_type_ids
+    module, inputs = transformers_module(model)
 
     def run(batch: dict[str, np.ndarray]) -> np.ndarray:
-        given = {name: torch.from_numpy(value) for name, value in batch.items() if name in known}
+        given = {name: torch.from_numpy(batch[name]) for name in inputs}
         with torch.inference_mode():
             return module(**given).logits.numpy()
 
@@ -211,29 +256,51 @@ def export_onnx(model: Path, options: dict[str, Any]) -> None:
     if not path.exists():
         import torch
 
-        from turborank import checkpoint
-
-        given = checkpoint.read(model)
-        module = jinabert(given, cls=options.get("cls", False), fused=False)
-        batch = {n: torch.from_numpy(v) for n, v in example(3, 24, given.config.vocab_size).items()}
+        given = network(model, cls=options.get("cls", False))
+        batch = {name: torch.from_numpy(value) for name, value in given.example(3, 24).items()}
         torch.onnx.export(
-            module, tuple(batch.values()), str(path), input_names=list(batch), output_names=["logits"],
+            given.module, tuple(batch.values()), str(path), input_names=list(batch), output_names=["logits"],
             dynamic_axes={name: {0: "pairs", 1: "length"} for name in batch} | {"logits": {0: "pairs"}},
             opset_version=OPSET, dynamo=False,
         )  # fmt: skip
+        try:
+            check(given, path)
+        except Exception:
+            path.unlink()
+            raise
     if options.get("int8") and not onnx_path(model, options).exists():
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(str(path), str(onnx_path(model, options)), weight_type=QuantType.QInt8)
 
 
-def load_onnx(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+def check(given: Network, path: Path) -> None:
+    """Raise unless the graph has the module's logits on a batch of another shape than that of the export."""
+    import torch
+
+    batch = given.example(5, 150)  # distances beyond ModernBERT's window and DeBERTa's exact buckets
+    with torch.inference_mode():
+        want = given.module(*(torch.from_numpy(value) for value in batch.values())).numpy()
+    got = session(path, 1)(batch)
+    if (worst := float(np.abs(want - got).max())) > TOLERANCE:
+        raise ValueError(
+            f"expected the graph's logits to differ from the module's by at most {TOLERANCE}, got {worst:.1e}"
+        )
+
+
+def session(path: Path, threads: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """A function of one padded batch that runs the graph on the inputs it has."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(onnx_path(model, options)), settings, providers=["CPUExecutionProvider"])
-    return by_batches(lambda batch: session.run(None, batch)[0])
+    running = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    names = [each.name for each in running.get_inputs()]
+    return lambda batch: np.asarray(running.run(None, {name: batch[name] for name in names})[0])
+
+
+def load_onnx(model: Path, threads: int, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+    return by_batches(session(onnx_path(model, options), threads))
 
 
 # --- OpenVINO ------------------------------------------------------------------------------------------------------
@@ -251,13 +318,15 @@ def export_openvino(model: Path, options: dict[str, Any]) -> None:
     import nncf
     import openvino
 
-    from turborank import checkpoint
+    from turborank import benchmark
 
     export_onnx(model, {"cls": options.get("cls", False)})
     graph = openvino.convert_model(onnx_path(model, {"cls": options.get("cls", False)}))
     if options.get("scheme") == "int8":
-        vocabulary = checkpoint.read(model).config.vocab_size
-        batches = [example(1, 48 + 8 * (seed % 24), vocabulary, seed) for seed in range(CALIBRATION)]
+        vocabulary, types, _ = benchmark.sizes(model)
+        names = [each.any_name for each in graph.inputs]
+        examples = [example(1, 48 + 8 * (seed % 24), vocabulary, types, seed) for seed in range(CALIBRATION)]
+        batches = [{name: batch[name] for name in names} for batch in examples]
         graph = nncf.quantize(
             graph, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
         )
@@ -277,18 +346,20 @@ def load_openvino(model: Path, threads: int, options: dict[str, Any]) -> Callabl
         "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": hint,
     }  # fmt: skip
     compiled = core.compile_model(core.read_model(openvino_path(model, options)), "CPU", settings)
+    names = [each.any_name for each in compiled.inputs]
     if streams == 1:
         request = compiled.create_infer_request()
-        return by_batches(lambda batch: request.infer(batch)[0])
+        return by_batches(lambda batch: request.infer({name: batch[name] for name in names})[0])
 
-    def score(encodings: Sequence[Any], batch: int = 32) -> np.ndarray:
+    def score(encodings: Sequence[Any], size: int = 32) -> np.ndarray:
         out = np.empty(len(encodings), np.float32)
         queue = openvino.AsyncInferQueue(compiled, streams)
         queue.set_callback(
             lambda request, places: out.__setitem__(places, request.get_output_tensor(0).data.reshape(-1))
         )
-        for places in sorted_batches(encodings, batch):
-            queue.start_async(padded([encodings[i] for i in places]), places)
+        for places in sorted_batches(encodings, size):
+            batch = padded([encodings[i] for i in places])
+            queue.start_async({name: batch[name] for name in names}, places)
         queue.wait_all()
         return out
 
@@ -298,7 +369,7 @@ def load_openvino(model: Path, threads: int, options: dict[str, Any]) -> Callabl
 OV = ("openvino", "nncf", "onnx", "torch")
 ORT = ("onnxruntime", "onnx", "torch")
 INT8, CLS, NNCF = {"int8": True}, {"cls": True}, {"scheme": "int8"}
-PEERS: dict[str, Peer] = {
+PEERS: dict[str, Peer] = {  # those of the turbo shape
     "torch": Peer("torch fp32, as sentence-transformers runs it", ("torch",), load_torch),
     "ort": Peer("ONNX Runtime fp32", ORT, load_onnx, export_onnx),
     "ort-int8": Peer("ONNX Runtime dynamic int8", ORT, load_onnx, export_onnx, INT8),
@@ -311,6 +382,12 @@ PEERS: dict[str, Peer] = {
         "OpenVINO, int8 weights, dynamic activations + bf16", OV, load_openvino, export_openvino, {"scheme": "weights"}
     ),
 }  # fmt: skip
+
+# Those that run transformers' classes: every family that the catalog has.
+FAMILY_PEERS: dict[str, Peer] = {
+    "transformers": Peer("transformers, torch fp32", ("torch", "transformers"), load_transformers),
+    **{name: PEERS[name] for name in ("ort", "ort-int8", "ov", "ov-weights")},
+}
 
 
 def installed(peer: Peer) -> dict[str, str] | None:

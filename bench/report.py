@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from peers import PEERS
+from peers import FAMILY_PEERS, PEERS
 
 import turborank
-from turborank import benchmark
+from turborank import benchmark, catalog
 from turborank.benchmark import BATCH, WORKLOADS, title
 
 HERE = Path(__file__).resolve().parent
@@ -104,7 +104,7 @@ def ratio(rows: Rows, peer: str | None, target: float | None) -> str:
 def label(key: str, about: dict[str, Any]) -> str:
     name, batch = key.split(" b")
     text = about.get(name, {}).get("label", name)
-    if not peer_of(key):
+    if name.startswith("turborank"):
         return f"**{text}**"
     streams = f", {name.split('/')[1]} streams" if "/" in name else ""
     return f"{text}, batch {batch}{streams}"
@@ -188,26 +188,63 @@ def own(state: dict[str, Any]) -> list[str]:
     return lines + gemms(state)
 
 
+def family_rows(rows: Rows) -> list[str]:
+    """The keys to show, fastest first: ours, and of every peer batch 32 and the best batch and number of streams."""
+    kept, peers_best = set(), {}
+    for key in sorted(rows, key=lambda key: -rows[key]["min_s"]):
+        name = key.split(" ")[0]
+        peers_best[name.split("/")[0]] = key  # the last is the fastest
+        if key == f"{name} b{BATCH}" and "/" not in name:
+            kept.add(key)
+    return sorted(kept | set(peers_best.values()), key=lambda key: rows[key]["min_s"])
+
+
 def families(state: dict[str, Any]) -> list[str]:
-    """Other architectures compared with transformers, if measured."""
+    """The families' shapes compared with the peers, if measured. Rows that are slower than the best peer stay."""
     lines = []
-    for family, runs in state.get("families", {}).items():
+    for family, found in state.get("families", {}).items():
+        if not found.get("runs"):
+            continue
         lines += [
             f"## The shape of {family}, random weights", "",
-            "| workload | | tokens/s | × transformers' best | least ms | max error | rms error, share of std |",
+            "Errors are of the logits against transformers in float32. *Tuned*: the fastest of all peers' rows.", "",
+            "| workload | | tokens/s | × best peer tuned | least ms | max error | rms error, share of std |",
             "|---|---|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
-        for workload, rows in runs.items():
-            peer = min(row["min_s"] for key, row in rows.items() if key.startswith("transformers"))
-            for key in sorted(rows, key=lambda k: rows[k]["min_s"]):
-                row, mine = rows[key], not key.startswith("transformers")
-                name = f"**{row['label']}**" if mine else f"{row['label']}, batch {key.split(' b')[1]}"
+        for workload, rows in found["runs"].items():
+            about = {key.split(" ")[0]: row for key, row in rows.items()}
+            theirs = [row["min_s"] for key, row in rows.items() if not key.startswith("turborank")]
+            cut = f", cut to {found['longest']:,} tokens" if max(WORKLOADS[workload].lengths) > found["longest"] else ""
+            for key in family_rows(rows):
+                row = rows[key]
+                ratio = number(min(theirs) / row["min_s"] if theirs else None, ".2f")
                 lines.append(
-                    f"| {title(workload)} | {name} | {row['tokens_s']:,.0f} | {peer / row['min_s']:.2f} | "
+                    f"| {title(workload)}{cut} | {label(key, about)} | {row['tokens_s']:,.0f} | {ratio} | "
                     f"{1e3 * row['min_s']:,.2f} | {row['max']:.1e} | {number(row['rms_share'], '.2%')} |"
                 )
-        lines.append("")
+        lines += ["", *(f"Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
     return lines
+
+
+def quality(state: dict[str, Any]) -> list[str]:
+    """The catalog's models by the measured speed of their shapes, with the published quality."""
+    found = state.get("catalog")
+    if not found:
+        return []
+    pairs = len(WORKLOADS["32x128"].lengths)
+    lines = [
+        "## Quality per millisecond", "",
+        "Speed is of turborank int8 on 32 pairs of 128 tokens, on random weights in each model's shape (of the",
+        "embedded model, on its own). Quality is the publisher's, × 100: nDCG@10 of MTEB(eng, v2) retrieval, of",
+        "NanoBEIR and of BEIR. Figures of one column come from one publisher; columns do not compare with each other.",
+        "",
+        "| model | MTEB | NanoBEIR | BEIR | pairs/s | ms a pair |", "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, row in sorted(found["rows"].items(), key=lambda item: item[1]["min_s"]):
+        known = catalog.lookup(name)
+        figures = " | ".join(number(value, ".2f") for value in (known.mteb, known.nanobeir, known.beir))
+        lines.append(f"| {name} | {figures} | {pairs / row['min_s']:,.0f} | {1e3 * row['min_s'] / pairs:,.2f} |")
+    return [*lines, "", *(f"Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
 
 
 def gemms(state: dict[str, Any]) -> list[str]:
@@ -251,7 +288,7 @@ def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, ve
     for cap, runs in state.get("runs", {}).items():
         about = state["about"][cap]
         lines += [f"## Ratios, {MACHINES[cap]}", "", *ratios(runs, about, targets=cap != "avx2"), ""]
-    lines += own(state) + families(state)
+    lines += own(state) + families(state) + quality(state)
     for cap, tuned in state.get("tuned", {}).items():
         lines += [f"## Tuning, {MACHINES[cap]}", "", *tuning(tuned), ""]
     for cap, runs in state.get("runs", {}).items():
@@ -324,7 +361,7 @@ def plot(state: dict[str, Any], threads: int, path: Path) -> None:
 
 def with_errors(state: dict[str, Any]) -> dict[str, Any]:
     """The results of the stages, with each row's logits replaced by their error."""
-    found = {key: value for key, value in state.items() if key not in ("exact", "runs")}
+    found = {key: value for key, value in state.items() if key not in ("exact", "exact_families", "runs")}
     found["runs"] = {
         cap: {
             workload: {
@@ -343,7 +380,7 @@ def write(state: Any, arguments: argparse.Namespace) -> None:
     """The stage ``report``."""
     when = datetime.datetime.now(datetime.UTC).date().isoformat()
     versions = {"turborank": turborank.__version__, "python": platform.python_version()}
-    for peer in PEERS.values():
+    for peer in (PEERS | FAMILY_PEERS).values():
         versions |= peers.installed(peer) or {}
     found = with_errors(state.found)
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(R\)|\(TM\)|\(|\)|,", " ", processor()).lower()).strip("-")

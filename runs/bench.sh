@@ -1,8 +1,8 @@
 #!/bin/sh
-# The commands behind bench/results and docs/roofline.svg. About half an hour on two cores; 23 GB of memory for the
+# The commands behind bench/results and docs/roofline.svg. About an hour on two cores; 23 GB of memory for the
 # peers at 8,192 tokens (those that do not fit are left out, and said so).
 #
-#   pip install . torch==2.13.0 onnx onnxruntime openvino nncf matplotlib
+#   pip install . torch==2.13.0 transformers onnx onnxruntime openvino nncf matplotlib
 #   [QUIET="chrt -f 5"] runs/bench.sh
 #
 # QUIET is put before every command that measures: whatever keeps other work off the machine for some minutes.
@@ -16,7 +16,13 @@ bench tune
 bench run --rounds 3
 bench long --precisions int8 --peers ov ov-cls torch
 bench text --rounds 3
-bench families --rounds 2
+python bench/bench.py prepare-families
+small="ms-marco-MiniLM-L-6-v2 ettin-reranker-17m-v1 mxbai-rerank-xsmall-v1"
+bench families --rounds 1 --families $small
+bench families --rounds 1 --families bge-reranker-base --sizes 4
+# 22 layers at 8,192 tokens take the peers minutes; the small ModernBERT above has that row.
+bench families --rounds 1 --families gte-reranker-modernbert-base --sizes 4 --family-workloads ragged 8x512 1x64
+bench catalog --rounds 1
 bench gemms
 # ONNX Runtime as if it had AVX2: where the processor cannot trap CPUID, this needs objdump (binutils).
 bench tune --cap avx2 --peers ov-cls ov --sizes 1 4 --workloads 32x128 8x512 1x64 ragged

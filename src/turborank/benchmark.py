@@ -295,21 +295,28 @@ def title(workload: str) -> str:
     return WORKLOADS[workload].title.format(mean=sum(lengths) / len(lengths))
 
 
-def encodings(workload: str, vocabulary: int, types: int = 2) -> list[Encoding]:
+def lengths(workload: str, longest: int | None = None) -> list[int]:
+    """Tokens of each pair, of which a model with fewer positions reads the first ``longest``."""
+    return [n if longest is None else min(n, longest) for n in WORKLOADS[workload].lengths]
+
+
+def encodings(workload: str, vocabulary: int, types: int = 2, longest: int | None = None) -> list[Encoding]:
     """The workload's random tokens, the same in every process; two thirds of each pair are the document."""
     rng = np.random.default_rng(5)
     out = []
-    for n in WORKLOADS[workload].lengths:
+    for n in lengths(workload, longest):
         ids = rng.integers(5, vocabulary, n).astype(np.int32)
         second = (np.arange(n) >= n // 3) if types > 1 else np.zeros(n)
         out.append(Encoding(ids, second.astype(np.int32), read=n))
     return out
 
 
-def sizes(model: Path) -> tuple[int, int]:
-    """Vocabulary size and number of token types of a checkpoint, for ``encodings``."""
+def sizes(model: Path) -> tuple[int, int, int]:
+    """Vocabulary size, number of token types and positions of a checkpoint, for ``encodings``."""
     config = json.loads((model / "config.json").read_text())
-    return int(config["vocab_size"]), int(config.get("type_vocab_size", 0))  # ModernBERT has none
+    unused = int(config["pad_token_id"]) + 1 if config["model_type"] == "xlm-roberta" else 0
+    types = int(config.get("type_vocab_size", 0))  # ModernBERT has none
+    return int(config["vocab_size"]), types, int(config["max_position_embeddings"]) - unused
 
 
 TURBO: dict[str, Any] = {
@@ -369,9 +376,9 @@ def write_model(folder: Path, tokenizer: Path, layers: int = 6) -> None:
 # Speed and error of everything that can run on this machine.
 
 
-def speed(workload: str, took: Sequence[float]) -> dict[str, float]:
+def speed(workload: str, took: Sequence[float], longest: int | None = None) -> dict[str, float]:
     """Minimum and median seconds, and tokens per second (padding excluded) of the fastest call."""
-    tokens = sum(WORKLOADS[workload].lengths)
+    tokens = sum(lengths(workload, longest))
     return {"min_s": min(took), "median_s": float(np.median(took)), "tokens_s": tokens / min(took), "calls": len(took)}
 
 
