@@ -3,7 +3,7 @@
 #
 #   runs/evaluate.sh                     everything, cheapest first
 #   runs/evaluate.sh passages rag        some parts only; the table keeps its other rows while the weights are the same
-#   MODELS=a,b OUT=folder runs/evaluate.sh
+#   MODELS=a,b runs/evaluate.sh          other models, which join the rows of the table that have the same candidates
 #
 # What is done is kept in OUT, which is named after the model's weights: the same command continues after a kill, and
 # new weights begin anew. 50 million tokens: an hour or more on two quiet cores with AVX-512 VNNI, which read 24,000 tokens

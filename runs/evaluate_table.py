@@ -2,10 +2,12 @@
 
 python runs/evaluate_table.py build/evaluation-… runs/results
 
-Rows already in the table stay where the folder has nothing newer for their part, if they are of the same weights. The
-small tables of README and of the model's card are updated too: the columns of BM25 and of the embedded model.
+Rows already in the table stay where the folder has nothing newer of the same model; those of an earlier embedded model
+are dropped. The small tables of README and of the model's card are updated too: the columns of BM25 and of the embedded
+model.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -29,6 +31,13 @@ SHOWN = {
     "SciFact test": ("scifact",), "Cranfield": ("cranfield",), "MED": ("med",), "CISI": ("cisi",), "NPL": ("npl",),
     "TIME": ("time",), "TREC DL 2021 (judged pool)": ("trec-dl21-pool",),
 }  # fmt: skip
+# Figures of the publisher, for models whose own collections are not at hand.
+PUBLISHED = {
+    "ms-marco-MiniLM-L-12-v2": (
+        " The weights went through 8 bits once before (`runs/teachers.py`). Published: TREC DL 2019 nDCG@10 .7431, "
+        "MS MARCO dev MRR@10 .3902."
+    )
+}
 FIGURE = r"(?:\d\.\d+|TODO\(figures\))"
 SEVEN = tuple(name for names in SHOWN.values() for name in names)
 SHOWN |= {
@@ -49,51 +58,64 @@ def summarised(part: str, dataset: dict, machine: dict) -> dict:
     systems = []
     for system in dataset["systems"]:
         manifest = system["manifest"]
-        row = {key: system[key] for key in ("name", "measures", "curve", "compared_with")}
+        row = {key: system[key] for key in ("name", "measures", "curve", "compared_with")} | {"machine": machine}
         row |= {key: manifest[key] for key in KEPT if key in manifest}
         if "model" in manifest:
             model = manifest["model"]
             row["revision"], row["weights_sha256"] = model["revision"], model["sha256"]["model.safetensors"]
         systems.append(row)
     about = dataset["systems"][0]["manifest"]
-    row = {"part": part, **{key: dataset[key] for key in ("name", "measure", "remarks")}, "machine": machine}
+    row = {"part": part, **{key: dataset[key] for key in ("name", "measure", "remarks")}}
     return {**row, "dataset": about["dataset"], "first_stage": about["first_stage"], "systems": systems}
 
 
-def weights(row: dict) -> set[str]:
-    return {system["weights_sha256"] for system in row["systems"] if "weights_sha256" in system}
+def candidates(first: dict) -> tuple:
+    """What tells whether two first stages gave the same candidates."""
+    return first["queries_evaluated"], first["depth"], {name: round(x, 4) for name, x in first["measures"].items()}
 
 
-def kept(path: Path, rows: list[dict]) -> list[dict]:
-    """Rows of an earlier table whose part is not among ``rows``, of the same weights."""
-    earlier = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    parts, known = {row["part"] for row in rows}, set().union(*map(weights, rows))
-    return [
-        {"machine": earlier.get("system"), **row}
-        for row in earlier["rows"]
-        if row["part"] not in parts and weights(row) <= known
-    ]
+def merged(path: Path, rows: list[dict]) -> list[dict]:
+    """``rows``, and of an earlier table the other collections and the other models over the same candidates.
+
+    What an earlier embedded model reached is dropped. The embedded model comes right after the first stage.
+    """
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    default = catalog.lookup(catalog.DEFAULT)
+    digest = hashlib.sha256((default.folder / "model.safetensors").read_bytes()).hexdigest()
+    out = {(row["part"], row["name"]): row for row in rows}
+    for row in earlier:
+        first, *others = ({"machine": row.get("machine"), **system} for system in row["systems"])
+        here = out.setdefault((row["part"], row["name"]), {**row, "systems": [first]})
+        if candidates(here["systems"][0]) != candidates(first):
+            continue
+        known = {system["name"] for system in here["systems"]}
+        current = (s for s in others if s["name"] != default.name or s["weights_sha256"] == digest)
+        here["systems"] += [system for system in current if system["name"] not in known]
+    for row in out.values():
+        row["systems"][1:] = sorted(row["systems"][1:], key=lambda system: system["name"] != default.name)
+    return [row for row in out.values() if len(row["systems"]) > 1]
 
 
 def machines(rows: list[dict]) -> list[str]:
     """A line for every machine and day, with what was done there."""
     lines: dict[str, dict] = {}
     for row in rows:
-        about = row["machine"]
         for system in row["systems"]:
             if "tokens" not in system:
                 continue
+            about = system["machine"]
             how = f"{system['engine']}, {system['precision']}, {system['isa']}, {system['threads']} threads"
             when = f"{about['created'][:10]}, {about['cpu']}, {about['cores']} cores ({how})"
             line = lines.setdefault(when, {"names": {}, "tokens": 0, "seconds": 0.0})
-            line["names"][row["name"]] = None
+            line["names"].setdefault(system["name"], {})[row["name"]] = None
             line["tokens"] += system["tokens"]
             line["seconds"] += system["seconds"]
-    return [
-        f"- {when}: {', '.join(line['names'])}; {line['tokens'] / 1e6:,.1f} million tokens in "
-        f"{line['seconds'] / 60:,.0f} minutes, beside whatever else ran there"
-        for when, line in lines.items()
-    ]
+    out = []
+    for when, line in lines.items():
+        done = "; ".join(f"{name}: {', '.join(sets)}" for name, sets in line["names"].items())
+        cost = f"{line['tokens'] / 1e6:,.1f} million tokens in {line['seconds'] / 60:,.0f} minutes"
+        out.append(f"- {when}. {done}; {cost}, beside whatever else ran there")
+    return out
 
 
 def difference(system: dict, first: str) -> str:
@@ -141,7 +163,7 @@ def table(rows: list[dict]) -> str:
     ]  # fmt: skip
     systems = [system for row in rows for system in row["systems"] if "weights_sha256" in system]
     models = {system["weights_sha256"]: system["name"] for system in systems}
-    lines += [f"{name}: weights sha256 `{digest}`." for digest, name in models.items()]
+    lines += [f"{name}: weights sha256 `{digest}`.{PUBLISHED.get(name, '')}" for digest, name in models.items()]
     lines += ["", *machines(rows)]
     lines += ["", "## Length, where a pair reached the model's limit", ""]
     reached = (
@@ -169,7 +191,7 @@ def main(folder: Path, out: Path) -> None:
     if not parts:
         sys.exit(f"no results.json under {folder}")
     rows = [summarised(part, dataset, found["system"]) for part, found in parts for dataset in found["datasets"]]
-    rows += kept(out / "evaluation.json", rows)
+    rows = merged(out / "evaluation.json", rows)
     rows.sort(key=lambda row: PARTS.index(row["part"]) if row["part"] in PARTS else len(PARTS))
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.md").write_text(table(rows), encoding="utf-8")

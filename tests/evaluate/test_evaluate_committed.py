@@ -53,15 +53,39 @@ def test_every_figure_says_what_it_depends_on(row: dict[str, Any]) -> None:
         assert found["low"] <= found["difference"] <= found["high"]
 
 
-def test_parts_done_anew_replace_theirs_and_other_weights_replace_all(tmp_path: Path) -> None:
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """The committed numbers in a folder of their own."""
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps({"rows": ROWS}))
-    part = ROWS[0]["part"]
-    new = copy.deepcopy([row for row in ROWS if row["part"] == part])
-    assert evaluate_table.kept(path, new) == [row for row in ROWS if row["part"] != part]
-    for row in new:
-        for system in row["systems"]:
-            if "weights_sha256" in system:
-                system["weights_sha256"] = "0" * 64
-    assert evaluate_table.kept(path, new) == []
-    assert evaluate_table.kept(tmp_path / "none.json", new) == []
+    return path
+
+
+def test_the_committed_table_is_one_of_the_model_that_ships(earlier: Path) -> None:
+    assert evaluate_table.merged(earlier, []) == ROWS
+    assert evaluate_table.merged(earlier.with_name("none.json"), []) == []
+
+
+def test_another_model_over_the_same_candidates_joins_the_row(earlier: Path) -> None:
+    """It comes after the embedded one, replaces its own earlier figures, and leaves every other row alone."""
+    new = copy.deepcopy(ROWS[0])
+    new["systems"][1:] = [new["systems"][1] | {"name": "another", "weights_sha256": "0" * 64}]
+    rows = evaluate_table.merged(earlier, [new])
+    [row] = [row for row in rows if row["name"] == new["name"] and row["part"] == new["part"]]
+    names = [system["name"] for system in ROWS[0]["systems"]]
+    assert [system["name"] for system in row["systems"]] == [*names[:2], "another", *names[2:]]
+    assert len(rows) == len(ROWS)
+    earlier.write_text(json.dumps({"rows": rows}))
+    assert evaluate_table.merged(earlier, [copy.deepcopy(row)]) == [row, *(r for r in rows if r is not row)]
+
+
+def test_other_candidates_and_an_earlier_embedded_model_leave_the_table(earlier: Path) -> None:
+    new = copy.deepcopy(ROWS[0])
+    new["systems"][0]["depth"] += 1
+    [row] = [row for row in evaluate_table.merged(earlier, [new]) if row["part"] == new["part"]][:1]
+    assert row["systems"] == new["systems"]
+    stale = copy.deepcopy(ROWS)
+    for row in stale:
+        row["systems"] = [s | {"weights_sha256": "0" * 64} if "weights_sha256" in s else s for s in row["systems"][:2]]
+    earlier.write_text(json.dumps({"rows": stale}))
+    assert evaluate_table.merged(earlier, []) == []
