@@ -297,7 +297,8 @@ def gemms(state: State, arguments: argparse.Namespace) -> None:
     state.save()
 
 
-FAMILIES = ( # each family's best-known model, and of ModernBERT a small one too
+# Each family's best-known model, and of ModernBERT a small one too.
+FAMILIES = (
     "ms-marco-MiniLM-L-6-v2", "ettin-reranker-17m-v1", "mxbai-rerank-xsmall-v1", "bge-reranker-base",
     "gte-reranker-modernbert-base",
 )  # fmt: skip
