@@ -270,20 +270,23 @@ def gemms(state: dict[str, Any]) -> list[str]:
 def markdown(state: dict[str, Any], arguments: argparse.Namespace, when: str, versions: dict[str, str]) -> str:
     lines = [
         f"# {processor()}, {arguments.threads} threads, {when}", "",
-        "Written by `bench/bench.py report`; the commands are in runs/bench.sh. The model has the shape of",
-        "jina-reranker-v1-turbo-en (37,771,777 parameters) and random weights. On each workload all contestants",
+        "Written by `bench/bench.py report`; the commands are in runs/bench.sh. On each workload all contestants",
         "take turns in one run, each in its own process, the others stopped; workloads were measured one after",
         "another, and the 8,192 tokens one process at a time. Tokens are real ones, without padding; speed is of",
-        "the least time, ratios are of the least times (in brackets of the medians). Errors are of the logits",
-        "against the numpy engine; Spearman and the share of their standard deviation only where there are more",
-        "than two pairs. *As users run it*: sorted by length, batches of 32. *Tuned*: the best of batch sizes 1",
-        "to 32 and of 1 or 2 streams. *Last layer cut*: the same of graphs re-exported by hand so that the last",
-        "layer computes token 0 alone, as ours does and no library offers. Older processors are imitated by",
-        "trapping CPUID (bench/cap.c) or by the libraries' own switches (bench/caps.py); there fewer batch sizes",
-        "were tried (see Tuning).",
-        "",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
+        "the least time, ratios are of the least times. Spearman and the errors' share of the logits' standard",
+        "deviation stand only where there are more than two pairs. *As users run it*: sorted by length, batches of",
+        "32. Weights are random.", "",
     ]  # fmt: skip
+    if state.get("runs"):
+        lines += [
+            "The model has the shape of jina-reranker-v1-turbo-en (37,771,777 parameters); ratios of the medians",
+            "stand in brackets. Errors are of the logits against the numpy engine. *Tuned*: the best of batch sizes 1",
+            "to 32 and of 1 or 2 streams. *Last layer cut*: the same of graphs re-exported by hand so that the last",
+            "layer computes token 0 alone, as ours does and no library offers. Older processors are imitated by",
+            "trapping CPUID (bench/cap.c) or by the libraries' own switches (bench/caps.py); there fewer batch sizes",
+            "were tried (see Tuning).", "",
+        ]  # fmt: skip
+    lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
     lines += [line for note in state.get("notes", []) for line in (note, "")]
     for cap, runs in state.get("runs", {}).items():
         about = state["about"][cap]
