@@ -222,7 +222,7 @@ def families(state: dict[str, Any]) -> list[str]:
                     f"| {title(workload)}{cut} | {label(key, about)} | {row['tokens_s']:,.0f} | {ratio} | "
                     f"{1e3 * row['min_s']:,.2f} | {row['max']:.1e} | {number(row['rms_share'], '.2%')} |"
                 )
-        lines += ["", *(f"Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
+        lines += ["", *(f"- Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
     return lines
 
 
@@ -244,7 +244,7 @@ def quality(state: dict[str, Any]) -> list[str]:
         known = catalog.lookup(name)
         figures = " | ".join(number(value, ".2f") for value in (known.mteb, known.nanobeir, known.beir))
         lines.append(f"| {name} | {figures} | {pairs / row['min_s']:,.0f} | {1e3 * row['min_s'] / pairs:,.2f} |")
-    return [*lines, "", *(f"Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
+    return [*lines, "", *(f"- Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
 
 
 def gemms(state: dict[str, Any]) -> list[str]:
