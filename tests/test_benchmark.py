@@ -237,9 +237,31 @@ def test_results_on_record_hold_every_workload() -> None:
         if "device" in found:  # a GPU's
             assert set(WORKLOADS) < set(found["workloads"])
             continue
-        assert set(found["runs"]["none"]) <= set(WORKLOADS)
+        families = found.get("families", {})
+        measured = [found["runs"].get("none", {}), *(family["runs"] for family in families.values())]
+        assert any(measured)
+        assert all(set(workloads) <= set(WORKLOADS) for workloads in measured)
         assert found["versions"]
         assert found["machine"]["processor"]
+
+
+def test_readme_says_how_many_times_as_fast_each_family_is() -> None:
+    """By division of the least times on record: ours in int8, and the fastest row of any peer."""
+    found = json.loads((ROOT / "bench" / "results" / "2026-11-29-intel-xeon-families.json").read_text())["families"]
+    readme = (ROOT / "README.md").read_text()
+    rows = {
+        ("ms-marco-MiniLM-L-6-v2",): "BERT", ("bge-reranker-base",): "XLM-RoBERTa",
+        ("mxbai-rerank-xsmall-v1",): "DeBERTa",
+        ("ettin-reranker-17m-v1", "gte-reranker-modernbert-base"): "ModernBERT",
+    }  # fmt: skip
+    for models, family in rows.items():
+        ratios = [
+            min(row["min_s"] for name, row in rows.items() if not name.startswith("turborank"))
+            / rows["turborank-int8 b32"]["min_s"]
+            for model in models
+            for rows in found[model]["runs"].values()
+        ]
+        assert f"{' and '.join(models)}: {family} | {min(ratios):.1f}–{max(ratios):.1f} |" in readme  # noqa: RUF001
 
 
 def test_a_gpus_page_is_what_its_figures_say(tmp_path: Path) -> None:

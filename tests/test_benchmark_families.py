@@ -86,7 +86,7 @@ def test_a_familys_table_keeps_losing_rows_and_shows_batch_32_and_the_best(modul
     text = "\n".join(module.families({"families": {"a-model": found}}))
     assert "| 1 × 8,192, cut to 7,999 tokens | **a library** | 32 | 0.50 |" in text
     assert "| a library, batch 8, 2 streams | 64 | 1.00 |" in text
-    assert "Left out: ov-weights: it failed" in text
+    assert "- Left out: ov-weights: it failed" in text
 
 
 @pytest.mark.parametrize("module", ["report"], indirect=True)
@@ -96,4 +96,4 @@ def test_quality_stands_beside_speed_the_fastest_first(module: Any) -> None:
     lines = module.quality({"catalog": found})
     first = lines.index("| ms-marco-MiniLM-L-6-v2 | 50.82 | 63.12 | 48.64 | 200 | 5.00 |")
     assert lines[first + 1] == "| ettin-reranker-17m-v1 | 55.76 | 67.46 | – | 100 | 10.00 |"
-    assert "Left out: ettin-reranker-1b-v1: 7 GB needed" in lines
+    assert "- Left out: ettin-reranker-1b-v1: 7 GB needed" in lines
