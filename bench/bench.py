@@ -22,61 +22,27 @@ runs/bench.sh has the commands behind the committed results.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import caps
 import peers
 import report
-import shapes
+from catalog_models import FAMILIES, FAMILY_SIZES, FAMILY_WORKLOADS, SHAPED, catalog_speed, families, prepare_families
+from contestants import NEEDED_GB, State, convert, free_gb, ours, theirs, tokenizer_file
 from peers import FAMILY_PEERS, PEERS
 
-from turborank import benchmark, catalog
-from turborank.benchmark import BATCH, LONG, WORKLOADS, Contestant, Process, Turn
-from turborank.errors import EngineError
+from turborank import benchmark
+from turborank.benchmark import BATCH, LONG, WORKLOADS, Process, Turn
 
 HERE = Path(__file__).resolve().parent
 SHORT = tuple(w for w in WORKLOADS if w != LONG)
 SIZES = (1, 2, 4, 8, 16, 32)
 GEMM_WORKLOAD = "32x128"  # short pairs, so that attention skips no block
 FASTEST = 3  # tuned peers measured in turn with turborank; the table of tuning has the others
-NEEDED_GB = {
-    "ort": 23,
-    "ort-int8": 23,
-    "ort-int8-cls": 23,
-    "torch": 9,
-    "transformers": 9,
-    "ov": 5,
-    "ov-cls": 5,
-    "ov-weights": 5,
-}  # at 8,192 tokens and NEEDED_HEADS
-NEEDED_HEADS = 12
-
-
-class State:
-    """The results of all stages, in one JSON file to which each stage adds."""
-
-    def __init__(self, work: Path) -> None:
-        self.path = work / "state.json"
-        self.model = work / "model"
-        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def part(self, *keys: str) -> dict[str, Any]:
-        """The nested dictionary at ``keys``, created if missing."""
-        at = self.found
-        for key in keys:
-            at = at.setdefault(key, {})
-        return at
-
-    def save(self) -> None:
-        self.path.write_text(json.dumps(self.found, indent=1))
 
 
 def environments(state: State, arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -86,63 +52,6 @@ def environments(state: State, arguments: argparse.Namespace) -> dict[str, dict[
     notes = state.found.setdefault("notes", [])
     notes += [note for note in held.notes if note not in notes]
     return held.environments
-
-
-def ours(cap: str, env: dict[str, str], wanted: list[str]) -> list[Contestant]:
-    """The native engine in each requested precision that the instruction set supports."""
-    from turborank.engines import native
-
-    isa = native.isas()[0] if cap == "none" else cap
-    return [
-        Contestant(
-            f"turborank-{precision}",
-            f"turborank {precision} ({isa})",
-            options={"engine": "native", "precision": precision},
-            env=env | {"TURBORANK_ISA": isa},
-        )
-        for precision in native.precisions(isa)
-        if precision in wanted
-    ]
-
-
-def theirs(names: list[str], envs: Mapping[str, dict[str, str]]) -> list[Contestant]:
-    """The peers, once for every number of streams: "ov" and "ov/2"."""
-    table = PEERS | FAMILY_PEERS
-    return [
-        Contestant(
-            name if streams == 1 else f"{name}/{streams}",
-            table[name].label,
-            f"{HERE / 'peers.py'}:{table[name].load.__name__}",
-            table[name].options | {"streams": streams},
-            envs.get(name, {}),
-        )
-        for name in names
-        for streams in table[name].streams
-    ]
-
-
-def elsewhere(code: str) -> None:
-    """Run Python code in a separate process: exporters use gigabytes and leave threads running."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [""]
-        raise EngineError(f"exit code {done.returncode}: {said[-1]}")  # -9 when memory did not suffice
-
-
-def write_shape(row: catalog.Model, folder: Path, arguments: argparse.Namespace, *, half: bool = False) -> None:
-    """A checkpoint of the row's shape with random weights."""
-    code = f"import pathlib, shapes; row = shapes.catalog.lookup({row.name!r}); shapes.write(row, "
-    code += f"pathlib.Path({str(folder)!r}), pathlib.Path({str(tokenizer_file(arguments.tokenizer))!r}), half={half})"
-    elsewhere(code)
-
-
-def convert(name: str, model: Path) -> None:
-    """Prepare the checkpoint for a peer, if it needs that."""
-    if (PEERS | FAMILY_PEERS)[name].prepare is not None:
-        table = "PEERS" if name in PEERS else "FAMILY_PEERS"
-        elsewhere(
-            f"import pathlib, peers; p = peers.{table}[{name!r}]; p.prepare(pathlib.Path({str(model)!r}), p.options)"
-        )
 
 
 def prepare(state: State, arguments: argparse.Namespace) -> None:
@@ -155,13 +64,6 @@ def prepare(state: State, arguments: argparse.Namespace) -> None:
         if workload not in exact:
             exact[workload] = benchmark.exact_logits(state.model, workload)
             state.save()
-
-
-def tokenizer_file(given: Path | None) -> Path:
-    """The embedded model's tokenizer, unless another is given."""
-    if given is None:
-        given = catalog.lookup(catalog.DEFAULT).folder / "tokenizer.json"
-    return given
 
 
 def tune(state: State, arguments: argparse.Namespace) -> None:
@@ -218,13 +120,6 @@ def run(state: State, arguments: argparse.Namespace) -> None:
                 found[f"{name} b{batch}"] = benchmark.speed(workload, seconds) | {"logits": logits}
             state.save()
             print(f"{workload}: done", flush=True)
-
-
-def free_gb() -> float:
-    """Memory available now."""
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) / 2**20
-    return float("inf")
 
 
 def long(state: State, arguments: argparse.Namespace) -> None:
@@ -297,169 +192,6 @@ def gemms(state: State, arguments: argparse.Namespace) -> None:
     state.save()
 
 
-# Each family's best-known model, and of ModernBERT a small one too.
-FAMILIES = (
-    "ms-marco-MiniLM-L-6-v2", "ettin-reranker-17m-v1", "mxbai-rerank-xsmall-v1", "bge-reranker-base",
-    "gte-reranker-modernbert-base",
-)  # fmt: skip
-FAMILY_WORKLOADS = ("ragged", "8x512", "1x64", LONG)
-FAMILY_SIZES = (2, 8)
-EXACT_BATCH = 8
-FAMILY_PRECISIONS = 2  # of ours, the fastest first
-
-
-def fitting(family: str, wanted: list[str]) -> list[str]:
-    """The workloads of which the model's positions reach more than half; longer pairs are cut there."""
-    most = catalog.lookup(family).max_length
-    return [w for w in FAMILY_WORKLOADS if w in wanted and 2 * most >= max(WORKLOADS[w].lengths)]
-
-
-def prepare_families(state: State, arguments: argparse.Namespace) -> None:
-    for family in arguments.families:
-        folder = state.path.parent / family
-        if not (folder / "model.safetensors").exists():
-            write_shape(catalog.lookup(family), folder, arguments)
-        left_out = state.part("families", family, "left_out")
-        for name in arguments.family_peers:
-            try:
-                convert(name, folder)
-                left_out.pop(name, None)
-            except EngineError as error:
-                left_out[name] = str(error)
-                print(f"{family}: left out {name}: {error}", flush=True)
-        exact = state.part("exact_families", family)
-        missing = [w for w in fitting(family, arguments.family_workloads) if w not in exact]
-        if missing:  # of transformers, because the reference engine takes minutes for the larger shapes
-            with benchmark.processes(theirs(["transformers"], {}), folder, arguments.threads) as running:
-                exact |= {workload: running["transformers"].logits(workload, EXACT_BATCH) for workload in missing}
-        state.save()
-        print(f"{family}: prepared", flush=True)
-
-
-@contextlib.contextmanager
-def started(
-    contestants: list[Contestant], folder: Path, threads: int, left_out: dict[str, str]
-) -> Iterator[dict[str, Process]]:
-    """Like ``benchmark.processes``, of those that can be loaded; for the others ``left_out`` gets the reason."""
-    running: dict[str, Process] = {}
-    try:
-        for contestant in contestants:
-            try:
-                running[contestant.name] = Process(contestant, folder, threads)
-                running[contestant.name].signal("SIGSTOP")
-            except EngineError as error:
-                left_out[contestant.name] = str(error)
-                print(f"left out {contestant.name}: {error}", flush=True)
-        yield running
-    finally:
-        for process in running.values():
-            process.close()
-
-
-def family_turns(contestants: list[Contestant], workload: str, sizes: list[int]) -> list[Turn]:
-    """Every contestant with batches of 32, and the peers also with smaller ones; streams only for many batches."""
-    pairs = len(WORKLOADS[workload].lengths)
-    turns = []
-    for contestant in contestants:
-        ours = contestant.name.startswith("turborank")
-        tried = [] if ours else [size for size in sizes if size < min(pairs, BATCH)]
-        if pairs > 1 or "/" not in contestant.name:
-            turns += [(contestant.name, size) for size in (BATCH, *tried)]
-    return turns
-
-
-def measure_family(
-    state: State, family: str, contestants: list[Contestant], workloads: list[str], arguments: argparse.Namespace
-) -> None:
-    """Measure the workloads that are not yet measured, the contestants alternating."""
-    folder, found = state.path.parent / family, state.part("families", family, "runs")
-    longest = catalog.lookup(family).max_length
-    turns = {workload: family_turns(contestants, workload, arguments.sizes or FAMILY_SIZES) for workload in workloads}
-    left_out = state.part("families", family, "left_out")
-    turns = {
-        workload: each
-        for workload, each in turns.items()
-        if any(f"{name} b{batch}" not in found.get(workload, {}) for name, batch in each if name not in left_out)
-    }
-    if not turns:
-        return
-    labels = {contestant.name: contestant.label for contestant in contestants}
-    with started(contestants, folder, arguments.threads, left_out) as running:
-        for workload, each in turns.items():
-            each = [turn for turn in each if turn[0] in running]
-            took = benchmark.in_turns(running, {workload: each}, arguments.rounds)[workload]
-            errors: dict[str, dict[str, float | None]] = {}
-            for name, batch in sorted(took, key=lambda turn: min(took[turn])):
-                if name not in errors:  # once, because the batch changes only the padding
-                    logits = running[name].logits(workload, batch)
-                    errors[name] = benchmark.error(logits, state.part("exact_families", family)[workload])
-                row = benchmark.speed(workload, took[name, batch], longest) | errors[name] | {"label": labels[name]}
-                row["peak_bytes"] = running[name].peak()
-                state.part("families", family, "runs", workload)[f"{name} b{batch}"] = row
-            state.save()
-            print(f"{family} {workload}: done, {', '.join(running)}", flush=True)
-
-
-def families(state: State, arguments: argparse.Namespace) -> None:
-    """8,192 tokens one process at a time, as in ``long``, the other workloads in turns."""
-    for family in arguments.families:
-        row, left_out = catalog.lookup(family), state.part("families", family, "left_out")
-        state.part("families", family)["longest"] = row.max_length
-        names = [name for name in arguments.family_peers if name not in left_out]
-        contestants = [*ours("none", {}, arguments.precisions)[:FAMILY_PRECISIONS], *theirs(names, {})]
-        workloads = fitting(family, arguments.family_workloads)
-        measure_family(state, family, contestants, [w for w in workloads if w != LONG], arguments)
-        for contestant in [c for c in contestants if LONG in workloads and "/" not in c.name]:
-            heads = shapes.configuration(row)["num_attention_heads"]
-            needed = NEEDED_GB.get(contestant.name, 1) * heads / NEEDED_HEADS
-            key = f"{contestant.name} at {LONG}"
-            try:
-                if free_gb() < needed:
-                    raise EngineError(f"{needed:.0f} GB needed, {free_gb():.0f} GB free")
-                measure_family(state, family, [contestant], [LONG], arguments)
-                left_out.pop(key, None)
-            except EngineError as error:
-                left_out[key] = str(error)
-                print(f"{family}: left out {key}: {error}", flush=True)
-        state.save()
-
-
-CATALOG_WORKLOAD = "32x128"
-
-
-def catalog_gb(row: catalog.Model) -> float:
-    """Memory to write the shape in bfloat16 and to load it as int8, with some for the rest."""
-    return 1 + 6e-9 * row.parameters
-
-
-def catalog_speed(state: State, arguments: argparse.Namespace) -> None:
-    """ours in int8 on every model that can be had; the embedded one as it is, the others with random weights."""
-    found, left_out = state.part("catalog", "rows"), state.part("catalog", "left_out")
-    (contestant,) = ours("none", {}, ["int8"])
-    for row in shapes.RELEASED:
-        if row.name in found:
-            continue
-        folder = row.folder if row.embedded else state.path.parent / "catalog" / row.name
-        try:
-            if free_gb() < catalog_gb(row):
-                raise EngineError(f"{catalog_gb(row):.0f} GB needed, {free_gb():.0f} GB free")
-            if not row.embedded:
-                write_shape(row, folder, arguments, half=True)
-            with benchmark.processes([contestant], folder, arguments.threads) as running:
-                turn = (contestant.name, BATCH)
-                took = benchmark.in_turns(running, {CATALOG_WORKLOAD: [turn]}, arguments.rounds)[CATALOG_WORKLOAD]
-            found[row.name] = benchmark.speed(CATALOG_WORKLOAD, took[turn])
-            left_out.pop(row.name, None)
-            print(f"{row.name}: {found[row.name]['tokens_s']:,.0f} tokens/s", flush=True)
-        except EngineError as error:
-            left_out[row.name] = str(error)
-            print(f"left out {row.name}: {error}", flush=True)
-        finally:
-            if not row.embedded:
-                shutil.rmtree(folder, ignore_errors=True)
-        state.save()
-
-
 def text(state: State, arguments: argparse.Namespace) -> None:
     """turborank from text, in fresh processes: the cost of tokenisation and the time to the first score."""
     rows = []
@@ -505,7 +237,7 @@ def main() -> None:
         "--sizes", nargs="*", type=int, help=f"batch sizes to try: tune {SIZES}, families {FAMILY_SIZES}"
     )
     parser.add_argument("--workloads", nargs="*", default=list(SHORT), choices=SHORT)
-    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=shapes.FAMILIES)
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=SHAPED)
     parser.add_argument("--family-workloads", nargs="*", default=list(FAMILY_WORKLOADS), choices=FAMILY_WORKLOADS)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--out", type=Path, help="results without their suffix; by default results/DATE-PROCESSOR")

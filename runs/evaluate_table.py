@@ -70,14 +70,14 @@ def summarised(part: str, dataset: dict, machine: dict) -> dict:
 
 
 def candidates(first: dict) -> tuple:
-    """What tells whether two first stages gave the same candidates."""
+    """Equal for two first stages that gave the same candidates: queries, depth and rounded measures."""
     return first["queries_evaluated"], first["depth"], {name: round(x, 4) for name, x in first["measures"].items()}
 
 
 def merged(path: Path, rows: list[dict]) -> list[dict]:
-    """``rows``, and of an earlier table the other collections and the other models over the same candidates.
+    """``rows`` with the other collections, and the other models over the same candidates, of an earlier table.
 
-    What an earlier embedded model reached is dropped. The embedded model comes right after the first stage.
+    Figures of an earlier embedded model are dropped. The embedded model comes right after the first stage.
     """
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
     default = catalog.lookup(catalog.DEFAULT)

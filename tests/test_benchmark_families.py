@@ -23,10 +23,10 @@ def module(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> A
     return pytest.importorskip(request.param)
 
 
-@pytest.mark.parametrize("module", ["shapes"], indirect=True)
+@pytest.mark.parametrize("module", ["catalog_models"], indirect=True)
 def test_shapes_have_the_published_number_of_parameters(module: Any) -> None:
-    assert len(module.FAMILIES) > 20
-    for name in module.FAMILIES:
+    assert len(module.SHAPED) > 20
+    for name in module.SHAPED:
         row = catalog.lookup(name)
         with torch.device("meta"):
             count = sum(p.numel() for p in module.network(row).parameters())
