@@ -157,11 +157,14 @@ def peaks(state: State, arguments: argparse.Namespace) -> None:
 
 
 # int8 kernel -> peak.c's name.
-PEAK_OF = {"tdpbssd": "tdpbssd", "vpdpbusd": "vpdpbusd", "vpmaddwd": "vpmaddwd_ymm", "vpmaddubsw": "vpmaddubsw_ymm"}
+PEAK_OF = {
+    "tdpbssd": "tdpbssd", "vpdpbusd": "vpdpbusd", "vpdpbusd ymm": "vpdpbusd_ymm", "vpmaddwd": "vpmaddwd_ymm",
+    "vpmaddubsw": "vpmaddubsw_ymm",
+}  # fmt: skip
 # Instruction set and type of attention -> peak.c's name.
 ATTENTION_PEAK = {
     ("amx", "bf16"): "tdpbf16ps", ("avx512vnni", "bf16"): "vdpbf16ps", ("avx512vnni", "fp32"): "fma_zmm",
-    ("avx2", "fp32"): "fma_ymm",
+    ("avxvnni", "fp32"): "fma_ymm", ("avx2", "fp32"): "fma_ymm",
 }  # fmt: skip
 
 

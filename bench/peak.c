@@ -2,6 +2,7 @@
 // and an add are two), from chains long enough to hide their latency, operands in registers; and bytes read from memory.
 //   gcc -O2 -o peak peak.c && ./peak      prints JSON; what the processor lacks is absent
 #define _GNU_SOURCE
+#include <cpuid.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +29,7 @@ static double now(void) {
 #define ZERO_Z(i) "vpxorq %%zmm" S(i) ",%%zmm" S(i) ",%%zmm" S(i) "\n"
 #define ZERO_Y(i) "vpxor %%ymm" S(i) ",%%ymm" S(i) ",%%ymm" S(i) "\n"
 #define VNNI(i) "vpdpbusd %%zmm12,%%zmm13,%%zmm" S(i) "\n"
+#define VNNI_Y(i) "%{vex%} vpdpbusd %%ymm12,%%ymm13,%%ymm" S(i) "\n"
 #define BF16(i) "vdpbf16ps %%zmm12,%%zmm13,%%zmm" S(i) "\n"
 #define FMA_Z(i) "vfmadd231ps %%zmm12,%%zmm13,%%zmm" S(i) "\n"
 #define FMA_Y(i) "vfmadd231ps %%ymm12,%%ymm13,%%ymm" S(i) "\n"
@@ -36,6 +38,7 @@ static double now(void) {
 #define MADDUB(i) "vpmaddubsw %%ymm12,%%ymm13,%%ymm14\nvpmaddubsw %%ymm12,%%ymm13,%%ymm15\nvpaddw %%ymm14,%%ymm15,%%ymm14\n" \
                   "vpmaddwd %%ymm12,%%ymm14,%%ymm14\nvpaddd %%ymm14,%%ymm" S(i) ",%%ymm" S(i) "\n"
 CHAIN(vnni, ZERO_Z, VNNI)
+CHAIN(vnni_y, ZERO_Y, VNNI_Y)
 CHAIN(bf16, ZERO_Z, BF16)
 CHAIN(fma_z, ZERO_Z, FMA_Z)
 CHAIN(fma_y, ZERO_Y, FMA_Y)
@@ -92,6 +95,11 @@ static double bandwidth(void) {
     return best;
 }
 
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 int main(void) {
     __builtin_cpu_init();
     printf("{");
@@ -100,6 +108,7 @@ int main(void) {
         printf("\"vpmaddwd_ymm\": %.1f, ", rate(madd, 24 * 32.0));
         printf("\"vpmaddubsw_ymm\": %.1f, ", rate(maddub, 24 * 128.0));
     }
+    if (has_avx_vnni()) printf("\"vpdpbusd_ymm\": %.1f, ", rate(vnni_y, 24 * 64.0));
     if (__builtin_cpu_supports("avx512f")) printf("\"fma_zmm\": %.1f, ", rate(fma_z, 24 * 32.0));
     if (__builtin_cpu_supports("avx512bf16")) printf("\"vdpbf16ps\": %.1f, ", rate(bf16, 24 * 64.0));
     if (__builtin_cpu_supports("avx512vnni")) printf("\"vpdpbusd\": %.1f, ", rate(vnni, 24 * 128.0));

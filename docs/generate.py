@@ -104,7 +104,7 @@ WORK = """Work is computed from the shape: multiply-adds per token in the linear
 {limits}; {last} above.
 Attention is not included: it grows with the square of the length, except in ModernBERT's sliding layers (two of
 three). Measured speed beside published quality:
-[bench/results](../bench/results/2026-11-29-intel-xeon-families.md). The licence is that of the published model; loading
+[bench/results](../bench/results/2026-11-29-amd-epyc-zen-5.md). The licence is that of the published model; loading
 a model whose licence forbids commercial use logs a warning."""
 
 QUALITY = """Published figures times 100, not measured with turborank; compare them within a column only. MTEB (English,

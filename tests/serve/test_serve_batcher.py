@@ -197,8 +197,9 @@ def test_a_long_request_does_not_keep_out_those_that_overtake_it(run):
         long = queue.ask(*[100] * 99)  # 990 s of work, and nearly all of queue_tokens
         short = queue.ask(10)
         queue.engine.gate.set()
-        await short.future
-        assert not long.done
+        await asyncio.gather(short.future, long.future)
+        assert [10 in batch for batch in queue.engine.batches[:3]] == [False, True, False]
+        assert len(queue.engine.batches) > 90
 
     run(body, queue_seconds=5.0)
 
