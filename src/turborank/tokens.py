@@ -56,7 +56,7 @@ class Template(NamedTuple):
 def read_template(tokenizer: Tokenizer) -> Template:
     """The pair template of a tokenizer, found by encoding a pair and reading which tokens are special.
 
-    Raises CheckpointError when the encoded pair lacks one of its texts, or cannot be encoded.
+    Raises CheckpointError when the encoded pair lacks one of its texts, cannot be encoded, or has ids beyond int32.
     """
     probe = _checked(tokenizer.encode, "a", "b")
     owners = probe.sequence_ids  # 0 for the query, 1 for the document, None for template tokens
@@ -64,7 +64,7 @@ def read_template(tokenizer: Tokenizer) -> Template:
         raise CheckpointError("expected the tokenizer to encode a pair of texts, got a template without both texts")
     first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
     begin, end = owners.index(1), len(owners) - 1 - owners[::-1].index(1)
-    ids, types = probe.ids, probe.type_ids
+    ids, types = _int32(probe.ids).tolist(), _int32(probe.type_ids).tolist()
     return Template(
         prefix=tuple(ids[:first]),
         middle=tuple(ids[last + 1 : begin]),
@@ -157,6 +157,14 @@ def _checked(encode: Callable[..., _Result], *texts: Any, **options: bool) -> _R
         if type(error) is not Exception:
             raise
         raise CheckpointError(f"expected a tokenizer that encodes any text, got: {error}") from error
+
+
+def _int32(ids: Sequence[int]) -> Int32:
+    """Token or type ids as int32; the file may hold ids of up to 2³² - 1."""
+    try:
+        return np.asarray(ids, dtype=np.int32)
+    except OverflowError as error:
+        raise CheckpointError(f"expected a tokenizer with ids below 2,147,483,648, got {max(ids):,}") from error
 
 
 def _slices(texts: Sequence[str], threads: int) -> list[Sequence[str]]:
@@ -337,7 +345,7 @@ class PairEncoder:
         for group, encode in ((long, self.tokenizer.encode_batch), (short, self.tokenizer.encode_batch_fast)):
             encodings = self._each_slice(encode, [text.text for text in group]) if group else []
             for text, encoding in zip(group, encodings, strict=True):
-                text.ids = np.asarray(encoding.ids, dtype=np.int32)
+                text.ids = _int32(encoding.ids)
                 text.offsets = encoding if group is long else None
 
     @functools.cached_property
@@ -356,7 +364,7 @@ class PairEncoder:
             for part, encoding in zip(group, encodings, strict=True):
                 offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + part.start
                 own = offsets[:, 0] >= part.cut
-                ids.append(np.asarray(encoding.ids, dtype=np.int32)[own])
+                ids.append(_int32(encoding.ids)[own])
                 spans.append(offsets[own])
         text.ids, text.offsets = np.concatenate(ids), _Offsets(np.concatenate(spans))
         return True

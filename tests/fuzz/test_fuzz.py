@@ -4,6 +4,7 @@
 """
 
 import random
+import re
 
 import cases
 import mutations
@@ -11,9 +12,17 @@ import pytest
 import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from turborank.errors import CheckpointError
+from turborank.tokens import PairEncoder
+from turborank.types import Pair
 
 pytest.importorskip("starlette", reason="the service needs pip install 'turborank[serve]'")
 
+BEYOND_INT32 = [
+    data for name, data in cases.CASES if name == "tokenizer" and re.search(rb"2147483648|4294967295", data)
+]
 PIECES = (
     b"\xff",
     b"\0",
@@ -36,6 +45,13 @@ PIECES = (
 @pytest.mark.parametrize("number", range(len(cases.CASES)))
 def test_what_was_found_is_read_or_refused(number: int) -> None:
     targets.attempt(*cases.CASES[number])
+
+
+@pytest.mark.parametrize("data", BEYOND_INT32, ids=["type", "special token", "vocabulary"])
+def test_ids_that_do_not_fit_are_refused_and_not_wrapped(data: bytes) -> None:
+    tokenizer = Tokenizer.from_str(data.decode())
+    with pytest.raises(CheckpointError, match=r"ids below 2,147,483,648, got (2,147,483,648|4,294,967,295)"):
+        PairEncoder(tokenizer, max_length=16).encode([Pair("red", "red red")])
 
 
 @pytest.mark.parametrize("target", targets.TARGETS)
