@@ -11,7 +11,7 @@ from typing import Any
 
 from contestants import NEEDED_GB, NEEDED_HEADS, State, convert, elsewhere, free_gb, ours, theirs, tokenizer_file
 
-from turborank import benchmark, catalog
+from turborank import benchmark, catalog, checkpoint, engines
 from turborank.benchmark import BATCH, LONG, WORKLOADS, Contestant, Process, Turn
 from turborank.errors import EngineError
 
@@ -222,9 +222,12 @@ def catalog_gb(row: catalog.Model) -> float:
 
 
 def catalog_speed(state: State, arguments: argparse.Namespace) -> None:
-    """Measure the int8 engine on every released model: the embedded one as it is, the others with random weights."""
+    """Measure every released model: the embedded one as it is, the others with random weights.
+
+    In int8 by the native engine; models that it does not support in the precision and by the engine that users get.
+    """
     found, left_out = state.part("catalog", "rows"), state.part("catalog", "left_out")
-    (contestant,) = ours("none", {}, ["int8"])
+    (native_int8,) = ours("none", {}, ["int8"])
     for row in RELEASED:
         if row.name in found:
             continue
@@ -234,10 +237,15 @@ def catalog_speed(state: State, arguments: argparse.Namespace) -> None:
                 raise EngineError(f"{catalog_gb(row):.0f} GB needed, {free_gb():.0f} GB free")
             if not row.embedded:
                 write_shape(row, folder, arguments, half=True)
+            contestant, (engine, precision) = native_int8, engines.choose(config=checkpoint.read(folder).config)
+            if engine != "native":
+                contestant = Contestant(engine, engine, options={"engine": engine, "precision": precision})
             with benchmark.processes([contestant], folder, arguments.threads) as running:
                 turn = (contestant.name, BATCH)
                 took = benchmark.in_turns(running, {CATALOG_WORKLOAD: [turn]}, arguments.rounds)[CATALOG_WORKLOAD]
             found[row.name] = benchmark.speed(CATALOG_WORKLOAD, took[turn])
+            if contestant is not native_int8:
+                found[row.name]["engine"] = f"{engine}, {precision}"
             left_out.pop(row.name, None)
             print(f"{row.name}: {found[row.name]['tokens_s']:,.0f} tokens/s", flush=True)
         except EngineError as error:

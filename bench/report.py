@@ -235,7 +235,8 @@ def quality(state: dict[str, Any]) -> list[str]:
     lines = [
         "## Quality per millisecond", "",
         "Speed is of turborank int8 on 32 pairs of 128 tokens, on random weights in each model's shape (of the",
-        "embedded model, on its own). Quality is the publisher's, × 100: nDCG@10 of MTEB(eng, v2) retrieval, of",
+        "embedded model, on its own); an engine in brackets is the one that runs a shape the native one does not",
+        "support. Quality is the publisher's, × 100: nDCG@10 of MTEB(eng, v2) retrieval, of",
         "NanoBEIR and of BEIR. Figures of one column come from one publisher; columns do not compare with each other.",
         "",
         "| model | MTEB | NanoBEIR | BEIR | pairs/s | ms a pair |", "|---|---:|---:|---:|---:|---:|",
@@ -243,7 +244,8 @@ def quality(state: dict[str, Any]) -> list[str]:
     for name, row in sorted(found["rows"].items(), key=lambda item: item[1]["min_s"]):
         known = catalog.lookup(name)
         figures = " | ".join(number(value, ".2f") for value in (known.mteb, known.nanobeir, known.beir))
-        lines.append(f"| {name} | {figures} | {pairs / row['min_s']:,.0f} | {1e3 * row['min_s'] / pairs:,.2f} |")
+        named = f"{name} ({row['engine']})" if "engine" in row else name
+        lines.append(f"| {named} | {figures} | {pairs / row['min_s']:,.0f} | {1e3 * row['min_s'] / pairs:,.2f} |")
     return [*lines, "", *(f"- Left out: {name}: {reason}" for name, reason in found["left_out"].items()), ""]
 
 

@@ -24,6 +24,9 @@ CASES: tuple[tuple[str, bytes], ...] = (
     ("settings", b'[{"path": "", "type": "x.Transformer"}, {"path": "elsewhere", "type": "x.Pooling"}, '
                  b'{"path": "2_Dense", "type": "x.Dense"}, {"path": "3_LayerNorm", "type": "x.LayerNorm"}, '
                  b'{"path": "4_Dense", "type": "x.Dense"}]'),
+    ("settings", b'[{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}, '
+                 b'{"path": "%b", "type": "x.Dense"}, {"path": "3_LayerNorm", "type": "x.LayerNorm"}, '
+                 b'{"path": "4_Dense", "type": "x.Dense"}]' % (b"a" * 300)),
     ("safetensors", b"RAW\xff\xff\xff" + b"\0" * 5 + DEEP),
     ("tokenizer", TOKENIZER % b'"a": 5'),  # no unknown token: "b" cannot be encoded
     ("tokenizer", TOKENIZER % b'"a": 5, "b": 6'),

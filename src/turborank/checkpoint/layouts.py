@@ -27,7 +27,7 @@ from turborank.errors import CheckpointError
 
 MODULES = "modules.json"
 SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")  # in the same folder
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
+_PLAIN_NAME = re.compile(r"\w[\w.-]{0,254}", re.ASCII)  # file systems take 255 bytes
 _GELU, _IDENTITY = "GELU", "Identity"
 
 # Recognised names of the relevant and of the irrelevant label; compared in lower case, with "_" and "-" as spaces.
