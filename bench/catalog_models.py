@@ -224,7 +224,8 @@ def catalog_gb(row: catalog.Model) -> float:
 def catalog_speed(state: State, arguments: argparse.Namespace) -> None:
     """Measure every released model: the embedded one as it is, the others with random weights.
 
-    In int8 by the native engine; models that it does not support in the precision and by the engine that users get.
+    The native engine computes in int8. A model that it does not support is measured with the engine and the precision
+    that "auto" selects, and its row says so.
     """
     found, left_out = state.part("catalog", "rows"), state.part("catalog", "left_out")
     (native_int8,) = ours("none", {}, ["int8"])
@@ -244,8 +245,7 @@ def catalog_speed(state: State, arguments: argparse.Namespace) -> None:
                 turn = (contestant.name, BATCH)
                 took = benchmark.in_turns(running, {CATALOG_WORKLOAD: [turn]}, arguments.rounds)[CATALOG_WORKLOAD]
             found[row.name] = benchmark.speed(CATALOG_WORKLOAD, took[turn])
-            if contestant is not native_int8:
-                found[row.name]["engine"] = f"{engine}, {precision}"
+            found[row.name] |= {} if engine == "native" else {"engine": f"{engine}, {precision}"}
             left_out.pop(row.name, None)
             print(f"{row.name}: {found[row.name]['tokens_s']:,.0f} tokens/s", flush=True)
         except EngineError as error:

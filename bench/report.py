@@ -235,8 +235,8 @@ def quality(state: dict[str, Any]) -> list[str]:
     lines = [
         "## Quality per millisecond", "",
         "Speed is of turborank int8 on 32 pairs of 128 tokens, on random weights in each model's shape (of the",
-        "embedded model, on its own); an engine in brackets is the one that runs a shape the native one does not",
-        "support. Quality is the publisher's, × 100: nDCG@10 of MTEB(eng, v2) retrieval, of",
+        "embedded model, on its own). A model that the native engine does not support has its engine and precision in",
+        "brackets. Quality is the publisher's, × 100: nDCG@10 of MTEB(eng, v2) retrieval, of",
         "NanoBEIR and of BEIR. Figures of one column come from one publisher; columns do not compare with each other.",
         "",
         "| model | MTEB | NanoBEIR | BEIR | pairs/s | ms a pair |", "|---|---:|---:|---:|---:|---:|",
