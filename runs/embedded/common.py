@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def write_lines(path: Path, values: Iterable) -> None:
 
 def save(path: Path, **arrays: NDArray) -> None:
     """An npz file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial.npz")
+    partial = path.with_name(
+        f".{path.name}.{os.getpid()}.partial.npz"
+    )  # processes that train together may write it both
     np.savez(partial, **arrays)
     partial.rename(path)
 

@@ -5,6 +5,7 @@
 Writes WORK/texts.jsonl, queries.jsonl and pool.npz (of each question, by falling BM25 score, up to 50 places in texts).
 Questions without a known passage stay only where one of BM25's ten best covers COVERAGE of the weight (idf) of the
 question's words: a question that no passage answers teaches little. Every choice is by hashes of the texts.
+Meetings and stories with their questions (QMSum, SQuALITY) go to WORK/long-texts.jsonl and long-queries.jsonl, whole.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ QUESTION_FILES = {
     "queries_natural_questions": "nq", "queries_questions": None, "queries_opentriviaqa": "trivia",
     "queries_openstax_questions": "openstax",
 }  # fmt: skip
+LONG = ("qmsum", "squality")
 MADE = {"sentence": 1500, "span": 500, "keywords": 900}  # queries made from passages; those of PAIRS weigh three times
 
 
@@ -98,8 +100,24 @@ def pairs(data: Path, texts: Texts) -> list[tuple[str, str, int]]:
     return out
 
 
+def write_long(data: Path, work: Path) -> None:
+    """The texts of LONG, each once, and their questions with the place of their text."""
+    clean = cleaner(())
+    places: dict[str, int] = {}
+    rows = [row for name in LONG for row in records(data / f"{name}.jsonl.gz")]
+    queries = [
+        {"query": clean(row["query"]), "text": places.setdefault(clean(row["passage"]), len(places))} for row in rows
+    ]
+    write_lines(work / "long-texts.jsonl", list(places))
+    write_lines(work / "long-queries.jsonl", queries)
+    print(f"{len(places):,} long texts, {len(queries):,} questions")
+
+
 def main() -> None:
     data, work = Path(sys.argv[1]) / "train", Path(sys.argv[2])
+    if not (work / "long-queries.jsonl").is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_long(data, work)
     if (work / "pool.npz").is_file():
         return
     work.mkdir(parents=True, exist_ok=True)

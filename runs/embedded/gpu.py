@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from common import TorchCrossEncoder, load
 from safetensors.numpy import load_file, save_file
-from train import Corpus, HiddenAndLists, Student, make
+from train import L12, STAGES, Corpus, HiddenAndLists, Student, make
 
 from turborank.distill.students import write_int8
 from turborank.distill.trainer import Run, Schedule
 
 PART, RESULT = 38_000_000, 16 * 2**20
-TEACHER = "ms-marco-MiniLM-L-12-v2"
 WEIGHTS = "model.safetensors"
 MODEL_FILES = ("config.json", "tokenizer.json", WEIGHTS)
 
@@ -55,19 +54,20 @@ def joined(folder: Path, out: Path) -> None:
 def pack(work: Path, out: Path, first: Path) -> None:
     """Token ids, pools, the teacher in float16 and the first model, in parts."""
     out.mkdir(parents=True, exist_ok=True)
-    teacher = work / "teachers" / TEACHER
+    teacher = work / "teachers" / L12
     Corpus(work, teacher)
     shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
     whole = work / "gpu"
     whole.mkdir(exist_ok=True)
     np.savez_compressed(whole / "pools-000.npz", **{n: np.concatenate([s[n] for s in shards]) for n in shards[0]})
-    np.savez_compressed(whole / "tokens.npz", **load(work / "tokens.npz"))
-    np.savez_compressed(whole / "pool.npz", **load(work / "pool.npz"))
-    shutil.copyfile(work / "queries.jsonl", whole / "queries.jsonl")  # whose sources choose the weights of the teachers
+    for path in (*sorted(work.glob("tokens-*.npz")), work / "pool.npz"):
+        np.savez_compressed(whole / path.name, **load(path))
+    for name in ("queries.jsonl", "long-queries.jsonl"):  # sources, which choose the weights of the teachers; places
+        shutil.copyfile(work / name, whole / name)
     for name in ("config.json", "tokenizer.json"):
-        shutil.copyfile(teacher / name, whole / f"{TEACHER}.{name}")
+        shutil.copyfile(teacher / name, whole / f"{L12}.{name}")
     half = {name: w.astype(np.float16) for name, w in load_file(teacher / WEIGHTS).items()}
-    save_file(half, whole / f"{TEACHER}.{WEIGHTS}", metadata={"format": "pt"})
+    save_file(half, whole / f"{L12}.{WEIGHTS}", metadata={"format": "pt"})
     for name in MODEL_FILES:
         shutil.copyfile(first / name, whole / f"first.{name}")
     for path in whole.iterdir():
@@ -79,7 +79,7 @@ def unpack(parts: Path, work: Path) -> None:
     """The work folder of a run, from the parts."""
     work.mkdir(parents=True, exist_ok=True)
     joined(parts, work)
-    for model, folder in ((TEACHER, work / "teachers" / TEACHER), ("first", work / "first")):
+    for model, folder in ((L12, work / "teachers" / L12), ("first", work / "first")):
         folder.mkdir(parents=True, exist_ok=True)
         for name in MODEL_FILES:
             shutil.move(work / f"{model}.{name}", folder / name)
@@ -152,13 +152,13 @@ def write(student: Student, out: Path) -> None:
 def run(args) -> None:
     work = args.out / "work"
     unpack(args.parts, work)
-    teacher = work / "teachers" / TEACHER
+    teacher = work / "teachers" / L12
     corpus = Corpus(work, teacher)
     reader = TorchCrossEncoder(teacher, args.device, args.dtype)
     folder = args.student or work / "student"
     if not folder.is_dir():
         make(teacher, corpus.probes(), folder)
-    loss = HiddenAndLists(work, corpus, reader, work / "first", budget=args.budget, seed=0)
+    loss = HiddenAndLists(work, corpus, reader, work / "first", STAGES["first"], budget=args.budget, seed=0)
     stage("train", Student.load(folder), loss, args.out, args.seconds, args)
 
 

@@ -1,17 +1,24 @@
-"""The student before it has learnt anything: nine layers of ms-marco-MiniLM-L-12, its positions kept, ALiBi added.
+"""The student before each stage of training.
 
-The 512 learned positions stay, and rows 64 … 511 repeat for the tokens after them (docs/model.md §3.1), so that pairs
-of up to 512 tokens are read as the teacher reads them. ALiBi's slopes are assigned to heads, layer by layer, so that
-each is served by the head whose attention it changes least (least total cross entropy). Segments,
-pooler and classifier are kept. Without positions the teacher's ranking is lost: runs/results/students.md.
+First (:func:`make`): nine layers of ms-marco-MiniLM-L-12, its positions kept, ALiBi added. The 512 learned positions
+stay, and rows 64 … 511 repeat for the tokens after them (docs/model.md §3.1), so that pairs of up to 512 tokens are
+read as the teacher reads them. ALiBi's slopes are assigned to heads, layer by layer, so that each is served by the
+head whose attention it changes least (least total cross entropy). Segments, pooler and classifier are kept. Without
+positions the teacher's ranking is lost: runs/results/students.md.
+
+Second (:func:`mix`): the weights of the first stage, mixed with those of the bi-encoder all-MiniLM-L6-v2. Both began
+with microsoft/MiniLM-L12-H384-uncased, and are still so close that a weighted mean of their weights ranks as well on
+web questions and better on scientific ones (model soups, arXiv 2203.05482, here of models that learnt different
+tasks).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from common import IdPair, pack
 from torch import Tensor
 
@@ -35,6 +42,7 @@ TARGETS = (
 )  # states that the student's layers learn: the input of the next kept layer; the last
 SLOPES = (*(2.0 ** -(4 + h / 2) for h in range(5)), *(2.0**-h for h in range(7, 13)), 0.0)
 REPEAT_FROM = 64  # positions before it belong to the query
+HEADS = 12
 STATED = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "layer_norm_eps")
 
 
@@ -48,6 +56,26 @@ def make(teacher: Path, probes: Sequence[IdPair], out: Path) -> None:
     raw |= {"type_vocab_size": 2, "num_hidden_layers": len(KEPT), "feed_forward_type": "original"}
     raw |= {"alibi_slopes": list(SLOPES), "repeat_positions_from": REPEAT_FROM}
     Student(keep_layers(weights, KEPT), raw, source.tokenizer).save(out)
+
+
+@torch.no_grad()
+def mix(weights: dict[str, Tensor], kept: Sequence[int], other: Mapping[str, Tensor], share: float) -> None:
+    """Give ``other``, all-MiniLM-L6-v2, a share of ``weights``, in place: of the embeddings and of every layer it has.
+
+    ``kept``: of each layer of ``weights``, its number (from 0) in the twelve-layer model. Layer i of ``other`` was that
+    model's layer 2 i. Heads of ``other`` are put in the order of the heads whose values are most alike (cosine).
+    """
+    twins = dict(other)
+    partner = {name: name for name in weights if name.startswith("embeddings.")}
+    for layer, number in enumerate(kept):
+        if number % 2 == 0:
+            mine, its = f"encoder.layer.{layer}.", f"encoder.layer.{number // 2}."
+            value = "attention.self.value.weight"
+            have, found = (F.normalize(w.reshape(HEADS, -1)) for w in (weights[mine + value], twins[its + value]))
+            assign_heads(twins, f"{its}attention", -(found @ have.T))
+            partner |= {name: its + name.removeprefix(mine) for name in weights if name.startswith(mine)}
+    for name, its in partner.items():
+        weights[name] = torch.lerp(weights[name], twins[its], share)
 
 
 @torch.no_grad()

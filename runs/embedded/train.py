@@ -1,28 +1,33 @@
-"""Training: the teacher's hidden states, and lists scored by three teachers, together.
+"""Training, in two stages: the teacher's hidden states, and lists scored by three teachers, together.
 
-    torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --first V1 --out WORK/run
+    torchrun --nproc_per_node 2 runs/embedded/train.py first WORK --data DATA --v1 V1 --out WORK/first
+    torchrun --nproc_per_node 2 runs/embedded/train.py second WORK --data DATA --v1 V1 --out WORK/second
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
 states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .3, and
 KL (T = 3), MarginMSE and squared error against
 
-    L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
+    l · L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
 
-with a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
+with l, a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
 scientific ones. The teachers read each batch beside the student, so nothing is stored.
 
-Half of the lists, at the end three quarters, are scientific ones. Their states in the last layers are free: what L-12
-concludes there is not what is to be learnt.
+Half to three quarters of the lists are scientific ones. Their states in the last layers are free: what L-12 concludes
+there is not what is to be learnt.
 
-Documents longer than L-12 reads are made by hiding a passage among others: L-12 reads them in windows, each with the
-question, and its best window's logit counts. Word and position embeddings are not trained. Runs stop and go on by
-themselves: the same command continues from the newest checkpoint.
+The second stage begins with the weights of WORK/first/final mixed with those of a bi-encoder, and so does its teacher
+(student.mix).
+
+Documents longer than L-12 reads are parts of meetings and stories, or made by hiding a passage among others: L-12
+reads them in windows, each with the question, and its best window's logit counts. Word and position embeddings are
+not trained. Runs stop and go on by themselves: the same command continues from the newest checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,64 +35,115 @@ import torch
 import torch.nn.functional as F
 from common import HELD_OUT, CrossEncoder, IdPair, TorchCrossEncoder, lines, load, pack, save
 from dev import DevSets
-from student import TARGETS, make
+from student import KEPT, TARGETS, make, mix
 from torch import Tensor
 
 from turborank import checkpoint, engines
-from turborank.distill.losses import Targets, mix
+from turborank.distill import losses
+from turborank.distill.biencoder import BiEncoder
 from turborank.distill.students import Student
 from turborank.distill.trainer import Loss, Run, Schedule, StudentModel, tensors
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300
-# Weights of bge's cosine and of the first model's logit; read on DL 2021 (web) and SciFact's train split.
-WEIGHTS = {"web": (22.0, 0.5), "science": (60.0, 2.0)}
+# Weights of L-12's logit, of bge's cosine and of v1's logit; read on DL 2021 (web) and SciFact's train split. L-12
+# weighs less for papers: it ranks abstracts worse than the other two do.
+WEB, SCIENTIFIC = (1.0, 22.0, 0.5), (0.5, 60.0, 3.0)
+WEIGHTS = {"web": WEB, "science": SCIENTIFIC}
 SCIENCE = ("acl", "pubmedqa", "medquad", "openstax", "covid", "made", "stackexchange", "reuters")  # of sources' names
 COSINE_CENTRE = 0.7  # of bge's cosines
 LISTS_LOSS = "kl@3:0.11,margin_mse:0.006"
 LEVEL, LOGIT_SCALE = 0.2, 25.0  # of the squared error, so that scores stay comparable from question to question
 K = 8  # documents of a list
 
+L12, MINILM = "ms-marco-MiniLM-L-12-v2", "all-MiniLM-L6-v2"  # folders in WORK/teachers
 Teacher = CrossEncoder | TorchCrossEncoder
 
 
-class Corpus:
-    """Token ids of all questions and passages, and BM25's candidates."""
+@dataclass(frozen=True)
+class Stage:
+    """What the loss weighs. Pairs are steps, and what there is at each; between them it changes evenly."""
 
-    def __init__(self, work: Path, teacher: Path) -> None:
-        path = work / "tokens.npz"
+    steps: int
+    rate: float
+    lists_from: float  # weight of the lists at step 0 ...
+    lists_whole: int  # ... and the step from which it is 1
+    hidden: tuple[tuple[int, ...], tuple[float, ...]]  # weight of the states
+    science: tuple[tuple[int, ...], tuple[float, ...]]  # share of scientific lists
+    long_every: int = 32  # steps
+    shares: tuple[float, float] = (0.0, 0.0)  # of all-MiniLM-L6-v2 in the student's first weights, and in the teacher's
+
+
+STAGES = {
+    "first": Stage(460, 3e-4, 0.3, 300, ((60, 240, 299, 300), (3.0, 0.5, 0.5, 0.3)), ((299, 300), (0.5, 0.75))),
+    "second": Stage(430, 1.3e-4, 1.0, 1, ((0,), (0.5,)), ((0,), (0.65,)), 10, (0.4, 0.25)),
+}
+
+
+class Texts:
+    """Token ids of many texts, in one array."""
+
+    def __init__(self, ids: np.ndarray, bounds: np.ndarray) -> None:
+        self.ids, self.bounds = ids, bounds
+
+    @classmethod
+    def read(cls, path: Path, teacher: Path, texts: Callable[[], list[str]]) -> Texts:
+        """Those in the file; where there is none, made of ``texts`` by the teacher's tokenizer."""
         if not path.is_file():
             tokenizer = checkpoint.load(teacher).tokenizer
             tokenizer.no_padding()
             tokenizer.no_truncation()
+            flat, sizes, values = list[np.ndarray](), [0], texts()
+            for start in range(0, len(values), 5000):
+                encoded = tokenizer.encode_batch_fast(values[start : start + 5000], add_special_tokens=False)
+                flat += [np.asarray(e.ids, np.uint16) for e in encoded]
+            sizes += map(len, flat)
+            save(path, ids=np.concatenate(flat), bounds=np.cumsum(sizes))
+        return cls(**load(path))
 
-            def ids(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-                flat: list[np.ndarray] = []
-                for start in range(0, len(texts), 5000):
-                    encoded = tokenizer.encode_batch_fast(texts[start : start + 5000], add_special_tokens=False)
-                    flat += [np.asarray(e.ids, np.uint16) for e in encoded]
-                return np.concatenate(flat), np.cumsum([0, *map(len, flat)])
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
 
-            q, qb = ids([row["query"] for row in lines(work / "queries.jsonl")])
-            d, db = ids(lines(work / "texts.jsonl"))
-            save(path, q=q, qb=qb, d=d, db=db)
-        found = load(path)
-        self.q, self.qb, self.d, self.db = (found[name] for name in ("q", "qb", "d", "db"))
+    def get(self, at: int, start: int = 0, tokens: int | None = None) -> list[int]:
+        """Of text ``at``, so many tokens from ``start``; by default all."""
+        whole = self.ids[self.bounds[at] : self.bounds[at + 1]]
+        return whole[start : None if tokens is None else start + tokens].tolist()
+
+
+class Corpus:
+    """Token ids of all questions and passages, BM25's candidates, and long texts with their questions."""
+
+    def __init__(self, work: Path, teacher: Path) -> None:
+        asked = lines(work / "long-queries.jsonl")
+        parts = {
+            "queries": lambda: [row["query"] for row in lines(work / "queries.jsonl")],
+            "texts": lambda: lines(work / "texts.jsonl"),
+            "long-queries": lambda: [row["query"] for row in asked],
+            "long-texts": lambda: lines(work / "long-texts.jsonl"),
+        }
+        read = [Texts.read(work / f"tokens-{name}.npz", teacher, texts) for name, texts in parts.items()]
+        self.queries, self.texts, self.long_queries, self.long_texts = read
+        self.long_text_of = [row["text"] for row in asked]
         pool = load(work / "pool.npz")
         self.bounds, self.places = pool["bounds"], pool["places"]
-        self.trained = len(self.qb) - 1 - HELD_OUT  # questions to train on
+        self.trained = len(self.queries) - HELD_OUT  # questions to train on
 
     def query(self, at: int) -> list[int]:
-        return self.q[self.qb[at] : self.qb[at + 1]][:QUERY_TOKENS].tolist()
+        return self.queries.get(at, tokens=QUERY_TOKENS)
 
     def document(self, at: int, tokens: int = DOCUMENT_TOKENS) -> list[int]:
-        return self.d[self.db[at] : self.db[at + 1]][:tokens].tolist()
+        return self.texts.get(at, tokens=tokens)
 
     def among_strangers(self, at: int, tokens: int, rng: np.random.Generator) -> list[int]:
         """A passage somewhere among others, so many tokens in all."""
         parts = [self.document(at)]
         while sum(map(len, parts)) < tokens:
-            parts.append(self.document(int(rng.integers(len(self.db) - 1))))
+            parts.append(self.document(int(rng.integers(len(self.texts)))))
         return [token for part in rng.permutation(len(parts)) for token in parts[part]][:tokens]
+
+    def part_of(self, text: int, tokens: int, rng: np.random.Generator) -> list[int]:
+        """So many tokens of a long text, from anywhere."""
+        last = int(np.diff(self.long_texts.bounds)[text]) - tokens
+        return self.long_texts.get(text, int(rng.integers(max(1, last))), tokens)
 
     def probes(self, count: int = 24) -> list[IdPair]:
         """Pairs on which heads are matched to slopes."""
@@ -110,31 +166,39 @@ def best_windows(teacher: Teacher, pairs: Sequence[IdPair], window: int) -> Tens
 class HiddenAndLists:
     """The loss, for :meth:`Run.train`. ``rank``: of this process; each draws lists of its own."""
 
-    long_every, window = 32, 350
+    window = 350
     cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
-    lists_from, lists_whole = 0.3, 300  # weight of the lists at step 0; the step from which it is 1
-    # Steps, and what there is at each; between them it changes evenly.
-    hidden = (60, 240, 299, 300), (3.0, 0.5, 0.5, 0.3)  # weight of the states
-    science = (299, 300), (0.5, 0.75)  # share of scientific lists
     free = 5  # last layers whose states scientific lists do not learn
 
     def __init__(
-        self, work: Path, corpus: Corpus, teacher: Teacher, first: Path, *, budget: int, seed: int, rank: int = 0
+        self,
+        work: Path,
+        corpus: Corpus,
+        teacher: Teacher,
+        v1: Path,
+        stage: Stage,
+        *,
+        budget: int,
+        seed: int,
+        rank: int = 0,
     ) -> None:
-        self.corpus, self.teacher, self.budget, self.seeds = corpus, teacher, budget, (seed, rank)
-        self.mix = mix(LISTS_LOSS)
+        self.corpus, self.teacher, self.stage = corpus, teacher, stage
+        self.budget, self.seeds = budget, (seed, rank)
+        self.of_lists = losses.mix(LISTS_LOSS)
         shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
         query, places, cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
         kept = query < corpus.trained
         self.query, self.places, self.cosines = query[kept], places[kept], cosines[kept]
         sources = [row["source"] for row in lines(work / "queries.jsonl")]
         kinds = ["science" if sources[q].startswith(SCIENCE) else "web" for q in self.query]
-        self.weights = np.array([WEIGHTS[kind] for kind in kinds], np.float32)  # (lists, 2)
+        # One row more, of lists of parts of long texts: these have no cosines.
+        self.weights = np.array([*(WEIGHTS[kind] for kind in kinds), WEB], np.float32)  # (lists, 3)
+        self.cosines = np.append(self.cosines, np.full_like(self.cosines[:1], COSINE_CENTRE), axis=0)
         self.of_kind = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in WEIGHTS}
-        model = Student.load(first)
+        model = Student.load(v1)
         numbers = {name: w.detach().numpy() for name, w in model.weights.items()}
         name, precision = engines.choose("torch" if torch.cuda.is_available() else "auto", config=model.config)
-        self.first = engines.prepare(numbers, model.config, name=name, precision=precision, threads=1)
+        self.v1 = engines.prepare(numbers, model.config, name=name, precision=precision, threads=1)
 
     def __call__(self, model: StudentModel, step: int) -> Loss:
         rows, members, pairs, is_long = self._draw(step)
@@ -144,21 +208,22 @@ class HiddenAndLists:
         else:
             states, logits = self.teacher(batch)
         cosines = np.stack([self.cosines[row][chosen] for row, chosen in zip(rows, members, strict=True)])
-        own = self.first.logits(batch).reshape(cosines.shape)
-        of_cosine, of_own = self.weights[rows].T[:, :, None]
-        added = torch.from_numpy(of_cosine * (cosines - COSINE_CENTRE) + of_own * own)
-        wanted = logits.reshape(cosines.shape).float() + added.to(logits.device, torch.float32)
+        own = self.v1.logits(batch).reshape(cosines.shape)
+        of_teacher, of_cosine, of_own = self.weights[rows].T[:, :, None]
+        added = torch.from_numpy(of_cosine * (cosines - COSINE_CENTRE) + of_own * own).to(logits.device, torch.float32)
+        wanted = torch.from_numpy(of_teacher).to(logits.device) * logits.reshape(cosines.shape).float() + added
         trace: list[Tensor] = []
         have = model(tensors(batch, wanted.device), trace).view(wanted.shape)
         real = torch.ones_like(wanted, dtype=torch.bool)
-        loss, parts = self.mix(have, Targets(wanted, None, real, real))
+        loss, parts = self.of_lists(have, losses.Targets(wanted, None, real, real))
         loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
-        loss = loss * min(1.0, self.lists_from + (1 - self.lists_from) * step / self.lists_whole)
+        stage = self.stage
+        loss = loss * min(1.0, stage.lists_from + (1 - stage.lists_from) * step / stage.lists_whole)
         if states is not None:
             science = np.isin(rows, self.of_kind["science"])
             learning = torch.from_numpy(np.repeat(~science, [len(some) for some in members])).to(wanted.device)
             hidden = self._hidden(trace[1:], [states[layer] for layer in TARGETS], learning, np.diff(batch.cu_seqlens))
-            loss, parts["hidden"] = loss + float(np.interp(step, *self.hidden)) * hidden, hidden.item()
+            loss, parts["hidden"] = loss + float(np.interp(step, *stage.hidden)) * hidden, hidden.item()
         return Loss(loss, parts, batch.tokens)
 
     def _hidden(
@@ -179,50 +244,85 @@ class HiddenAndLists:
         """Lists of one step: row and members of each, all pairs, and whether the documents are long."""
         seed, rank = self.seeds
         rng = np.random.default_rng((seed, step, rank, 13))
-        is_long = step % self.long_every == self.long_every - 1
+        every = self.stage.long_every
+        is_long = step % every == every - 1
         size = int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
         cut = int(rng.choice(self.cuts))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
-        hard = 2 if is_long else 5
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
-            kind = self.of_kind["science" if rng.random() < np.interp(step, *self.science) else "web"]
-            row = int(kind[rng.integers(len(kind))])
-            order = np.argsort(-self.cosines[row])
-            chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
-            asked, places = self.corpus.query(int(self.query[row])), self.places[row][chosen]
-            documents = [
-                self.corpus.among_strangers(int(p), size, rng) if is_long else self.corpus.document(int(p), cut)
-                for p in places
-            ]
-            used += sum(len(asked) + len(document) + 3 for document in documents)
+            if is_long and rng.random() < 0.5:
+                row, chosen = len(self.query), np.arange(count)
+                listed = self._parts(size, count, rng)
+            else:
+                kind = self.of_kind["science" if rng.random() < np.interp(step, *self.stage.science) else "web"]
+                row = int(kind[rng.integers(len(kind))])
+                order, hard = np.argsort(-self.cosines[row]), 2 if is_long else 5
+                chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
+                asked = self.corpus.query(int(self.query[row]))
+                listed = [
+                    (
+                        asked,
+                        self.corpus.among_strangers(int(place), size, rng)
+                        if is_long
+                        else self.corpus.document(int(place), cut),
+                    )
+                    for place in self.places[row][chosen]
+                ]
+            used += sum(len(query) + len(document) + 3 for query, document in listed)
             rows.append(row)
             members.append(chosen)
-            pairs += [(asked, document) for document in documents]
+            pairs += listed
         return rows, members, pairs, is_long
+
+    def _parts(self, size: int, count: int, rng: np.random.Generator) -> list[IdPair]:
+        """A question about a meeting or a story, with two parts of its text and parts of others."""
+        corpus = self.corpus
+        at = int(rng.integers(len(corpus.long_queries)))
+        own = corpus.long_text_of[at]
+        texts = [own, own, *rng.integers(len(corpus.long_texts), size=count - 2).tolist()]
+        asked = corpus.long_queries.get(at, tokens=QUERY_TOKENS)
+        return [(asked, corpus.part_of(text, size, rng)) for text in texts]
+
+
+def mixed(folder: Path, kept: Sequence[int], work: Path, share: float, out: Path) -> Path:
+    """A model with a share of all-MiniLM-L6-v2 (student.mix), in a folder of its own; without a share, itself."""
+    if not share:
+        return folder
+    if not out.is_dir():
+        student = Student.load(folder)
+        mix(student.weights, kept, BiEncoder.load(work / "teachers" / MINILM).weights, share)
+        student.save(out)
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="the folder with eval/, for the development sets")
-    parser.add_argument("--first", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
+    parser.add_argument("--v1", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--student", type=Path, help="begin with this folder instead of the teacher's layers")
-    parser.add_argument("--steps", type=int, default=460)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--student", type=Path, help="begin with this folder instead of the stage's own")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float)
     parser.add_argument("--budget", type=int, default=6144, help="tokens of a step in each process")
     parser.add_argument("--every", type=int, default=115, help="steps between two evaluations")
     parser.add_argument("--seed", type=int, default=21)
     args = parser.parse_args()
-    teacher = args.work / "teachers" / "ms-marco-MiniLM-L-12-v2"
-    corpus = Corpus(args.work, teacher)
-    student = args.student or args.work / "student"
-    if not student.is_dir():
-        make(teacher, corpus.probes(), student)
+    work, stage = args.work, STAGES[args.stage]
+    of_student, of_teacher = stage.shares
+    teacher = mixed(work / "teachers" / L12, range(12), work, of_teacher, work / f"{args.stage}-teacher")
+    corpus = Corpus(work, teacher)
+    student = args.student or work / "student"
+    if not args.student:
+        if args.stage == "second":
+            student = mixed(work / "first" / "final", KEPT, work, of_student, work / "second-student")
+        elif not student.is_dir():
+            make(teacher, corpus.probes(), student)
     schedule = Schedule(
-        args.steps,
-        learning_rate=args.lr,
+        args.steps or stage.steps,
+        learning_rate=args.lr or stage.rate,
         warmup=25,
         decay="linear",
         average=0.98,
@@ -232,14 +332,14 @@ def main() -> None:
     run = Run(Student.load(student), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
     loss = HiddenAndLists(
-        args.work, corpus, CrossEncoder(teacher), args.first, budget=args.budget, seed=args.seed, rank=run.rank
+        work, corpus, CrossEncoder(teacher), args.v1, stage, budget=args.budget, seed=args.seed, rank=run.rank
     )
 
     def told(row: dict, steps: int) -> None:
         if run.rank == 0 and row["step"] % 20 == 0:
             print(row, flush=True)
 
-    run.train(loss, DevSets(args.data / "eval", args.work), told)
+    run.train(loss, DevSets(args.data / "eval", work), told)
     run.finish(run.current())
 
 
