@@ -1,7 +1,8 @@
 """The trained student as it ships: scores calibrated, matrices in int8.
 
-    python runs/embedded/ship.py WORK STUDENT OUT
+    python runs/embedded/ship.py WORK STUDENT [STUDENT ...] OUT
 
+Of several students the mean of their weights ships.
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
 The factor is positive: no order changes.
@@ -16,7 +17,7 @@ import numpy as np
 from common import HELD_OUT, lines, load
 
 from turborank import engines
-from turborank.distill.students import Student, platt, scale_logits, write_int8
+from turborank.distill.students import average, platt, scale_logits, write_int8
 from turborank.scheduler import score
 from turborank.tokens import PairEncoder
 from turborank.types import Pair
@@ -41,8 +42,8 @@ def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:
 
 
 def main() -> None:
-    work, folder, out = map(Path, sys.argv[1:4])
-    student = Student.load(folder)
+    work, *folders, out = map(Path, sys.argv[1:])
+    student = average(folders)
     weights = {name: w.detach().numpy() for name, w in student.weights.items()}
     engine = engines.prepare(weights, student.config, name="native", precision="int8")
     pairs, labels = held_out_pairs(work)
