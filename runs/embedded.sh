@@ -31,9 +31,12 @@ fi
 
 python runs/embedded/data.py "$DATA" "$WORK"
 python runs/embedded/lists.py "$WORK"
-for stage in first second; do
-  torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py $stage "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/$stage"
-done
+train() { # stage, then options
+  torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py "$1" "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/$1" "${@:2}"
+}
+train first
+[[ -d $WORK/second-teacher ]] || python runs/embedded/student.py "$WORK"
+train second --student "$WORK/second-student" --teacher "$WORK/second-teacher"
 # The mean of the second stage's first and last weights ranks better than either (runs/results/students.md).
 python runs/embedded/ship.py "$WORK" "$WORK/second-student" "$WORK/second/final" "$WORK/shipped"
 cp "$WORK"/shipped/{config.json,model.safetensors,tokenizer.json} "$SHIPPED"

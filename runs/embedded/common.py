@@ -43,10 +43,8 @@ def write_lines(path: Path, values: Iterable) -> None:
 
 
 def save(path: Path, **arrays: NDArray) -> None:
-    """An npz file, whole or not at all."""
-    partial = path.with_name(
-        f".{path.name}.{os.getpid()}.partial.npz"
-    )  # processes that train together may write it both
+    """An npz file, whole or not at all, also where several processes write it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial.npz")
     np.savez(partial, **arrays)
     partial.rename(path)
 

@@ -101,7 +101,7 @@ def pairs(data: Path, texts: Texts) -> list[tuple[str, str, int]]:
 
 
 def write_long(data: Path, work: Path) -> None:
-    """The texts of LONG, each once, and their questions with the place of their text."""
+    """Write the texts of LONG, each once, and their questions, each with the index of its text."""
     clean = cleaner(())
     places: dict[str, int] = {}
     rows = [row for name in LONG for row in records(data / f"{name}.jsonl.gz")]
@@ -115,12 +115,11 @@ def write_long(data: Path, work: Path) -> None:
 
 def main() -> None:
     data, work = Path(sys.argv[1]) / "train", Path(sys.argv[2])
+    work.mkdir(parents=True, exist_ok=True)
     if not (work / "long-queries.jsonl").is_file():
-        work.mkdir(parents=True, exist_ok=True)
         write_long(data, work)
     if (work / "pool.npz").is_file():
         return
-    work.mkdir(parents=True, exist_ok=True)
     known = Texts()
     clean = cleaner(())
     for name in PASSAGES:

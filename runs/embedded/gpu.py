@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from common import TorchCrossEncoder, load
 from safetensors.numpy import load_file, save_file
-from train import L12, STAGES, Corpus, HiddenAndLists, Student, make
+from student import L12, make
+from train import STAGES, Corpus, HiddenAndLists, Student
 
 from turborank.distill.students import write_int8
 from turborank.distill.trainer import Run, Schedule

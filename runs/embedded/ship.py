@@ -2,7 +2,8 @@
 
     python runs/embedded/ship.py WORK STUDENT [STUDENT ...] OUT
 
-Of several students the mean of their weights ships.
+If several students are given, the mean of their weights ships.
+
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
 The factor is positive: no order changes.

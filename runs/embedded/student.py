@@ -1,19 +1,22 @@
 """The student before each stage of training.
 
+    python runs/embedded/student.py WORK      before the second stage: WORK/second-student and WORK/second-teacher
+
 First (:func:`make`): nine layers of ms-marco-MiniLM-L-12, its positions kept, ALiBi added. The 512 learned positions
 stay, and rows 64 … 511 repeat for the tokens after them (docs/model.md §3.1), so that pairs of up to 512 tokens are
 read as the teacher reads them. ALiBi's slopes are assigned to heads, layer by layer, so that each is served by the
 head whose attention it changes least (least total cross entropy). Segments, pooler and classifier are kept. Without
 positions the teacher's ranking is lost: runs/results/students.md.
 
-Second (:func:`mix`): the weights of the first stage, mixed with those of the bi-encoder all-MiniLM-L6-v2. Both began
-with microsoft/MiniLM-L12-H384-uncased, and are still so close that a weighted mean of their weights ranks as well on
-web questions and better on scientific ones (model soups, arXiv 2203.05482, here of models that learnt different
-tasks).
+Second (:func:`mix`): a weighted mean of the first stage's weights and those of the bi-encoder all-MiniLM-L6-v2; the
+teacher, ms-marco-MiniLM-L-12, is mixed with it, too. Both were fine-tuned from microsoft/MiniLM-L12-H384-uncased, and
+are close enough for a mean of their weights to rank web questions as well, and scientific ones better (model soups,
+arXiv 2203.05482, here of models trained for different tasks; runs/results/students.md).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,20 +32,12 @@ from turborank.distill.trainer import tensors
 from turborank.ops import torch_training as training
 
 KEPT = (0, 1, 3, 4, 6, 7, 9, 10, 11)  # the teacher's layers, from 0, whose weights the student begins with
-TARGETS = (
-    1,
-    3,
-    4,
-    6,
-    7,
-    9,
-    10,
-    11,
-    12,
-)  # states that the student's layers learn: the input of the next kept layer; the last
+# The teacher's states that the student's layers learn: the input of the next kept layer; the last one.
+TARGETS = (1, 3, 4, 6, 7, 9, 10, 11, 12)
+L12, MINILM = "ms-marco-MiniLM-L-12-v2", "all-MiniLM-L6-v2"  # folders in WORK/teachers
+SHARES = {"student": 0.4, "teacher": 0.25}  # of all-MiniLM-L6-v2; chosen on the development sets
 SLOPES = (*(2.0 ** -(4 + h / 2) for h in range(5)), *(2.0**-h for h in range(7, 13)), 0.0)
 REPEAT_FROM = 64  # positions before it belong to the query
-HEADS = 12
 STATED = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "layer_norm_eps")
 
 
@@ -60,10 +55,11 @@ def make(teacher: Path, probes: Sequence[IdPair], out: Path) -> None:
 
 @torch.no_grad()
 def mix(weights: dict[str, Tensor], kept: Sequence[int], other: Mapping[str, Tensor], share: float) -> None:
-    """Give ``other``, all-MiniLM-L6-v2, a share of ``weights``, in place: of the embeddings and of every layer it has.
+    """Replace ``weights``, in place, by (1 - share) · weights + share · other: embeddings and the layers both have.
 
-    ``kept``: of each layer of ``weights``, its number (from 0) in the twelve-layer model. Layer i of ``other`` was that
-    model's layer 2 i. Heads of ``other`` are put in the order of the heads whose values are most alike (cosine).
+    ``other``: all-MiniLM-L6-v2, whose layer i is layer 2 i of the twelve-layer model. ``kept``: for each layer of
+    ``weights``, its index in the twelve-layer model. The heads of ``other`` are first permuted to the order of
+    ``weights``: each to the head whose value projection is most similar (cosine, Hungarian algorithm).
     """
     twins = dict(other)
     partner = {name: name for name in weights if name.startswith("embeddings.")}
@@ -71,7 +67,7 @@ def mix(weights: dict[str, Tensor], kept: Sequence[int], other: Mapping[str, Ten
         if number % 2 == 0:
             mine, its = f"encoder.layer.{layer}.", f"encoder.layer.{number // 2}."
             value = "attention.self.value.weight"
-            have, found = (F.normalize(w.reshape(HEADS, -1)) for w in (weights[mine + value], twins[its + value]))
+            have, found = (F.normalize(w.reshape(len(SLOPES), -1)) for w in (weights[mine + value], twins[its + value]))
             assign_heads(twins, f"{its}attention", -(found @ have.T))
             partner |= {name: its + name.removeprefix(mine) for name in weights if name.startswith(mine)}
     for name, its in partner.items():
@@ -103,3 +99,17 @@ def match_heads(weights: dict[str, Tensor], source: BiEncoder, probes: Sequence[
                 cost[layer, :, column] -= (attention * biased).sum(-1).mean(-1)
     for layer in range(config.num_hidden_layers):
         assign_heads(weights, f"encoder.layer.{layer}.attention", cost[layer])
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    other = BiEncoder.load(work / "teachers" / MINILM).weights
+    sources = {"student": (work / "first" / "final", KEPT), "teacher": (work / "teachers" / L12, range(12))}
+    for name, (folder, kept) in sources.items():
+        model = Student.load(folder)
+        mix(model.weights, kept, other, SHARES[name])
+        model.save(work / f"second-{name}")
+
+
+if __name__ == "__main__":
+    main()

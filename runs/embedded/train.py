@@ -1,22 +1,21 @@
 """Training, in two stages: the teacher's hidden states, and lists scored by three teachers, together.
 
     torchrun --nproc_per_node 2 runs/embedded/train.py first WORK --data DATA --v1 V1 --out WORK/first
-    torchrun --nproc_per_node 2 runs/embedded/train.py second WORK --data DATA --v1 V1 --out WORK/second
+    python runs/embedded/student.py WORK
+    torchrun --nproc_per_node 2 runs/embedded/train.py second WORK --data DATA --v1 V1 --out WORK/second \
+        --student WORK/second-student --teacher WORK/second-teacher
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
-states and L-12's (FitNets, arXiv 1412.6550; the last layer's first token only), whose weight falls from 3 to .3, and
-KL (T = 3), MarginMSE and squared error against
+states and the teacher's (FitNets, arXiv 1412.6550; the last layer's first token only), and KL (T = 3), MarginMSE and
+squared error against
 
     l · L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
 
-with l, a and b by the question's source (WEIGHTS): L-12 is the best of the three on web questions, the first model on
-scientific ones. The teachers read each batch beside the student, so nothing is stored.
+with l, a and b by stage and by the question's source: L-12 is the best of the three on web questions, the first model
+on scientific ones. The teachers read each batch beside the student, so nothing is stored.
 
-Half to three quarters of the lists are scientific ones. Their states in the last layers are free: what L-12 concludes
-there is not what is to be learnt.
-
-The second stage begins with the weights of WORK/first/final mixed with those of a bi-encoder, and so does its teacher
-(student.mix).
+Half to three quarters of the lists are scientific ones. In these the states of the last layers are not learnt, because
+L-12 ranks such lists badly. STAGES has every weight. The second stage begins with mixed weights: student.py.
 
 Documents longer than L-12 reads are parts of meetings and stories, or made by hiding a passage among others: L-12
 reads them in windows, each with the question, and its best window's logit counts. Word and position embeddings are
@@ -35,48 +34,70 @@ import torch
 import torch.nn.functional as F
 from common import HELD_OUT, CrossEncoder, IdPair, TorchCrossEncoder, lines, load, pack, save
 from dev import DevSets
-from student import KEPT, TARGETS, make, mix
+from student import L12, TARGETS, make
 from torch import Tensor
 
 from turborank import checkpoint, engines
 from turborank.distill import losses
-from turborank.distill.biencoder import BiEncoder
 from turborank.distill.students import Student
 from turborank.distill.trainer import Loss, Run, Schedule, StudentModel, tensors
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300
-# Weights of L-12's logit, of bge's cosine and of v1's logit; read on DL 2021 (web) and SciFact's train split. L-12
-# weighs less for papers: it ranks abstracts worse than the other two do.
-WEB, SCIENTIFIC = (1.0, 22.0, 0.5), (0.5, 60.0, 3.0)
-WEIGHTS = {"web": WEB, "science": SCIENTIFIC}
 SCIENCE = ("acl", "pubmedqa", "medquad", "openstax", "covid", "made", "stackexchange", "reuters")  # of sources' names
 COSINE_CENTRE = 0.7  # of bge's cosines
 LISTS_LOSS = "kl@3:0.11,margin_mse:0.006"
 LEVEL, LOGIT_SCALE = 0.2, 25.0  # of the squared error, so that scores stay comparable from question to question
 K = 8  # documents of a list
 
-L12, MINILM = "ms-marco-MiniLM-L-12-v2", "all-MiniLM-L6-v2"  # folders in WORK/teachers
 Teacher = CrossEncoder | TorchCrossEncoder
+
+
+Steps = tuple[tuple[int, ...], tuple[float, ...]]  # some steps, and a value at each; linear between them
+Weights = tuple[float, float, float]  # of L-12's logit, of bge's cosine and of v1's logit
+WEB: Weights = (1.0, 22.0, 0.5)  # chosen on TREC DL 2021, those of science on SciFact's train split
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the loss weighs. Pairs are steps, and what there is at each; between them it changes evenly."""
+    """Length, learning rate, weights of the losses and of the teachers, and the mixture of lists."""
 
     steps: int
     rate: float
-    lists_from: float  # weight of the lists at step 0 ...
-    lists_whole: int  # ... and the step from which it is 1
-    hidden: tuple[tuple[int, ...], tuple[float, ...]]  # weight of the states
-    science: tuple[tuple[int, ...], tuple[float, ...]]  # share of scientific lists
-    long_every: int = 32  # steps
-    shares: tuple[float, float] = (0.0, 0.0)  # of all-MiniLM-L6-v2 in the student's first weights, and in the teacher's
+    lists: Steps  # weight of the losses on lists
+    hidden: Steps  # weight of the loss on hidden states
+    science: Steps  # share of scientific lists
+    scientific: Weights
+    long_every: int  # every such step has long documents
+    parts: float  # share of parts of meetings and stories among long documents; the others hide a passage
 
 
 STAGES = {
-    "first": Stage(460, 3e-4, 0.3, 300, ((60, 240, 299, 300), (3.0, 0.5, 0.5, 0.3)), ((299, 300), (0.5, 0.75))),
-    "second": Stage(430, 1.3e-4, 1.0, 1, ((0,), (0.5,)), ((0,), (0.65,)), 10, (0.4, 0.25)),
+    "first": Stage(
+        steps=460,
+        rate=3e-4,
+        lists=((0, 300), (0.3, 1.0)),
+        hidden=((60, 240, 299, 300), (3.0, 0.5, 0.5, 0.3)),
+        science=((299, 300), (0.5, 0.75)),
+        scientific=(1.0, 60.0, 2.0),
+        long_every=32,
+        parts=0.0,
+    ),
+    "second": Stage(
+        steps=430,
+        rate=1.3e-4,
+        lists=((0,), (1.0,)),
+        hidden=((0,), (0.5,)),
+        science=((0,), (0.65,)),
+        scientific=(0.5, 60.0, 3.0),
+        long_every=10,
+        parts=0.5,
+    ),
 }
+
+
+def at(step: int, values: Steps) -> float:
+    """The value of a step."""
+    return float(np.interp(step, *values))
 
 
 class Texts:
@@ -87,7 +108,7 @@ class Texts:
 
     @classmethod
     def read(cls, path: Path, teacher: Path, texts: Callable[[], list[str]]) -> Texts:
-        """Those in the file; where there is none, made of ``texts`` by the teacher's tokenizer."""
+        """Read the file. If there is none, tokenize ``texts`` with the teacher's tokenizer and write it."""
         if not path.is_file():
             tokenizer = checkpoint.load(teacher).tokenizer
             tokenizer.no_padding()
@@ -104,7 +125,7 @@ class Texts:
         return len(self.bounds) - 1
 
     def get(self, at: int, start: int = 0, tokens: int | None = None) -> list[int]:
-        """Of text ``at``, so many tokens from ``start``; by default all."""
+        """The ids of text ``at``, ``tokens`` of them from ``start``; by default all."""
         whole = self.ids[self.bounds[at] : self.bounds[at + 1]]
         return whole[start : None if tokens is None else start + tokens].tolist()
 
@@ -141,7 +162,7 @@ class Corpus:
         return [token for part in rng.permutation(len(parts)) for token in parts[part]][:tokens]
 
     def part_of(self, text: int, tokens: int, rng: np.random.Generator) -> list[int]:
-        """So many tokens of a long text, from anywhere."""
+        """``tokens`` consecutive tokens of a long text, from a random place."""
         last = int(np.diff(self.long_texts.bounds)[text]) - tokens
         return self.long_texts.get(text, int(rng.integers(max(1, last))), tokens)
 
@@ -191,10 +212,11 @@ class HiddenAndLists:
         self.query, self.places, self.cosines = query[kept], places[kept], cosines[kept]
         sources = [row["source"] for row in lines(work / "queries.jsonl")]
         kinds = ["science" if sources[q].startswith(SCIENCE) else "web" for q in self.query]
-        # One row more, of lists of parts of long texts: these have no cosines.
-        self.weights = np.array([*(WEIGHTS[kind] for kind in kinds), WEB], np.float32)  # (lists, 3)
+        weights = {"web": WEB, "science": stage.scientific}
+        # One more row stands for the lists of parts of long texts, which have no cosines.
+        self.weights = np.array([*(weights[kind] for kind in kinds), WEB], np.float32)  # (lists + 1, 3)
         self.cosines = np.append(self.cosines, np.full_like(self.cosines[:1], COSINE_CENTRE), axis=0)
-        self.of_kind = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in WEIGHTS}
+        self.of_kind = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in weights}
         model = Student.load(v1)
         numbers = {name: w.detach().numpy() for name, w in model.weights.items()}
         name, precision = engines.choose("torch" if torch.cuda.is_available() else "auto", config=model.config)
@@ -217,13 +239,12 @@ class HiddenAndLists:
         real = torch.ones_like(wanted, dtype=torch.bool)
         loss, parts = self.of_lists(have, losses.Targets(wanted, None, real, real))
         loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
-        stage = self.stage
-        loss = loss * min(1.0, stage.lists_from + (1 - stage.lists_from) * step / stage.lists_whole)
+        loss = loss * at(step, self.stage.lists)
         if states is not None:
             science = np.isin(rows, self.of_kind["science"])
             learning = torch.from_numpy(np.repeat(~science, [len(some) for some in members])).to(wanted.device)
             hidden = self._hidden(trace[1:], [states[layer] for layer in TARGETS], learning, np.diff(batch.cu_seqlens))
-            loss, parts["hidden"] = loss + float(np.interp(step, *stage.hidden)) * hidden, hidden.item()
+            loss, parts["hidden"] = loss + at(step, self.stage.hidden) * hidden, hidden.item()
         return Loss(loss, parts, batch.tokens)
 
     def _hidden(
@@ -251,24 +272,20 @@ class HiddenAndLists:
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
-            if is_long and rng.random() < 0.5:
+            if is_long and rng.random() < self.stage.parts:
                 row, chosen = len(self.query), np.arange(count)
                 listed = self._parts(size, count, rng)
             else:
-                kind = self.of_kind["science" if rng.random() < np.interp(step, *self.stage.science) else "web"]
+                kind = self.of_kind["science" if rng.random() < at(step, self.stage.science) else "web"]
                 row = int(kind[rng.integers(len(kind))])
                 order, hard = np.argsort(-self.cosines[row]), 2 if is_long else 5
                 chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
                 asked = self.corpus.query(int(self.query[row]))
-                listed = [
-                    (
-                        asked,
-                        self.corpus.among_strangers(int(place), size, rng)
-                        if is_long
-                        else self.corpus.document(int(place), cut),
-                    )
-                    for place in self.places[row][chosen]
+                documents = [
+                    self.corpus.among_strangers(int(p), size, rng) if is_long else self.corpus.document(int(p), cut)
+                    for p in self.places[row][chosen]
                 ]
+                listed = [(asked, document) for document in documents]
             used += sum(len(query) + len(document) + 3 for query, document in listed)
             rows.append(row)
             members.append(chosen)
@@ -285,17 +302,6 @@ class HiddenAndLists:
         return [(asked, corpus.part_of(text, size, rng)) for text in texts]
 
 
-def mixed(folder: Path, kept: Sequence[int], work: Path, share: float, out: Path) -> Path:
-    """A model with a share of all-MiniLM-L6-v2 (student.mix), in a folder of its own; without a share, itself."""
-    if not share:
-        return folder
-    if not out.is_dir():
-        student = Student.load(folder)
-        mix(student.weights, kept, BiEncoder.load(work / "teachers" / MINILM).weights, share)
-        student.save(out)
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
@@ -303,7 +309,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder with eval/, for the development sets")
     parser.add_argument("--v1", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--student", type=Path, help="begin with this folder instead of the stage's own")
+    parser.add_argument("--student", type=Path, help="begin with this folder instead of some of the teacher's layers")
+    parser.add_argument("--teacher", type=Path, help=f"default: WORK/teachers/{L12}")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--budget", type=int, default=6144, help="tokens of a step in each process")
@@ -311,15 +318,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=21)
     args = parser.parse_args()
     work, stage = args.work, STAGES[args.stage]
-    of_student, of_teacher = stage.shares
-    teacher = mixed(work / "teachers" / L12, range(12), work, of_teacher, work / f"{args.stage}-teacher")
+    teacher = args.teacher or work / "teachers" / L12
     corpus = Corpus(work, teacher)
     student = args.student or work / "student"
-    if not args.student:
-        if args.stage == "second":
-            student = mixed(work / "first" / "final", KEPT, work, of_student, work / "second-student")
-        elif not student.is_dir():
-            make(teacher, corpus.probes(), student)
+    if not student.is_dir():
+        make(teacher, corpus.probes(), student)
     schedule = Schedule(
         args.steps or stage.steps,
         learning_rate=args.lr or stage.rate,
