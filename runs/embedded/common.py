@@ -15,14 +15,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from turborank import checkpoint, engines
-from turborank.architectures import ARCHITECTURES, bert
+from turborank.architectures import bert
 from turborank.checkpoint.tensors import dense
 from turborank.distill.trainer import tensors
 from turborank.ops import torch as torch_ops
 from turborank.types import PackedBatch
 
 CLS, SEP = 101, 102  # of the WordPiece vocabulary that both teachers and the student share
-LONGEST = 512  # tokens that bge reads
 HELD_OUT = 600  # the last questions: never trained on
 QUERY_PREFIX = "Represent this sentence for searching relevant passages: "  # bge's, for questions only
 
@@ -70,7 +69,7 @@ def pack(pairs: Sequence[IdPair]) -> PackedBatch:
 
 
 class CrossEncoder:
-    """A cross-encoder with a BERT's head: hidden states after every layer, and logits, by the int8 engine."""
+    """ms-marco-MiniLM-L-12: hidden states after every layer, and logits, by the int8 engine."""
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         loaded = checkpoint.load(folder)
@@ -98,8 +97,7 @@ class TorchCrossEncoder:
     def __call__(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
         """As :meth:`CrossEncoder.__call__`, on the device."""
         trace: list[Tensor] = []
-        architecture = ARCHITECTURES[self.config.architecture]
-        logits = architecture.forward(self.weights, self.config, tensors(batch, self.device), torch_ops, trace)
+        logits = bert.forward(self.weights, self.config, tensors(batch, self.device), torch_ops, trace)
         return trace, logits.float()
 
 
@@ -121,24 +119,6 @@ class BiEncoder:
         self.tokenizer.no_truncation()
         self.width = c
 
-    def cosines(self, pairs: Sequence[IdPair]) -> NDArray[np.float32]:
-        """(P,) cosine of query and document of each pair, of token ids."""
-        prefix = self.tokenizer.encode(QUERY_PREFIX, add_special_tokens=False).ids
-        distinct = list(dict.fromkeys(tuple(query) for query, _ in pairs))
-        rows = {query: at for at, query in enumerate(distinct)}
-        vectors = self._vectors([*([*prefix, *query] for query in distinct), *(document for _, document in pairs)])
-        asked = vectors[[rows[tuple(query)] for query, _ in pairs]]
-        return (asked * vectors[len(distinct) :]).sum(1)
-
-    def _vectors(self, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Unit vectors (N, C) of token ids without the template."""
-        flat = [token for some in ids for token in (CLS, *some[: LONGEST - 2], SEP)]
-        sizes = [min(len(some) + 2, LONGEST) for some in ids]
-        bounds = np.cumsum([0, *sizes]).astype(np.int32)
-        batch = PackedBatch(np.asarray(flat, np.int32), np.zeros(len(flat), np.int32), bounds, max(sizes))
-        states = self.engine.layers(batch)[-1]
-        return states / np.linalg.norm(states, axis=1, keepdims=True)
-
     def embed(
         self, texts: Sequence[str], tokens: int, *, prefix: str = "", told: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float16]:
@@ -150,7 +130,12 @@ class BiEncoder:
             order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
             for first in range(0, len(order), 64):
                 group = order[first : first + 64]
-                out[[start + at for at in group]] = self._vectors([ids[at] for at in group])
+                flat = [token for at in group for token in (CLS, *ids[at], SEP)]
+                sizes = [len(ids[at]) + 2 for at in group]
+                bounds = np.cumsum([0, *sizes]).astype(np.int32)
+                batch = PackedBatch(np.asarray(flat, np.int32), np.zeros(len(flat), np.int32), bounds, max(sizes))
+                states = self.engine.layers(batch)[-1]
+                out[[start + at for at in group]] = states / np.linalg.norm(states, axis=1, keepdims=True)
             if told is not None:
                 told(min(start + 4096, len(texts)), len(texts))
         return out

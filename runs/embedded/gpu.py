@@ -26,7 +26,7 @@ import torch
 from common import TorchCrossEncoder, load
 from safetensors.numpy import load_file, save_file
 from student import L12, make
-from train import Corpus, HiddenAndLists, Student
+from train import STAGES, Corpus, HiddenAndLists, Student
 
 from turborank.distill.students import write_int8
 from turborank.distill.trainer import Run, Schedule
@@ -153,13 +153,13 @@ def write(student: Student, out: Path) -> None:
 def run(args) -> None:
     work = args.out / "work"
     unpack(args.parts, work)
-    l12, first = work / "teachers" / L12, work / "first"
-    corpus = Corpus(work, l12)
-    if not (work / "student").is_dir():
-        make(l12, first, corpus.probes(), work)
-    reader = TorchCrossEncoder(work / "teacher", args.device, args.dtype)
+    teacher = work / "teachers" / L12
+    corpus = Corpus(work, teacher)
+    reader = TorchCrossEncoder(teacher, args.device, args.dtype)
     folder = args.student or work / "student"
-    loss = HiddenAndLists(work, corpus, reader, first, budget=args.budget, seed=0)
+    if not folder.is_dir():
+        make(teacher, corpus.probes(), folder)
+    loss = HiddenAndLists(work, corpus, reader, work / "first", STAGES["first"], budget=args.budget, seed=0)
     stage("train", Student.load(folder), loss, args.out, args.seconds, args)
 
 

@@ -1,35 +1,40 @@
-"""Training: the teacher's hidden states, and lists scored by three teachers, together.
+"""Training, in two stages: the teacher's hidden states, and lists scored by three teachers, together.
 
-    torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --v1 V1 --out WORK/run
+    torchrun --nproc_per_node 2 runs/embedded/train.py first WORK --data DATA --v1 V1 --out WORK/first
+    python runs/embedded/student.py WORK
+    torchrun --nproc_per_node 2 runs/embedded/train.py second WORK --data DATA --v1 V1 --out WORK/second \
+        --student WORK/second-student --teacher WORK/second-teacher
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
 states and the teacher's (FitNets, arXiv 1412.6550; the last layer's first token only), and KL (T = 3), MarginMSE and
 squared error against
 
-    l · teacher's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
+    l · L-12's logit + a · (bge's cosine - .7) + b · the first embedded model's logit
 
-with l, a and b by the question's source: WEB and SCIENTIFIC. The teacher is made by student.py from
-ms-marco-MiniLM-L-12, the best of the three on web questions; the first model is best on scientific ones. The teachers
-read each batch beside the student, so nothing is stored. In scientific lists the states of the last layers are not
-learnt, because the fused scores rank such lists better than the teacher does.
+with l, a and b by stage and by the question's source: L-12 is the best of the three on web questions, the first model
+on scientific ones. The teachers read each batch beside the student, so nothing is stored.
 
-Documents longer than the teacher's 512 positions are parts of meetings and stories, or made by hiding a passage among
-others: it reads them in windows, each with the question, and its best window's logit counts. Word and position
-embeddings are not trained. A run stops and goes on by itself: the same command continues from the newest checkpoint.
+Half to three quarters of the lists are scientific ones. In these the states of the last layers are not learnt, because
+L-12 ranks such lists badly. STAGES has every weight. The second stage begins with mixed weights: student.py.
+
+Documents longer than L-12 reads are parts of meetings and stories, or made by hiding a passage among others: L-12
+reads them in windows, each with the question, and its best window's logit counts. Word and position embeddings are
+not trained. Runs stop and go on by themselves: the same command continues from the newest checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import HELD_OUT, BiEncoder, CrossEncoder, IdPair, TorchCrossEncoder, lines, load, pack, save
+from common import HELD_OUT, CrossEncoder, IdPair, TorchCrossEncoder, lines, load, pack, save
 from dev import DevSets
-from student import BGE, L12, TARGETS, make
+from student import L12, TARGETS, make
 from torch import Tensor
 
 from turborank import checkpoint, engines
@@ -49,15 +54,45 @@ Teacher = CrossEncoder | TorchCrossEncoder
 
 Steps = tuple[tuple[int, ...], tuple[float, ...]]  # some steps, and a value at each; linear between them
 Weights = tuple[float, float, float]  # of L-12's logit, of bge's cosine and of v1's logit
-WEB: Weights = (1.0, 22.0, 0.5)  # chosen on TREC DL 2021
-SCIENTIFIC: Weights = (0.75, 60.0, 2.5)  # chosen on SciFact's train split
+WEB: Weights = (1.0, 22.0, 0.5)  # chosen on TREC DL 2021, those of science on SciFact's train split
 
-STEPS, RATE = 440, 2.5e-4
-LISTS: Steps = ((0, 200), (0.3, 1.0))  # weight of the losses on lists
-HIDDEN: Steps = ((0, 150), (3.0, 1.0))  # weight of the loss on hidden states
-SCIENCE_SHARE = 0.6  # of the lists
-LONG_EVERY = 16  # every such step has long documents
-PARTS = 0.5  # share of parts of meetings and stories among long documents; the others hide a passage
+
+@dataclass(frozen=True)
+class Stage:
+    """Length, learning rate, weights of the losses and of the teachers, and the mixture of lists."""
+
+    steps: int
+    rate: float
+    lists: Steps  # weight of the losses on lists
+    hidden: Steps  # weight of the loss on hidden states
+    science: Steps  # share of scientific lists
+    scientific: Weights
+    long_every: int  # every such step has long documents
+    parts: float  # share of parts of meetings and stories among long documents; the others hide a passage
+
+
+STAGES = {
+    "first": Stage(
+        steps=460,
+        rate=3e-4,
+        lists=((0, 300), (0.3, 1.0)),
+        hidden=((60, 240, 299, 300), (3.0, 0.5, 0.5, 0.3)),
+        science=((299, 300), (0.5, 0.75)),
+        scientific=(1.0, 60.0, 2.0),
+        long_every=32,
+        parts=0.0,
+    ),
+    "second": Stage(
+        steps=430,
+        rate=1.3e-4,
+        lists=((0,), (1.0,)),
+        hidden=((0,), (0.5,)),
+        science=((0,), (0.65,)),
+        scientific=(0.5, 60.0, 3.0),
+        long_every=10,
+        parts=0.5,
+    ),
+}
 
 
 def at(step: int, values: Steps) -> float:
@@ -119,12 +154,11 @@ class Corpus:
     def document(self, at: int, tokens: int = DOCUMENT_TOKENS) -> list[int]:
         return self.texts.get(at, tokens=tokens)
 
-    def among_others(self, at: int, tokens: int, rng: np.random.Generator, *, near: bool) -> list[int]:
-        """A passage somewhere among those that follow it in the collection (``near``) or any, so many tokens in all."""
+    def among_strangers(self, at: int, tokens: int, rng: np.random.Generator) -> list[int]:
+        """A passage somewhere among others, so many tokens in all."""
         parts = [self.document(at)]
         while sum(map(len, parts)) < tokens:
-            other = (at + len(parts)) % len(self.texts) if near else int(rng.integers(len(self.texts)))
-            parts.append(self.document(other))
+            parts.append(self.document(int(rng.integers(len(self.texts)))))
         return [token for part in rng.permutation(len(parts)) for token in parts[part]][:tokens]
 
     def part_of(self, text: int, tokens: int, rng: np.random.Generator) -> list[int]:
@@ -154,9 +188,8 @@ class HiddenAndLists:
     """The loss, for :meth:`Run.train`. ``rank``: of this process; each draws lists of its own."""
 
     window = 350
-    cuts, sizes, shares = (110, 300, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
-    grown, often = (0, 280, 440), (0.4, 0.3, 0.3)  # tokens of passages among their neighbours, 0: alone; how often
-    free = 2  # last layers whose states scientific lists do not learn
+    cuts, sizes, shares = (70, 110, 180, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
+    free = 5  # last layers whose states scientific lists do not learn
 
     def __init__(
         self,
@@ -164,12 +197,13 @@ class HiddenAndLists:
         corpus: Corpus,
         teacher: Teacher,
         v1: Path,
+        stage: Stage,
         *,
         budget: int,
         seed: int,
         rank: int = 0,
     ) -> None:
-        self.corpus, self.teacher = corpus, teacher
+        self.corpus, self.teacher, self.stage = corpus, teacher, stage
         self.budget, self.seeds = budget, (seed, rank)
         self.of_lists = losses.mix(LISTS_LOSS)
         shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
@@ -178,12 +212,11 @@ class HiddenAndLists:
         self.query, self.places, self.cosines = query[kept], places[kept], cosines[kept]
         sources = [row["source"] for row in lines(work / "queries.jsonl")]
         kinds = ["science" if sources[q].startswith(SCIENCE) else "web" for q in self.query]
-        weights = {"web": WEB, "science": SCIENTIFIC}
+        weights = {"web": WEB, "science": stage.scientific}
         # One more row stands for the lists of parts of long texts, which have no cosines.
         self.weights = np.array([*(weights[kind] for kind in kinds), WEB], np.float32)  # (lists + 1, 3)
         self.cosines = np.append(self.cosines, np.full_like(self.cosines[:1], COSINE_CENTRE), axis=0)
         self.of_kind = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in weights}
-        self.bge = BiEncoder(work / "teachers" / BGE)
         model = Student.load(v1)
         numbers = {name: w.detach().numpy() for name, w in model.weights.items()}
         name, precision = engines.choose("torch" if torch.cuda.is_available() else "auto", config=model.config)
@@ -196,10 +229,7 @@ class HiddenAndLists:
             logits = best_windows(self.teacher, pairs, self.window)
         else:
             states, logits = self.teacher(batch)
-        if is_long:
-            cosines = np.stack([self.cosines[row][chosen] for row, chosen in zip(rows, members, strict=True)])
-        else:
-            cosines = self.bge.cosines(pairs).reshape(len(rows), -1)
+        cosines = np.stack([self.cosines[row][chosen] for row, chosen in zip(rows, members, strict=True)])
         own = self.v1.logits(batch).reshape(cosines.shape)
         of_teacher, of_cosine, of_own = self.weights[rows].T[:, :, None]
         added = torch.from_numpy(of_cosine * (cosines - COSINE_CENTRE) + of_own * own).to(logits.device, torch.float32)
@@ -209,12 +239,12 @@ class HiddenAndLists:
         real = torch.ones_like(wanted, dtype=torch.bool)
         loss, parts = self.of_lists(have, losses.Targets(wanted, None, real, real))
         loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
-        loss = loss * at(step, LISTS)
+        loss = loss * at(step, self.stage.lists)
         if states is not None:
             science = np.isin(rows, self.of_kind["science"])
             learning = torch.from_numpy(np.repeat(~science, [len(some) for some in members])).to(wanted.device)
             hidden = self._hidden(trace[1:], [states[layer] for layer in TARGETS], learning, np.diff(batch.cu_seqlens))
-            loss, parts["hidden"] = loss + at(step, HIDDEN) * hidden, hidden.item()
+            loss, parts["hidden"] = loss + at(step, self.stage.hidden) * hidden, hidden.item()
         return Loss(loss, parts, batch.tokens)
 
     def _hidden(
@@ -235,26 +265,24 @@ class HiddenAndLists:
         """Lists of one step: row and members of each, all pairs, and whether the documents are long."""
         seed, rank = self.seeds
         rng = np.random.default_rng((seed, step, rank, 13))
-        is_long = step % LONG_EVERY == LONG_EVERY - 1
+        every = self.stage.long_every
+        is_long = step % every == every - 1
         size = int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
         cut = int(rng.choice(self.cuts))
-        total = size or int(rng.choice(self.grown, p=self.often))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
-            if is_long and rng.random() < PARTS:
+            if is_long and rng.random() < self.stage.parts:
                 row, chosen = len(self.query), np.arange(count)
                 listed = self._parts(size, count, rng)
             else:
-                kind = self.of_kind["science" if rng.random() < SCIENCE_SHARE else "web"]
+                kind = self.of_kind["science" if rng.random() < at(step, self.stage.science) else "web"]
                 row = int(kind[rng.integers(len(kind))])
                 order, hard = np.argsort(-self.cosines[row]), 2 if is_long else 5
                 chosen = np.concatenate([rng.permutation(order[:8])[:hard], rng.permutation(order[8:])[: count - hard]])
                 asked = self.corpus.query(int(self.query[row]))
                 documents = [
-                    self.corpus.among_others(int(p), total, rng, near=not is_long)
-                    if total
-                    else self.corpus.document(int(p), cut)
+                    self.corpus.among_strangers(int(p), size, rng) if is_long else self.corpus.document(int(p), cut)
                     for p in self.places[row][chosen]
                 ]
                 listed = [(asked, document) for document in documents]
@@ -276,33 +304,39 @@ class HiddenAndLists:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="the folder with eval/, for the development sets")
     parser.add_argument("--v1", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--lr", type=float, default=RATE)
+    parser.add_argument("--student", type=Path, help="begin with this folder instead of some of the teacher's layers")
+    parser.add_argument("--teacher", type=Path, help=f"default: WORK/teachers/{L12}")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float)
     parser.add_argument("--budget", type=int, default=6144, help="tokens of a step in each process")
-    parser.add_argument("--every", type=int, default=220, help="steps between two evaluations")
+    parser.add_argument("--every", type=int, default=115, help="steps between two evaluations")
     parser.add_argument("--seed", type=int, default=21)
     args = parser.parse_args()
-    work = args.work
-    corpus = Corpus(work, work / "teachers" / L12)
-    if not (work / "student").is_dir():
-        make(work / "teachers" / L12, args.v1, corpus.probes(), work)
+    work, stage = args.work, STAGES[args.stage]
+    teacher = args.teacher or work / "teachers" / L12
+    corpus = Corpus(work, teacher)
+    student = args.student or work / "student"
+    if not student.is_dir():
+        make(teacher, corpus.probes(), student)
     schedule = Schedule(
-        args.steps,
-        learning_rate=args.lr,
+        args.steps or stage.steps,
+        learning_rate=args.lr or stage.rate,
         warmup=25,
         decay="linear",
         average=0.98,
         save_every=100,
         evaluate_every=args.every,
     )
-    run = Run(Student.load(work / "student"), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
+    run = Run(Student.load(student), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
-    teacher = CrossEncoder(work / "teacher")
-    loss = HiddenAndLists(work, corpus, teacher, args.v1, budget=args.budget, seed=args.seed, rank=run.rank)
+    loss = HiddenAndLists(
+        work, corpus, CrossEncoder(teacher), args.v1, stage, budget=args.budget, seed=args.seed, rank=run.rank
+    )
 
     def told(row: dict, steps: int) -> None:
         if run.rank == 0 and row["step"] % 20 == 0:
