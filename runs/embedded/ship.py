@@ -1,8 +1,9 @@
 """The trained student as it ships: scores calibrated, matrices in int8.
 
-    python runs/embedded/ship.py WORK STUDENT [STUDENT ...] OUT
+    python runs/embedded/ship.py WORK V1 FIRST LAST OUT
 
-If several students are given, the mean of their weights ships.
+Average of weights: a share of the FIRST ones of training and of the LAST ones; then a share of turborank-embedded-v1's
+(V1) in its six layers. Both shares were chosen on the development sets (runs/results/students.md).
 
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
@@ -11,19 +12,24 @@ The factor is positive: no order changes.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from common import HELD_OUT, lines, load
+from student import KEPT, mix
+from tokenizers import Tokenizer
 
 from turborank import engines
-from turborank.distill.students import average, platt, scale_logits, write_int8
+from turborank.distill.students import WORDS, Student, platt, scale_logits, write_int8
 from turborank.scheduler import score
 from turborank.tokens import PairEncoder
 from turborank.types import Pair
 
 MAX_LENGTH, CANDIDATES = 384, 15
+TRAINED, V1_SHARE = 0.8, 0.4  # shares of the last weights of training, and of v1's
 
 
 def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:
@@ -42,9 +48,32 @@ def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:
     return pairs, np.array(labels)
 
 
+def averaged(v1: Path, first: Path, last: Path) -> Student:
+    """The weights that ship, before calibration."""
+    student, start = Student.load(last), Student.load(first).weights
+    student.weights = {name: torch.lerp(start[name], w, TRAINED) for name, w in student.weights.items()}
+    mix(student.weights, Student.load(v1).weights, V1_SHARE, kept=KEPT, embeddings=False)
+    return student
+
+
+def without_unused(student: Student) -> Student:
+    """The same without the [unused] rows of the vocabulary (994, .4 MB), which are in no text."""
+    data = json.loads(student.tokenizer.to_str())
+    kept = [piece for piece in sorted(data["model"]["vocab"], key=data["model"]["vocab"].get) if "[unused" not in piece]
+    rows = torch.tensor([data["model"]["vocab"][piece] for piece in kept])
+    data["model"]["vocab"] = place = {piece: at for at, piece in enumerate(kept)}
+    for token in data["added_tokens"]:
+        token["id"] = place[token["content"]]
+    for token in data["post_processor"]["special_tokens"].values():
+        token["ids"] = [place[piece] for piece in token["tokens"]]
+    weights = student.weights | {WORDS: student.weights[WORDS][rows]}
+    raw = student.raw_config | {"vocab_size": len(kept), "pad_token_id": place["[PAD]"]}
+    return Student(weights, raw, Tokenizer.from_str(json.dumps(data)))
+
+
 def main() -> None:
-    work, *folders, out = map(Path, sys.argv[1:])
-    student = average(folders)
+    work, v1, first, last, out = map(Path, sys.argv[1:])
+    student = without_unused(averaged(v1, first, last))
     weights = {name: w.detach().numpy() for name, w in student.weights.items()}
     engine = engines.prepare(weights, student.config, name="native", precision="int8")
     pairs, labels = held_out_pairs(work)
