@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 REQUEST = {
     "query": "how do bees choose a home?",
-    "documents": ["Scouts dance for the hollow tree that they like best.", "Bread rises because yeast makes gas."],
+    "documents": ["Scout bees dance for the hollow tree that they like best.", "Bread rises because yeast makes gas."],
     "top_n": 1,
 }
 
