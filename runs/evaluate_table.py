@@ -176,8 +176,12 @@ def table(rows: list[dict]) -> str:
 
 
 def shown(text: str, rows: list[dict]) -> str:
-    """A page with the figures of ``rows`` in its small table: | collection | queries | BM25 | other | model |."""
-    figures = {row["name"]: [system["measures"].get("nDCG@10") for system in row["systems"]] for row in rows}
+    """A page with the figures of ``rows`` in its small table: | collection | queries | BM25 | other | model |.
+
+    A collection that the embedded model was not evaluated on keeps its line.
+    """
+    evaluated = (row for row in rows if row["systems"][1]["name"] == catalog.DEFAULT)
+    figures = {row["name"]: [system["measures"].get("nDCG@10") for system in row["systems"]] for row in evaluated}
     for label, names in SHOWN.items():
         if all(name in figures for name in names):
             first, model = (f"{mean(figures[name][at] for name in names):.4f}" for at in (0, 1))

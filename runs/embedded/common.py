@@ -23,7 +23,7 @@ from turborank.types import ModelConfig, PackedBatch
 
 CLS, SEP = 101, 102  # of the WordPiece vocabulary that both teachers and the student share
 LONGEST = 512  # tokens that bge reads
-QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300  # of training pairs, where nothing else is said
+QUERY_TOKENS, DOCUMENT_TOKENS = 64, 300  # maximum tokens of a training query and passage
 HELD_OUT = 600  # the last questions: never trained on
 QUERY_PREFIX = "Represent this sentence for searching relevant passages: "  # bge's, for questions only
 
@@ -70,7 +70,7 @@ def pack(pairs: Sequence[IdPair]) -> PackedBatch:
     return PackedBatch(*arrays, max(np.diff(bounds), default=0))
 
 
-class Native:
+class NativeModel:
     """A BERT's hidden states after every layer, and logits, by the int8 engine."""
 
     def __init__(self, weights: Mapping[str, NDArray], config: ModelConfig, threads: int = 1) -> None:
@@ -87,8 +87,8 @@ class Native:
         return states, (torch.tanh(states[-1] @ dense.T + dense_bias) @ classifier.T + bias)[:, 0]
 
 
-class OnDevice:
-    """The same in torch, on a GPU, where the native engine is not."""
+class TorchModel:
+    """The same model in torch, for a GPU machine, which has no native engine."""
 
     def __init__(
         self, weights: Mapping[str, NDArray], config: ModelConfig, device: str, dtype: torch.dtype = torch.bfloat16
@@ -98,24 +98,24 @@ class OnDevice:
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-        """As :meth:`Native.__call__`, on the device."""
+        """As :meth:`NativeModel.__call__`, on the device."""
         trace: list[Tensor] = []
         architecture = ARCHITECTURES[self.config.architecture]
         logits = architecture.forward(self.weights, self.config, tensors(batch, self.device), torch_ops, trace)
         return trace, logits.float()
 
 
-Model = Native | OnDevice
+Model = NativeModel | TorchModel
 
 
 def cross_encoder(folder: Path) -> tuple[dict[str, NDArray], ModelConfig]:
-    """Weights, multiplied out, and config of a model folder."""
+    """Dequantised weights and config of a cross-encoder's folder."""
     loaded = checkpoint.load(folder)
     return dense(loaded.weights), loaded.config
 
 
 def bi_encoder(folder: Path) -> tuple[dict[str, NDArray], ModelConfig]:
-    """The same of a BERT without a head. It gets one that nobody asks for its logit."""
+    """Weights and config of a BERT encoder's folder, with a placeholder head: only the hidden states are used."""
     raw = json.loads((folder / "config.json").read_text())
     c = raw["hidden_size"]
     weights = load_file(folder / "model.safetensors") | {
@@ -127,7 +127,7 @@ def bi_encoder(folder: Path) -> tuple[dict[str, NDArray], ModelConfig]:
 
 
 class BiEncoder:
-    """bge-small: the first token's last state, normalised."""
+    """bge-small: a text's vector is the last state of its first token, normalised."""
 
     def __init__(self, model: Model, tokenizer: Path) -> None:
         self.model = model

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Corpus, OnDevice, load
+from common import Corpus, TorchModel, load
 from safetensors.numpy import load_file, save_file
 from student import BGE, L12, make
 from train import HiddenAndLists, Student, Teachers
@@ -158,7 +158,7 @@ def run(args) -> None:
     corpus = Corpus(work, l12)
     if not (work / "student").is_dir():
         make(l12, first, corpus.probes(), work)
-    teachers = Teachers.load(work, first, lambda *given: OnDevice(*given, args.device, args.dtype), "torch")
+    teachers = Teachers.load(work, first, lambda *given: TorchModel(*given, args.device, args.dtype), "torch")
     folder = args.student or work / "student"
     loss = HiddenAndLists(work, corpus, teachers, budget=args.budget, seed=0)
     stage("train", Student.load(folder), loss, args.out, args.seconds, args)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import HELD_OUT, QUERY_PREFIX, BiEncoder, Native, bi_encoder, lines, load, save
+from common import HELD_OUT, QUERY_PREFIX, BiEncoder, NativeModel, bi_encoder, lines, load, save
 
 QUESTIONS, BEST = 14_000, 10  # whose passages get vectors
 QUESTION_TOKENS, PASSAGE_TOKENS = 60, 80
@@ -29,7 +29,7 @@ def vectors(work: Path, teacher: Path) -> tuple[np.ndarray, np.ndarray, np.ndarr
         queries = [row["query"] for row in lines(work / "queries.jsonl")]
         pool, started = load(work / "pool.npz"), time.monotonic()
         chosen = np.unique(np.concatenate([pool["places"][at : at + BEST] for at in pool["bounds"][:QUESTIONS]]))
-        model = BiEncoder(Native(*bi_encoder(teacher)), teacher / "tokenizer.json")
+        model = BiEncoder(NativeModel(*bi_encoder(teacher)), teacher / "tokenizer.json")
 
         def told(done: int, of: int) -> None:
             print(f"vectors: {done:,} of {of:,} in {time.monotonic() - started:.0f} s", flush=True)

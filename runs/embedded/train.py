@@ -28,7 +28,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import QUERY_TOKENS, BiEncoder, Corpus, IdPair, Model, Native, bi_encoder, cross_encoder, lines, load, pack
+from common import (
+    QUERY_TOKENS,
+    BiEncoder,
+    Corpus,
+    IdPair,
+    Model,
+    NativeModel,
+    bi_encoder,
+    cross_encoder,
+    lines,
+    load,
+    pack,
+)
 from dev import DevSets
 from student import BGE, L12, TARGETS
 from torch import Tensor
@@ -83,7 +95,7 @@ class Teachers(NamedTuple):
 
     @classmethod
     def load(cls, work: Path, v1: Path, model: Callable[..., Model], engine: str = "native") -> Teachers:
-        """``model``: makes one of weights and config; ``engine``: of v1."""
+        """``model``: builds a teacher from weights and config; ``engine``: name of the engine that runs v1."""
         averaged, bge = work / "teacher", work / "teachers" / BGE
         weights, config = cross_encoder(v1)
         _, precision = engines.choose(engine, config=config)
@@ -99,7 +111,8 @@ class HiddenAndLists:
 
     window = 350
     cuts, sizes, shares = (110, 300, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
-    grown, often = (0, 280, 440), (0.4, 0.3, 0.3)  # tokens of passages among their neighbours, 0: alone; how often
+    # Tokens of a document made of a passage and those that follow it (0: the passage alone), and their shares.
+    joined, joined_shares = (0, 280, 440), (0.4, 0.3, 0.3)
     free = 2  # last layers whose states scientific lists do not learn
 
     def __init__(
@@ -130,13 +143,11 @@ class HiddenAndLists:
     def __call__(self, model: StudentModel, step: int) -> Loss:
         rows, members, pairs, is_long = self._draw(step)
         batch, states = pack(pairs), None
-        if is_long:
+        if is_long:  # longer than bge and the first teacher can read: the passage's stored cosine, the best window
             logits = best_windows(self.teachers.averaged, pairs, self.window)
-        else:
-            states, logits = self.teachers.averaged(batch)
-        if is_long:
             cosines = np.stack([self.cosines[row][chosen] for row, chosen in zip(rows, members, strict=True)])
         else:
+            states, logits = self.teachers.averaged(batch)
             cosines = self.teachers.bge.cosines(pairs).reshape(len(rows), -1)
         own = self.teachers.v1.logits(batch).reshape(cosines.shape)
         of_teacher, of_cosine, of_own = self.weights[rows].T[:, :, None]
@@ -176,7 +187,7 @@ class HiddenAndLists:
         is_long = step % LONG_EVERY == LONG_EVERY - 1
         size = int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
         cut = int(rng.choice(self.cuts))
-        total = size or int(rng.choice(self.grown, p=self.often))
+        total = size or int(rng.choice(self.joined, p=self.joined_shares))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
@@ -237,7 +248,7 @@ def main() -> None:
     )
     run = Run(Student.load(work / "student"), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
-    teachers = Teachers.load(work, args.v1, Native)
+    teachers = Teachers.load(work, args.v1, NativeModel)
     loss = HiddenAndLists(work, corpus, teachers, budget=args.budget, seed=args.seed, rank=run.rank)
 
     def told(row: dict, steps: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from turborank.catalog import DEFAULT
 from turborank.evaluate import DATASETS
 
 RUNS = Path(__file__).parents[2] / "runs"
@@ -43,7 +44,7 @@ def test_small_tables_show_its_numbers(page: Path) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['part']}-{row['name']}")
 def test_every_figure_says_what_it_depends_on(row: dict[str, Any]) -> None:
     first, *models = row["systems"]
-    assert models
+    assert models[0]["name"] == DEFAULT
     assert len(row["first_stage"]["sha256"]) == len(row["dataset"]["fingerprint"]) == 64
     for system in models:
         assert {"engine", "precision", "isa", "depth", "tokens", "tokens_truncated", "seconds"} <= system.keys()
@@ -77,6 +78,14 @@ def test_another_model_over_the_same_candidates_joins_the_row(earlier: Path) -> 
     assert len(rows) == len(ROWS)
     earlier.write_text(json.dumps({"rows": rows}))
     assert evaluate_table.merged(earlier, [copy.deepcopy(row)]) == [row, *(r for r in rows if r is not row)]
+
+
+def test_small_tables_never_show_another_models_figures() -> None:
+    rows = copy.deepcopy(ROWS)
+    for row in rows:
+        row["systems"][1]["name"] = "another"
+    text = evaluate_table.PAGES[0].read_text(encoding="utf-8").replace("| 0.", "| 0.1")
+    assert evaluate_table.shown(text, rows) == text
 
 
 def test_other_candidates_and_an_earlier_embedded_model_leave_the_table(earlier: Path) -> None:
