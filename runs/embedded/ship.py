@@ -3,7 +3,8 @@
     python runs/embedded/ship.py WORK V1 FIRST LAST OUT
 
 Average of the weights before training (folder FIRST) and after it (LAST); then, in the six layers that
-turborank-embedded-v1 (V1) has, of these and v1's. Both shares were chosen on the development sets (runs/results/students.md).
+turborank-embedded-v1 (V1) has, of these and v1's. Both shares were chosen on the development
+sets (runs/results/students.md).
 
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
