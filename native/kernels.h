@@ -61,7 +61,9 @@ struct Shape {
     int vocab = 0, types = 0, positions = 0, position_offset = 0, repeat_from = 0, max_length = 0;
     int C = 0, L = 0, H = 0, D = 0, F = 0;
     float eps = 0;
-    bool geglu = false, cosine = false, alibi = false;
+    bool geglu = false, alibi = false;
+    bool cosine = false;     // the head is a cosine of means over the last states
+    bool sum = false;        // a classifier, and the cosine over the states before the last layer
     bool gelu_head = false;  // activation between the two linears of a classifier head: GELU, else tanh
     bool prenorm = false;    // ModernBERT: norms before attention and feed-forward, RoPE, a final norm and a norm in the head
     bool mean = false;       // the head of a prenorm model reads the mean of all rows, else the first row
@@ -79,6 +81,7 @@ struct Shape {
     }
     // Whether the last layer's attention is attend_first(): of the first row only, without keys and values.
     bool keyless_last() const { return !cosine && !prenorm && relative == 0; }
+    bool averages() const { return cosine || sum; }  // whether a head reads the means of both types of rows
     int whole_layers() const { return cosine || mean ? L : L - 1; }  // layers that are computed for every row
 };
 
@@ -145,7 +148,8 @@ struct Weights {
     Norm embedding_norm, final_norm, head_norm;
     std::vector<Layer> layers;
     Linear pooler;  // float panels in every precision
-    const float* head = nullptr;  // classifier: weights (C,) and bias; cosine heads: scale, bias and focus
+    const float* head = nullptr;        // classifier: weights (C,) and bias
+    const float* similarity = nullptr;  // cosine: scale, bias and focus
 };
 
 // Parts of the work for which time is counted. A matrix product includes the operations fused into it.

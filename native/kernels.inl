@@ -285,14 +285,14 @@ float cosine(const Weights& w, const float* x, const int32_t* types, int n, Scra
         if (types[t] == 0) continue;
         accumulate(passage, 1.0f, x + static_cast<size_t>(t) * C, 1.0f, C);
         if (++held < size && t < last) continue;
-        const float score = w.shape.passage > 0 ? w.head[2] * kLog2e * cosine_of(query, passage, C) : 0.0f;
+        const float score = w.shape.passage > 0 ? w.similarity[2] * kLog2e * cosine_of(query, passage, C) : 0.0f;
         const float old = top;
         top = score > top ? score : top;
         accumulate(document, hmax(exp2<true>(set(old - top))), passage, hmax(exp2<true>(set(score - top))), C);
         clear(passage, C);
         held = 0;
     }
-    return w.head[0] * cosine_of(query, document, C) + w.head[1];
+    return w.similarity[0] * cosine_of(query, document, C) + w.similarity[1];
 }
 
 #include "attention_first.inl"

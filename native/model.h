@@ -30,7 +30,7 @@ Shape shape_of(const Number& number) {
         {"intermediate_size", &Shape::F}, {"max_length", &Shape::max_length}, {"type_vocab_size", &Shape::types}, {"positions", &Shape::positions},
         {"position_offset", &Shape::position_offset}, {"repeat_from", &Shape::repeat_from}, {"passage", &Shape::passage}, {"relative", &Shape::relative}, {"window", &Shape::window}};
     const std::pair<const char*, bool Shape::*> flags[] = {
-        {"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed},
+        {"geglu", &Shape::geglu}, {"cosine", &Shape::cosine}, {"sum", &Shape::sum}, {"alibi", &Shape::alibi}, {"mixed", &Shape::mixed},
         {"gelu_head", &Shape::gelu_head}, {"prenorm", &Shape::prenorm}, {"mean", &Shape::mean}};
     for (const auto& [name, size] : sizes) s.*size = static_cast<int>(number(name));
     for (const auto& [name, flag] : flags) s.*flag = number(name) != 0;

@@ -25,6 +25,12 @@ V1=$WORK/teachers/turborank-embedded-v1
 python runs/embedded/data.py "$DATA" "$WORK"
 python runs/embedded/lists.py "$WORK"
 python runs/embedded/student.py "$WORK" "$V1"
-torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/run"
-python runs/embedded/ship.py "$WORK" "$V1" "$WORK/student" "$WORK/run/final" "$WORK/shipped"
+# stage STAGE STUDENT AVERAGE OUT: train STUDENT and write the average of weights (ship.py AVERAGE).
+stage() {
+    [[ -d $WORK/$4 ]] && return
+    torchrun --standalone --nproc_per_node "$WORKERS" runs/embedded/train.py "$1" "$WORK/$2" "$WORK" --data "$DATA" --v1 "$V1" --out "$WORK/run-$1"
+    python runs/embedded/ship.py "$3" "$WORK" "$V1" "$WORK/$2" "$WORK/run-$1/final" "$WORK/$4"
+}
+stage first student second second
+stage second second final shipped
 cp "$WORK"/shipped/{config.json,model.safetensors,tokenizer.json} "$SHIPPED"

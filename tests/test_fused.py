@@ -131,6 +131,7 @@ CONFIGS = {
     "jinabert": model_config(**NARROW),
     "cosine": model_config(**NARROW, head="cosine"),
     "focus": model_config(**NARROW, head="focus"),
+    "sum": model_config(**NARROW, head="sum"),
 } | {family: family_config(family) for family in FAMILIES}
 
 
@@ -159,6 +160,7 @@ BEYOND_BF16 = {
     "deberta": "its attention is sharp: .025 off on an H100",
     "cosine": "its head multiplies a cosine by ten: within .2 on an H100, not measured closer",
     "focus": "its head multiplies a cosine by ten: within .2 on an H100, not measured closer",
+    "sum": "its head adds a cosine multiplied by ten: not run on a GPU",
 }
 
 

@@ -1,5 +1,7 @@
 """The reference implementation, against arithmetic, the specification's figures and an independent implementation."""
 
+import dataclasses
+import itertools
 import math
 import tracemalloc
 
@@ -156,7 +158,7 @@ def test_equals_bert_where_they_are_the_same_model(length: int) -> None:
 
 
 @pytest.mark.parametrize("feed_forward", ["geglu", "gelu"])
-@pytest.mark.parametrize("head", ["classifier", "cosine", "focus"])
+@pytest.mark.parametrize("head", ["classifier", "cosine", "focus", "sum"])
 def test_torch_agrees_with_the_reference_layer_by_layer(head: str, feed_forward: str) -> None:
     torch = pytest.importorskip("torch")
     from turborank.ops import torch as torch_ops
@@ -225,6 +227,33 @@ def test_focused_means_by_hand() -> None:
     np.testing.assert_allclose(focused, [[9 / 5, 4 / 5], [2, 0]], rtol=1e-6)
     far = reference.focused_means(x, query, np.full(1, 1e4, np.float32), types, cu, 2)
     np.testing.assert_allclose(far, [[3, 0], [2, 0]], rtol=1e-6)  # only the best passage
+
+
+def test_sum_adds_the_cosine_of_the_states_before_the_last_layer() -> None:
+    config = model_config(vocab_size=99, num_hidden_layers=3, head="sum")
+    weights = random_weights(config) | {"head.scale": np.full(1, 7, np.float32), "head.focus": np.zeros(1, np.float32)}
+    batch, trace = packed([9, 40], vocab_size=99), list[np.ndarray]()
+    logits = jinabert.forward(weights, config, batch, reference, trace)
+    alone = jinabert.forward(weights, dataclasses.replace(config, head="classifier"), batch, reference)
+    assert [len(states) for states in trace] == [49, 49, 49, 2]
+    for pair, (start, end) in enumerate(itertools.pairwise(batch.cu_seqlens)):
+        states, types = trace[-2][start:end].astype(np.float64), batch.type_ids[start:end]
+        query, document = states[types == 0].mean(axis=0), states[types == 1].mean(axis=0)
+        cosine = query @ document / math.sqrt((query @ query) * (document @ document))
+        assert logits[pair] == pytest.approx(alone[pair] + 7 * cosine, abs=1e-5)
+
+
+def test_tensor_names_decide_the_head() -> None:
+    for head in ("classifier", "cosine", "focus", "sum"):
+        names = jinabert.parameters(model_config(head=head))
+        raw = {
+            "position_embedding_type": "alibi", "num_attention_heads": 12, "hidden_size": 384, "vocab_size": 99,
+            "num_hidden_layers": 6, "intermediate_size": 1536, "max_position_embeddings": 8192, "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+        }  # fmt: skip
+        found = jinabert.recognise(raw, names)
+        assert found is not None
+        assert found.head == head
 
 
 def test_attention_memory_is_bounded_at_full_length() -> None:

@@ -26,7 +26,7 @@ import torch
 from common import Corpus, TorchModel, load
 from safetensors.numpy import load_file, save_file
 from student import BGE, L12, make
-from train import HiddenAndLists, Student, Teachers
+from train import STAGES, HiddenAndLists, Student, Teachers
 
 from turborank.distill.students import write_int8
 from turborank.distill.trainer import Run, Schedule
@@ -160,7 +160,7 @@ def run(args) -> None:
         make(l12, first, corpus.probes(), work)
     teachers = Teachers.load(work, first, lambda *given: TorchModel(*given, args.device, args.dtype), "torch")
     folder = args.student or work / "student"
-    loss = HiddenAndLists(work, corpus, teachers, budget=args.budget, seed=0)
+    loss = HiddenAndLists(work, corpus, teachers, STAGES[args.stage], budget=args.budget)
     stage("train", Student.load(folder), loss, args.out, args.seconds, args)
 
 
@@ -180,6 +180,7 @@ def options() -> argparse.Namespace:
             kind.add_argument("--budget", type=int, default=65_536, help="tokens of a step")
             kind.add_argument("--lr", type=float, default=6e-4)
             kind.add_argument("--student", type=Path, help="begin with this folder")
+            kind.add_argument("--stage", choices=STAGES, default="first", help="weights of the losses")
             kind.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     return parser.parse_args()
 

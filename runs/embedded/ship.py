@@ -1,10 +1,12 @@
-"""The trained student as it ships: scores calibrated, matrices in int8.
+"""Averages of weights: the second stage's student, and the model as it ships.
 
-    python runs/embedded/ship.py WORK V1 FIRST LAST OUT
+    python runs/embedded/ship.py second WORK V1 FIRST LAST OUT
+    python runs/embedded/ship.py final WORK V1 FIRST LAST OUT
 
-Average of the weights before training (folder FIRST) and after it (LAST); then, in the six layers that
-turborank-embedded-v1 (V1) has, of these and v1's. Both shares were chosen on the development
-sets (runs/results/students.md).
+Both average the weights before training (folder FIRST) and after it (LAST); then, in the six layers that
+turborank-embedded-v1 (V1) has, these and v1's. SHARES were chosen on the development sets (runs/results/students.md).
+``second`` adds a cosine to the head (sum, docs/model.md §3.5). ``final`` calibrates the scores and writes matrices in
+int8.
 
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
@@ -24,13 +26,14 @@ from student import KEPT, mix
 from tokenizers import Tokenizer
 
 from turborank import engines
-from turborank.distill.students import WORDS, Student, platt, scale_logits, write_int8
+from turborank.distill.students import COSINE_SCALE, FOCUS, WORDS, Student, platt, scale_logits, write_int8
 from turborank.scheduler import score
 from turborank.tokens import PairEncoder
 from turborank.types import Pair
 
 MAX_LENGTH, CANDIDATES = 384, 15
-TRAINED, V1_SHARE = 0.8, 0.4  # shares of the last weights of training, and of v1's
+SHARES = {"second": (0.8, 0.4), "final": (0.8, 0.2)}  # of the last weights of training, and of v1's
+COSINE = 0.48  # of a pair's means before training, on average
 
 
 def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:
@@ -49,12 +52,18 @@ def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:
     return pairs, np.array(labels)
 
 
-def averaged(v1: Path, first: Path, last: Path) -> Student:
-    """The weights that ship, before calibration."""
+def averaged(v1: Path, first: Path, last: Path, trained: float, v1_share: float) -> Student:
+    """The mean of the weights before and after training, and of v1's in its six layers."""
     student, start = Student.load(last), Student.load(first).weights
-    student.weights = {name: torch.lerp(start[name], w, TRAINED) for name, w in student.weights.items()}
-    mix(student.weights, Student.load(v1).weights, V1_SHARE, kept=KEPT, embeddings=False)
+    student.weights = {name: torch.lerp(start[name], w, trained) for name, w in student.weights.items()}
+    mix(student.weights, Student.load(v1).weights, v1_share, kept=KEPT, embeddings=False)
     return student
+
+
+def add_cosine(student: Student) -> None:
+    """Turn a classifier into the sum head, in place; the mean of its logits stays."""
+    student.weights["classifier.bias"] = student.weights["classifier.bias"] - COSINE_SCALE * COSINE
+    student.weights["head.scale"], student.weights["head.focus"] = torch.tensor([COSINE_SCALE]), torch.tensor([FOCUS])
 
 
 def without_unused(student: Student) -> Student:
@@ -73,8 +82,12 @@ def without_unused(student: Student) -> Student:
 
 
 def main() -> None:
-    work, v1, first, last, out = map(Path, sys.argv[1:])
-    student = without_unused(averaged(v1, first, last))
+    kind, (work, v1, first, last, out) = sys.argv[1], map(Path, sys.argv[2:])
+    student = averaged(v1, first, last, *SHARES[kind])
+    if kind == "second":
+        add_cosine(student)
+        return student.save(out)
+    student = without_unused(student)
     weights = {name: w.detach().numpy() for name, w in student.weights.items()}
     engine = engines.prepare(weights, student.config, name="native", precision="int8")
     pairs, labels = held_out_pairs(work)

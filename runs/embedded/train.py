@@ -1,6 +1,7 @@
 """Training: the teacher's hidden states, and lists scored by three teachers, together.
 
-    torchrun --nproc_per_node 2 runs/embedded/train.py WORK --data DATA --v1 V1 --out WORK/run
+    torchrun --nproc_per_node 2 runs/embedded/train.py first WORK/student WORK --data DATA --v1 V1 --out WORK/run-first
+    torchrun --nproc_per_node 2 runs/embedded/train.py second WORK/second WORK --data DATA --v1 V1 --out WORK/run-second
 
 Of each batch of lists (one query, eight documents): the mean over layers of MSE / variance between the student's
 states and the teacher's (FitNets, arXiv 1412.6550; the last layer's first token only), and KL (T = 3), MarginMSE and
@@ -11,7 +12,8 @@ squared error against
 with l, a and b by the question's source: WEB and SCIENTIFIC. The teacher is made by student.py from
 ms-marco-MiniLM-L-12, the best of the three on web questions; the first model is best on scientific ones. The teachers
 read each batch beside the student, so nothing is stored. In scientific lists the states of the last layers are not
-learnt, because the fused scores rank such lists better than the teacher does.
+learnt, because the fused scores rank such lists better than the teacher does; in the second stage, whose student has a
+cosine of these states in its head (docs/model.md §3.5, sum), in no list.
 
 Documents longer than the teacher's 512 positions are parts of meetings and stories, or made by hiding a passage among
 others: it reads them in windows, each with the question, and its best window's logit counts. Word and position
@@ -62,12 +64,29 @@ Weights = tuple[float, float, float]  # of L-12's logit, of bge's cosine and of 
 WEB: Weights = (1.0, 22.0, 0.5)  # chosen on TREC DL 2021
 SCIENTIFIC: Weights = (0.75, 60.0, 2.5)  # chosen on SciFact's train split
 
-STEPS, RATE = 560, 2.5e-4
-LISTS: Steps = ((0, 200), (0.3, 1.0))  # weight of the losses on lists
-HIDDEN: Steps = ((0, 150), (3.0, 1.0))  # weight of the loss on hidden states
 SCIENCE_SHARE = 0.65  # of the lists
 LONG_EVERY = 16  # every such step has long documents
 PARTS = 0.5  # share of parts of meetings and stories among long documents; the others hide a passage
+
+
+class Stage(NamedTuple):
+    """What differs between the two stages."""
+
+    steps: int
+    rate: float
+    lists: Steps  # weight of the losses on lists
+    hidden: Steps  # weight of the loss on hidden states
+    free: tuple[str, ...]  # kinds of lists whose last layers' states are not learnt
+    joined_shares: tuple[float, float, float]  # of the lengths in HiddenAndLists.joined
+    seed: int
+
+
+STAGES = {
+    "first": Stage(560, 2.5e-4, ((0, 200), (0.3, 1.0)), ((0, 150), (3.0, 1.0)), ("science",), (0.4, 0.3, 0.3), 21),
+    "second": Stage(
+        1000, 2e-4, ((0, 1), (1.0, 1.0)), ((0, 150), (1.25, 0.625)), ("science", "web"), (0.5, 0.25, 0.25), 22
+    ),
+}
 
 
 def at(step: int, values: Steps) -> float:
@@ -111,22 +130,21 @@ class HiddenAndLists:
 
     window = 350
     cuts, sizes, shares = (110, 300, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
-    # Tokens of a document made of a passage and those that follow it (0: the passage alone), and their shares.
-    joined, joined_shares = (0, 280, 440), (0.4, 0.3, 0.3)
-    free = 2  # last layers whose states scientific lists do not learn
+    joined = 0, 280, 440  # tokens of a document made of a passage and those that follow it; 0: the passage alone
+    last = 2  # layers whose states the lists of Stage.free do not learn
 
     def __init__(
         self,
         work: Path,
         corpus: Corpus,
         teachers: Teachers,
+        stage: Stage,
         *,
         budget: int,
-        seed: int,
         rank: int = 0,
     ) -> None:
-        self.corpus, self.teachers = corpus, teachers
-        self.budget, self.seeds = budget, (seed, rank)
+        self.corpus, self.teachers, self.stage = corpus, teachers, stage
+        self.budget, self.rank = budget, rank
         self.of_lists = losses.mix(LISTS_LOSS)
         shards = [load(path) for path in sorted(work.glob("pools-[0-9]*.npz"))]
         query, places, cosines = (np.concatenate([s[n] for s in shards]) for n in ("q", "places", "bge"))
@@ -158,23 +176,23 @@ class HiddenAndLists:
         real = torch.ones_like(wanted, dtype=torch.bool)
         loss, parts = self.of_lists(have, losses.Targets(wanted, None, real, real))
         loss = loss + LEVEL * F.mse_loss(have, wanted) / LOGIT_SCALE
-        loss = loss * at(step, LISTS)
+        loss = loss * at(step, self.stage.lists)
         if states is not None:
-            science = np.isin(rows, self.of_kind["science"])
-            learning = torch.from_numpy(np.repeat(~science, [len(some) for some in members])).to(wanted.device)
+            free = np.isin(rows, np.concatenate([self.of_kind[kind] for kind in self.stage.free]))
+            learning = torch.from_numpy(np.repeat(~free, [len(some) for some in members])).to(wanted.device)
             hidden = self._hidden(trace[1:], [states[layer] for layer in TARGETS], learning, np.diff(batch.cu_seqlens))
-            loss, parts["hidden"] = loss + at(step, HIDDEN) * hidden, hidden.item()
+            loss, parts["hidden"] = loss + at(step, self.stage.hidden) * hidden, hidden.item()
         return Loss(loss, parts, batch.tokens)
 
     def _hidden(
         self, states: Sequence[Tensor], targets: Sequence[Tensor], learning: Tensor, lengths: np.ndarray
     ) -> Tensor:
-        """Mean over layers of MSE / variance; in the last ``free`` layers of the pairs that are ``learning`` (P,)."""
+        """Mean over layers of MSE / variance; in the ``last`` layers of the pairs that are ``learning`` (P,)."""
         tokens = learning.repeat_interleave(torch.from_numpy(lengths).to(learning.device))
         each: list[Tensor] = []
         for layer, (x, t) in enumerate(zip(states, targets, strict=True)):
             have, wanted, spread = x.float(), t.float(), t.float().var()
-            if layer >= len(states) - self.free:
+            if layer >= len(states) - self.last:
                 kept = tokens if len(x) == len(tokens) else learning
                 have, wanted = have[kept], wanted[kept]
             each.append(F.mse_loss(have, wanted) / spread if len(have) else have.sum())
@@ -182,12 +200,11 @@ class HiddenAndLists:
 
     def _draw(self, step: int) -> tuple[list[int], list[np.ndarray], list[IdPair], bool]:
         """Lists of one step: row and members of each, all pairs, and whether the documents are long."""
-        seed, rank = self.seeds
-        rng = np.random.default_rng((seed, step, rank, 13))
+        rng = np.random.default_rng((self.stage.seed, step, self.rank, 13))
         is_long = step % LONG_EVERY == LONG_EVERY - 1
         size = int(rng.choice(self.sizes, p=self.shares)) if is_long else 0
         cut = int(rng.choice(self.cuts))
-        total = size or int(rng.choice(self.joined, p=self.joined_shares))
+        total = size or int(rng.choice(self.joined, p=self.stage.joined_shares))
         count = int(np.clip(self.budget // size, 3, K)) if is_long else K
         rows, members, pairs, used = list[int](), list[np.ndarray](), list[IdPair](), 0
         while used < self.budget * (0.7 if is_long else 1):
@@ -225,31 +242,31 @@ class HiddenAndLists:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("student", type=Path, help="the folder of the student to begin with")
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="the folder with eval/, for the development sets")
     parser.add_argument("--v1", type=Path, required=True, help="the folder of turborank-embedded-v1, a teacher")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--lr", type=float, default=RATE)
+    parser.add_argument("--steps", type=int, help="default: the stage's")
     parser.add_argument("--budget", type=int, default=6144, help="tokens of a step in each process")
     parser.add_argument("--every", type=int, default=220, help="steps between two evaluations")
-    parser.add_argument("--seed", type=int, default=21)
     args = parser.parse_args()
-    work = args.work
+    work, stage = args.work, STAGES[args.stage]
     corpus = Corpus(work, work / "teachers" / L12)
     schedule = Schedule(
-        args.steps,
-        learning_rate=args.lr,
+        args.steps or stage.steps,
+        learning_rate=stage.rate,
         warmup=25,
         decay="linear",
         average=0.98,
         save_every=100,
         evaluate_every=args.every,
     )
-    run = Run(Student.load(work / "student"), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
+    run = Run(Student.load(args.student), args.out, schedule, dtype=torch.bfloat16, freeze_words=True)
     run.resume()
     teachers = Teachers.load(work, args.v1, NativeModel)
-    loss = HiddenAndLists(work, corpus, teachers, budget=args.budget, seed=args.seed, rank=run.rank)
+    loss = HiddenAndLists(work, corpus, teachers, stage, budget=args.budget, rank=run.rank)
 
     def told(row: dict, steps: int) -> None:
         if run.rank == 0 and row["step"] % 20 == 0:

@@ -34,8 +34,13 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 # Lengths of the pairs of a batch. The models of this test read 512 tokens, the exporter saw 40.
 BATCHES = ([2], [7], [33, 5], [2, 512], [90, 41, 90, 3, 17], [511])
-TOKENIZERS = {"geglu": bpe_tokenizer, "cosine": wordpiece_tokenizer, "focus": wordpiece_tokenizer}
-MODELS = ("geglu", "cosine", "focus", "bert", "xlm_roberta", "deberta")
+TOKENIZERS = {
+    "geglu": bpe_tokenizer,
+    "cosine": wordpiece_tokenizer,
+    "focus": wordpiece_tokenizer,
+    "sum": wordpiece_tokenizer,
+}
+MODELS = ("geglu", "cosine", "focus", "sum", "bert", "xlm_roberta", "deberta")
 
 
 def save(folder: Path, name: str) -> Path:

@@ -35,7 +35,7 @@ def draw(rng: np.random.Generator) -> tuple[ModelConfig, list[int]]:
         model = shapes.config(
             **sizes,
             feed_forward=str(rng.choice(["geglu", "gelu"])),
-            head=str(rng.choice(["classifier", "cosine", "focus"])),
+            head=str(rng.choice(["classifier", "cosine", "focus", "sum"])),
             alibi=bool(rng.random() < 0.8),
         )
         if rng.random() < 0.5:
@@ -89,7 +89,7 @@ def write(
     file.write(f"batch {tokens.tokens} {tokens.pairs}\n".encode())
     for array in (tokens.input_ids, tokens.type_ids, tokens.cu_seqlens, expected.astype(np.float32)):
         file.write(array.tobytes())
-    wide = 1.0 if model.head == "classifier" else 10.0  # the cosine heads multiply by 10
+    wide = 1.0 if model.head == "classifier" else 10.0  # a cosine is multiplied by 10
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.02 * wide), ("int8", 0.04 * wide)):
         file.write(f"\ntolerance {precision} {tolerance}".encode())
 

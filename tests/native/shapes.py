@@ -114,12 +114,8 @@ def weights(model: ModelConfig, seed: int = 0) -> Weights:
         if "norm" in name.lower() and name.endswith("weight"):
             value = 1.0 + value
         tensors[name] = value.astype(np.float32)
-    if model.head != "classifier":
-        tensors["head.scale"] = np.array([10.0], np.float32)
-        tensors["head.bias"] = np.array([-1.0], np.float32)
-    if model.head == "focus":
-        tensors["head.focus"] = np.array([15.0], np.float32)
-    return tensors
+    cosine = {"head.scale": 10.0, "head.bias": -1.0, "head.focus": 15.0}
+    return tensors | {name: np.array([value], np.float32) for name, value in cosine.items() if name in tensors}
 
 
 def batch(lengths: Sequence[int], vocab: int = 500, seed: int = 0) -> PackedBatch:

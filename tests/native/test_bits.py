@@ -37,19 +37,19 @@ def engine(row, threads, head="classifier"):
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     row=st.sampled_from(ROWS),
-    head=st.sampled_from(["classifier", "focus", "deberta", "modernbert", "mean"]),
+    head=st.sampled_from(["classifier", "focus", "sum", "deberta", "modernbert", "mean"]),
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9),
     threads=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
 def test_neighbours_order_and_threads_change_no_bit(row, head, lengths, threads, seed):
-    tokens = shapes.batch([n + (head == "focus") for n in lengths], seed=seed)  # tokens of both types
+    tokens = shapes.batch([n + (head in ("focus", "sum")) for n in lengths], seed=seed)  # tokens of both types
     alone = np.array([engine(row, 1, head).logits(shapes.single(tokens, p))[0] for p in range(len(lengths))])
     assert np.array_equal(engine(row, threads, head).logits(tokens), alone)
 
 
 @pytest.mark.parametrize("lengths", [[1500, 40, 700], [600, 1500, 603, 30, 597]], ids=["unlike", "like"])
-@pytest.mark.parametrize("head", ["classifier", "deberta", "modernbert", "mean"])
+@pytest.mark.parametrize("head", ["classifier", "sum", "deberta", "modernbert", "mean"])
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_long_pairs_are_shared_by_the_threads_bit_for_bit(row, head, lengths):
     tokens = shapes.batch(lengths)

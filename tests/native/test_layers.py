@@ -22,6 +22,7 @@ MODELS = {
     "tiny": {"layers": 4},
     "cosine": {"feed_forward": "gelu", "head": "cosine"},
     "focus": {"feed_forward": "gelu", "head": "focus"},
+    "sum": {"feed_forward": "gelu", "head": "sum"},
     "base": {"hidden": 768, "inner": 1024, "layers": 2},
     "small": {"hidden": 96, "heads": 3, "inner": 160, "layers": 3, "feed_forward": "gelu"},
     "one layer": {"hidden": 128, "heads": 2, "inner": 64, "layers": 1},

@@ -1,7 +1,7 @@
 """JinaBERT, BERT with symmetric ALiBi and GEGLU, as a cross-encoder (docs/model.md §3).
 
 Papers: JinaBERT (arXiv 2310.19923), ALiBi (arXiv 2108.12409), GEGLU (arXiv 2002.05202).
-There are three heads (docs/model.md §3.5):
+There are four heads (docs/model.md §3.5):
 
 ``classifier``  of the published models: logit = w·tanh(P·h₀ + p) + b, with h₀ the first token's last state. The last
                 layer is computed for that token only.
@@ -9,6 +9,7 @@ There are three heads (docs/model.md §3.5):
                 encoding of query and document.
 ``focus``       like ``cosine``, but each passage of the document has the weight e^(focus·cos(query mean, passage)) in
                 the document's mean, so that a relevant passage counts in a document of thousands of tokens.
+``sum``         logit = the classifier's + scale·the cosine of ``focus``, over the states before the last layer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from turborank.types import ModelConfig, PackedBatch
 
 POSITIONS = "embeddings.position_embeddings.weight"
 COSINES = ("cosine", "focus")  # heads that read every token of the last layer
+FOCUSED = ("focus", "sum")  # heads with a cosine in which passages have weights
 PASSAGE = 16  # tokens of a passage in the "focus" head
 
 
@@ -92,6 +94,7 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
     heads = int(raw["num_attention_heads"])
     learned = names.get(POSITIONS, (0,))[0]
     gated = "encoder.layer.0.mlp.gated_layers.weight" in names
+    cosine = "focus" if "head.focus" in names else "cosine" if "head.scale" in names else "classifier"
     return ModelConfig(
         architecture="jinabert",
         vocab_size=int(raw["vocab_size"]),
@@ -106,7 +109,7 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
         slopes=_slopes(raw, heads),
         learned_positions=learned,
         repeat_from=_repeat_from(raw, learned),
-        head="focus" if "head.focus" in names else "cosine" if "head.scale" in names else "classifier",
+        head="sum" if cosine == "focus" and "classifier.weight" in names else cosine,
     )
 
 
@@ -122,9 +125,12 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes.update(norm_shapes("embeddings.LayerNorm", c))
     for layer in range(config.num_hidden_layers):
         shapes.update(encoder.layer_shapes(config, layer))
+    if config.head != "classifier":
+        shapes["head.scale"] = (1,)
+    if config.head in FOCUSED:
+        shapes["head.focus"] = (1,)
     if config.head in COSINES:
-        shapes.update({"head.scale": (1,), "head.bias": (1,)})
-        shapes.update({"head.focus": (1,)} if config.head == "focus" else {})
+        shapes["head.bias"] = (1,)
     else:
         shapes.update(linear_shapes("pooler.dense", c, c))
         shapes.update(linear_shapes("classifier", 1, c))
@@ -152,13 +158,21 @@ def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x = embed(weights, config, batch, ops)
-    cosine = config.head in COSINES
-    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=not cosine, trace=trace)
-    if cosine:
-        query, document = ops.segment_means(x, batch.type_ids, batch.cu_seqlens)  # 2 × (P, C)
-        if config.head == "focus":
-            document = ops.focused_means(x, query, weights["head.focus"], batch.type_ids, batch.cu_seqlens, PASSAGE)
-        return ops.cosine(query, document) * weights["head.scale"] + weights["head.bias"]
+    x, last = embed(weights, config, batch, ops), config.num_hidden_layers - 1
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=False, trace=trace, end=last)
+    similar = _cosine(weights, config, x, batch, ops) if config.head == "sum" else None  # (P,)
+    first = config.head not in COSINES
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=first, trace=trace, start=last)
+    if not first:
+        return _cosine(weights, config, x, batch, ops) + weights["head.bias"]
     pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))  # (P, C)
-    return dense(weights, "classifier", pooled, ops)[:, 0]
+    logits = dense(weights, "classifier", pooled, ops)[:, 0]
+    return logits if similar is None else logits + similar
+
+
+def _cosine(weights: Weights, config: ModelConfig, x: Array, batch: PackedBatch, ops: Ops) -> Array:
+    """Scale · cosine of the means of both segments' states: (T, C) -> (P,)."""
+    query, document = ops.segment_means(x, batch.type_ids, batch.cu_seqlens)  # 2 × (P, C)
+    if config.head in FOCUSED:
+        document = ops.focused_means(x, query, weights["head.focus"], batch.type_ids, batch.cu_seqlens, PASSAGE)
+    return ops.cosine(query, document) * weights["head.scale"]

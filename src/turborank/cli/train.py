@@ -135,7 +135,8 @@ def student(
     head: Annotated[
         str | None,
         typer.Option(
-            help="Head (not for layers): focus, cosine or classifier.", show_default="alibi: focus; scratch: classifier"
+            help="Head (not for layers): focus, cosine, classifier or sum.",
+            show_default="alibi: focus; scratch: classifier",
         ),
     ] = None,
     slopes: Annotated[

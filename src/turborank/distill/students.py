@@ -46,7 +46,7 @@ COSINE_SCALE = 20.0  # initial logit of a cosine of 1
 # SciFact's training queries with states of all-MiniLM-L6-v2 in passages of 16 tokens: nDCG@10 .610 and .730, without
 # focus .468 and .722.
 FOCUS = 15.0
-HEADS = ("focus", "cosine", "classifier")
+HEADS = ("focus", "cosine", "classifier", "sum")
 POSITIONS = ("mean", "repeat")
 REPEAT_FROM = 64  # rows of the position table before it are those of most queries, and do not repeat
 # Parameters of the last linear of every head: scaling these scales the logits.
@@ -217,7 +217,7 @@ def from_bert(
 
 
 def _new_head(head: str, c: int, source: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
-    if head != "classifier":
+    if head in jinabert.COSINES:
         return _cosine_head(head)
     fresh = {
         "pooler.dense.weight": torch.randn(c, c, generator=rng) * 0.02,
@@ -225,10 +225,11 @@ def _new_head(head: str, c: int, source: Mapping[str, Tensor], rng: torch.Genera
         "classifier.weight": torch.randn(1, c, generator=rng) * 0.02,
         "classifier.bias": torch.zeros(1),
     }
-    return {
+    kept = {
         name: source[name].clone() if name in source and source[name].shape == w.shape else w
         for name, w in fresh.items()
     }
+    return kept if head == "classifier" else kept | _cosine_head(head)
 
 
 def from_scratch(
@@ -256,7 +257,7 @@ def from_scratch(
     raw["num_hidden_layers"] = layers or raw["num_hidden_layers"]
     raw["alibi_slopes"] = list(SLOPES[slopes](raw["num_attention_heads"]))
     fresh = {} if head == "classifier" else _cosine_head(head)
-    names: dict[str, tuple[int, ...]] = dict.fromkeys(fresh, (1,))
+    names: dict[str, tuple[int, ...]] = dict.fromkeys((*fresh, *({"classifier.weight"} if head == "sum" else ())), (1,))
     if raw["feed_forward_type"] == "geglu":
         names["encoder.layer.0.mlp.gated_layers.weight"] = ()
     config = jinabert.recognise(raw, names)
@@ -274,8 +275,9 @@ def from_scratch(
 
 
 def _cosine_head(head: str) -> dict[str, Tensor]:
-    fresh = {"head.scale": torch.tensor([COSINE_SCALE]), "head.bias": torch.zeros(1)}
-    return fresh | ({"head.focus": torch.tensor([FOCUS])} if head == "focus" else {})
+    fresh = {"head.scale": torch.tensor([COSINE_SCALE])}
+    fresh |= {"head.bias": torch.zeros(1)} if head in jinabert.COSINES else {}
+    return fresh | ({"head.focus": torch.tensor([FOCUS])} if head in jinabert.FOCUSED else {})
 
 
 class StudentRecipe(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.architectures import deberta
-from turborank.architectures.jinabert import COSINES, PASSAGE
+from turborank.architectures.jinabert import COSINES, FOCUSED, PASSAGE
 from turborank.checkpoint.tensors import TensorFile
 from turborank.engines import cores, native_weights
 from turborank.errors import CheckpointError, EngineError, EngineUnavailableError, InputError
@@ -204,19 +204,19 @@ def plain_config(config: ModelConfig) -> dict[str, Any]:
     plain: dict[str, Any] = {name: getattr(config, name) for name in names}
     plain["alibi"] = bool(config.slopes)
     plain["geglu"] = config.feed_forward == "geglu"
-    plain["cosine"] = config.head in COSINES
+    plain["cosine"], plain["sum"] = config.head in COSINES, config.head == "sum"
     plain["prenorm"] = config.architecture == "modernbert"
     plain["mean"] = plain["prenorm"] and config.pooling == "mean"
     plain["window"] = config.half_window
     plain["gelu_head"] = config.architecture in ("deberta", "modernbert", "electra")
-    plain["passage"] = PASSAGE if config.head == "focus" else 0
+    plain["passage"] = PASSAGE if config.head in FOCUSED else 0
     return plain
 
 
 def _check(config: ModelConfig) -> None:
     """Raise CheckpointError for sizes that the kernels do not support."""
     width, heads, between = config.hidden_size, config.num_attention_heads, config.intermediate_size
-    segments = 2 if config.head in COSINES else 0
+    segments = 0 if config.head == "classifier" else 2
     rules = [
         (config.vocab_size > 0, "a positive vocab_size", config.vocab_size),
         (config.num_hidden_layers > 0, "a positive num_hidden_layers", config.num_hidden_layers),

@@ -186,10 +186,11 @@ class _Packer:
             self._norm(to + "norm2", f"{name}.output.LayerNorm")
 
     def head(self) -> None:
-        """The cosine head's numbers, or the pooler (float32 in every precision) and the classifier."""
+        """The cosine's numbers (0 for those that the head lacks); the pooler (always float32) and the classifier."""
+        names = "head.scale", "head.bias", "head.focus"
+        numbers = [self._wide(name, 1) if name in self._weights else np.zeros(1, np.float32) for name in names]
+        self._put("similarity", np.concatenate(numbers))
         if self._config.head in COSINES:
-            names = ("head.scale", "head.bias", *(("head.focus",) if self._config.head == "focus" else ()))
-            self._put("head", np.concatenate([self._wide(name, 1) for name in names]))
             return
         roberta = "classifier.dense.weight" in self._weights  # XLM-R's names for the same head
         dense, last = ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
