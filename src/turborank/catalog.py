@@ -96,7 +96,7 @@ class Model:
 # fmt: off
 _ROWS = (
     Model(
-        name=DEFAULT, architecture="jinabert", parameters=29_429_761, layers=10, hidden_size=384,
+        name=DEFAULT, architecture="jinabert", parameters=29_429_763, layers=10, hidden_size=384,
         intermediate_size=1536, max_length=8192, licence="Apache-2.0", activation="sigmoid", embedded=True,
         note="the default; ships with the package, works offline",
     ),

@@ -257,7 +257,9 @@ def from_scratch(
     raw["num_hidden_layers"] = layers or raw["num_hidden_layers"]
     raw["alibi_slopes"] = list(SLOPES[slopes](raw["num_attention_heads"]))
     fresh = {} if head == "classifier" else _cosine_head(head)
-    names: dict[str, tuple[int, ...]] = dict.fromkeys((*fresh, *({"classifier.weight"} if head == "sum" else ())), (1,))
+    names: dict[str, tuple[int, ...]] = dict.fromkeys(fresh, (1,))
+    if head == "sum":
+        names["classifier.weight"] = ()
     if raw["feed_forward_type"] == "geglu":
         names["encoder.layer.0.mlp.gated_layers.weight"] = ()
     config = jinabert.recognise(raw, names)
