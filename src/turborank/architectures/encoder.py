@@ -6,7 +6,7 @@ Tensor names are those of the published checkpoints without the encoder's prefix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from typing import Any
 
 from turborank.ops import Array, Ops
@@ -149,20 +149,17 @@ def encode(
     ops: Ops,
     *,
     first_only: bool,
-    trace: list[Array] | None = None,
+    trace: MutableSequence[Array] | None = None,
     attend: Attend = self_attention,
-    start: int = 0,
-    end: int | None = None,
 ) -> Array:
-    """Layers ``start`` … ``end`` - 1 (by default all) over x (T, C) -> (T, C), or (P, C) when ``first_only``.
+    """All layers over embeddings x (T, C) -> (T, C), or (P, C) when ``first_only``.
 
-    ``first_only``: the last layer of the model is computed for the first token of each pair. Appends x, if it is the
-    embeddings, and each layer's output to ``trace``, if given; tests use it to compare engines layer by layer.
+    Appends x and each layer's output to ``trace``, if given; tests use it to compare engines layer by layer.
     """
     last = config.num_hidden_layers - 1
-    if trace is not None and start == 0 and end != 0:
+    if trace is not None:
         trace.append(x)
-    for layer in range(start, last + 1 if end is None else end):
+    for layer in range(config.num_hidden_layers):
         few = first_only and layer == last
         x = ops.layer(encoder_layer, weights, config, layer, x, cu_seqlens, ops, few, attend)
         if trace is not None:

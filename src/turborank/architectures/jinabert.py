@@ -15,6 +15,7 @@ There are four heads (docs/model.md §3.5):
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,16 +159,15 @@ def forward(
     weights: Weights, config: ModelConfig, batch: PackedBatch, ops: Ops, trace: list[Array] | None = None
 ) -> Array:
     """Logits (P,) of a packed batch. Appends the embeddings and each layer's output to ``trace``, if given."""
-    x, last = embed(weights, config, batch, ops), config.num_hidden_layers - 1
-    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=False, trace=trace, end=last)
-    similar = _cosine(weights, config, x, batch, ops) if config.head == "sum" else None  # (P,)
-    first = config.head not in COSINES
-    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=first, trace=trace, start=last)
-    if not first:
+    x = embed(weights, config, batch, ops)
+    states = deque[Array](maxlen=2) if trace is None else trace  # keeps what the sum head reads, no more
+    cosine = config.head in COSINES
+    x = encoder.encode(weights, config, x, batch.cu_seqlens, ops, first_only=not cosine, trace=states)
+    if cosine:
         return _cosine(weights, config, x, batch, ops) + weights["head.bias"]
     pooled = ops.tanh(dense(weights, "pooler.dense", x, ops))  # (P, C)
     logits = dense(weights, "classifier", pooled, ops)[:, 0]
-    return logits if similar is None else logits + similar
+    return logits + _cosine(weights, config, states[-2], batch, ops) if config.head == "sum" else logits
 
 
 def _cosine(weights: Weights, config: ModelConfig, x: Array, batch: PackedBatch, ops: Ops) -> Array:

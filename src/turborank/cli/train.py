@@ -135,8 +135,7 @@ def student(
     head: Annotated[
         str | None,
         typer.Option(
-            help="Head (not for layers): focus, cosine, classifier or sum.",
-            show_default="alibi: focus; scratch: classifier",
+            help="Head (not layers): focus, cosine, classifier, sum.", show_default="alibi: focus; scratch: classifier"
         ),
     ] = None,
     slopes: Annotated[
