@@ -113,7 +113,7 @@ void check(const Shape& s, const Batch& b) {
     if (b.offsets.back() < 0 || static_cast<size_t>(b.offsets.back()) != b.ids.size())
         fail("cu_seqlens to end with the number of tokens (" + tokens + ")", b.offsets.back());
     const int limit = s.positions > 0 && s.repeat_from == 0 ? std::min(s.max_length, s.positions - s.position_offset) : s.max_length;
-    const int types = s.averages() ? 2 : s.types;  // type ids are ignored if there is one segment only
+    const int types = s.has_cosine() ? 2 : s.types;  // type ids are ignored if there is one segment only
     for (int p = 0; p < b.pairs(); ++p) {
         const std::string where = " at pair " + std::to_string(p);
         const int from = b.offsets[p], to = b.offsets[p + 1];
@@ -127,7 +127,7 @@ void check(const Shape& s, const Batch& b) {
             if (types > 1 && (type < 0 || type >= types)) fail("type_ids from 0 to " + std::to_string(types - 1), type, " at token " + std::to_string(t));
             seen[type != 0] = true;
         }
-        if (s.averages() && !(seen[0] && seen[1])) fail("tokens of type 0 and of type 1", seen[1], " alone" + where);
+        if (s.has_cosine() && !(seen[0] && seen[1])) fail("tokens of type 0 and of type 1", seen[1], " alone" + where);
     }
 }
 
@@ -193,7 +193,7 @@ struct Call {
             for (int t = 0; t < batch.length(g.pairs[i]); ++t) {
                 const int at = g.starts[i] + t, from = batch.offsets[g.pairs[i]] + t;
                 m.ids.as<int32_t>()[at] = batch.ids[from], m.positions.as<int32_t>()[at] = s.row_of(t);
-                m.types.as<int32_t>()[at] = s.types > 1 || s.averages() ? batch.types[from] : 0;
+                m.types.as<int32_t>()[at] = s.types > 1 || s.has_cosine() ? batch.types[from] : 0;
             }
     }
 
@@ -264,7 +264,7 @@ struct Call {
             });
             note(team, m.x, l + 1);
         }
-        if (s.averages()) score(g, m, team, scratch);
+        if (s.has_cosine()) score(g, m, team, scratch);
         if (!s.cosine) classify(g, m, team, scratch);
     }
 

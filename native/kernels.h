@@ -81,7 +81,7 @@ struct Shape {
     }
     // Whether the last layer's attention is attend_first(): of the first row only, without keys and values.
     bool keyless_last() const { return !cosine && !prenorm && relative == 0; }
-    bool averages() const { return cosine || sum; }  // whether a head reads the means of both types of rows
+    bool has_cosine() const { return cosine || sum; }  // whether the head reads the means of both types of rows
     int whole_layers() const { return cosine || mean ? L : L - 1; }  // layers that are computed for every row
 };
 

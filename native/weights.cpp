@@ -69,7 +69,7 @@ Weights weights_of(const Shape& s, const Arrays& arrays, const Kernels& kernels)
         layer.norm2 = norm(name + "norm2");
         if (whole) layer.rope = rope[whole[l] != 0], layer.window = whole[l] ? 0 : s.window;
     }
-    if (s.averages()) w.similarity = floats("similarity", 3);
+    if (s.has_cosine()) w.similarity = floats("similarity", 3);
     if (!s.cosine) w.pooler = linear("pooler", s.C, s.C, Precision::fp32), w.head = floats("head", s.C + 1);
     return w;
 }

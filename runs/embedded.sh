@@ -6,8 +6,8 @@
 #
 # Every step is kept when it is done, and training goes on from its newest checkpoint: run the same command again after a
 # stop. WORKERS processes of one thread each train together. One thread of an AMD EPYC (Zen 5, AVX-512 VNNI and BF16) took
-# 2 minutes for the data and 8 to 20 for the vectors; two took 46 for the training. With a GPU, training takes a quarter of
-# an hour: runs/embedded/gpu.py.
+# 2 minutes for the data and 8 to 20 for the vectors; two took 46 minutes for the first stage of training and 72 for the second.
+# For a quarter of an hour of a GPU: runs/embedded/gpu.py.
 set -euo pipefail
 DATA=$(realpath "$1") && mkdir -p "$2/teachers" && WORK=$(realpath "$2") && cd "$(dirname "$0")/.."
 WORKERS=${WORKERS:-2}

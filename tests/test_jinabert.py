@@ -42,22 +42,24 @@ def test_slopes() -> None:
     assert jinabert.halved_tail_slopes(12)[:8] == tuple(eight)
 
 
+TINY = {
+    "position_embedding_type": "alibi", "num_attention_heads": 12, "hidden_size": 384, "vocab_size": 61_056,
+    "num_hidden_layers": 4, "intermediate_size": 1536, "max_position_embeddings": 8192, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+}  # fmt: skip
+
+
 def test_the_published_shape_gets_the_published_slopes() -> None:
-    raw = {
-        "position_embedding_type": "alibi", "num_attention_heads": 12, "hidden_size": 384, "vocab_size": 61_056,
-        "num_hidden_layers": 4, "intermediate_size": 1536, "max_position_embeddings": 8192, "type_vocab_size": 2,
-        "layer_norm_eps": 1e-12,
-    }  # fmt: skip
-    published = jinabert.recognise(raw, {})
-    other = jinabert.recognise({**raw, "vocab_size": 30_528}, {})
-    named = jinabert.recognise({**raw, "alibi_slopes": "standard"}, {})
+    published = jinabert.recognise(TINY, {})
+    other = jinabert.recognise({**TINY, "vocab_size": 30_528}, {})
+    named = jinabert.recognise({**TINY, "alibi_slopes": "standard"}, {})
     assert published is not None
     assert other is not None
     assert named is not None
     assert published.slopes == jinabert.halved_tail_slopes(12)
     assert other.slopes == named.slopes == jinabert.standard_slopes(12)
     with pytest.raises(CheckpointError, match="expected 12 alibi_slopes, one a head, got 2"):
-        jinabert.recognise({**raw, "alibi_slopes": [1, 2]}, {})
+        jinabert.recognise({**TINY, "alibi_slopes": [1, 2]}, {})
 
 
 def test_rows_of_learned_positions_by_hand() -> None:
@@ -243,17 +245,22 @@ def test_sum_adds_the_cosine_of_the_states_before_the_last_layer() -> None:
         assert logits[pair] == pytest.approx(alone[pair] + 7 * cosine, abs=1e-5)
 
 
-def test_tensor_names_decide_the_head() -> None:
-    for head in ("classifier", "cosine", "focus", "sum"):
-        names = jinabert.parameters(model_config(head=head))
-        raw = {
-            "position_embedding_type": "alibi", "num_attention_heads": 12, "hidden_size": 384, "vocab_size": 99,
-            "num_hidden_layers": 6, "intermediate_size": 1536, "max_position_embeddings": 8192, "type_vocab_size": 2,
-            "layer_norm_eps": 1e-12,
-        }  # fmt: skip
-        found = jinabert.recognise(raw, names)
-        assert found is not None
-        assert found.head == head
+HEADS = {
+    "classifier": ["classifier.weight"],
+    "cosine": ["head.scale", "head.bias"],
+    "focus": ["head.scale", "head.bias", "head.focus"],
+    "sum": ["classifier.weight", "head.scale", "head.focus"],
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_tensor_names_decide_the_head(head: str) -> None:
+    """docs/model.md §2.1, both ways."""
+    found = jinabert.recognise(TINY, dict.fromkeys(HEADS[head], (1,)))
+    assert found is not None
+    assert found.head == head
+    of_heads = {name for names in HEADS.values() for name in names}
+    assert of_heads & set(jinabert.parameters(found)) == set(HEADS[head])
 
 
 def test_attention_memory_is_bounded_at_full_length() -> None:

@@ -1,4 +1,4 @@
-"""The same training in a quarter of an hour of a GPU.
+"""One stage of the same training in a quarter of an hour of a GPU.
 
     python runs/embedded/gpu.py pack WORK PARTS --first V1     inputs in files of at most 38 MB
     python runs/embedded/gpu.py run PARTS OUT --seconds 780 [--device cuda] [--student FOLDER]

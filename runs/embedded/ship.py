@@ -3,9 +3,9 @@
     python runs/embedded/ship.py second WORK V1 FIRST LAST OUT
     python runs/embedded/ship.py final WORK V1 FIRST LAST OUT
 
-Both average the weights before training (folder FIRST) and after it (LAST); then, in the six layers that
-turborank-embedded-v1 (V1) has, these and v1's. SHARES were chosen on the development sets (runs/results/students.md).
-``second`` adds a cosine to the head (sum, docs/model.md §3.5). ``final`` calibrates the scores and writes matrices in
+Both average the weights before a stage (folder FIRST) and after it (LAST). ``second`` then averages the result with
+turborank-embedded-v1 (V1), in the six layers that it has. runs/results/students.md tells how SHARES were chosen.
+``second`` also adds a cosine to the head (sum, docs/model.md §3.5). ``final`` calibrates the scores and writes matrices in
 int8.
 
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
@@ -33,7 +33,7 @@ from turborank.types import Pair
 
 MAX_LENGTH, CANDIDATES = 384, 15
 SHARES = {"second": (0.8, 0.4), "final": (0.4, 0.0)}  # of the last weights of training, and of v1's
-COSINE = 0.48  # of a pair's means before training, on average
+COSINE = 0.48  # mean cosine of query and document before the second stage
 
 
 def held_out_pairs(work: Path) -> tuple[list[Pair], np.ndarray]:

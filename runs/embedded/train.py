@@ -70,7 +70,7 @@ PARTS = 0.5  # share of parts of meetings and stories among long documents; the 
 
 
 class Stage(NamedTuple):
-    """What differs between the two stages."""
+    """Settings that differ between the two stages."""
 
     steps: int
     rate: float
@@ -82,9 +82,23 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "first": Stage(560, 2.5e-4, ((0, 200), (0.3, 1.0)), ((0, 150), (3.0, 1.0)), ("science",), (0.4, 0.3, 0.3), 21),
+    "first": Stage(
+        steps=560,
+        rate=2.5e-4,
+        lists=((0, 200), (0.3, 1.0)),
+        hidden=((0, 150), (3.0, 1.0)),
+        free=("science",),
+        joined_shares=(0.4, 0.3, 0.3),
+        seed=21,
+    ),
     "second": Stage(
-        1000, 2e-4, ((0, 1), (1.0, 1.0)), ((0, 150), (1.25, 0.625)), ("science", "web"), (0.5, 0.25, 0.25), 22
+        steps=1000,
+        rate=2e-4,
+        lists=((0,), (1.0,)),
+        hidden=((0, 150), (1.25, 0.625)),
+        free=("science", "web"),
+        joined_shares=(0.5, 0.25, 0.25),
+        seed=22,
     ),
 }
 
@@ -131,7 +145,7 @@ class HiddenAndLists:
     window = 350
     cuts, sizes, shares = (110, 300, 300), (500, 1000, 2000), (0.3, 0.4, 0.3)  # tokens; of sizes: how often
     joined = 0, 280, 440  # tokens of a document made of a passage and those that follow it; 0: the passage alone
-    last = 2  # layers whose states the lists of Stage.free do not learn
+    last = 2  # number of last layers whose states are not learnt in lists of the kinds in Stage.free
 
     def __init__(
         self,

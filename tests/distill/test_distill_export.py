@@ -34,12 +34,7 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 # Lengths of the pairs of a batch. The models of this test read 512 tokens, the exporter saw 40.
 BATCHES = ([2], [7], [33, 5], [2, 512], [90, 41, 90, 3, 17], [511])
-TOKENIZERS = {
-    "geglu": bpe_tokenizer,
-    "cosine": wordpiece_tokenizer,
-    "focus": wordpiece_tokenizer,
-    "sum": wordpiece_tokenizer,
-}
+TOKENIZERS = {"geglu": bpe_tokenizer} | dict.fromkeys(("cosine", "focus", "sum"), wordpiece_tokenizer)
 MODELS = ("geglu", "cosine", "focus", "sum", "bert", "xlm_roberta", "deberta")
 
 

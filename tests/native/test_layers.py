@@ -13,6 +13,7 @@ from instruction_sets import ISAS, ROWS
 
 from turborank.engines import native
 from turborank.engines.native_weights import Packing, pack
+from turborank.errors import CheckpointError
 
 if native.available() is not None:
     pytest.skip(str(native.available()), allow_module_level=True)
@@ -81,6 +82,17 @@ def test_seven_bits_are_for_cosine_heads(prepare, kind, kernel):
     model = shapes.config(**MODELS[kind] | {"layers": 1})
     engine = prepare("avx2", "int8", shapes.weights(model), model)
     assert (engine.isa, engine.kernel) == ("avx2", kernel)
+
+
+@pytest.mark.parametrize(
+    ("head", "name"), [("cosine", "head.bias"), ("focus", "head.focus"), ("sum", "head.scale"), ("sum", "head.focus")]
+)
+def test_a_missing_parameter_of_the_cosine_is_an_error(head, name):
+    model = shapes.config(**MODELS["small"] | {"head": head})
+    tensors = shapes.weights(model)
+    del tensors[name]
+    with pytest.raises(CheckpointError, match=f"got none at {name}"):
+        native.prepare(tensors, model)
 
 
 @pytest.mark.parametrize("isa", ISAS)

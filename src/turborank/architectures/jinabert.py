@@ -114,6 +114,12 @@ def recognise(raw: Mapping[str, Any], names: Mapping[str, tuple[int, ...]]) -> M
     )
 
 
+def cosine_parameters(head: str) -> tuple[str, ...]:
+    """Names of the parameters of a head's cosine, each of shape (1,); none for the classifier."""
+    names = {"head.scale": head != "classifier", "head.bias": head in COSINES, "head.focus": head in FOCUSED}
+    return tuple(name for name, present in names.items() if present)
+
+
 def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint with its shape (docs/model.md §2.1)."""
     c = config.hidden_size
@@ -126,13 +132,8 @@ def parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes.update(norm_shapes("embeddings.LayerNorm", c))
     for layer in range(config.num_hidden_layers):
         shapes.update(encoder.layer_shapes(config, layer))
-    if config.head != "classifier":
-        shapes["head.scale"] = (1,)
-    if config.head in FOCUSED:
-        shapes["head.focus"] = (1,)
-    if config.head in COSINES:
-        shapes["head.bias"] = (1,)
-    else:
+    shapes.update(dict.fromkeys(cosine_parameters(config.head), (1,)))
+    if config.head not in COSINES:
         shapes.update(linear_shapes("pooler.dense", c, c))
         shapes.update(linear_shapes("classifier", 1, c))
     return shapes

@@ -120,6 +120,13 @@ InnerTerms = Annotated[
         show_default=False,
     ),
 ]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="Head of an alibi or scratch student: focus, cosine, classifier or sum.",
+        show_default="alibi: focus; scratch: classifier",
+    ),
+]
 
 
 def student(
@@ -132,12 +139,7 @@ def student(
             help="Number of layers, or indices (0,2,4).", show_default="the source's or shape's; recipe layers: 4"
         ),
     ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(
-            help="Head (not layers): focus, cosine, classifier, sum.", show_default="alibi: focus; scratch: classifier"
-        ),
-    ] = None,
+    head: Head = None,
     slopes: Annotated[
         str | None, typer.Option(help="ALiBi slopes: gentle, standard or halved-tail.", show_default="the recipe's")
     ] = None,

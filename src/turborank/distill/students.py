@@ -218,7 +218,7 @@ def from_bert(
 
 def _new_head(head: str, c: int, source: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
     if head in jinabert.COSINES:
-        return _cosine_head(head)
+        return _cosine(head)
     fresh = {
         "pooler.dense.weight": torch.randn(c, c, generator=rng) * 0.02,
         "pooler.dense.bias": torch.zeros(c),
@@ -229,7 +229,7 @@ def _new_head(head: str, c: int, source: Mapping[str, Tensor], rng: torch.Genera
         name: source[name].clone() if name in source and source[name].shape == w.shape else w
         for name, w in fresh.items()
     }
-    return kept if head == "classifier" else kept | _cosine_head(head)
+    return kept | _cosine(head)
 
 
 def from_scratch(
@@ -256,7 +256,7 @@ def from_scratch(
     raw = dict(ALIBI) | SHAPES[shape] | {"vocab_size": tokenizer.get_vocab_size()}
     raw["num_hidden_layers"] = layers or raw["num_hidden_layers"]
     raw["alibi_slopes"] = list(SLOPES[slopes](raw["num_attention_heads"]))
-    fresh = {} if head == "classifier" else _cosine_head(head)
+    fresh = _cosine(head)
     names: dict[str, tuple[int, ...]] = dict.fromkeys(fresh, (1,))
     if head == "sum":
         names["classifier.weight"] = ()
@@ -276,10 +276,10 @@ def from_scratch(
     return Student(weights | fresh, raw, tokenizer)
 
 
-def _cosine_head(head: str) -> dict[str, Tensor]:
-    fresh = {"head.scale": torch.tensor([COSINE_SCALE])}
-    fresh |= {"head.bias": torch.zeros(1)} if head in jinabert.COSINES else {}
-    return fresh | ({"head.focus": torch.tensor([FOCUS])} if head in jinabert.FOCUSED else {})
+def _cosine(head: str) -> dict[str, Tensor]:
+    """Initial parameters of a head's cosine; none for the classifier."""
+    initial = {"head.scale": COSINE_SCALE, "head.bias": 0.0, "head.focus": FOCUS}
+    return {name: torch.tensor([initial[name]]) for name in jinabert.cosine_parameters(head)}
 
 
 class StudentRecipe(NamedTuple):

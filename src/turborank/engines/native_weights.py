@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turborank.architectures import deberta, encoder, modernbert
-from turborank.architectures.jinabert import COSINES
+from turborank.architectures.jinabert import COSINES, cosine_parameters
 from turborank.checkpoint.tensors import SCALE, TensorFile
 from turborank.errors import CheckpointError
 from turborank.ops.reference import angles, layer_norm, linear
@@ -186,10 +186,11 @@ class _Packer:
             self._norm(to + "norm2", f"{name}.output.LayerNorm")
 
     def head(self) -> None:
-        """The cosine's numbers (0 for those that the head lacks); the pooler (always float32) and the classifier."""
-        names = "head.scale", "head.bias", "head.focus"
-        numbers = [self._wide(name, 1) if name in self._weights else np.zeros(1, np.float32) for name in names]
-        self._put("similarity", np.concatenate(numbers))
+        """The cosine's scale, bias and focus (0 where a head has none); pooler (always float32) and classifier."""
+        if present := cosine_parameters(self._config.head):
+            names = "head.scale", "head.bias", "head.focus"
+            numbers = [self._wide(name, 1) if name in present else np.zeros(1, np.float32) for name in names]
+            self._put("similarity", np.concatenate(numbers))
         if self._config.head in COSINES:
             return
         roberta = "classifier.dense.weight" in self._weights  # XLM-R's names for the same head
