@@ -4,9 +4,8 @@
     python runs/embedded/ship.py final WORK V1 FIRST LAST OUT
 
 Both average the weights before a stage (folder FIRST) and after it (LAST). ``second`` then averages the result with
-turborank-embedded-v1 (V1), in the six layers that it has. runs/results/students.md tells how SHARES were chosen.
-``second`` also adds a cosine to the head (sum, docs/model.md §3.5). ``final`` calibrates the scores and writes matrices in
-int8.
+turborank-embedded-v1 (V1), in the six layers that it has, and adds a cosine to the head (sum, docs/model.md §3.5).
+``final`` calibrates the scores and writes matrices in int8. runs/results/students.md tells how SHARES were chosen.
 
 Platt scaling on held-out questions whose passage is known: pools of that passage and the candidates of both first
 stages, both classes weighted alike, so that a score of .5 is where the passage and a candidate are equally likely.
