@@ -92,7 +92,7 @@ def main() -> None:
     pairs, labels = held_out_pairs(work)
     encoder = PairEncoder(student.tokenizer, max_length=min(MAX_LENGTH, student.config.max_length))
     factor, bias = platt(score(pairs, encoder, engine).logits, labels)
-    print(f"{len(pairs):,} pairs, {int(labels.sum())} known passages: logit = {factor:.4f} x + {bias:.4f}")
+    print(f"{len(pairs):,} pairs, {int(labels.sum())} known passages: logit = {factor:.4f} x {bias:+.4f}")
     scale_logits(student, factor, bias)
     write_int8(student, out)
 
